@@ -1,0 +1,1 @@
+"""WHAT runs: the chain from raw text to a fine-tuned BERT, and all that runs on a compute node."""

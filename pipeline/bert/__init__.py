@@ -1,0 +1,1 @@
+"""The BERT model: configuration, packed encoder, heads, and weights in and out."""

@@ -1,0 +1,104 @@
+"""Errors with exit codes, and the one place where an exception becomes a line and a code.
+
+Any exception with an ``exit_code`` attribute (also those of data_prep and slurm) is a refusal: one line on
+stderr, no traceback unless ``--debug`` (or ``PIPELINE_DEBUG=1``) asks for it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import traceback
+from collections.abc import Callable
+
+
+class PipelineError(Exception):
+    """A refusal or a stop: one line saying what, where, the numbers and what to do."""
+
+    exit_code = 1
+
+
+class ConfigError(PipelineError):
+    """Recipe, profile or command line is wrong; may hold several lines, one for each error."""
+
+    exit_code = 2
+
+
+class CheckpointError(PipelineError):
+    """A checkpoint or weights file is missing, corrupt or belongs to another model."""
+
+    exit_code = 4
+
+
+class NumericalError(PipelineError):
+    """A loss, gradient or parameter is not finite."""
+
+    exit_code = 5
+
+
+class StorageError(PipelineError):
+    """The file system refused: full, over quota, read-only or failing."""
+
+    exit_code = 6
+
+
+class EnvironmentFault(PipelineError):
+    """A package, library or setting of this machine does not fit."""
+
+    exit_code = 7
+
+
+class InUseError(PipelineError):
+    """Another process or a newer attempt holds the run."""
+
+    exit_code = 8
+
+
+class SlurmFault(PipelineError):
+    """Slurm refused or did not answer."""
+
+    exit_code = 9
+
+
+class StoppedCleanly(PipelineError):
+    """Asked to stop; everything is saved; start me again."""
+
+    exit_code = 75
+
+
+class PeerLost(PipelineError):
+    """Another rank died or hung; start me again."""
+
+    exit_code = 76
+
+
+RESTART_CODES = (75, 76, 77)
+STORAGE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
+
+
+def describe(error: BaseException) -> tuple[str, int]:
+    """``(line, exit code)`` of an exception; code 1 marks a defect of ours rather than bad input."""
+    code = getattr(error, "exit_code", None)
+    if isinstance(code, int):
+        return str(error), code
+    if isinstance(error, OSError) and error.errno in STORAGE_ERRNOS:
+        return f"storage: {error.strerror}: {error.filename or 'unknown file'}", StorageError.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", 130
+    return f"{type(error).__name__}: {error}", 1
+
+
+def run_command(main: Callable[[], int | None]) -> None:
+    """Run a command's ``main`` and leave the process with the documented exit code."""
+    try:
+        code = main() or 0
+    except BrokenPipeError:  # the reader of our output went away (`| head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except (Exception, KeyboardInterrupt) as error:
+        line, code = describe(error)
+        if code == 1 or os.environ.get("PIPELINE_DEBUG"):
+            traceback.print_exc()
+        print(line, file=sys.stderr)
+    sys.exit(code)

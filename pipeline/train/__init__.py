@@ -1,0 +1,1 @@
+"""Pretraining: one loop for both phases, and the parts it is made of."""

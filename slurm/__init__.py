@@ -1,0 +1,1 @@
+"""HOW a site runs jobs; knows neither BERT nor torch."""
