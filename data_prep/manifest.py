@@ -1,0 +1,148 @@
+"""manifest.json of a data folder: every file with size and SHA-256, sealed by a digest of the manifest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_prep.errors import DataError
+from data_prep.publish import file_sha256, publish_json
+
+NAME = "manifest.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    """One shard as its manifest lists it: ``rows`` samples, ``tokens`` in all of them, size and digest."""
+
+    path: Path
+    split: str
+    rows: int
+    tokens: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class SampleSet:
+    """The shards of one split of a samples folder, in the order of the manifest."""
+
+    folder: Path
+    seq_len: int
+    vocab_size: int
+    vocab_sha256: str
+    seed: int
+    special: dict[str, int]
+    shards: tuple[ShardFile, ...]
+    sha256: str
+    """digest of the manifest: the identity of the data"""
+
+    @property
+    def rows(self) -> int:
+        """Samples in all shards."""
+        return sum(shard.rows for shard in self.shards)
+
+
+def publish_manifest(folder: Path, value: Mapping[str, Any]) -> None:
+    """Write ``value`` as ``manifest.json`` with the key ``manifest_sha256`` that seals it."""
+    publish_json(folder / NAME, {**value, "manifest_sha256": _seal(value)})
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of ``folder``; DataError when it is missing, unreadable or does not match its seal."""
+    path = folder / NAME
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise DataError(f"{path} is missing: the stage that makes this folder has not finished") from None
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON ({error}): run the stage that makes this folder again") from None
+    if not isinstance(value, dict) or value.get("manifest_sha256") != _seal(value):
+        raise DataError(
+            f"{path} does not match its own digest: it was damaged or edited; run its stage again"
+        )
+    return value
+
+
+def _seal(value: Mapping[str, Any]) -> str:
+    content = {key: item for key, item in value.items() if key != "manifest_sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def file_entry(path: Path) -> dict[str, Any]:
+    """``{"file", "bytes", "sha256"}`` of a file, for a manifest in the same folder."""
+    return {"file": path.name, "bytes": path.stat().st_size, "sha256": file_sha256(path)}
+
+
+def verify(folder: Path, entries: Iterable[Mapping[str, Any]], *, digests: bool = True) -> list[Path]:
+    """Check that each entry's file is there with its size and, if asked, its SHA-256; return their paths.
+
+    Raises DataError naming the first file that is missing, short, changed, or whose name leaves the folder.
+    """
+    paths = []
+    for entry in entries:
+        name = str(entry["file"])
+        if Path(name).name != name:
+            raise DataError(
+                f"{folder / NAME} names {name!r}: only plain file names of its own folder are allowed"
+            )
+        path = folder / name
+        verify_file(path, int(entry["bytes"]), str(entry["sha256"]) if digests else None)
+        paths.append(path)
+    return paths
+
+
+def verify_file(path: Path, size: int, sha256: str | None) -> None:
+    """Raise DataError unless ``path`` has ``size`` bytes and (unless None) this digest."""
+    advice = "copy it again or run the stage that makes it again"
+    try:
+        found = path.stat().st_size
+    except FileNotFoundError:
+        raise DataError(f"{path} is missing though its manifest lists it: {advice}") from None
+    if found != size:
+        raise DataError(f"{path} has {found} bytes, its manifest says {size}: {advice}")
+    if sha256 is not None and (digest := file_sha256(path)) != sha256:
+        raise DataError(f"{path} has SHA-256 {digest[:12]}.., its manifest says {sha256[:12]}..: {advice}")
+
+
+def load(folder: Path, split: str) -> SampleSet:
+    """The ``"train"`` or ``"test"`` shards of a samples folder; names and sizes are checked, contents not.
+
+    Raises DataError for another format, a missing key or file, a wrong size.
+    """
+    manifest = read_manifest(folder)
+    if manifest.get("format") != FORMAT:
+        raise DataError(f"{folder / NAME} has format {manifest.get('format')}, this version reads {FORMAT}")
+    try:
+        entries = [entry for entry in manifest["shards"] if entry["split"] == split]
+        shards = tuple(
+            ShardFile(path, split, entry["rows"], entry["tokens"], entry["bytes"], entry["sha256"])
+            for path, entry in zip(verify(folder, entries, digests=False), entries, strict=True)
+        )
+        return SampleSet(
+            folder,
+            manifest["seq_len"],
+            manifest["vocab_size"],
+            manifest["vocab_sha256"],
+            manifest["seed"],
+            manifest["special"],
+            shards,
+            manifest["manifest_sha256"],
+        )
+    except KeyError as error:
+        raise DataError(
+            f"{folder / NAME} lacks {error}: it is not the manifest of a samples folder"
+        ) from None
+
+
+def load_verified(folder: Path, split: str) -> SampleSet:
+    """As ``load``, and the SHA-256 of every shard is compared, before anything parses its content."""
+    samples = load(folder, split)
+    for shard in samples.shards:
+        verify_file(shard.path, shard.bytes, shard.sha256)
+    return samples

@@ -1,0 +1,77 @@
+"""Files appear whole or not at all: temporary file in the same folder, fsync, rename, fsync of the folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+
+@contextmanager
+def publishing(path: Path) -> Iterator[IO[bytes]]:
+    """Give a binary handle whose content becomes ``path`` when the block ends without an exception.
+
+    On any exception the temporary file is removed and an older ``path`` stays untouched. An ``OSError`` (full
+    disk, quota, read-only) leaves with ``filename`` set, so that the caller's one line can name the file.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        # not mkstemp: its 0600 would hide the file from a project group that the umask lets in
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        with open(descriptor, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except BaseException as error:
+        with suppress(OSError):
+            os.unlink(temporary)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Make names created or renamed in ``folder`` survive a power loss."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def publish_bytes(path: Path, data: bytes | bytearray | memoryview) -> None:
+    """Write ``data`` as ``path``, whole or not at all."""
+    with publishing(path) as file:
+        file.write(data)
+
+
+def publish_text(path: Path, text: str) -> None:
+    """Write ``text`` as UTF-8, whole or not at all."""
+    publish_bytes(path, text.encode("utf-8"))
+
+
+def publish_json(path: Path, value: Any) -> None:
+    """Write ``value`` as indented JSON with a final newline; NaN and infinity are refused (ValueError)."""
+    publish_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file as 64 hexadecimal digits, read in pieces."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def remove_leftovers(folder: Path) -> int:
+    """Delete temporary files that killed writers left in ``folder`` (none may be at work); return how many."""
+    count = 0
+    for leftover in folder.glob(".*.tmp"):
+        leftover.unlink(missing_ok=True)
+        count += 1
+    return count
