@@ -1,0 +1,67 @@
+"""Tokenised examples of any task, end to end in flat arrays, as the fine-tuning loop packs them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+
+@dataclass(frozen=True)
+class Samples:
+    """N samples of T tokens in all.
+
+    ``tokens [T]`` int64 holds [CLS] A [SEP] or [CLS] A [SEP] B [SEP] of each sample, ``offsets [N+1]`` where
+    each begins, ``b_start [N]`` the index inside the sample where B begins (its length when there is no B).
+    ``targets`` is ``[N]`` (class), ``[N, 2]`` (first and last token of the answer inside the sample, 0 for
+    none) or None when only predictions are wanted.
+    """
+
+    tokens: NDArray[np.int64]
+    offsets: NDArray[np.int64]
+    b_start: NDArray[np.int64]
+    targets: NDArray[np.int64] | None = None
+
+    def __len__(self) -> int:
+        return len(self.b_start)
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each sample ``[N]``."""
+        return np.diff(self.offsets)
+
+    def take(self, chosen: NDArray[np.int64]) -> Samples:
+        """The samples ``chosen [K]``, in that order."""
+        pieces = [self.tokens[self.offsets[i] : self.offsets[i + 1]] for i in chosen.tolist()]
+        targets = None if self.targets is None else self.targets[chosen]
+        return Samples(np.concatenate(pieces), _offsets(pieces), self.b_start[chosen], targets)
+
+
+def join(
+    a: Sequence[NDArray[np.int64]],
+    b: Sequence[NDArray[np.int64]] | None,
+    *,
+    cls: int,
+    sep: int,
+    targets: ArrayLike | None = None,
+) -> Samples:
+    """Samples [CLS] a [SEP] b [SEP], or [CLS] a [SEP] when there is no ``b``."""
+    opening, closing = np.array([cls]), np.array([sep])
+    if b is None:
+        samples = [np.concatenate([opening, first, closing]) for first in a]
+        b_start = [len(sample) for sample in samples]
+    else:
+        samples = [
+            np.concatenate([opening, first, closing, second, closing])
+            for first, second in zip(a, b, strict=True)
+        ]
+        b_start = [len(first) + 2 for first in a]
+    tokens = np.concatenate(samples) if samples else np.zeros(0)
+    kept = None if targets is None else np.asarray(targets, np.int64)
+    return Samples(tokens.astype(np.int64), _offsets(samples), np.array(b_start, np.int64), kept)
+
+
+def _offsets(pieces: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
+    return np.concatenate([[0], np.cumsum([len(piece) for piece in pieces])]).astype(np.int64)
