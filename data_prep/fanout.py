@@ -22,7 +22,7 @@ from data_prep.errors import DataError
 Item = TypeVar("Item")
 Progress = Callable[[int, int], None]
 Outcome = list[Any]
-"""``["ok", value]``, ``["data", line]``, ``["os", errno, text, filename]`` or ``["defect", line, traceback]``."""
+"""``["ok", value]`` | ``["data", line]`` | ``["os", errno, text, file]`` | ``["defect", line, traceback]``"""
 
 
 class Job(Protocol):

@@ -87,7 +87,7 @@ def verify(folder: Path, entries: Iterable[Mapping[str, Any]], *, digests: bool 
     paths = []
     for entry in entries:
         name = str(entry["file"])
-        if Path(name).name != name:
+        if Path(name).name != name or name == "..":
             raise DataError(
                 f"{folder / NAME} names {name!r}: only plain file names of its own folder are allowed"
             )

@@ -68,10 +68,7 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def remove_leftovers(folder: Path) -> int:
-    """Delete temporary files that killed writers left in ``folder`` (none may be at work); return how many."""
-    count = 0
+def remove_leftovers(folder: Path) -> None:
+    """Delete temporary files that killed writers left in ``folder``; no writer may be at work there."""
     for leftover in folder.glob(".*.tmp"):
         leftover.unlink(missing_ok=True)
-        count += 1
-    return count

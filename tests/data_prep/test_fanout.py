@@ -1,0 +1,205 @@
+"""Results come in order from any number of processes; deaths and errors are one line, never a hang."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import importlib.util
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from data_prep.errors import DataError
+from data_prep.fanout import mpi_size, run_all
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def square(item: int) -> dict[str, int]:
+    time.sleep(0.02 * (item % 3))  # so that processes finish out of order
+    return {"square": item * item}
+
+
+def fail(item: int) -> int:
+    if item == 2:
+        raise DataError("page 7: broken")
+    return item
+
+
+def full(_item: int) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device", "/data/x")
+
+
+def defect(item: int) -> int:
+    return item // 0
+
+
+def die(item: int) -> int:
+    if item == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return item
+
+
+def own_pid(item: int) -> int:
+    time.sleep(0.05)
+    return os.getpid() + 0 * item
+
+
+def scaled(item: int, factor: int) -> int:
+    return item * factor
+
+
+def test_results_come_in_the_order_of_the_items() -> None:
+    expected = [{"square": item * item} for item in range(7)]
+    assert run_all(square, range(7), 1) == expected
+    assert run_all(square, range(7), 3) == expected
+    assert run_all(functools.partial(scaled, factor=3), [1, 2], 2) == [3, 6]
+    assert run_all(square, [], 4) == []
+
+
+def test_work_is_spread_over_processes() -> None:
+    assert len(set(run_all(own_pid, range(6), 2))) == 2
+    assert set(run_all(own_pid, range(3), 1)) == {os.getpid()}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_errors_come_back_as_they_were(workers: int) -> None:
+    with pytest.raises(DataError, match=r"^page 7: broken$"):
+        run_all(fail, range(4), workers)
+    with pytest.raises(OSError) as caught:
+        run_all(full, range(4), workers)
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, "/data/x")
+    with pytest.raises(RuntimeError, match="ZeroDivisionError") as defective:
+        run_all(defect, range(4), workers)
+    assert "in defect" in str(defective.value)  # the worker's own traceback
+
+
+def test_a_killed_worker_is_one_clear_line() -> None:
+    with pytest.raises(DataError, match=r"worker process died \(SIGKILL\) on part 2 of 4; .*memory"):
+        run_all(die, range(4), 2)
+
+
+def test_results_are_the_same_json_in_every_mode() -> None:
+    for workers in (1, 2):
+        assert run_all(tuple_of, range(2), workers) == [[0, 0], [1, 1]]
+
+
+def tuple_of(item: int) -> tuple[int, int]:
+    return (item, item)
+
+
+def test_progress_counts_to_the_total() -> None:
+    for workers in (1, 2):
+        seen: list[tuple[int, int]] = []
+        run_all(square, range(3), workers, lambda done, total, seen=seen: seen.append((done, total)))
+        assert seen == [(1, 3), (2, 3), (3, 3)]
+
+
+SLEEPER = """
+import os, sys, time
+sys.path.insert(0, {tests!r})
+import sleeping_item
+from data_prep.fanout import run_all
+if __name__ == "__main__":
+    run_all(sleeping_item.sleep, [1, 2], 2)
+"""
+
+
+def test_workers_die_with_their_parent(tmp_path: Path) -> None:
+    (tmp_path / "sleeping_item.py").write_text(
+        "import os, time\ndef sleep(item):\n"
+        f"    open({str(tmp_path)!r} + f'/{{os.getpid()}}.pid', 'w').close()\n    time.sleep(60)\n"
+    )
+    script = tmp_path / "parent.py"
+    script.write_text(SLEEPER.format(tests=str(tmp_path)))
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{REPOSITORY}"}
+    parent = subprocess.Popen([sys.executable, str(script)], env=environment)
+    try:
+        pids = wait_for(lambda: [int(path.stem) for path in tmp_path.glob("*.pid")], 2)
+    finally:
+        parent.kill()
+        parent.wait()
+    deadline = time.monotonic() + 5
+    while any(running(pid) for pid in pids):
+        assert time.monotonic() < deadline, "workers outlived their parent"
+        time.sleep(0.02)
+
+
+def wait_for(look: object, count: int) -> list[int]:
+    deadline = time.monotonic() + 30
+    while len(found := look()) < count:  # type: ignore[operator]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return found  # type: ignore[no-any-return]
+
+
+def running(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+def test_mpi_is_recognised_by_its_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    assert mpi_size({}) == 1
+    assert mpi_size({"SLURM_NTASKS": "8"}) == 1  # a batch shell: one process
+    assert mpi_size({"OMPI_COMM_WORLD_SIZE": "4", "SLURM_STEP_NUM_TASKS": "2"}) == 4
+    assert mpi_size({"PMI_SIZE": "3", "SLURM_STEP_NUM_TASKS": "3"}) == 3
+    assert mpi_size({"PMIX_RANK": "0", "SLURM_STEP_NUM_TASKS": "5"}) == 5
+    with pytest.raises(DataError, match="5 tasks without MPI"):
+        mpi_size({"SLURM_STEP_NUM_TASKS": "5"})
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(DataError, match="mpi4py is not installed"):
+        mpi_size({"PMI_SIZE": "3"})
+    assert mpi_size({"PMI_SIZE": "1"}) == 1
+
+
+MPI_PROGRAM = """
+import sys
+from data_prep.errors import DataError
+from data_prep.fanout import run_all
+sys.path.insert(0, sys.argv[1])
+import mpi_items
+print("RESULT", run_all(mpi_items.square, range(7), 1), flush=True)
+print("RESULT", run_all(mpi_items.square, [5], 1), flush=True)
+try:
+    run_all(mpi_items.fail, range(7), 1)
+except DataError as error:
+    print("ERROR", error, flush=True)
+"""
+
+
+def test_mpi_ranks_share_the_work_and_all_get_the_results(tmp_path: Path) -> None:
+    mpirun = shutil.which("mpirun")
+    if mpirun is None or importlib.util.find_spec("mpi4py") is None:
+        pytest.skip("MPI is not tested here: mpirun or mpi4py is missing")
+    (tmp_path / "mpi_items.py").write_text(
+        "import os\nfrom data_prep.errors import DataError\n"
+        "def square(item):\n    print('RAN', item, os.environ['OMPI_COMM_WORLD_RANK'], flush=True)\n"
+        "    return item * item\n"
+        "def fail(item):\n    if item == 4:\n        raise DataError('page 4: broken')\n    return 0\n"
+    )
+    (tmp_path / "program.py").write_text(MPI_PROGRAM)
+    launcher = f"{mpirun} --allow-run-as-root --oversubscribe -n 3".split()
+    done = subprocess.run(
+        [*launcher, sys.executable, str(tmp_path / "program.py"), str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": f"{REPOSITORY}:{os.environ.get('PYTHONPATH', '')}"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    lines = done.stdout.splitlines()
+    assert lines.count("RESULT [0, 1, 4, 9, 16, 25, 36]") == 3
+    assert lines.count("RESULT [25]") == 3
+    assert lines.count("ERROR page 4: broken") == 3
+    ran = [line.split()[1:] for line in lines if line.startswith("RAN")]
+    assert sorted(ran) == sorted([[str(item), str(item % 3)] for item in range(7)] + [["5", "0"]])

@@ -1,0 +1,95 @@
+"""A data folder is used only when its manifest is whole and every file matches it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from data_prep.errors import DataError
+from data_prep.manifest import file_entry, load, load_verified, publish_manifest, read_manifest, verify
+
+
+def samples_folder(folder: Path) -> Path:
+    shards = []
+    for split, number in (("train", 0), ("train", 1), ("test", 0)):
+        path = folder / f"{split}-{number:05d}.hdf5"
+        path.write_bytes(f"{split} {number}".encode() * 100)
+        shards.append({**file_entry(path), "split": split, "rows": 10 + number, "tokens": 300})
+    publish_manifest(
+        folder,
+        {
+            "format": 1,
+            "seq_len": 128,
+            "vocab_size": 30522,
+            "vocab_sha256": "ab",
+            "seed": 1,
+            "special": {"pad": 0, "mask": 103},
+            "shards": shards,
+            "documents": 7,
+        },
+    )
+    return folder
+
+
+def test_a_whole_folder_loads(tmp_path: Path) -> None:
+    samples = load_verified(samples_folder(tmp_path), "train")
+    assert [shard.path.name for shard in samples.shards] == ["train-00000.hdf5", "train-00001.hdf5"]
+    assert (samples.rows, samples.seq_len, samples.special["mask"]) == (21, 128, 103)
+    assert len(samples.sha256) == 64
+    assert len(load(tmp_path, "test").shards) == 1
+
+
+def test_a_changed_file_is_named(tmp_path: Path) -> None:
+    samples_folder(tmp_path)
+    path = tmp_path / "train-00001.hdf5"
+    content = bytearray(path.read_bytes())
+    content[5] ^= 4
+    path.write_bytes(content)
+    assert len(load(tmp_path, "train").shards) == 2  # sizes only
+    assert len(load_verified(tmp_path, "test").shards) == 1  # not its split
+    with pytest.raises(DataError, match=r"train-00001\.hdf5 has SHA-256"):
+        load_verified(tmp_path, "train")
+    path.write_bytes(content[:-1])
+    with pytest.raises(DataError, match=r"has 699 bytes, its manifest says 700"):
+        load(tmp_path, "train")
+    path.unlink()
+    with pytest.raises(DataError, match=r"train-00001\.hdf5 is missing"):
+        load(tmp_path, "train")
+
+
+def test_every_changed_byte_of_the_manifest_is_noticed(tmp_path: Path) -> None:
+    path = samples_folder(tmp_path) / "manifest.json"
+    whole = path.read_bytes()
+    value = json.loads(whole)
+    for position in range(len(whole)):
+        for flipped in (1, 8, 32):
+            content = bytearray(whole)
+            content[position] ^= flipped
+            path.write_bytes(content)
+            try:
+                assert read_manifest(tmp_path) == value  # white space of another kind
+            except DataError:
+                continue
+    for length in range(0, len(whole) - 2, 7):
+        path.write_bytes(whole[:length])
+        with pytest.raises(DataError):
+            read_manifest(tmp_path)
+
+
+def test_a_missing_or_foreign_manifest_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"manifest\.json is missing: the stage .* has not finished"):
+        load(tmp_path, "train")
+    publish_manifest(tmp_path, {"format": 1, "shards": []})
+    with pytest.raises(DataError, match="lacks 'seq_len'"):
+        load(tmp_path, "train")
+    publish_manifest(tmp_path, {"format": 9, "shards": []})
+    with pytest.raises(DataError, match="has format 9, this version reads 1"):
+        load(tmp_path, "train")
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "a/b", ".."])
+def test_names_cannot_leave_the_folder(tmp_path: Path, name: str) -> None:
+    with pytest.raises(DataError, match="only plain file names"):
+        verify(tmp_path, [{"file": name, "bytes": 1, "sha256": "x"}])
