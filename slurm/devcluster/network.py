@@ -1,0 +1,116 @@
+"""One network namespace per node, joined by a bridge on which the controller has address .254."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from slurm.command import must, run, which
+from slurm.devcluster.layout import Layout
+
+NETNS = Path("/run/netns")
+# the same things in namespaces that vanish with the command: nothing to clean when it fails half way
+PROBE = (
+    "ip link add probe0 type bridge && ip link add probe1 type veth peer name probe2 && hostname probe"
+    " && mount --bind /etc/hostname /etc/hosts"
+)
+
+
+def why_not() -> str:
+    """Why nodes cannot have namespaces of their own here; "" when they can."""
+    if os.geteuid() != 0:
+        return "only root can make network namespaces"
+    missing = [tool for tool in ("ip", "unshare", "nsenter") if which(tool) is None]
+    if missing:
+        return f"{', '.join(missing)} not installed (iproute2, util-linux)"
+    answer = run(["unshare", "--net", "--uts", "--mount", "--propagation", "private", "sh", "-c", PROBE])
+    return (
+        ""
+        if answer.ok
+        else f"this machine does not let root make namespaces, bridges and mounts ({answer.said})"
+    )
+
+
+def make(layout: Layout) -> None:
+    """Bridge, namespaces and cables; one ``ip -batch`` call for what concerns this side."""
+    batch = [
+        f"link add {layout.bridge} type bridge",
+        f"addr add {layout.controller_address}/24 dev {layout.bridge}",
+        f"link set {layout.bridge} up",
+    ]
+    for k, node in enumerate(layout.node_names, start=1):
+        batch += [
+            f"netns add {node}",
+            f"link add {layout.link(k)} type veth peer name eth0 netns {node}",
+            f"link set {layout.link(k)} master {layout.bridge} up",
+        ]
+    _batch(layout, batch)
+    for k, node in enumerate(layout.node_names, start=1):
+        inside = [f"addr add {layout.address(k)}/24 dev eth0", "link set lo up", "link set eth0 up"]
+        _batch(layout, [*inside, f"route add default via {layout.controller_address}"], node)
+
+
+def _batch(layout: Layout, commands: list[str], node: str | None = None) -> None:
+    script = layout.state / "ip.batch"
+    script.write_text("\n".join(commands) + "\n")
+    must(["ip", *(["-n", node] if node else []), "-batch", str(script)])
+
+
+def enter(layout: Layout, node: str, argv: list[str]) -> list[str]:
+    """Command line that runs ``argv`` with the node's network, host name and name files in /etc.
+
+    Every program of the line replaces itself by the next, so the pid of the whole is the pid of ``argv``.
+    Propagation "slave": a namespace deleted outside must not live on as a mount in here.
+    """
+    script = (
+        'hostname "$1" && mount --bind "$2/hosts" /etc/hosts'
+        ' && mount --bind "$2/nsswitch.conf" /etc/nsswitch.conf && shift 2 && exec "$@"'
+    )
+    space = ["nsenter", f"--net={NETNS / node}", "unshare", "--uts", "--mount", "--propagation", "slave"]
+    return [*space, "sh", "-c", script, "sh", node, str(layout.state), *argv]
+
+
+def set_link(layout: Layout, node: str, up: bool) -> None:
+    """Plug or pull the node's cable, at the bridge's end: the node itself sees a dead line, no error."""
+    must(["ip", "link", "set", layout.link(layout.number(node)), "up" if up else "down"])
+
+
+def is_up(layout: Layout, node: str) -> bool:
+    """Whether the node's cable is plugged in; True where nodes have no network of their own."""
+    if layout.isolation != "netns":
+        return True
+    flags = Path(f"/sys/class/net/{layout.link(layout.number(node))}/flags")
+    return flags.exists() and bool(int(flags.read_text(), 16) & 1)
+
+
+def namespaces(layout: Layout, nodes: list[str] | None = None) -> Iterator[int]:
+    """Inode numbers of the nodes' network namespaces, as far as they exist."""
+    for node in layout.node_names if nodes is None else nodes:
+        if (NETNS / node).exists():
+            yield (NETNS / node).stat().st_ino
+
+
+def remove(layout: Layout) -> None:
+    """Take away cables, namespaces and the bridge, whichever of them exist."""
+    for k, node in enumerate(layout.node_names, start=1):
+        if Path(f"/sys/class/net/{layout.link(k)}").exists():
+            run(["ip", "link", "delete", layout.link(k)])
+        if (NETNS / node).exists():
+            must(["ip", "netns", "delete", node])
+    if Path(f"/sys/class/net/{layout.bridge}").exists():
+        must(["ip", "link", "delete", layout.bridge])
+
+
+def remove_cgroups(layout: Layout) -> None:
+    """Remove the empty cgroup folders that slurmd may leave for its nodes."""
+    names = {f"slurm_{node}" for node in layout.node_names}
+    for folder, inner, _ in os.walk("/sys/fs/cgroup"):
+        for name in names & set(inner):
+            for part, _, _ in os.walk(Path(folder, name), topdown=False):
+                os.rmdir(part)
+        inner[:] = [name for name in inner if name not in names]
+
+
+def has_bridge(name: str) -> bool:
+    return Path("/sys/class/net", name).exists()
