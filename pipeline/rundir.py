@@ -1,0 +1,240 @@
+"""Every path of a run, and the small files that hold its state: done marks, attempts, verdicts, events.
+
+A run holds no absolute path. State is files written atomically: a reader sees the old one or the new one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_prep.publish import publish_json
+from pipeline.errors import ConfigError, InUseError
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file; None when there is no such file or it holds something else."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file; a last line that a kill left unfinished is dropped."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return []
+    complete = text[: text.rfind("\n") + 1]
+    return [json.loads(line) for line in complete.splitlines() if line]
+
+
+def append_jsonl(path: Path, record: Mapping[str, Any]) -> None:
+    """Append one line with a single write, so that lines of several processes never mix."""
+    line = (json.dumps(record) + "\n").encode()
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    try:
+        os.write(descriptor, line)
+    finally:
+        os.close(descriptor)
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One start of a stage: a numbered folder that only this start writes into."""
+
+    path: Path
+
+    @property
+    def number(self) -> int:
+        return int(self.path.name)
+
+    @property
+    def owner(self) -> dict[str, Any]:
+        return read_json(self.path / "owner.json") or {}
+
+    @property
+    def verdict(self) -> dict[str, Any] | None:
+        return read_json(self.path / "verdict.json")
+
+    @property
+    def log(self) -> Path:
+        return self.path / "log.txt"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    def judge(self, code: int, line: str, rank: int) -> None:
+        """Write the attempt's verdict unless a rank that failed earlier has done so."""
+        record = {"code": code, "line": line, "rank": rank, "host": socket.gethostname(), "time": time.time()}
+        with contextlib.suppress(FileExistsError):
+            descriptor = os.open(self.path / "verdict.json", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+            with os.fdopen(descriptor, "w") as file:
+                json.dump(record, file)
+
+
+@dataclass(frozen=True)
+class StageDir:
+    """``RUN/stages/NAME``: a stage's outputs, attempts and done mark."""
+
+    path: Path
+
+    @property
+    def done(self) -> dict[str, Any] | None:
+        return read_json(self.path / "done.json")
+
+    @property
+    def begun(self) -> dict[str, Any] | None:
+        """stage.json: the fingerprint and configuration with which this folder was begun."""
+        return read_json(self.path / "stage.json")
+
+    def mark_done(self, record: Mapping[str, Any]) -> None:
+        publish_json(self.path / "done.json", dict(record))
+
+    @property
+    def attempts(self) -> list[Attempt]:
+        """All attempts, oldest first."""
+        folder = self.path / "attempts"
+        names = os.listdir(folder) if folder.is_dir() else []
+        return [Attempt(folder / name) for name in sorted(names) if name.isdigit()]
+
+    def new_attempt(self, launch: str) -> Attempt:
+        """Take the next attempt number by creating its folder, which only one process can."""
+        folder = self.path / "attempts"
+        folder.mkdir(parents=True, exist_ok=True)
+        number = self.attempts[-1].number + 1 if self.attempts else 1
+        while True:
+            attempt = Attempt(folder / f"{number:04d}")
+            try:
+                attempt.path.mkdir()
+            except FileExistsError:
+                number += 1
+                continue
+            publish_json(
+                attempt.path / "owner.json",
+                {"launch": launch, "host": socket.gethostname(), "pid": os.getpid(), "time": time.time()},
+            )
+            return attempt
+
+    def join_attempt(self, launch: str, timeout_s: float = 60.0) -> Attempt | None:
+        """The attempt that rank 0 of the same launch took; None when it does not appear in time."""
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            for attempt in reversed(self.attempts):
+                if attempt.owner.get("launch") == launch:
+                    return attempt
+            time.sleep(0.02)
+        return None
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Metric lines of all attempts in order of step, the last attempt's line where steps repeat."""
+        lines: dict[tuple[int, bool], dict[str, Any]] = {}
+        for attempt in self.attempts:
+            for line in read_jsonl(attempt.metrics):
+                lines[line["step"], "eval_mlm_loss" in line] = line
+        return [lines[key] for key in sorted(lines)]
+
+    def move_aside(self) -> Path | None:
+        """Move outputs of an older fingerprint to ``RUN/old``; nothing is ever overwritten."""
+        if not self.path.exists():
+            return None
+        folder = self.path.parent.parent / "old"
+        folder.mkdir(exist_ok=True)
+        number = 1
+        while (target := folder / f"{self.path.name}-{number}").exists():
+            number += 1
+        os.rename(self.path, target)
+        return target
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """One directory that holds everything of one training."""
+
+    path: Path
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+    def stage(self, name: str) -> StageDir:
+        return StageDir(self.path / "stages" / name)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """run.json: resolved recipe and profile, versions, commit, data files. ConfigError when it is not a run."""
+        found = read_json(self.path / "run.json")
+        if found is None:
+            raise ConfigError(
+                f"{self.path}: not a run (no readable run.json); start one with "
+                f"python -m pipeline.submit --recipe R --cluster C --run {self.path}"
+            )
+        return found
+
+    @property
+    def data_dir(self) -> Path:
+        """Where the corpora lie; kept relative to the run."""
+        return self.path / str(self.settings["data_dir"])
+
+    @property
+    def exists(self) -> bool:
+        return (self.path / "run.json").is_file()
+
+    def event(self, name: str, **facts: Any) -> None:
+        append_jsonl(self.path / "events.jsonl", {"time": time.time(), "event": name, **facts})
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        return read_jsonl(self.path / "events.jsonl")
+
+    @property
+    def cancel_request(self) -> Path:
+        return self.path / "cancel"
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold the run for one runner. InUseError names the process that holds it already."""
+        with open(self.path / "lock", "a+", encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InUseError(
+                    f"{self.path}: {self._holder()} is using this run; wait for it, or stop it with "
+                    f"python -m pipeline.cancel {self.path}"
+                ) from None
+            file.seek(0)
+            file.truncate()
+            file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}))
+            file.flush()
+            yield
+
+    def is_held(self) -> bool:
+        """Whether a runner holds the run now."""
+        try:
+            with open(self.path / "lock", "r+", encoding="utf-8") as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except FileNotFoundError:
+            return False
+        return False
+
+    def _holder(self) -> str:
+        owner = read_json(self.path / "lock") or {}
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(owner["time"])) if "time" in owner else "unknown"
+        return f"process {owner.get('pid', '?')} on {owner.get('host', '?')} (since {since})"

@@ -1,0 +1,135 @@
+"""THE chain: every stage from raw text to the report, in order. Read this file first.
+
+extract -> shard (-> vocab) -> samples_128, samples_512 -> phase1 -> phase2 -> export -> squad, mrpc, sst2 -> report
+"""
+
+from __future__ import annotations
+
+from pipeline.config import PhaseConfig, Recipe
+from pipeline.stage import Stage
+
+TASKS = ("squad", "mrpc", "sst2")
+
+
+def table(recipe: Recipe) -> dict[str, Stage]:
+    """The stages of a recipe by name, needs before the stages that need them."""
+    data, tasks = recipe.data, [name for name in TASKS if getattr(recipe, name) is not None]
+    language = {"lowercase": data.lowercase, "strip_accents": data.strip_accents}
+    vocab = f"data:{data.vocab}" if data.vocab else "vocab:vocab.txt"
+
+    chain = [
+        Stage(
+            name="extract",
+            run="data_prep.extract:run",
+            job="data",
+            width="workers",
+            config={"max_document_mb": data.max_document_mb},
+            inputs={
+                kind: tuple(f"data:{name}" for name in getattr(data, kind)) for kind in ("wikipedia", "books", "jsonl")
+            },
+        ),
+        Stage(
+            name="shard",
+            run="data_prep.shard:run",
+            job="data",
+            width="workers",
+            config={
+                "language": data.language,
+                "splitter": data.splitter,
+                "train_shards": data.train_shards,
+                "test_shards": data.test_shards,
+                "test_fraction": data.test_fraction,
+                "seed": data.seed,
+            },
+            inputs={"documents": "extract:"},
+        ),
+    ]
+    if not data.vocab:
+        chain.append(
+            Stage(
+                name="vocab",
+                run="data_prep.wordpiece:run",
+                job="data",
+                width="one",
+                config={"vocab_size": data.vocab_size, **language},
+                inputs={"shards": "shard:"},
+            )
+        )
+    phases = {"phase1": recipe.phase1, "phase2": recipe.phase2}
+    for seq_len in dict.fromkeys(phase.seq_len for phase in phases.values()):
+        chain.append(
+            Stage(
+                name=samples_name(seq_len),
+                run="data_prep.samples:run",
+                job="data",
+                width="workers",
+                config={
+                    "seq_len": seq_len,
+                    **language,
+                    "dupe_factor": data.dupe_factor,
+                    "short_seq_prob": data.short_seq_prob,
+                    "seed": data.seed,
+                },
+                inputs={"shards": "shard:", "vocab": vocab},
+            )
+        )
+    chain += [
+        phase_stage(recipe, "phase1", recipe.phase1, None),
+        phase_stage(recipe, "phase2", recipe.phase2, "phase1"),
+    ]
+    chain.append(
+        Stage(
+            name="export",
+            run="pipeline.export:run",
+            job="finetune",
+            width="one",
+            config=dict(language),
+            inputs={"checkpoint": "phase2#checkpoint", "vocab": vocab},
+        )
+    )
+    for name in tasks:
+        config = getattr(recipe, name)
+        chain.append(
+            Stage(
+                name=name,
+                run="pipeline.finetune.loop:run",
+                job="finetune",
+                width="one",
+                config={"task": name, "config": config},
+                inputs={
+                    "model": "export:model",
+                    "train": f"data:{config.train}",
+                    "eval": f"data:{config.eval}",
+                },
+            )
+        )
+    chain.append(
+        Stage(
+            name="report",
+            run="pipeline.report:run",
+            job="finetune",
+            width="one",
+            after=tuple(stage.name for stage in chain),
+            always=True,
+        )
+    )
+    return {stage.name: stage for stage in chain}
+
+
+def phase_stage(recipe: Recipe, name: str, phase: PhaseConfig, start: str | None) -> Stage:
+    """A pretraining phase: the same function with another config; ``start`` is the phase whose weights it takes."""
+    return Stage(
+        name=name,
+        run="pipeline.train.pretrain:run",
+        job="pretrain",
+        width="ranks",
+        config={"model": recipe.model, "train": recipe.train, "optimizer": recipe.optimizer, "phase": phase},
+        inputs={
+            "samples": f"{samples_name(phase.seq_len)}:",
+            **({"start": f"{start}#checkpoint"} if start else {}),
+        },
+    )
+
+
+def samples_name(seq_len: int) -> str:
+    return f"samples_{seq_len}"

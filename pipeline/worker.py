@@ -1,0 +1,144 @@
+"""One process of a stage: ``python -m pipeline.worker RUN STAGE``. What srun, the local runner and the tests start.
+
+The scheduler's verdict is never trusted: the stage starts only when every need is done with the current
+fingerprint, and a stage that is not done never exits 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import platform
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from data_prep.errors import DataError
+from data_prep.fanout import die_with_parent
+from data_prep.publish import publish_json
+from pipeline.chain import Chain
+from pipeline.config import restore
+from pipeline.errors import PeerLost, describe, run_command
+from pipeline.job import Job, Topology
+from pipeline.preempt import StopRequest, stop_at_once
+from pipeline.rundir import Attempt, RunDir
+from pipeline.stage import Stage
+from slurm.profile import Profile
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m pipeline.worker", description=__doc__)
+    parser.add_argument("run", type=Path, help="run directory")
+    parser.add_argument("stage", nargs="+", help="stages to run in this order")
+    arguments = parser.parse_args()
+    if parent := os.environ.get("PIPELINE_PARENT"):
+        die_with_parent(int(parent))
+    for stage in arguments.stage:
+        run_stage(RunDir(arguments.run), stage)
+    return 0
+
+
+def run_stage(run: RunDir, name: str) -> None:
+    """Run one stage as one attempt, or nothing when it is done already; raises what stopped it."""
+    chain = Chain.of(run)
+    stage, topology = chain.stages[name], Topology.of(os.environ)
+    if not stage.always:
+        if chain.is_done(name):
+            return
+        missing = [need for need in stage.needs if not chain.is_done(need)]
+        if missing:
+            raise DataError(
+                f"{name} needs {', '.join(missing)}, which is not done with the current configuration; "
+                f"run python -m pipeline.submit --run {run.path}"
+            )
+    attempt = take_attempt(chain, name, topology)
+    profile = restore(Profile, run.settings["profile"], str(run.path / "run.json"))
+    stop = StopRequest()
+    if stage.width == "ranks":
+        stop.listen()
+    else:
+        stop_at_once()
+    job = Job(run, name, attempt, topology, workers=profile.processes, threads=profile.threads, stop=stop)
+    try:
+        started = time.time()
+        result = function_of(stage)(job, **stage.config, **resolve(chain, stage))
+        if topology.rank == 0:
+            finished = time.time()
+            run.stage(name).mark_done(
+                {
+                    **chain.record(name),
+                    "attempt": attempt.number,
+                    "started": started,
+                    "finished": finished,
+                    "duration_s": round(finished - started, 3),
+                    "result": result,
+                    "made_with": made_with(),
+                }
+            )
+            run.event("done", stage=name, attempt=attempt.number, duration_s=round(finished - started, 3))
+    except (Exception, KeyboardInterrupt) as error:
+        line, code = describe(error)
+        attempt.judge(code, line, topology.rank)
+        raise
+
+
+def take_attempt(chain: Chain, name: str, topology: Topology) -> Attempt:
+    """Rank 0 begins the stage's folder and takes the next attempt; the other ranks of its launch join it."""
+    folder = chain.run.stage(name)
+    if topology.rank == 0:
+        if not chain.is_current(name):
+            folder.move_aside()
+        folder.path.mkdir(parents=True, exist_ok=True)
+        publish_json(folder.path / "stage.json", chain.record(name))
+        attempt = folder.new_attempt(topology.launch)
+        chain.run.event("started", stage=name, attempt=attempt.number, world_size=topology.world_size)
+        return attempt
+    joined = folder.join_attempt(topology.launch)
+    if joined is None:
+        raise PeerLost(f"{name}: rank {topology.rank} waited 60 s for rank 0 to begin an attempt")
+    return joined
+
+
+def function_of(stage: Stage) -> Any:
+    """The stage's function, imported only now."""
+    module, _, function = stage.run.partition(":")
+    return getattr(importlib.import_module(module), function)
+
+
+def resolve(chain: Chain, stage: Stage) -> dict[str, Path | list[Path]]:
+    """The stage's inputs as paths that exist."""
+    return {
+        key: path_of(chain, value) if isinstance(value, str) else [path_of(chain, item) for item in value]
+        for key, value in stage.inputs.items()
+    }
+
+
+def path_of(chain: Chain, source: str) -> Path:
+    """``data:name``, ``stage:path`` or ``stage#output`` as a path; DataError when it is not there."""
+    if source.startswith("data:"):
+        path = chain.run.data_dir / source.removeprefix("data:")
+    elif "#" in source:
+        need, _, output = source.partition("#")
+        path = chain.run.stage(need).path / (chain.run.stage(need).done or {})["result"][output]
+    else:
+        need, _, relative = source.partition(":")
+        path = chain.run.stage(need).path / relative
+    if not path.exists():
+        raise DataError(
+            f"{path} is missing; name its folder with --data DIR"
+            if source.startswith("data:")
+            else f"{path} is missing although its stage is done; remove {need}'s done.json and submit again"
+        )
+    return path
+
+
+def made_with() -> dict[str, str]:
+    """Versions that shape results."""
+    packages = ("torch", "numpy", "h5py", "tokenizers", "sentencex", "safetensors")
+    return {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}}
+
+
+if __name__ == "__main__":
+    run_command(main)
