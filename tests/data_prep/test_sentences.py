@@ -1,0 +1,49 @@
+"""Both splitters find the sentences of plain English and lose no character of any text."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_prep.errors import DataError
+from data_prep.sentences import splitter
+
+
+@pytest.mark.parametrize("name", ["sentencex", "punkt"])
+def test_plain_english(name: str) -> None:
+    split = splitter("en", name)
+    assert split("Dr. Smith went home. He was  tired.\tWas he? ") == [
+        "Dr. Smith went home.",
+        "He was tired.",
+        "Was he?",
+    ]
+    assert split("") == split(" \u2028 ") == []
+
+
+def test_punkt_knows_german_abbreviations() -> None:
+    assert splitter("de", "punkt")("Das gilt z.B. hier. Und dort.") == ["Das gilt z.B. hier.", "Und dort."]
+
+
+@pytest.mark.parametrize("name", ["sentencex", "punkt"])
+@settings(max_examples=150, deadline=None)
+@given(text=st.text(max_size=80) | st.text(alphabet='ab. !?\n"()。\u2028\x1c', max_size=80))
+def test_no_character_is_lost_and_each_sentence_is_one_line(name: str, text: str) -> None:
+    sentences = splitter("en", name)(text)
+    assert "".join(sentences).replace(" ", "") == "".join(text.split())
+    assert all(sentence and len(sentence.splitlines()) == 1 for sentence in sentences)
+
+
+def test_refusals_say_what_to_set() -> None:
+    with pytest.raises(DataError, match=r"data\.splitter is 'nltk'"):
+        splitter("en", "nltk")
+    with pytest.raises(DataError, match=r"no model for language 'bg'.*sentencex"):
+        splitter("bg", "punkt")
+    with pytest.raises(DataError, match="ISO 639"):
+        splitter("English", "sentencex")
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "sentencex", None)
+    with pytest.raises(DataError, match="pip install sentencex"):
+        splitter("en", "sentencex")
