@@ -11,9 +11,7 @@ from typing import Any, Literal
 SQUAD = "squad"
 
 
-def bounded(
-    *default: Any, low: float | None = None, high: float | None = None, above: float | None = None
-) -> Any:
+def bounded(*default: Any, low: float | None = None, high: float | None = None, above: float | None = None) -> Any:
     """A field with bounds, ``low <= value <= high`` and ``value > above``; required without a default."""
     metadata = {"low": low, "high": high, "above": above}
     return field(default=default[0], metadata=metadata) if default else field(metadata=metadata)

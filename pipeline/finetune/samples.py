@@ -54,8 +54,7 @@ def join(
         b_start = [len(sample) for sample in samples]
     else:
         samples = [
-            np.concatenate([opening, first, closing, second, closing])
-            for first, second in zip(a, b, strict=True)
+            np.concatenate([opening, first, closing, second, closing]) for first, second in zip(a, b, strict=True)
         ]
         b_start = [len(first) + 2 for first in a]
     tokens = np.concatenate(samples) if samples else np.zeros(0)
