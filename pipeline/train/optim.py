@@ -7,7 +7,6 @@ list operations. Neither changes the gradients it reads.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -302,10 +301,10 @@ def apex_fused_lamb() -> type[Any] | None:
     PyPI's ``apex`` is an unrelated web package that imports without error, so nothing named apex is imported
     unless NVIDIA's compiled extension ``amp_C`` is there and CUDA can be used.
     """
-    if not torch.cuda.is_available() or importlib.util.find_spec("amp_C") is None:
+    if not torch.cuda.is_available():
         return None
     try:
-        importlib.import_module("amp_C")
+        importlib.import_module("amp_C")  # first: it fails where apex is not NVIDIA's
         fused_lamb: type[Any] = importlib.import_module("apex.optimizers").FusedLAMB
     except (ImportError, AttributeError):
         return None

@@ -35,6 +35,8 @@ def test_poly_drops_at_the_hand_over_and_ends_at_zero():
     assert rate(2001) / rate(2000) == pytest.approx(math.sqrt(1 - 0.2843), rel=1e-3)
     assert rate(7038) == 0.0
     assert rate(9000) == 0.0
+    half = learning_rate("poly", base=1.0, warmup=0.5, steps=2, step=1)
+    assert half == math.sqrt(0.5)  # the step at p = w already decays
 
 
 @pytest.mark.parametrize("name", ["linear", "cosine"])
