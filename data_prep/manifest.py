@@ -63,9 +63,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise DataError(f"{path} is not JSON ({error}): run the stage that makes this folder again") from None
     if not isinstance(value, dict) or value.get("manifest_sha256") != _seal(value):
-        raise DataError(
-            f"{path} does not match its own digest: it was damaged or edited; run its stage again"
-        )
+        raise DataError(f"{path} does not match its own digest: it was damaged or edited; run its stage again")
     return value
 
 
@@ -88,9 +86,7 @@ def verify(folder: Path, entries: Iterable[Mapping[str, Any]], *, digests: bool 
     for entry in entries:
         name = str(entry["file"])
         if Path(name).name != name or name == "..":
-            raise DataError(
-                f"{folder / NAME} names {name!r}: only plain file names of its own folder are allowed"
-            )
+            raise DataError(f"{folder / NAME} names {name!r}: only plain file names of its own folder are allowed")
         path = folder / name
         verify_file(path, int(entry["bytes"]), str(entry["sha256"]) if digests else None)
         paths.append(path)
@@ -135,9 +131,7 @@ def load(folder: Path, split: str) -> SampleSet:
             manifest["manifest_sha256"],
         )
     except KeyError as error:
-        raise DataError(
-            f"{folder / NAME} lacks {error}: it is not the manifest of a samples folder"
-        ) from None
+        raise DataError(f"{folder / NAME} lacks {error}: it is not the manifest of a samples folder") from None
 
 
 def load_verified(folder: Path, split: str) -> SampleSet:
@@ -146,3 +140,33 @@ def load_verified(folder: Path, split: str) -> SampleSet:
     for shard in samples.shards:
         verify_file(shard.path, shard.bytes, shard.sha256)
     return samples
+
+
+def note(path: Path, identity: str, facts: Mapping[str, Any]) -> None:
+    """Beside a finished file of an unfinished stage: from which ``identity`` of inputs and settings it came."""
+    publish_json(_note_path(path), {"identity": identity, "bytes": path.stat().st_size, "facts": facts})
+
+
+def noted(path: Path, identity: str) -> dict[str, Any] | None:
+    """Facts of ``path`` if an earlier, killed try finished it from the same ``identity``; else None."""
+    try:
+        found = json.loads(_note_path(path).read_bytes())
+        whole = found["identity"] == identity and found["bytes"] == path.stat().st_size
+        return dict(found["facts"]) if whole else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def remove_notes(folder: Path) -> None:
+    """Delete the notes once the manifest of ``folder`` is published."""
+    for path in folder.glob(".*.note"):
+        path.unlink(missing_ok=True)
+
+
+def identity_of(**settings: Any) -> str:
+    """Digest of the settings and input digests that decide a file's bytes."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def _note_path(path: Path) -> Path:
+    return path.with_name(f".{path.name}.note")

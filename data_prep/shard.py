@@ -1,0 +1,252 @@
+"""Stage ``shard``: documents -> text shards of one sentence a line, balanced by bytes, a test part held out.
+
+Bounded memory: a first pass keeps 17 bytes a document (where it starts, how long it is, which split), the second
+streams. The bytes depend on the documents and the settings only, not on workers, kills or reruns.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import heapq
+import io
+import json
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_prep import manifest
+from data_prep.errors import DataError
+from data_prep.fanout import Job, run_all
+from data_prep.publish import publish_bytes, publishing, remove_leftovers
+from data_prep.sentences import splitter as make_splitter
+
+Split = Literal["train", "test"]
+SPLITS: tuple[Split, Split] = ("train", "test")
+EMPTY = 2  # third value of the split column: a document without a word
+RUNS_PER_SHARD = 64
+"""A shard is filled with about this many runs of neighbouring documents: long enough to read in sequence, short
+enough that every shard sees the whole corpus and that shards differ in size by 2 % at most."""
+
+INDEX = np.dtype([("offset", "<i8"), ("bytes", "<i8"), ("split", "u1")])
+
+
+@dataclass(frozen=True)
+class Span:
+    """Documents ``first`` to ``last - 1`` of one documents file (counting those of all splits)."""
+
+    file: str
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """One text shard to write."""
+
+    name: str
+    split: Split
+    spans: tuple[Span, ...]
+
+
+def run(
+    job: Job,
+    *,
+    documents: Path,
+    language: str,
+    splitter: str,
+    train_shards: int,
+    test_shards: int,
+    test_fraction: float,
+    seed: int,
+) -> dict[str, Any]:
+    """Write ``train-00000.txt …``, ``test-00000.txt …`` and ``manifest.json`` into ``job.out``.
+
+    Lines are sentences, a blank line ends a document. ``test_fraction`` of the documents, chosen by a hash of
+    (seed, document id), go to the test shards. Returns the counts of the manifest without its file list.
+    Raises DataError for an unreadable document (file and line named) or too few documents for the shards.
+    """
+    make_splitter(language, splitter)  # refuse an unknown one before reading gigabytes
+    source = manifest.read_manifest(documents)["manifest_sha256"]
+    files = sorted(path.name for path in documents.glob("documents-*.jsonl"))
+    identity = manifest.identity_of(source=source, language=language, splitter=splitter, seed=seed)
+    index_identity = manifest.identity_of(source=source, test_fraction=test_fraction, seed=seed)
+    counts = run_all(
+        functools.partial(_index, documents, job.out, test_fraction, seed, index_identity), files, job.workers
+    )
+    job.say(f"{sum(row['documents'] for row in counts)} documents in {len(files)} files indexed")
+    indexes = {name: np.load(_index_path(job.out, name)) for name in files}
+    plans = plan(indexes, "train", train_shards)
+    if test_fraction > 0:
+        plans += plan(indexes, "test", test_shards)
+    shards = run_all(
+        functools.partial(_write, documents, job.out, language, splitter, identity),
+        plans,
+        job.workers,
+        lambda done, total: job.say(f"{done} of {total} text shards written"),
+    )
+    totals = _totals(counts, shards)
+    return dict(run_all(functools.partial(_finish, job.out, shards, totals, source), [language], 1)[0])
+
+
+def held_out(document_id: str, fraction: float, seed: int) -> bool:
+    """Whether a document belongs to the test part: a property of its id alone, stable when others come or go."""
+    digest = hashlib.blake2b(f"{seed}:{document_id}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") < fraction * 2.0**64
+
+
+def plan(indexes: dict[str, NDArray[Any]], split: Split, shards: int) -> list[ShardPlan]:
+    """Give every document of ``split`` to one of ``shards`` shards: each run of neighbours to the lightest.
+
+    ``indexes``: file name -> INDEX array. Shards get at least two documents each (a pair with a random next
+    sentence needs another document) and differ by less than one run or one document in bytes.
+    Raises DataError when there are fewer than two documents per shard.
+    """
+    names = list(indexes)
+    chosen = [np.flatnonzero(index["split"] == SPLITS.index(split)) for index in indexes.values()]
+    file = np.repeat(np.arange(len(names)), [len(numbers) for numbers in chosen])
+    number = np.concatenate([*chosen, np.zeros(0, np.int64)])
+    sizes = np.concatenate(
+        [np.zeros(0, np.int64), *(index["bytes"][rows] for index, rows in zip(indexes.values(), chosen, strict=True))]
+    )
+    if len(sizes) < 2 * shards:
+        other = "" if split == "train" else ", or a larger data.test_fraction"
+        raise DataError(
+            f"{len(sizes)} {split} documents cannot fill {shards} shards (two documents each at least): "
+            f"set data.{split}_shards to {max(1, len(sizes) // 2)} or less{other}"
+        )
+    starts = np.cumsum(sizes) - sizes
+    bucket = starts // max(1, sizes.sum() // (RUNS_PER_SHARD * shards))
+    if len(np.unique(bucket)) < 2 * shards:
+        bucket = np.arange(len(sizes))
+    # a run ends where the bucket or the file changes
+    first = np.flatnonzero(np.diff(bucket, prepend=-1).astype(bool) | np.diff(file, prepend=-1).astype(bool))
+    last = np.append(first[1:], len(sizes))
+    run_bytes = np.add.reduceat(sizes, first)
+    lightest = [(False, 0, shard) for shard in range(shards)]  # (has two documents, bytes, shard)
+    held = [0] * shards
+    spans: list[list[Span]] = [[] for _ in range(shards)]
+    for begin, end, size in zip(first.tolist(), last.tolist(), run_bytes.tolist(), strict=True):
+        _, weight, shard = heapq.heappop(lightest)
+        spans[shard].append(Span(names[file[begin]], int(number[begin]), int(number[end - 1]) + 1))
+        held[shard] += end - begin
+        heapq.heappush(lightest, (held[shard] >= 2, weight + size, shard))
+    return [ShardPlan(f"{split}-{shard:05d}.txt", split, tuple(spans[shard])) for shard in range(shards)]
+
+
+def _index_path(out: Path, name: str) -> Path:
+    return out / f".{name}.index.npy"
+
+
+def _index(documents: Path, out: Path, fraction: float, seed: int, identity: str, name: str) -> dict[str, int]:
+    """First pass over one documents file: where each document starts, its bytes of text, its split."""
+    path = _index_path(out, name)
+    if (facts := manifest.noted(path, identity)) is not None:
+        return facts
+    offsets, sizes, splits = array("q"), array("q"), array("B")
+    offset = 0
+    with open(documents / name, "rb") as file:
+        for line_number, line in enumerate(file, 1):
+            document_id, text = _parse(line, documents / name, line_number)
+            offsets.append(offset)
+            sizes.append(len(text.encode()))
+            splits.append(EMPTY if not text.strip() else int(held_out(document_id, fraction, seed)))
+            offset += len(line)
+    index = np.empty(len(offsets), INDEX)
+    index["offset"], index["bytes"], index["split"] = offsets, sizes, splits
+    buffer = io.BytesIO()
+    np.save(buffer, index, allow_pickle=False)
+    publish_bytes(path, buffer.getbuffer())
+    facts = {"documents": len(index), "skipped_empty": int((index["split"] == EMPTY).sum())}
+    manifest.note(path, identity, facts)
+    return facts
+
+
+def _parse(line: bytes, path: Path, number: int) -> tuple[str, str]:
+    try:
+        document = json.loads(line)
+        document_id, text = document["id"], document["text"]
+        if not (isinstance(document_id, str) and isinstance(text, str)):
+            raise TypeError("id and text must be strings")
+        f"{document_id}{text}".encode()  # a lone surrogate cannot be written
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} line {number} is not a document ({error}): run the extract stage again") from None
+    return document_id, text
+
+
+def _documents(folder: Path, out: Path, split: Split, spans: Sequence[Span]) -> Iterator[str]:
+    """Texts of the spans' documents that belong to ``split``, one in memory at a time."""
+    wanted = SPLITS.index(split)
+    for span in spans:
+        index = np.load(_index_path(out, span.file), mmap_mode="r")
+        with open(folder / span.file, "rb") as file:
+            file.seek(int(index["offset"][span.first]))
+            for number in range(span.first, span.last):
+                line = file.readline()
+                if index["split"][number] == wanted:
+                    yield _parse(line, folder / span.file, number + 1)[1]
+
+
+def _write(documents: Path, out: Path, language: str, splitter: str, identity: str, plan: ShardPlan) -> dict[str, Any]:
+    """Second pass: write one text shard, unless an earlier try finished it."""
+    path = out / plan.name
+    identity = manifest.identity_of(base=identity, spans=[[s.file, s.first, s.last] for s in plan.spans])
+    if (facts := manifest.noted(path, identity)) is not None:
+        return facts
+    split = make_splitter(language, splitter)
+    digest = hashlib.sha256()
+    written = documents_done = sentences_done = words = 0
+    with publishing(path) as file:
+        for text in _documents(documents, out, plan.split, plan.spans):
+            sentences = [sentence for paragraph in text.split("\n") for sentence in split(paragraph)]
+            data = ("\n".join(sentences) + "\n\n").encode()
+            file.write(data)
+            digest.update(data)
+            written += len(data)
+            documents_done += 1
+            sentences_done += len(sentences)
+            words += sum(sentence.count(" ") + 1 for sentence in sentences)
+    facts = {
+        "file": plan.name,
+        "split": plan.split,
+        "documents": documents_done,
+        "sentences": sentences_done,
+        "words": words,
+        "bytes": written,
+        "sha256": digest.hexdigest(),
+    }
+    manifest.note(path, identity, facts)
+    return facts
+
+
+def _totals(counts: list[dict[str, int]], shards: list[dict[str, Any]]) -> dict[str, Any]:
+    totals: dict[str, Any] = {
+        "documents_in": sum(row["documents"] for row in counts),
+        "skipped": {"no text": sum(row["skipped_empty"] for row in counts)},
+    }
+    for split in SPLITS:
+        mine = [shard for shard in shards if shard["split"] == split]
+        totals[split] = {
+            key: sum(shard[key] for shard in mine) for key in ("documents", "sentences", "words", "bytes")
+        } | {"shards": len(mine)}
+    lost = totals["documents_in"] - totals["skipped"]["no text"]
+    lost -= totals["train"]["documents"] + totals["test"]["documents"]
+    assert lost == 0, f"{lost} documents lost"
+    return totals
+
+
+def _finish(
+    out: Path, shards: list[dict[str, Any]], totals: dict[str, Any], source: str, language: str
+) -> dict[str, Any]:
+    value = {"format": 1, "language": language, "source_manifest": source, "shards": shards, **totals}
+    manifest.publish_manifest(out, value)
+    for path in out.glob(".*.index.npy"):
+        path.unlink(missing_ok=True)
+    manifest.remove_notes(out)
+    remove_leftovers(out)
+    return totals
