@@ -99,9 +99,7 @@ class BertConfig:
         """The inverse of `to_dict`; unknown or missing names are a ConfigError."""
         known = {field.name for field in fields(cls)}
         if unknown := sorted(set(values) - known):
-            raise ConfigError(
-                f"model: unknown name {', '.join(unknown)}; known are {', '.join(sorted(known))}"
-            )
+            raise ConfigError(f"model: unknown name {', '.join(unknown)}; known are {', '.join(sorted(known))}")
         if "vocab_size" not in values:
             raise ConfigError("model.vocab_size is missing")
         return cls(**values)

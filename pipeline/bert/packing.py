@@ -42,7 +42,7 @@ class Batch:
         return self.slot.numel() / self.tokens.numel()
 
     def row_position(self, token_position: Tensor) -> Tensor:
-        """Flat slots ``[K]`` (as in ``hidden.flatten(0, 1)``) of the flat positions ``[K]`` in pack's tokens."""
+        """Flat slots ``[K]`` (as in ``hidden.flatten(0, 1)``) of the flat token positions ``[K]``."""
         return self.slot[token_position]
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
@@ -105,9 +105,7 @@ def _check(tokens: NDArray[np.int64], length: NDArray[np.int64], seq_len: int) -
         raise DataError(f"sample lengths add up to {length.sum()} tokens, but {tokens.size} were given")
     if length.min() < 1 or length.max() > seq_len:
         worst = int(length.argmin() if length.min() < 1 else length.argmax())
-        raise DataError(
-            f"sample {worst} of the micro-batch has {length[worst]} tokens; a row holds 1 to {seq_len}"
-        )
+        raise DataError(f"sample {worst} of the micro-batch has {length[worst]} tokens; a row holds 1 to {seq_len}")
 
 
 def _best_fit_decreasing(

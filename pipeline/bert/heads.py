@@ -1,0 +1,110 @@
+"""The models that are trained: BERT with its pretraining, question answering or classification head."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pipeline.bert.config import BertConfig
+from pipeline.bert.dropout import dropout
+from pipeline.bert.encoder import Bert, DenseGelu
+from pipeline.bert.packing import Batch
+
+
+class Transform(DenseGelu):
+    """Linear, GELU and LayerNorm before the vocabulary projection."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__(config, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """``[K, H]``."""
+        return self.LayerNorm(super().forward(hidden))
+
+
+class Predictions(nn.Module):
+    """The masked-token head; its projection is the word embedding itself, so only a bias is its own."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+        self.transform = Transform(config)
+
+    def forward(self, hidden: Tensor, word_embeddings: Tensor) -> Tensor:
+        """Logits ``[K, V]`` of hidden states ``[K, H]``."""
+        return functional.linear(self.transform(hidden), word_embeddings, self.bias)
+
+
+class PreTrainingHeads(nn.Module):
+    """Masked tokens and next sentence (class 1: segment B is random)."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.predictions = Predictions(config)
+        self.seq_relationship = nn.Linear(config.hidden_size, 2)
+
+
+class BertForPreTraining(nn.Module):
+    """BERT with both pretraining heads."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.bert = Bert(config)
+        self.cls = PreTrainingHeads(config)
+
+    def forward(self, batch: Batch, masked_index: Tensor) -> tuple[Tensor, Tensor]:
+        """``(mlm_logits [K, V], nsp_logits [N, 2])``; ``masked_index [K]``: see `Batch.row_position`."""
+        hidden = self.bert(batch)
+        masked = hidden.index_select(0, masked_index)
+        mlm_logits = self.cls.predictions(masked, self.bert.embeddings.word_embeddings.weight)
+        return mlm_logits, self.cls.seq_relationship(self.bert.pooled(hidden, batch))
+
+
+class BertForQuestionAnswering(nn.Module):
+    """BERT with a start and an end score per token; no dropout before it, as in the original."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.bert = Bert(config)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """``(start, end)``, each ``[N, L]`` with L the longest sample; -inf behind a shorter sample's end."""
+        hidden = self.bert(batch).index_select(0, batch.slot)
+        samples = self.qa_outputs(hidden).split(batch.length.tolist())
+        padded = nn.utils.rnn.pad_sequence(list(samples), batch_first=True, padding_value=-torch.inf)
+        start, end = padded.unbind(-1)
+        return start, end
+
+
+class BertForSequenceClassification(nn.Module):
+    """BERT with dropout and a linear on the pooled [CLS]."""
+
+    def __init__(self, config: BertConfig, num_labels: int) -> None:
+        super().__init__()
+        self.config = config
+        self.bert = Bert(config)
+        self.classifier = nn.Linear(config.hidden_size, num_labels)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Logits ``[N, num_labels]``."""
+        pooled = self.bert.pooled(self.bert(batch), batch)
+        return self.classifier(dropout(pooled, self.config.hidden_dropout_prob, self.training))
+
+
+def pretraining_loss_sums(
+    mlm_logits: Tensor, labels: Tensor, nsp_logits: Tensor, nsp_labels: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``(mlm_sum, nsp_sum, mlm_correct, nsp_correct)``: sums over masked tokens and pairs in fp32.
+
+    The caller divides by the counts of the whole step, so that the loss does not depend on how the step was cut.
+    """
+    mlm_sum = functional.cross_entropy(mlm_logits.float(), labels, reduction="sum")
+    nsp_sum = functional.cross_entropy(nsp_logits.float(), nsp_labels, reduction="sum")
+    mlm_correct = (mlm_logits.argmax(-1) == labels).sum()
+    nsp_correct = (nsp_logits.argmax(-1) == nsp_labels).sum()
+    return mlm_sum, nsp_sum, mlm_correct, nsp_correct
