@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers.implementations import BertWordPieceTokenizer
 
@@ -74,6 +74,7 @@ def test_words_are_split_at_the_originals_five_blanks_only() -> None:
     assert owner.tolist() == [-1, 0, 0, 1, 1, 1, 1, 1, 2, 2, 2, 2]
 
 
+@settings(deadline=None)
 @given(st.text(alphabet="ab \t\n\u202f\u00a0é中𝔘", max_size=30))
 def test_every_visible_character_belongs_to_its_word(context: str) -> None:
     words, owner = split_words(context)

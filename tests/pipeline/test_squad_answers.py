@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers.implementations import BertWordPieceTokenizer
 
@@ -145,6 +145,7 @@ def test_original_text(spoken: str, original: str, expected: str) -> None:
     assert original_text(spoken, original, " ".join(BASIC(original))) == expected
 
 
+@settings(deadline=None)
 @given(st.lists(st.text(alphabet="abé,.'(中", min_size=1, max_size=6), min_size=1, max_size=5), st.data())
 def test_the_original_is_recovered_for_any_run_of_its_tokens(words: list[str], data: st.DataObject) -> None:
     original = " ".join(words)

@@ -29,7 +29,7 @@ def both_forms(drawn: list[tuple[str, list[str]]]) -> tuple[dict[str, str], dict
     return {str(i): a for i, (a, _) in enumerate(drawn)}, {str(i): r for i, (_, r) in enumerate(drawn)}
 
 
-@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(QUESTIONS)
 def test_equals_the_official_script(official: Any, drawn: list[tuple[str, list[str]]]) -> None:
     answers, references = both_forms(drawn)
@@ -38,7 +38,7 @@ def test_equals_the_official_script(official: Any, drawn: list[tuple[str, list[s
     assert score(answers, references) == pytest.approx(expected, abs=1e-12)
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(QUESTIONS)
 def test_equals_torchmetrics(drawn: list[tuple[str, list[str]]]) -> None:
     # which scores texts without words as SQuAD 2.0 does
