@@ -1,0 +1,183 @@
+"""Samples in an order computed by arithmetic: step s uses order[s*G .. (s+1)*G), whatever the number of ranks.
+
+The position in the data is one integer, so resuming is a jump and nothing about the order is ever saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_prep.errors import DataError
+from data_prep.hdf5 import Shard, read_shard
+from data_prep.manifest import load_verified
+from data_prep.masking import mask_tokens, masked_counts
+from pipeline.config import PhaseConfig, TrainConfig
+
+WINDOW = 16  # shards whose samples are shuffled together: reading stays nearly sequential
+ROUNDS = 4
+
+Ints = NDArray[np.int64]
+
+
+def mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """SplitMix64's finaliser (Steele, Lea, Flood 2014): 64-bit keys to 64 well-mixed bits."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def keyed(*parts: int) -> np.uint64:
+    """One 64-bit key out of several integers."""
+    key = np.zeros(1, np.uint64)
+    for part in parts:
+        key = mix(key + np.uint64(0x9E3779B97F4A7C15) + np.array([part], np.uint64))
+    return np.uint64(key[0])
+
+
+def permuted(index: Ints, size: Ints | int, key: NDArray[np.uint64] | np.uint64) -> Ints:
+    """A keyed bijection of ``0 <= index < size``, element by element, without a table.
+
+    A balanced Feistel network over the next even power of two, walked until it lands inside (Black & Rogaway 2002,
+    "Ciphers with arbitrary finite domains", cycle walking).
+    """
+    size = np.broadcast_to(np.asarray(size, np.int64), index.shape)
+    key = np.broadcast_to(np.asarray(key, np.uint64), index.shape)
+    bits = np.maximum(1, -(-np.ceil(np.log2(np.maximum(size, 2))).astype(np.int64) // 2)).astype(np.uint64)
+    low = (np.uint64(1) << bits) - np.uint64(1)
+    found = index.astype(np.uint64)
+    walking = np.ones(index.shape, bool)
+    while walking.any():
+        value, shift, mask, own_key = found[walking], bits[walking], low[walking], key[walking]
+        left, right = value >> shift, value & mask
+        for number in range(ROUNDS):
+            left, right = right, left ^ (mix(right + own_key + np.uint64(number + 1)) & mask)
+        found[walking] = (left << shift) | right
+        walking = found >= size.astype(np.uint64)
+    return found.astype(np.int64)
+
+
+class SampleOrder:
+    """A keyed shuffle of all rows of all shards, epoch after epoch: every sample once per epoch."""
+
+    def __init__(self, rows: Sequence[int], seed: int, window: int = WINDOW) -> None:
+        self.rows = np.asarray(rows, np.int64)
+        self.total = int(self.rows.sum())
+        self.seed, self.window = seed, window
+        self._epochs: dict[int, tuple[Ints, Ints]] = {}
+
+    def __getitem__(self, positions: Ints) -> tuple[Ints, Ints, Ints]:
+        """``(epoch, shard, row)`` of each position, int64 arrays of one shape."""
+        epochs, inside = positions // self.total, positions % self.total
+        shard, row = np.empty_like(positions), np.empty_like(positions)
+        for epoch in np.unique(epochs):
+            chosen = epochs == epoch
+            shard[chosen], row[chosen] = self._in_epoch(int(epoch), inside[chosen])
+        return epochs, shard, row
+
+    def _in_epoch(self, epoch: int, position: Ints) -> tuple[Ints, Ints]:
+        shards, ends = self._layout(epoch)
+        window_ends = np.append(ends[self.window - 1 : -1 : self.window], ends[-1])
+        window_starts = np.append(0, window_ends[:-1])
+        window = np.searchsorted(window_ends, position, side="right")
+        start, size = window_starts[window], (window_ends - window_starts)[window]
+        keys = np.array([keyed(self.seed, epoch, 1, number) for number in range(len(window_ends))], np.uint64)
+        shuffled = start + permuted(position - start, size, keys[window])
+        place = np.searchsorted(ends, shuffled, side="right")
+        return shards[place], shuffled - np.append(0, ends[:-1])[place]
+
+    def _layout(self, epoch: int) -> tuple[Ints, Ints]:
+        """Shards in this epoch's order, and where each one's rows end."""
+        if epoch not in self._epochs:
+            numbers = np.arange(len(self.rows), dtype=np.uint64)
+            shards = np.argsort(mix(numbers + keyed(self.seed, epoch, 0)), kind="stable").astype(np.int64)
+            self._epochs = {epoch: (shards, np.cumsum(self.rows[shards]))}
+        return self._epochs[epoch]
+
+
+@dataclass(frozen=True)
+class MaskedSamples:
+    """Some samples end to end, masked: ``tokens [T]`` int64, ``lengths [N]``, ``b_start [N]``, ``nsp [N]``,
+    ``positions [K]`` (masked places in ``tokens``) and their original ids ``labels [K]``."""
+
+    tokens: Ints
+    lengths: Ints
+    b_start: Ints
+    nsp: Ints
+    positions: Ints
+    labels: Ints
+
+
+class PretrainingData:
+    """One split of a samples folder, verified, read in the keyed order and masked when read."""
+
+    def __init__(self, folder: Path, split: str, phase: PhaseConfig, train: TrainConfig) -> None:
+        self.manifest = load_verified(folder, split)
+        if self.manifest.seq_len != phase.seq_len:
+            raise DataError(f"{folder}: samples of length {self.manifest.seq_len}, the phase wants {phase.seq_len}")
+        self.phase, self.train = phase, train
+        self.shards = [read_shard(shard.path) for shard in self.manifest.shards]
+        rows = [len(shard.offsets) - 1 for shard in self.shards]
+        self.first_id = np.append(0, np.cumsum(rows))[:-1].astype(np.int64)
+        self.order = SampleOrder(rows, train.seed)
+        if self.order.total == 0:
+            raise DataError(f"{folder}: no {split} samples; the corpus is too small for seq_len {phase.seq_len}")
+
+    def ids(self, positions: Ints) -> Ints:
+        """Sample id (row number over all shards of the split) at each position of the order."""
+        _, shard, row = self.order[positions]
+        return self.first_id[shard] + row
+
+    def lengths(self, positions: Ints) -> Ints:
+        """Tokens of the sample at each position."""
+        _, shard, row = self.order[positions]
+        lengths = np.empty_like(row)
+        for number in np.unique(shard):
+            chosen = shard == number
+            offsets = self.shards[number].offsets
+            lengths[chosen] = offsets[row[chosen] + 1] - offsets[row[chosen]]
+        return lengths
+
+    def masked_counts(self, lengths: Ints) -> Ints:
+        """How many tokens of samples of these lengths are masked."""
+        return masked_counts(lengths, self.train.masked_lm_prob, self.phase.max_predictions)
+
+    def read(self, positions: Ints) -> MaskedSamples:
+        """The samples at these positions, masked by (seed, epoch or 0, sample id)."""
+        epoch, shard, row = self.order[positions]
+        found = [sample(self.shards[number], place) for number, place in zip(shard, row, strict=True)]
+        lengths = np.array([len(tokens) for tokens, _, _ in found], np.int64)
+        ids = self.first_id[shard] + row
+        if self.train.masking == "dynamic":
+            ids = ids + epoch * self.order.total  # another epoch masks like another sample
+        special = self.manifest.special
+        tokens, places, labels = mask_tokens(
+            np.concatenate([tokens for tokens, _, _ in found]).astype(np.int32),
+            lengths,
+            ids,
+            seed=self.train.seed,
+            epoch=0,
+            vocab_size=self.manifest.vocab_size,
+            mask_id=special["mask"],
+            special_ids=(special["cls"], special["sep"]),
+            masked_lm_prob=self.train.masked_lm_prob,
+            max_predictions=self.phase.max_predictions,
+        )
+        return MaskedSamples(
+            tokens=tokens.astype(np.int64),
+            lengths=lengths,
+            b_start=np.array([b_start for _, b_start, _ in found], np.int64),
+            nsp=np.array([nsp for _, _, nsp in found], np.int64),
+            positions=places.astype(np.int64),
+            labels=labels.astype(np.int64),
+        )
+
+
+def sample(shard: Shard, row: int) -> tuple[NDArray[np.integer], int, int]:
+    """Tokens, start of B and NSP label of one row."""
+    tokens = shard.tokens[shard.offsets[row] : shard.offsets[row + 1]]
+    return tokens, int(shard.b_start[row]), int(shard.is_random_next[row])
