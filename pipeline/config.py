@@ -162,7 +162,7 @@ def load_profile(name: str) -> Profile:
 def restore(cls: type[T], values: dict[str, Any], origin: str, settings: Iterable[str] = ()) -> T:
     """Rebuild a dataclass from the JSON kept in a run, with new ``--set`` settings applied."""
     errors: list[str] = []
-    table, where = _apply({k: v for k, v in values.items() if v is not None}, settings, errors)
+    table, where = _apply(values, settings, errors)
     made = _build(cls, table, Source(origin, "", where), "", errors)
     _raise(errors)
     if isinstance(made, Recipe):
@@ -281,6 +281,8 @@ def _value(
     where = source.at(section, spec.name)
     options = [kind]
     if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
+        if value is None:  # TOML has no null: this comes from a stored run
+            return None
         options = [option for option in typing.get_args(kind) if option is not type(None)]
     (kind,) = options  # the only unions in a configuration are "X or nothing"
     origin, args = typing.get_origin(kind), typing.get_args(kind)

@@ -1,0 +1,147 @@
+"""Recipes and profiles: strict, all errors at once, each with file, line, key and a suggestion."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.config import (
+    RECIPES,
+    Recipe,
+    load_profile,
+    load_recipe,
+    restore,
+    science,
+)
+from pipeline.errors import ConfigError
+from slurm.profile import PROFILES
+
+TINY = (RECIPES / "tiny.toml").read_text(encoding="utf-8")
+
+
+def refusal(tmp_path, text: str, *settings: str) -> list[str]:
+    path = tmp_path / "my.toml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(str(path), settings)
+    assert caught.value.exit_code == 2
+    return str(caught.value).splitlines()
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.stem)
+def test_every_recipe_loads_under_its_own_name(path):
+    assert load_recipe(path.stem).name == path.stem
+
+
+@pytest.mark.parametrize("path", sorted(PROFILES.glob("*.toml")), ids=lambda path: path.stem)
+def test_every_profile_loads_under_its_own_name(path):
+    assert load_profile(path.stem).name == path.stem
+
+
+def test_nvidias_two_phase_science():
+    recipe = load_recipe("bert_large")
+    model, one, two = recipe.model, recipe.phase1, recipe.phase2
+    assert (model.hidden_size, model.num_hidden_layers, model.num_attention_heads) == (1024, 24, 16)
+    assert (model.intermediate_size, model.hidden_act) == (4096, "tanh")
+    assert (one.seq_len, one.max_predictions, one.global_batch, one.steps) == (128, 20, 65536, 7038)
+    assert (two.seq_len, two.max_predictions, two.global_batch, two.steps) == (512, 80, 32768, 1563)
+    assert (one.learning_rate, one.warmup, two.learning_rate, two.warmup) == (6e-3, 0.2843, 4e-3, 0.128)
+    assert one.schedule == two.schedule == "poly"
+    optimizer = recipe.optimizer
+    assert (optimizer.name, optimizer.variant, optimizer.betas) == ("lamb", "apex", (0.9, 0.999))
+    assert (optimizer.eps, optimizer.weight_decay, recipe.train.max_grad_norm) == (1e-6, 0.01, 1.0)
+    assert recipe.squad is not None
+    assert recipe.mrpc is not None
+    assert recipe.sst2 is not None
+    assert (recipe.squad.max_seq_len, recipe.squad.doc_stride, recipe.squad.batch) == (384, 128, 256)
+    assert (recipe.mrpc.learning_rate, recipe.mrpc.batch, recipe.sst2.batch) == (1.8e-5, 128, 1024)
+
+
+MUTATIONS = [
+    ("steps = 400", "step = 400", "did you mean 'steps'", "my.toml:"),
+    ("steps = 400", 'steps = "400"', "expected a whole number, found a string", "phase1.steps"),
+    ("steps = 400", "steps = 400.5", "expected a whole number", "phase1.steps"),
+    ("steps = 400", "steps = true", "expected a whole number, found true or false", "phase1.steps"),
+    ("steps = 400", "steps = 0", "at least 1", "phase1.steps"),
+    ("learning_rate = 1e-2", "learning_rate = nan", "finite", "phase1.learning_rate"),
+    ("learning_rate = 1e-2", "learning_rate = -1.0", "greater than 0", "phase1.learning_rate"),
+    ("warmup = 0.1", "warmup = 1.5", "at most 1", "warmup"),
+    ('name = "lamb"', 'name = "lam"', "did you mean 'lamb'", "optimizer.name"),
+    ('precision = "fp32"', 'precision = "fp8"', "fp", "train.precision"),
+    ("[optimizer]", "[optimiser]", "did you mean 'optimizer'", "optimiser"),
+    ("hidden_size = 256", "hidden_size = 255", "not divisible", "model.num_attention_heads"),
+    ("seq_len = 512", "seq_len = 1024", "exceeds", "phase2.seq_len"),
+    ("max_predictions = 20", "max_predictions = 128", "must be below", "phase1.max_predictions"),
+    ('books = ["books"]', 'books = "books"', "expected a list", "data.books"),
+    ('books = ["books"]', "books = [1]", "expected a string", "data.books"),
+    ("max_seq_len = 64", "max_seq_len = 4096", "exceeds", "sst2.max_seq_len"),
+    ('dataset = "sentence-pair', 'datasets = "sentence-pair', "did you mean 'dataset'", "mrpc"),
+    ("[model]", "[model", "not valid TOML", "my.toml"),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "reason", "where"), MUTATIONS, ids=[new for _, new, _, _ in MUTATIONS])
+def test_a_wrong_value_is_one_line_with_place_and_reason(tmp_path, old, new, reason, where):
+    assert old in TINY
+    lines = refusal(tmp_path, TINY.replace(old, new, 1))
+    assert any(reason in line and where in line for line in lines), lines
+
+
+def test_the_line_number_is_that_of_the_key(tmp_path):
+    text = TINY.replace("steps = 400", "steps = -4")
+    number = text.splitlines().index("steps = -4") + 1
+    assert f"my.toml:{number}: phase1.steps" in refusal(tmp_path, text)[0]
+
+
+def test_all_errors_at_once(tmp_path):
+    lines = refusal(
+        tmp_path, TINY.replace("steps = 400", "step = 400").replace("[optimizer]", "[optimiser]"), "train.sed=3"
+    )
+    text = "\n".join(lines)
+    for word in ("phase1.step:", "steps is missing", "optimiser", "--set train.sed", "did you mean 'seed'"):
+        assert word in text, word
+
+
+def test_a_setting_beats_the_file_and_is_named_in_its_errors(tmp_path):
+    assert load_recipe("tiny", ["phase1.steps=7"]).phase1.steps == 7
+    assert load_recipe("tiny", ["optimizer.name=adamw"]).optimizer.name == "adamw"
+    assert refusal(tmp_path, TINY, "phase1.steps=0") == ["--set phase1.steps = 0: must be at least 1"]
+    assert "key=value" in refusal(tmp_path, TINY, "phase1.steps")[0]
+
+
+def test_an_unknown_recipe_lists_what_there_is():
+    with pytest.raises(ConfigError, match="did you mean 'bert_large'"):
+        load_recipe("bert_larg")
+    with pytest.raises(ConfigError, match="no cluster profile"):
+        load_profile("nowhere.toml")
+
+
+def test_a_deeply_nested_file_is_refused_not_a_crash(tmp_path):
+    path = tmp_path / "deep.toml"
+    path.write_text("a = " + "[" * 100_000 + "]" * 100_000)
+    with pytest.raises(ConfigError, match="not valid TOML"):
+        load_recipe(str(path))
+
+
+@pytest.mark.parametrize("name", ["tiny", "bert_large"])
+def test_what_a_run_stores_restores_equal(name):
+    recipe = load_recipe(name)
+    assert restore(Recipe, dataclasses.asdict(recipe), "run.json") == recipe
+
+
+def test_only_scientific_fields_reach_the_fingerprint():
+    base = load_recipe("tiny")
+    same = load_recipe("tiny", ["train.checkpoint_every=7", "train.log_every=2", "phase1.micro_batch=8"])
+    other = load_recipe("tiny", ["train.seed=7"])
+    assert science(base) == science(same)
+    assert science(base) != science(other)
+
+
+@given(st.text(max_size=40))
+def test_no_setting_makes_a_traceback(text):
+    with contextlib.suppress(ConfigError):
+        load_recipe("tiny", [text])
