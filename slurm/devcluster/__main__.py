@@ -33,9 +33,7 @@ def parser() -> argparse.ArgumentParser:
     up.add_argument("--no-install", action="store_true", help="never run apt-get")
     commands.add_parser("down", parents=[shared], help="take the cluster away, leaving nothing")
     commands.add_parser("status", parents=[shared], help="nodes and daemons; code 9 when something is down")
-    commands.add_parser(
-        "env", parents=[shared], help='lines for a shell: eval "$(python -m slurm.devcluster env)"'
-    )
+    commands.add_parser("env", parents=[shared], help='lines for a shell: eval "$(python -m slurm.devcluster env)"')
     kill = commands.add_parser("kill", parents=[shared], help="a node loses power")
     kill.add_argument("node")
     kill.add_argument("--daemon-only", action="store_true", help="only slurmd dies; its jobs run on")

@@ -19,10 +19,7 @@ MARIADB_OPTIONS = (
     "--innodb-flush-log-at-trx-commit=0",  # a test database: losing the last second is fine
 )
 INSTALL_OPTIONS = ("--auth-root-authentication-method=normal", "--skip-test-db")
-GRANTS = (
-    "create database slurm_acct_db; create user slurm@localhost;"
-    " grant all on slurm_acct_db.* to slurm@localhost"
-)
+GRANTS = "create database slurm_acct_db; create user slurm@localhost; grant all on slurm_acct_db.* to slurm@localhost"
 
 
 def bring_up(layout: Layout) -> None:

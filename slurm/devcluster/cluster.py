@@ -138,9 +138,7 @@ def _gpu_devices(cluster: Layout) -> list[str]:
     if os.geteuid() != 0:
         devices = [f"/dev/tty{k}" for k in wanted]
         if missing := [device for device in devices if not Path(device).is_char_device()]:
-            raise SlurmError(
-                f"{missing[0]}: no such device to stand for a GPU; as root any number can be claimed"
-            )
+            raise SlurmError(f"{missing[0]}: no such device to stand for a GPU; as root any number can be claimed")
         return devices
     folder = cluster.state / "gpu"
     folder.mkdir()
@@ -149,9 +147,7 @@ def _gpu_devices(cluster: Layout) -> list[str]:
         try:
             os.mknod(device, 0o666 | stat.S_IFCHR, os.makedev(1, 3))
         except OSError as error:
-            raise SlurmError(
-                f"{device}: this machine lets root make no device files ({error.strerror})"
-            ) from None
+            raise SlurmError(f"{device}: this machine lets root make no device files ({error.strerror})") from None
     return devices
 
 
@@ -178,9 +174,7 @@ def _start_node(cluster: Layout, node: str) -> None:
 
 def node_states(cluster: Layout) -> dict[str, str]:
     """Slurm's word for each node (``idle``, ``mixed``, ``down*``, …); empty without a controller."""
-    answer = run(
-        ["sinfo", "-h", "-N", "-o", "%N %T"], timeout_s=10, env=processes.daemon_environment(cluster)
-    )
+    answer = run(["sinfo", "-h", "-N", "-o", "%N %T"], timeout_s=10, env=processes.daemon_environment(cluster))
     rows = [line.split() for line in answer.out.splitlines()] if answer.ok else []
     return {row[0]: row[1] for row in rows if len(row) == 2}
 
@@ -267,9 +261,7 @@ def cut(cluster: Layout, node: str) -> None:
     """Take a node off the network; what runs on it runs on. SlurmError where nodes share one network."""
     name = cluster.node_names[cluster.number(node) - 1]
     if cluster.isolation != "netns":
-        raise SlurmError(
-            f"{name}: nodes of this cluster share one network; cut needs root when the cluster is made"
-        )
+        raise SlurmError(f"{name}: nodes of this cluster share one network; cut needs root when the cluster is made")
     network.set_link(cluster, name, up=False)
 
 
@@ -286,9 +278,7 @@ def _mend(cluster: Layout, node: str) -> None:
     if f"slurmd-{node}" not in running:
         _start_node(cluster, node)
     elif node_states(cluster).get(node, "down").startswith("down"):
-        os.kill(
-            running[f"slurmd-{node}"], signal.SIGHUP
-        )  # it reports at once instead of a minute or two later
+        os.kill(running[f"slurmd-{node}"], signal.SIGHUP)  # it reports at once instead of a minute or two later
     _wait_for_port(cluster, cluster.number(node))
     wait_for_nodes(cluster, [node])
 

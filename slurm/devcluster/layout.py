@@ -104,9 +104,7 @@ def load(text: str) -> Layout:
 def check_name(name: str) -> str:
     """The name, when it can be part of host and file names; SlurmError otherwise."""
     if not NAME.fullmatch(name):
-        raise SlurmError(
-            f"cluster name {name!r}: use a letter, then at most 19 of lower case letters, digits and '-'"
-        )
+        raise SlurmError(f"cluster name {name!r}: use a letter, then at most 19 of lower case letters, digits and '-'")
     return name
 
 

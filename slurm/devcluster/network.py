@@ -25,11 +25,7 @@ def why_not() -> str:
     if missing:
         return f"{', '.join(missing)} not installed (iproute2, util-linux)"
     answer = run(["unshare", "--net", "--uts", "--mount", "--propagation", "private", "sh", "-c", PROBE])
-    return (
-        ""
-        if answer.ok
-        else f"this machine does not let root make namespaces, bridges and mounts ({answer.said})"
-    )
+    return "" if answer.ok else f"this machine does not let root make namespaces, bridges and mounts ({answer.said})"
 
 
 def make(layout: Layout) -> None:

@@ -27,9 +27,7 @@ def ensure(accounting: bool, install: bool) -> str:
     if os.geteuid() != 0:
         raise SlurmError(f"{absent}, and only root may install packages; ask root to run: {by_hand}")
     if which("apt-get") is None:
-        raise SlurmError(
-            f"{absent}, and there is no apt-get here; install Slurm and munge with this system's tool"
-        )
+        raise SlurmError(f"{absent}, and there is no apt-get here; install Slurm and munge with this system's tool")
     _apt_get(packages)
     still = [program for program in wanted if which(program) is None]
     if still:

@@ -28,9 +28,7 @@ def find(base: Path, name: str) -> Layout:
         return layout.load((base / layout.check_name(name) / LAYOUT_FILE).read_text())
     except FileNotFoundError:
         known = ", ".join(sorted(other.name for other in _others(base))) or "none"
-        raise SlurmError(
-            f"no cluster {name!r} under {base} (there: {known}); python -m slurm.devcluster up"
-        ) from None
+        raise SlurmError(f"no cluster {name!r} under {base} (there: {known}); python -m slurm.devcluster up") from None
 
 
 def free_slot(base: Path, wanted: Layout) -> int:

@@ -1,0 +1,297 @@
+"""Ask Slurm about jobs and tell it what to do with them: squeue, scontrol, sacct, scancel, sbatch by argv lists."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from slurm.command import Answer, run, which
+from slurm.errors import ControllerDown, SlurmError
+
+TIMEOUT_S = 30.0
+PATIENCE_S = 120.0  # how long a controller that is down is asked again
+SEPARATOR = "\x1f"
+SQUEUE_FIELDS = {"id": "%i", "state": "%T", "reason": "%r", "nodes": "%D", "node_list": "%N", "partition": "%P"} | {
+    "start": "%S",
+    "left": "%L",
+    "dependency": "%E",
+    "name": "%j",
+    "comment": "%k",
+}
+DOWN = re.compile(
+    r"Unable to contact slurm controller|Socket timed out|Connection refused|Connection timed out|Zero Bytes were"
+    r"|Unable to establish control|Transport endpoint|munge.*(?:Failed to access|Socket communication)"
+    r"|slurm_persist_conn_open|Invalid authentication credential|Protocol authentication error|no answer within"
+    r"|Slurm backup controller in standby|temporarily unable to (?:accept|connect)|Communication connection failure",
+    re.IGNORECASE,
+)
+ENDED = frozenset(
+    [
+        "BOOT_FAIL",
+        "CANCELLED",
+        "COMPLETED",
+        "DEADLINE",
+        "FAILED",
+        "NODE_FAIL",
+        "OUT_OF_MEMORY",
+        "PREEMPTED",
+        "TIMEOUT",
+        "REVOKED",
+    ]
+)
+WAITING = frozenset(["PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One job as Slurm sees it now. ``start`` and times are seconds since 1970; None when Slurm does not say."""
+
+    id: str
+    state: str
+    reason: str = ""
+    nodes: int = 0
+    node_list: str = ""
+    partition: str = ""
+    start: float | None = None
+    left_s: int | None = None
+    dependency: str = ""
+    name: str = ""
+    comment: str = ""
+    exit_code: int | None = None
+
+    @property
+    def ended(self) -> bool:
+        return self.state in ENDED
+
+    @property
+    def waiting(self) -> bool:
+        return self.state in WAITING
+
+    @property
+    def stuck(self) -> bool:
+        """Whether it waits for something that can no longer happen."""
+        return self.waiting and self.reason == "DependencyNeverSatisfied"
+
+
+def clean_environment(environ: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The environment for Slurm's commands: no habits of the user's squeue, no traces of a job that we run in.
+
+    SBATCH_* goes as well: its values were resolved into the script (see ``slurm.flags``).
+    """
+    kept = ("SLURM_CONF", "SLURM_JWT", "SLURM_SACK_SOCKET")
+    foreign = ("SLURM", "SBATCH_", "SQUEUE_", "SINFO_", "SACCT_", "SCANCEL_", "SCONTROL_", "SRUN_", "PMI_", "PMIX_")
+    source = os.environ if environ is None else environ
+    return {name: value for name, value in source.items() if name in kept or not name.startswith(foreign)}
+
+
+def ask(argv: Sequence[str], timeout_s: float = TIMEOUT_S) -> Answer:
+    """Run one Slurm command; ControllerDown when nobody answered, else the answer, good or bad."""
+    answer = run(argv, timeout_s=timeout_s, env=clean_environment())
+    if answer.timed_out or (not answer.ok and DOWN.search(answer.err)):
+        raise ControllerDown(f"{argv[0]}: Slurm's controller does not answer ({answer.said})")
+    return answer
+
+
+def tell(argv: Sequence[str], *, patience_s: float = PATIENCE_S, say: Callable[[str], None] | None = None) -> str:
+    """Run a command that may be repeated safely, again while the controller is down; SlurmError when it refuses."""
+    answer = patiently(lambda: ask(argv), patience_s=patience_s, say=say)
+    if not answer.ok:
+        raise SlurmError(f"{' '.join(argv)}: {answer.said}")
+    return answer.out
+
+
+def patiently(
+    action: Callable[[], Answer], *, patience_s: float = PATIENCE_S, say: Callable[[str], None] | None = None
+) -> Answer:
+    """Repeat while it raises ControllerDown, with growing pauses, for at most ``patience_s`` seconds."""
+    end = time.monotonic() + patience_s
+    pause_s = 1.0
+    while True:
+        try:
+            return action()
+        except ControllerDown as down:
+            left_s = end - time.monotonic()
+            if left_s <= 0:
+                raise ControllerDown(f"{down}; gave up after {patience_s:.0f} s") from None
+            if say is not None:
+                say(f"{down}; asking again for {left_s:.0f} s")
+            time.sleep(min(pause_s, max(left_s, 0.1)))
+            pause_s = min(2 * pause_s, 15.0)
+
+
+def jobs(ids: Iterable[str | int] | None = None) -> dict[str, Job]:
+    """Jobs in Slurm's memory by id (also those that ended minutes ago): the named ones, or all of this user.
+
+    A job that Slurm has forgotten is simply not in the answer. Raises ControllerDown, SlurmError.
+    """
+    form = SEPARATOR.join(SQUEUE_FIELDS.values())
+    argv = ["squeue", "--noheader", "--all", "--states=all", f"--format={form}"]
+    wanted = None if ids is None else {str(job_id) for job_id in ids}
+    if wanted is not None and not wanted:
+        return {}
+    # squeue refuses a single id that it does not know; asked for all ids of the user it never does
+    answer = ask([*argv, f"--user={os.geteuid()}"])
+    if not answer.ok:
+        raise SlurmError(f"squeue: {answer.said}")
+    found = (_job(line) for line in answer.out.split("\n") if line)
+    return {job.id: job for job in found if job is not None and (wanted is None or job.id in wanted)}
+
+
+def _job(line: str) -> Job | None:
+    fields = line.split(SEPARATOR)
+    if len(fields) < len(SQUEUE_FIELDS):
+        return None
+    value = dict(zip(SQUEUE_FIELDS, fields, strict=False))
+    none = {name: "" if text in ("N/A", "(null)", "None") else text for name, text in value.items()}
+    return Job(
+        id=value["id"],
+        state=value["state"],
+        reason=none["reason"],
+        nodes=int(value["nodes"]) if value["nodes"].isdigit() else 0,
+        node_list=none["node_list"],
+        partition=value["partition"],
+        start=_when(value["start"]),
+        left_s=_seconds(value["left"]),
+        dependency=none["dependency"],
+        name=value["name"],
+        comment=none["comment"],
+    )
+
+
+def _when(text: str) -> float | None:
+    try:
+        return datetime.fromisoformat(text).timestamp()
+    except ValueError:
+        return None
+
+
+def _seconds(text: str) -> int | None:
+    found = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text)
+    if not found:
+        return None
+    days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+def details(job_id: str | int) -> dict[str, str]:
+    """``scontrol show job`` as a dict of words without spaces (Restarts, ExitCode, …); {} for an unknown job."""
+    answer = ask(["scontrol", "--oneliner", "show", "job", str(job_id)])
+    if not answer.ok:
+        return {}
+    return dict(re.findall(r"(?:^|\s)([A-Za-z][\w:/]*)=(\S*)", answer.out))
+
+
+def config() -> dict[str, str]:
+    """``scontrol show config`` as a dict."""
+    lines = tell(["scontrol", "show", "config"], patience_s=0).splitlines()
+    pairs = (line.partition("=") for line in lines if "=" in line)
+    return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+def accounted(ids: Iterable[str | int]) -> dict[str, Job]:
+    """What the accounting database knows of jobs, by id; {} where there is none. One call for all ids."""
+    wanted = ",".join(str(job_id) for job_id in ids)
+    if not wanted or which("sacct") is None:
+        return {}
+    form = "JobIDRaw,State,ExitCode,NNodes,NodeList,Partition"
+    argv = ["sacct", "-X", "-n", "-P", f"--delimiter={SEPARATOR}", f"--jobs={wanted}", f"--format={form}"]
+    answer = run(argv, timeout_s=TIMEOUT_S, env=clean_environment())
+    found = {}
+    for line in answer.out.splitlines() if answer.ok else ():
+        fields = line.split(SEPARATOR)
+        if len(fields) == len(form.split(",")):
+            job_id, state, code, nodes, node_list, partition = fields
+            found[job_id] = Job(
+                id=job_id,
+                state=state.split()[0] if state else "",  # "CANCELLED by 1000"
+                exit_code=int(code.partition(":")[0]) if code.partition(":")[0].isdigit() else None,
+                nodes=int(nodes) if nodes.isdigit() else 0,
+                node_list="" if node_list == "None assigned" else node_list,
+                partition=partition,
+            )
+    return found
+
+
+def cancel(ids: Iterable[str | int]) -> list[str]:
+    """Cancel jobs, also held ones; returns the command that was run ([] without ids). Ended jobs are no error."""
+    argv = ["scancel", *(str(job_id) for job_id in ids)]
+    if len(argv) == 1:
+        return []
+    answer = patiently(lambda: ask(argv))
+    refused = [line for line in answer.err.splitlines() if "already completing or completed" not in line.lower()]
+    refused = [line for line in refused if "Invalid job id" not in line and line.strip()]
+    if not answer.ok and refused:
+        raise SlurmError(f"{' '.join(argv)}: {refused[-1]}")
+    return argv
+
+
+def release(ids: Iterable[str | int]) -> None:
+    for job_id in ids:
+        tell(["scontrol", "release", str(job_id)])
+
+
+def hold(ids: Iterable[str | int]) -> None:
+    for job_id in ids:
+        tell(["scontrol", "hold", str(job_id)])
+
+
+def requeue(job_id: str | int) -> None:
+    """Put a running or ended job back into the queue, with its old id."""
+    tell(["scontrol", "requeue", str(job_id)])
+
+
+def set_dependency(job_id: str | int, dependency: str) -> None:
+    """Replace what a waiting job waits for ("" for nothing); also frees a job stuck on a failed one."""
+    tell(["scontrol", "update", f"JobId={job_id}", f"Dependency={dependency}"])
+
+
+def estimate_start(script: Path, extra: Sequence[str] = ()) -> str:
+    """Slurm's own estimate of when and where the script would start; SlurmError when it never would."""
+    answer = ask(["sbatch", "--test-only", *extra, str(script)])
+    if not answer.ok:
+        raise SlurmError(f"{script.name}: {_reason(answer)}")
+    return answer.said.removeprefix("sbatch: ")
+
+
+def submit(
+    script: Path,
+    extra: Sequence[str] = (),
+    *,
+    tag: str,
+    patience_s: float = PATIENCE_S,
+    say: Callable[[str], None] | None = None,
+) -> str:
+    """Send one script and return the job id; exactly one job whatever the controller does.
+
+    ``tag`` is the script's ``--comment``, unique to this sending: after an answer that got lost Slurm is asked for it
+    before anything is sent again. Raises SlurmError (rejected, in Slurm's words), ControllerDown (after ``patience_s``).
+    """
+
+    unsure = False  # whether an earlier sbatch may have reached Slurm
+
+    def once() -> Answer:
+        nonlocal unsure
+        if unsure:  # raises ControllerDown itself while there is no answer, so nothing is sent twice
+            for job in jobs().values():
+                if job.comment == tag:
+                    return Answer(argv=("squeue",), code=0, out=job.id, err="")
+        unsure = True
+        return ask(["sbatch", "--parsable", *extra, str(script)], timeout_s=60)
+
+    answer = patiently(once, patience_s=patience_s, say=say)
+    job_id = answer.out.strip().partition(";")[0]
+    if not answer.ok or not job_id.isdigit():
+        raise SlurmError(f"{script.name}: {_reason(answer)}")
+    return job_id
+
+
+def _reason(answer: Answer) -> str:
+    """Slurm's words for a rejection, without its prefixes."""
+    lines = [re.sub(r"^sbatch: (?:error: )?", "", line).strip() for line in answer.err.splitlines()]
+    lines = [line for line in lines if line and not line.startswith("Batch job submission failed: Unspecified")]
+    return "; ".join(lines[-2:]).replace("Batch job submission failed: ", "sbatch refused: ") or answer.said
