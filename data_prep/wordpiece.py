@@ -1,0 +1,249 @@
+"""WordPiece: the vocabulary file, text -> ids, and stage ``vocab``, which trains a vocabulary from the shards."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_prep import manifest
+from data_prep.errors import DataError
+from data_prep.fanout import Job, run_all
+from data_prep.publish import publish_bytes
+
+Ragged = tuple[NDArray[np.uint32], NDArray[np.int64]]
+Encode = Callable[[Sequence[str]], Ragged]
+
+SPECIAL = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
+TRAINING_TEXT_MB = 200
+"""Enough text for a vocabulary of 30,000; taken evenly from the heads of all training shards."""
+ALPHABET_COVERAGE = 0.9999
+"""Share of the characters of the text that get a piece of their own; the rest become [UNK]."""
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """A ``vocab.txt``: line number (from 0) = id. ``special`` maps pad, unk, cls, sep, mask to ids."""
+
+    tokens: tuple[str, ...]
+    sha256: str
+    special: dict[str, int]
+
+    @property
+    def size(self) -> int:
+        """Number of lines, before any padding of the model's matrix."""
+        return len(self.tokens)
+
+    @classmethod
+    def load(cls, path: Path) -> Vocabulary:
+        """Read a vocabulary; DataError for a special token or line that is missing, double, or not UTF-8."""
+        try:
+            data = path.read_bytes()
+            lines = data.decode("utf-8").replace("\r\n", "\n").removesuffix("\n").split("\n")
+        except FileNotFoundError:
+            raise DataError(f"vocabulary {path} does not exist") from None
+        except UnicodeDecodeError as error:
+            raise DataError(f"vocabulary {path} is not UTF-8 (byte {error.start})") from None
+        ids: dict[str, int] = {}
+        for number, token in enumerate(lines):
+            if not token:
+                raise DataError(f"vocabulary {path} line {number + 1} is empty")
+            if token in ids:
+                raise DataError(f"vocabulary {path} has {token!r} twice, in lines {ids[token] + 1} and {number + 1}")
+            ids[token] = number
+        if missing := [token for token in SPECIAL.values() if token not in ids]:
+            raise DataError(
+                f"vocabulary {path} ({len(lines)} lines) lacks {', '.join(missing)}: a BERT vocabulary has "
+                f"{' '.join(SPECIAL.values())}, each on its own line"
+            )
+        special = {name: ids[token] for name, token in SPECIAL.items()}
+        return cls(tuple(lines), hashlib.sha256(data).hexdigest(), special)
+
+
+class Encoder:
+    """Text -> WordPiece ids, the same as transformers' BertTokenizer without [CLS] and [SEP].
+
+    Uses nanotoken when it is installed and passes a self-check against ``tokenizers`` on this very vocabulary,
+    else ``tokenizers``; ``backend`` says which.
+    """
+
+    def __init__(self, vocab_path: Path, lowercase: bool, strip_accents: bool) -> None:
+        self.vocabulary = Vocabulary.load(vocab_path)
+        self._tokenizer = _tokenizer(self.vocabulary, lowercase, strip_accents)
+        fast = self._nanotoken()
+        self._encode: Encode = fast or self._encode_slowly
+        self.backend = "nanotoken" if fast else "tokenizers"
+
+    def encode(self, texts: Sequence[str]) -> Ragged:
+        """Ids of all texts end to end (uint32 ``[T]``) and where each begins (int64 ``[len(texts) + 1]``)."""
+        return self._encode(texts)
+
+    def tokens(self, text: str) -> list[str]:
+        """The pieces of ``text``, continuing ones with ``##``."""
+        ids, _ = self._encode([text])
+        return [self.vocabulary.tokens[number] for number in ids.tolist()]
+
+    def _encode_slowly(self, texts: Sequence[str]) -> Ragged:
+        rows = [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+        offsets = np.zeros(len(rows) + 1, np.int64)
+        np.cumsum([len(row) for row in rows], out=offsets[1:])
+        return np.fromiter((number for row in rows for number in row), np.uint32, offsets[-1]), offsets
+
+    def _nanotoken(self) -> Encode | None:
+        try:
+            import nanotoken
+
+            tokenizer = nanotoken.Tokenizer.from_json(self._tokenizer.to_str())
+
+            def encode(texts: Sequence[str]) -> Ragged:
+                ragged = tokenizer.encode_batch(list(texts), add_special_tokens=False, parallel=False)
+                return ragged.ids, ragged.offsets
+
+            sample = varied_strings(self.vocabulary.tokens)
+            ids, offsets = encode(sample)
+            true_ids, true_offsets = self._encode_slowly(sample)
+            same = np.array_equal(ids, true_ids) and np.array_equal(offsets, true_offsets)
+        except Exception:  # a young package: whatever is wrong with it, the other one works
+            return None
+        return encode if same else None
+
+
+def varied_strings(tokens: Sequence[str], count: int = 400) -> list[str]:
+    """Strings that reach the corners of BERT's tokeniser: accents, CJK, controls, long words, odd Unicode."""
+    source = random.Random(0)
+    alphabets = [
+        "abcXYZ .,-'", "éèüößñçÅİıſǅﬁ ", "中文漢字かな한국 a", "\t\n\r\x00\x1c\x7f\x85\xa0\u2028\u200b\u200d\ufeff�",
+        "0123456789 .,%$#@_~^|", "́̈̄̃aeouАБВабвΣσς", "अनुच्छेद עברית عربى ไทย", "😀👩‍👩‍👧🏽 x",
+    ]  # fmt: skip
+    strings = ["", " ", "a" * 99, "a" * 100, "a" * 101, *SPECIAL.values(), "x[MASK]y [mask] [SEP]", "##s", "don't"]
+    while len(strings) < count:
+        kind = source.randrange(4)
+        if kind == 0:
+            strings.append("".join(source.choices(source.choice(alphabets), k=source.randrange(40))))
+        elif kind == 1:
+            strings.append("".join(source.choices("".join(alphabets), k=source.randrange(60))))
+        elif kind == 2:
+            strings.append("".join(chr(_code_point(source)) for _ in range(source.randrange(20))))
+        else:
+            words = [source.choice(tokens).removeprefix("##") for _ in range(source.randrange(1, 20))]
+            strings.append(source.choice([" ", ""]).join(words).capitalize())
+    return strings
+
+
+def _code_point(source: random.Random) -> int:
+    code = source.randrange(1, 0x30000)
+    return 0x61 if 0xD800 <= code < 0xE000 else code
+
+
+def _tokenizer(vocabulary: Vocabulary, lowercase: bool, strip_accents: bool) -> Any:
+    from tokenizers import BertWordPieceTokenizer
+
+    ids = {token: number for number, token in enumerate(vocabulary.tokens)}
+    return BertWordPieceTokenizer(ids, lowercase=lowercase, strip_accents=strip_accents)._tokenizer
+
+
+def run(job: Job, *, shards: Path, vocab_size: int, lowercase: bool, strip_accents: bool) -> dict[str, Any]:
+    """Train ``vocab.txt`` on the training shards of folder ``shards``; the same bytes each time.
+
+    Returns ``vocab_size`` (lines written; fewer than asked when the text is too small), ``asked`` and ``sha256``.
+    """
+    facts = run_all(_Training(shards, job.out / "vocab.txt", vocab_size, lowercase, strip_accents), [0], 1)[0]
+    if facts["vocab_size"] < vocab_size:
+        job.say(f"the text yields only {facts['vocab_size']} of the {vocab_size} vocabulary entries asked for")
+    return dict(facts)
+
+
+@dataclass(frozen=True)
+class _Training:
+    shards: Path
+    path: Path
+    vocab_size: int
+    lowercase: bool
+    strip_accents: bool
+
+    def __call__(self, _item: int) -> dict[str, Any]:
+        entries = [entry for entry in manifest.read_manifest(self.shards)["shards"] if entry["split"] == "train"]
+        files = manifest.verify(self.shards, entries, digests=False)
+        tokens = train(lambda: _blocks(files), self.vocab_size, self.lowercase, self.strip_accents)
+        publish_bytes(self.path, "".join(token + "\n" for token in tokens).encode())
+        vocabulary = Vocabulary.load(self.path)
+        return {"vocab_size": vocabulary.size, "asked": self.vocab_size, "sha256": vocabulary.sha256}
+
+
+def train(blocks: Callable[[], Iterator[str]], vocab_size: int, lowercase: bool, strip_accents: bool) -> list[str]:
+    """Train a WordPiece vocabulary on the texts of ``blocks()``: tokens by id, the special ones first.
+
+    The trainer of ``tokenizers`` numbers the continuing characters (``##a``) in the order of a hash table, and
+    ties between merges are broken by these numbers, so its result differs from run to run. Declaring both
+    alphabets beforehand, sorted, makes it a function of the text.
+    """
+    from tokenizers import BertWordPieceTokenizer
+
+    alphabet, continuing = _alphabets(blocks, vocab_size, lowercase, strip_accents)
+    while True:
+        declared = [*SPECIAL.values(), *(f"##{character}" for character in sorted(continuing))]
+        tokenizer = BertWordPieceTokenizer(lowercase=lowercase, strip_accents=strip_accents)
+        tokenizer.train_from_iterator(
+            blocks(),
+            vocab_size=vocab_size,
+            limit_alphabet=len(alphabet),
+            initial_alphabet=sorted(alphabet),
+            special_tokens=declared,
+            show_progress=False,
+        )
+        ids = tokenizer.get_vocab()
+        undeclared = {token[2] for token in ids if len(token) == 3 and token.startswith("##")} - continuing
+        if not undeclared:
+            return sorted(ids, key=ids.__getitem__)
+        # tokenizers' idea of punctuation differs from unicodedata's for a few characters
+        continuing |= undeclared
+
+
+def _alphabets(
+    blocks: Callable[[], Iterator[str]], vocab_size: int, lowercase: bool, strip_accents: bool
+) -> tuple[set[str], set[str]]:
+    """The characters that get a piece of their own, and those of them that are seen inside a word."""
+    from tokenizers.normalizers import BertNormalizer
+
+    normalizer = BertNormalizer(lowercase=lowercase, strip_accents=strip_accents)
+    counts = np.zeros(0x110000, np.int64)
+    inside = np.zeros(0x110000, bool)
+    splits = np.zeros(0x110000, bool)
+    for block in blocks():
+        codes = np.frombuffer(normalizer.normalize_str(block).encode("utf-32-le"), np.uint32)
+        found = np.bincount(codes)
+        for code in np.flatnonzero((found > 0) & (counts[: len(found)] == 0)).tolist():
+            splits[code] = _splits_words(chr(code))
+        counts[: len(found)] += found
+        inside[codes[1:][~splits[codes[1:]] & ~splits[codes[:-1]]]] = True
+    counts[[code for code in np.flatnonzero(counts).tolist() if chr(code).isspace()]] = 0
+    frequent = np.argsort(-counts, kind="stable")
+    kept = int(np.searchsorted(np.cumsum(counts[frequent]), ALPHABET_COVERAGE * counts.sum())) + 1
+    chosen = [int(code) for code in frequent[: min(kept, max(1, vocab_size // 2))] if counts[code]]
+    return {chr(code) for code in chosen}, {chr(code) for code in chosen if inside[code]}
+
+
+def _splits_words(character: str) -> bool:
+    """Whether BERT's pre-tokeniser cuts before and after the character: white space and punctuation."""
+    if character.isascii():
+        return not character.isalnum()
+    return character.isspace() or unicodedata.category(character).startswith("P")
+
+
+def _blocks(files: Sequence[Path], block_bytes: int = 1 << 20) -> Iterator[str]:
+    """The head of each file, in blocks that end at a line end; ``TRAINING_TEXT_MB`` in all at most."""
+    share = TRAINING_TEXT_MB * 1_000_000 // len(files)
+    for path in files:
+        left = share
+        with open(path, "rb") as file:
+            while left > 0 and (block := file.read(min(block_bytes, left))):
+                block += file.readline()
+                left -= len(block)
+                yield block.decode("utf-8")
