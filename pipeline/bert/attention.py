@@ -106,9 +106,9 @@ class SelfAttention(nn.Module):
         """One stretch of slots after the other; ``[R*S, 3H]`` in, ``[R*S, H]`` out."""
         p = self.p if self.training else 0.0
         sizes = [self.heads * run * run for run in runs]
-        factors = keep_factors(sum(sizes), p, mixed.dtype).split(sizes) if p else None
+        factors = torch.split(keep_factors(sum(sizes), p, mixed.dtype), sizes) if p else None
         contexts = []
-        for index, part in enumerate(mixed.split(runs)):
+        for index, part in enumerate(torch.split(mixed, list(runs))):
             query, key, value = part.view(-1, 3, self.heads, self.head_size).permute(1, 2, 0, 3).unbind(0)
             scores = torch.bmm(query * self.head_size**-0.5, key.transpose(1, 2))
             probabilities = scores.softmax(-1)

@@ -51,7 +51,8 @@ class ResidualOutput(nn.Module):
 
     def forward(self, values: Tensor, residual: Tensor) -> Tensor:
         """``[R, S, H]``."""
-        return self.LayerNorm(residual + dropout(self.dense(values), self.p, self.training))
+        out: Tensor = self.LayerNorm(residual + dropout(self.dense(values), self.p, self.training))
+        return out
 
 
 class Attention(nn.Module):
@@ -64,7 +65,8 @@ class Attention(nn.Module):
 
     def forward(self, hidden: Tensor, blocks: Blocks) -> Tensor:
         """``[R, S, H]``."""
-        return self.output(self.self(hidden, blocks), hidden)
+        out: Tensor = self.output(self.self(hidden, blocks), hidden)
+        return out
 
 
 class DenseGelu(nn.Module):
@@ -92,7 +94,8 @@ class Layer(nn.Module):
     def forward(self, hidden: Tensor, blocks: Blocks) -> Tensor:
         """``[R, S, H]``."""
         hidden = self.attention(hidden, blocks)
-        return self.output(self.intermediate(hidden), hidden)
+        out: Tensor = self.output(self.intermediate(hidden), hidden)
+        return out
 
 
 class Encoder(nn.Module):
@@ -137,12 +140,14 @@ class Bert(nn.Module):
         device = hidden.device.type
         autocast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
-        hidden = self.encoder(hidden, blocks_of(batch, self.config.num_attention_heads, dtype))
-        return hidden.flatten(0, 1)
+        blocks = blocks_of(batch, self.config.num_attention_heads, dtype)
+        out: Tensor = self.encoder(hidden, blocks)
+        return out.flatten(0, 1)
 
     def pooled(self, hidden: Tensor, batch: Batch) -> Tensor:
         """``[N, H]``: the pooled [CLS] of each sample, in the order of the samples."""
-        return self.pooler(hidden.index_select(0, batch.first))
+        out: Tensor = self.pooler(hidden.index_select(0, batch.first))
+        return out
 
 
 def initialise(module: nn.Module, config: BertConfig, generator: torch.Generator) -> None:
