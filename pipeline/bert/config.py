@@ -42,7 +42,7 @@ class BertConfig:
 
     ``vocab_size`` counts rows of the embedding, padding rows included (see `padded_vocab`). ``hidden_act``
     names the GELU: ``erf`` is exact, ``tanh`` the approximation. ``init`` is ``bert`` (every weight normal)
-    or ``nvidia`` (see `pipeline.bert.heads.initialised`). Raises ConfigError with one line per wrong value.
+    or ``nvidia`` (see `pipeline.bert.encoder.initialise`). Raises ConfigError with one line per wrong value.
     """
 
     vocab_size: int

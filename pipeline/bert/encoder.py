@@ -5,6 +5,8 @@ Module names are Hugging Face's, so that ``state_dict()`` keys need no translati
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -15,6 +17,8 @@ from pipeline.bert.dropout import dropout
 from pipeline.bert.packing import Batch
 
 GELU_APPROXIMATION = {"erf": "none", "tanh": "tanh"}
+# The linears that NVIDIA's code fuses with their activation and therefore leaves at PyTorch's default start.
+FUSED_LINEARS = ("intermediate.dense", "pooler.dense", "predictions.transform.dense")
 
 
 class Embeddings(nn.Module):
@@ -144,3 +148,24 @@ class Bert(nn.Module):
         """``[N, H]``: the pooled [CLS] of each sample, in the order of the samples."""
         out: Tensor = self.pooler(hidden.index_select(0, batch.first))
         return out
+
+
+def initialise(module: nn.Module, config: BertConfig, generator: torch.Generator) -> None:
+    """Overwrite all parameters below ``module``; the same generator state gives the same weights.
+
+    Weights are Normal(0, initializer_range), not truncated (as NVIDIA and Hugging Face do, unlike the paper),
+    biases 0, LayerNorm 1 and 0. With ``init = "nvidia"`` the `FUSED_LINEARS` keep PyTorch's default for
+    linears: weight and bias uniform within 1/sqrt(fan_in).
+    """
+    with torch.no_grad():
+        for name, part in module.named_modules():
+            for own in part.parameters(recurse=False):
+                own.zero_()  # what no line below sets: biases, that of the vocabulary included
+            if isinstance(part, nn.LayerNorm):
+                part.weight.fill_(1)
+            elif isinstance(part, nn.Linear) and config.init == "nvidia" and name.endswith(FUSED_LINEARS):
+                bound = 1 / math.sqrt(part.in_features)
+                part.weight.uniform_(-bound, bound, generator=generator)
+                part.bias.uniform_(-bound, bound, generator=generator)
+            elif isinstance(part, (nn.Linear, nn.Embedding)):
+                part.weight.normal_(0, config.initializer_range, generator=generator)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TypeVar
 
 import torch
@@ -11,11 +10,8 @@ from torch.nn import functional
 
 from pipeline.bert.config import BertConfig
 from pipeline.bert.dropout import dropout
-from pipeline.bert.encoder import Bert, DenseGelu
+from pipeline.bert.encoder import Bert, DenseGelu, initialise
 from pipeline.bert.packing import Batch
-
-# The linears that NVIDIA's code fuses with their activation and therefore leaves at PyTorch's default start.
-FUSED_LINEARS = ("intermediate.dense", "pooler.dense", "predictions.transform.dense")
 
 
 class Transform(DenseGelu):
@@ -109,25 +105,8 @@ AnyModel = TypeVar("AnyModel", bound=Model)
 
 
 def initialised(model: AnyModel, generator: torch.Generator) -> AnyModel:
-    """Overwrite all parameters and return the model; the same generator state gives the same weights.
-
-    Weights are Normal(0, initializer_range), not truncated (as NVIDIA and Hugging Face do, unlike the paper),
-    biases 0, LayerNorm 1 and 0. With ``init = "nvidia"`` the `FUSED_LINEARS` keep PyTorch's default for
-    linears: weight and bias uniform within 1/sqrt(fan_in).
-    """
-    config = model.config
-    with torch.no_grad():
-        for name, part in model.named_modules():
-            for own in part.parameters(recurse=False):
-                own.zero_()  # what no line below sets: biases, that of the vocabulary included
-            if isinstance(part, nn.LayerNorm):
-                part.weight.fill_(1)
-            elif isinstance(part, nn.Linear) and config.init == "nvidia" and name.endswith(FUSED_LINEARS):
-                bound = 1 / math.sqrt(part.in_features)
-                part.weight.uniform_(-bound, bound, generator=generator)
-                part.bias.uniform_(-bound, bound, generator=generator)
-            elif isinstance(part, (nn.Linear, nn.Embedding)):
-                part.weight.normal_(0, config.initializer_range, generator=generator)
+    """``model`` with fresh parameters (`pipeline.bert.encoder.initialise`)."""
+    initialise(model, model.config, generator)
     return model
 
 
