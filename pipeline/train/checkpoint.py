@@ -1,0 +1,260 @@
+"""The checkpoints of a stage over all its attempts: the newest good one, saving in the background, rotation.
+
+Attempts form one history: each records in ``attempt.json`` the attempt and step that it went on from.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.errors import CheckpointError, StorageError
+from pipeline.train.checkpoint_folder import (
+    MANIFEST,
+    Arrays,
+    Checkpoint,
+    is_whole,
+    label,
+    read,
+    read_manifest,
+    remove,
+    save,
+    step_folder,
+    verify,
+)
+
+__all__ = ["Checkpoint", "Saver", "check_identity", "lineage", "listing", "newest_verified", "read", "rotate", "save"]
+
+
+class Saver:
+    """One writer thread with a reused staging buffer, for the checkpoints of one attempt.
+
+    After each checkpoint all but the newest ``keep`` and the permanent ones are deleted. A save that the file
+    system refuses is told to ``warn`` in one line and training goes on; the next save tries again. Any other
+    error (a tensor that is not finite, a newer attempt) is raised by the next call. ``stall_s`` and
+    ``write_s`` are the seconds that the last save held up the loop, and took.
+    """
+
+    def __init__(self, attempt_dir: Path, *, keep: int = 2, warn: Callable[[str], None] = print) -> None:
+        self.attempt_dir, self.keep, self.warn = attempt_dir, keep, warn
+        self.stall_s = self.write_s = 0.0
+        self._staging: dict[str, dict[str, NDArray[Any]]] = {"weights": {}, "optimizer": {}}
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def save(self, *, step: int, weights: Arrays, optimizer: Arrays, **fields: Any) -> Path:
+        """Copy the state and write it in the background; returns the folder where it will be.
+
+        ``fields`` are the other ones of ``checkpoint.save``. The arrays may change as soon as this returns. An
+        earlier save that is still writing is waited for.
+        """
+        begin = time.monotonic()
+        if _resumed_from(self.attempt_dir) is None:
+            raise CheckpointError(f"{self.attempt_dir} has no attempt.json: its checkpoints would never be found")
+        self._join()
+        if self._error is not None and not isinstance(self._error, StorageError):
+            raise self._error
+        self._error = None
+        for kind, arrays in (("weights", weights), ("optimizer", optimizer)):
+            self._staging[kind] = _copy(arrays, self._staging[kind])
+        self._thread = threading.Thread(target=self._write, args=(step, fields), name="checkpoint", daemon=True)
+        self._thread.start()
+        self.stall_s = time.monotonic() - begin
+        return step_folder(self.attempt_dir, step)
+
+    def wait(self) -> None:
+        """Wait until the last save is on disk; raises its error."""
+        self._join()
+        if self._error is not None:
+            raise self._error
+
+    def close(self) -> None:
+        """As ``wait``: StorageError when the last state could not be saved."""
+        self.wait()
+
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _write(self, step: int, fields: dict[str, Any]) -> None:
+        begin = time.monotonic()
+        try:
+            weights, optimizer = self._staging["weights"], self._staging["optimizer"]
+            save(self.attempt_dir, step=step, weights=weights, optimizer=optimizer, **fields)
+            rotate(self.attempt_dir, self.keep)
+        except StorageError as error:
+            self._error = error
+            self.warn(f"{error}; training goes on and the next save tries again")
+        except BaseException as error:  # handed to the loop: a thread has nobody to raise to
+            self._error = error
+        self.write_s = time.monotonic() - begin
+
+
+def newest_verified(
+    stage_dir: Path, say: Callable[[str], None], *, tensors: Iterable[str] = ("weights", "optimizer")
+) -> Checkpoint | None:
+    """The newest checkpoint of the stage's history that verifies, or None where none was ever saved.
+
+    What is passed over is named through ``say``. Raises CheckpointError when checkpoints exist and none can be
+    used: a run never starts again from nothing by itself.
+    """
+    tensors, faults = tuple(tensors), []
+    for folder in lineage(stage_dir):
+        if not (folder / MANIFEST).exists():
+            say(f"{label(folder)} has no manifest (its save was cut short) and is passed over")
+            continue
+        try:
+            found = read(folder, tensors=tensors)
+        except CheckpointError as error:
+            faults.append((step_of(folder), error))
+            continue
+        for step, fault in faults:
+            instead = f"using step {found.step} of attempt {found.attempt} instead"
+            say(f"{fault}; {instead} ({step - found.step} steps redone)")
+        return found
+    if not faults:
+        _refuse_orphans(stage_dir)
+        return None
+    more = f" (and {len(faults) - 1} older)" if len(faults) > 1 else ""
+    raise CheckpointError(
+        f"{stage_dir.name}: no checkpoint can be used: {faults[0][1]}{more}; restore one, or delete "
+        f"{stage_dir / 'attempts'} to start this stage again from nothing"
+    )
+
+
+def _refuse_orphans(stage_dir: Path) -> None:
+    """Raise CheckpointError when checkpoints lie in attempts whose history cannot be told any more."""
+    for path in _attempts(stage_dir):
+        if _resumed_from(path) is None and any((folder / MANIFEST).exists() for folder in _step_folders(path)):
+            raise CheckpointError(
+                f"{stage_dir.name}: attempt {int(path.name)} has checkpoints but no readable attempt.json; restore "
+                f'it ({{"resumed_from": null}} for a first attempt), or delete {path} to start without it'
+            )
+
+
+def lineage(stage_dir: Path) -> Iterator[Path]:
+    """Step folders of the stage's one consistent history, newest first.
+
+    It starts at the newest attempt that has an ``attempt.json`` and goes on where that one resumed from; what
+    another job wrote beside it, or after it was succeeded, does not belong.
+    """
+    attempts = {int(path.name): path for path in _attempts(stage_dir)}
+    origins = {number: _resumed_from(path) for number, path in attempts.items()}
+    number = max((n for n in origins if origins[n] is not None), default=0)
+    newest: int | None = None
+    while number in attempts:
+        for folder in sorted(_step_folders(attempts[number]), key=step_of, reverse=True):
+            if newest is None or step_of(folder) <= newest:
+                yield folder
+        origin = origins[number]
+        if not origin or origin["attempt"] >= number:
+            return
+        number, newest = origin["attempt"], origin["step"]
+
+
+def check_identity(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raise CheckpointError listing every field of a checkpoint's identity that is not as wanted."""
+    old, new = dict(_leaves(found)), dict(_leaves(wanted))
+    differing = [
+        f"{key} {old.get(key, '(absent)')} → {new.get(key, '(absent)')}"
+        for key in sorted({*old, *new})
+        if (key in old, old.get(key)) != (key in new, new.get(key))
+    ]
+    if differing:
+        raise CheckpointError(
+            f"the checkpoint belongs to another training: {'; '.join(differing)}; give back the old values or use a "
+            f"new run directory"
+        )
+
+
+def _leaves(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in fields.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def listing(run_dir: Path, *, check: bool = False) -> list[dict[str, Any]]:
+    """All checkpoints of a run: ``{"stage", "step", "attempt", "verified", "digest"}`` by stage and age.
+
+    ``verified`` is None unless ``check`` reads and hashes every file; a bad one also has ``"fault"``, a line.
+    """
+    found = []
+    stages = run_dir.glob("stages/*")
+    for folder in (f for stage in stages for path in _attempts(stage) for f in _step_folders(path)):
+        if not (folder / MANIFEST).exists():
+            continue
+        row: dict[str, Any] = {
+            "stage": folder.parents[2].name,
+            "step": step_of(folder),
+            "attempt": int(folder.parent.name),
+            "verified": None,
+            "digest": None,
+        }
+        try:
+            row["digest"] = read_manifest(folder)["digest"]
+            if check:
+                verify(folder)
+                row["verified"] = True
+        except CheckpointError as error:
+            row |= {"verified": False if check else None, "fault": str(error)}
+        found.append(row)
+    return sorted(found, key=lambda row: (row["stage"], row["attempt"], row["step"]))
+
+
+def rotate(attempt_dir: Path, keep: int) -> None:
+    """Delete all but the newest ``keep`` whole checkpoints of this attempt's history and the permanent ones.
+
+    Remains of saves that were cut short go too. Nothing happens in an attempt that a newer one has succeeded.
+    """
+    stage_dir = attempt_dir.parent.parent
+    history = [folder for folder in lineage(stage_dir) if is_whole(folder)]
+    succeeded = any(int(path.name) > int(attempt_dir.name) for path in _attempts(stage_dir))
+    if succeeded or not history or history[0].parent != attempt_dir:
+        return
+    for folder in (f for path in _attempts(stage_dir) for f in _step_folders(path)):
+        if folder not in history[:keep] and not (is_whole(folder) and read_manifest(folder)["permanent"]):
+            remove(folder)
+
+
+def _attempts(stage_dir: Path) -> list[Path]:
+    return [path for path in stage_dir.glob("attempts/*") if path.name.isdigit()]
+
+
+def _step_folders(attempt_dir: Path) -> list[Path]:
+    return [path for path in attempt_dir.glob("step-*") if path.name.removeprefix("step-").isdigit()]
+
+
+def step_of(folder: Path) -> int:
+    """The step that a checkpoint folder is named after."""
+    return int(folder.name.removeprefix("step-"))
+
+
+def _resumed_from(attempt_dir: Path) -> dict[str, int] | None:
+    """Where an attempt went on from; {} for a start from nothing, None where that is not recorded."""
+    try:
+        record = json.loads((attempt_dir / "attempt.json").read_bytes())["resumed_from"]
+        return {} if record is None else {"attempt": int(record["attempt"]), "step": int(record["step"])}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _copy(arrays: Arrays, staging: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """``arrays`` copied into the buffers of ``staging`` where they fit, which spares the page faults."""
+    copies = {}
+    for name, array in arrays.items():
+        buffer = staging.get(name)
+        if buffer is None or buffer.shape != array.shape or buffer.dtype != array.dtype:
+            buffer = np.empty_like(array)
+        np.copyto(buffer, array)
+        copies[name] = buffer
+    return copies
