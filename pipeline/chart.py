@@ -45,7 +45,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Chart:
-    """Lines over a common x. ``marks``: x and label of vertical ticks. ``from_zero``: y begins at 0."""
+    """Lines over a common x from 0 on. ``marks``: x and label of vertical ticks. ``from_zero``: y begins at 0, too."""
 
     title: str
     x_label: str
@@ -185,7 +185,7 @@ def _plot(chart: Chart, lines: Sequence[Line], missing: str, width: int, height:
     entries, legend_bottom = _legend(lines, width)
     marks = [(x, label) for x, label in chart.marks if drawable((x, 0.0))]
     xs = [x for line in lines if line.look != "level" for x, _ in line.points] or [0.0, 1.0]
-    x = axis([*xs, *(mark for mark, _ in marks)], ticks=max(2, width // 90), widen=False)
+    x = axis([0.0, *xs, *(mark for mark, _ in marks)], ticks=max(2, width // 90), widen=False)
     ys = [y for line in lines for _, y in line.points]
     y = axis([*ys, *([0.0] if chart.from_zero else [])], ticks=5, widen=True)
     labels = [tick_label(tick, y.step, max(map(abs, y.ticks))) for tick in y.ticks]

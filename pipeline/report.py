@@ -1,0 +1,171 @@
+"""``python -m pipeline.report RUN``: everything about a run in one HTML file that needs nothing else; also a stage.
+
+Written from the run's own files, whatever state it is in: what is missing is said, what failed is said first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+from data_prep.publish import publish_text
+from pipeline import chart, page
+from pipeline.curves import Phase, phase_section
+from pipeline.errors import run_command
+from pipeline.facts import Facts, gather
+from pipeline.job import Job
+from pipeline.page import Html, document, duration, is_number, moment, note, number, percent, tag
+from pipeline.rundir import RunDir
+from pipeline.sections import (
+    badge,
+    data_section,
+    dataset,
+    origin_section,
+    plan_section,
+    published_section,
+    score_section,
+    shown_scores,
+    stage_section,
+    verdict,
+)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m pipeline.report", description=__doc__)
+    parser.add_argument("run", type=Path, help="run directory")
+    parser.add_argument("--out", type=Path, help="the file to write (default: RUN/report.html)")
+    arguments = parser.parse_args()
+    run = RunDir(arguments.run)
+    out = arguments.out or run.report
+    publish_text(out, render(gather(run, held=run.is_held())))
+    print(out)
+    return 0
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Stage ``report``: write ``RUN/report.html``. While it runs, no other stage does."""
+    facts = gather(job.run, held=False)
+    publish_text(job.run.report, render(facts))
+    return {"report": job.run.report.name, "stages_done": sum(row["state"] == "done" for row in facts.rows)}
+
+
+def render(facts: Facts) -> str:
+    """The report as one HTML document."""
+    body = [
+        head(facts),
+        *(phase_section(phase, remark(facts, phase.name)) for phase in facts.phases),
+        stage_section(facts),
+        data_section(facts),
+        score_section(facts),
+        plan_section(facts),
+        published_section(facts),
+        origin_section(facts),
+    ]
+    return document(f"{facts.name}: BERT training report", page.STYLE + chart.STYLE, *body)
+
+
+# -------------------------------------------------------------------- head
+
+
+def head(facts: Facts) -> Html:
+    """Name, circumstances, the result in a sentence, and what is wrong, if anything."""
+    recipe, profile = facts.recipe, facts.profile
+    world = profile.ranks(facts.nodes)
+    where = f"{facts.nodes} node{'s' if facts.nodes > 1 else ''}, {world} rank{'s' if world > 1 else ''}"
+    submitted = [event.get("time") for event in facts.events if event.get("event") == "submitted"]
+    spent = sum(row.get("duration_s", 0.0) for row in facts.rows)
+    line = [
+        f"Recipe {recipe.name}",
+        f"cluster {profile.name} ({where})",
+        f"submitted {moment(submitted[0])}" if submitted else "time of submission not recorded",
+        f"report of {moment(time.time())}",
+        f"{duration(spent)} in finished stages",
+    ]
+    return tag(
+        "header",
+        tag("p", "BERT training report", class_="kind"),
+        tag("h1", facts.name, " ", badge(overall(facts))),
+        tag("p", " · ".join(line), class_="note"),
+        *troubles(facts),
+        tag("p", result_sentence(facts), class_="lead"),
+        tiles(facts),
+    )
+
+
+def overall(facts: Facts) -> str:
+    """One state for the whole run."""
+    states = {row["state"] for row in facts.rows}
+    return next((s for s in ("failed", "running", "waiting", "cancelled") if s in states), "") or (
+        "done" if states <= {"done"} else "not finished"
+    )
+
+
+def troubles(facts: Facts) -> list[Html]:
+    """A box for every stage that failed or was stopped, with its verdict, and what therefore has not run."""
+    boxes = []
+    for row in facts.rows:
+        if row["state"] in ("failed", "cancelled"):
+            what = (
+                f"{row['name']} {'failed' if row['state'] == 'failed' else 'was stopped'} in attempt {row['attempts']}"
+            )
+            boxes.append(tag("p", tag("strong", what), tag("br"), verdict(row), class_=f"trouble {row['state']}"))
+    missing = [row["name"] for row in facts.rows if row["state"] in ("todo", "waiting")]
+    if missing:
+        boxes.append(note(f"Not done yet: {', '.join(missing)}."))
+    return boxes
+
+
+def heldout(facts: Facts) -> Phase | None:
+    """The last phase that has been evaluated."""
+    evaluated = [phase for phase in facts.phases if is_number(phase.last("eval_mlm_loss"))]
+    return evaluated[-1] if evaluated else None
+
+
+def result_sentence(facts: Facts) -> str:
+    """What came out, in one or two sentences."""
+    phase, said = heldout(facts), []
+    if phase is None:
+        said.append("The model has not been evaluated yet.")
+    else:
+        loss, unigram = phase.last("eval_mlm_loss"), phase.last("unigram_loss")
+        words = f"Held-out MLM loss {loss:.3f} nats after {number(phase.evaluations[-1]['step'])} steps of {phase.name}"
+        if is_number(unigram) and loss < unigram:
+            words += f", {unigram - loss:.3f} below the unigram loss of {unigram:.3f}: the model uses context"
+        elif is_number(unigram):
+            words += f", not below the unigram loss of {unigram:.3f}: the model has not learnt to use context"
+        said.append(words + ".")
+    if facts.scores:
+        said.append("; ".join(f"{dataset(found)}: {shown_scores(found)}" for found in facts.scores.values()) + ".")
+    return " ".join(said)
+
+
+def tiles(facts: Facts) -> Html | None:
+    """The figures that are asked for first."""
+    phase = heldout(facts)
+    if phase is None:
+        return None
+    loss, unigram = phase.last("eval_mlm_loss"), phase.last("unigram_loss")
+    margin = f"{unigram - loss:.3f} below unigram" if is_number(unigram) else "unigram loss not known"
+    shown = [
+        ("Held-out MLM loss", f"{loss:.3f}", margin),
+        ("MLM accuracy", percent(phase.last("eval_mlm_accuracy")), "masked tokens, held out"),
+        ("NSP accuracy", percent(phase.last("eval_nsp_accuracy")), "sentence pairs, held out"),
+        ("Real tokens per second", number(phase.median("tokens_per_s")), f"median of {phase.name}"),
+    ]
+    return tag(
+        "dl",
+        *[tag("div", tag("dt", name), tag("dd", value), tag("dd", more, class_="more")) for name, value, more in shown],
+        class_="tiles",
+    )
+
+
+def remark(facts: Facts, name: str) -> str:
+    if facts.chain.is_current(name):
+        return ""
+    return f"The configuration has changed since; what follows was made with the older one, and {name} will run again."
+
+
+if __name__ == "__main__":
+    run_command(main)

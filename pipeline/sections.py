@@ -1,0 +1,225 @@
+"""The sections of a report: stages, data, scores, batch plan, published results, where it comes from."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from pipeline.batch import BatchPlan
+from pipeline.facts import Facts
+from pipeline.page import Html, duration, folded, is_number, join, note, number, percent, section, size, table, tag
+from pipeline.published import Measured, compare
+
+
+def badge(state: str) -> Html:
+    return tag("span", state, class_=f"badge {state.replace(' ', '-')}")
+
+
+def verdict(row: Mapping[str, Any]) -> Html:
+    """A reason, line by line."""
+    return join(*[part for line in str(row.get("reason", "")).splitlines() for part in (line, tag("br"))][:-1])
+
+
+def stage_section(facts: Facts) -> Html:
+    rows = []
+    for row in facts.rows:
+        words = made(facts, row["name"]) if row["state"] == "done" else verdict(row)
+        took = duration(row["duration_s"]) if "duration_s" in row else "–"
+        rows.append((tag("code", row["name"]), badge(row["state"]), number(row["attempts"]), took, words))
+    shown = table(("Stage", "State", "Attempts", "Duration", "What it made, or why not"), rows, numeric=(2, 3),
+                  class_="stages")  # fmt: skip
+    return section("Stages", shown, note("Durations are those of the attempt that finished the stage."))
+
+
+def made(facts: Facts, name: str) -> str:
+    """What a finished stage made, from its result; a fine-tuning task by the name of its data."""
+    if name in facts.scores:
+        return f"{dataset(facts.scores[name])}: {shown_scores(facts.scores[name])}"
+    return in_words(facts.results.get(name, {}))
+
+
+def in_words(value: Any, name: str = "") -> str:
+    """A result as words: ``1,204 documents, 3.1 MB; train: 8 shards``. Digests are cut, nested tables named."""
+    if isinstance(value, Mapping):
+        plain = {key: item for key, item in value.items() if not isinstance(item, Mapping | list)}
+        nested = {key: item for key, item in value.items() if isinstance(item, Mapping) and item}
+        parts = [", ".join(in_words(item, str(key)) for key, item in plain.items())]
+        parts += [f"{spoken(str(key))}: {in_words(item)}" for key, item in nested.items()]
+        return "; ".join(part for part in parts if part)
+    if name.endswith("bytes"):
+        return f"{spoken(name.removesuffix('bytes'))} {size(value)}".strip()
+    if name.endswith("s") and isinstance(value, int) and not isinstance(value, bool):
+        return f"{number(value)} {spoken(name)}"
+    shown = value[:12] + "…" if isinstance(value, str) and len(value) > 32 and value.isalnum() else number(value)
+    return f"{spoken(name)} {shown}".strip()
+
+
+def spoken(name: str) -> str:
+    return name.replace("_", " ").strip()
+
+
+def data_section(facts: Facts) -> Html:
+    """From articles to samples, each count from the stage that made it."""
+    said: list[Html] = []
+    extract = facts.results.get("extract") or {}
+    said.append(tag("p", accounting(extract)) if extract else note("extract is not done, so there are no counts."))
+    shard = facts.results.get("shard") or {}
+    parts = {name: shard[key] for key, name in (("train", "training"), ("test", "held out")) if key in shard}
+    rows = [
+        (spoken(key), *[size(p.get(key)) if key == "bytes" else number(p.get(key)) for p in parts.values()])
+        for key in ("documents", "sentences", "words", "bytes", "shards")
+    ]
+    if parts:
+        said.append(table(("Text", *parts), rows, numeric=(1, 2)))
+    others = [name for name in facts.results if name == "vocab" or name.startswith("samples")]
+    if others:
+        said.append(table(("Made of it", ""), [(tag("code", n), in_words(facts.results[n])) for n in others]))
+    return section("Data", *said)
+
+
+def accounting(result: Mapping[str, Any]) -> str:
+    """``1,204 articles in = 1,100 documents out + 104 skipped (90 redirects, 14 empty)``, or the plain counts."""
+    counts = {key: value for key, value in result.items() if isinstance(value, int)}
+    came = next((key for key in ("articles_in", "documents_in", "articles", "pages") if key in counts), None)
+    went = next((key for key in ("documents_out", "documents") if key in counts), None)
+    skipped = result.get("skipped", 0)
+    reasons = {k: v for k, v in skipped.items() if isinstance(v, int)} if isinstance(skipped, Mapping) else {}
+    lost = sum(reasons.values()) if isinstance(skipped, Mapping) else skipped
+    if came is None or went is None or not isinstance(lost, int):
+        return in_words(result) + "."
+    why = ", ".join(f"{number(count)} {spoken(reason)}" for reason, count in reasons.items() if count)
+    agree = counts[came] == counts[went] + lost
+    return (
+        f"{number(counts[came])} articles in {'=' if agree else '≠'} {number(counts[went])} documents out + "
+        f"{number(lost)} skipped{f' ({why})' if why else ''}{'.' if agree else ': the counts do not add up.'}"
+    )
+
+
+def dataset(found: Mapping[str, Any]) -> str:
+    """The name that a task's data go by; the stage's name says nothing about them."""
+    return str(found.get("dataset") or "data set without a name")
+
+
+def shown_scores(found: Mapping[str, Any]) -> str:
+    """``accuracy 71.2, F1 70.4`` of a scores.json: means over the seeds where there are several."""
+    several = len(found.get("seeds") or []) > 1
+    values = found.get("mean") if several else found["scores"]
+    spread = (found.get("deviation") or {}) if several else {}
+    parts = []
+    for key, value in (values or {}).items():
+        deviation = f" ± {number(spread[key], 3)}" if is_number(spread.get(key)) else ""
+        parts.append(f"{'F1' if key == 'f1' else spoken(key)} {number(value)}{deviation} %")
+    return ", ".join(parts) or "not scored"
+
+
+def score_section(facts: Facts) -> Html:
+    if not facts.scores:
+        return section("Scores", note("No fine-tuning task has been scored yet."))
+    rows = [
+        (
+            dataset(found),
+            shown_scores(found),
+            number(found.get("examples")),
+            number(found.get("train_examples")),
+            ", ".join(str(s.get("seed")) for s in found.get("seeds") or [found] if isinstance(s, Mapping)),
+            number(found.get("epochs")),
+        )
+        for found in facts.scores.values()
+    ]
+    head_ = ("Data set", "Score", "Evaluated on", "Trained on", "Seeds", "Epochs")
+    several = any(len(found.get("seeds") or []) > 1 for found in facts.scores.values())
+    more = " With several seeds: mean ± standard deviation (n − 1)." if several else " One seed: no deviation."
+    return section("Scores", table(head_, rows, numeric=(2, 3, 4, 5)), note("Scores on held-out examples." + more))
+
+
+def plan_section(facts: Facts) -> Html:
+    """How each step's global batch was shared: by the ranks that really started, else as planned."""
+    rows = []
+    for phase in facts.phases:
+        started = [
+            event.get("world_size")
+            for event in facts.events
+            if event.get("event") == "started" and event.get("stage") == phase.name
+        ]
+        worlds = dict.fromkeys(world for world in started if isinstance(world, int) and world > 0)
+        for world in worlds or [facts.profile.ranks(facts.nodes)]:
+            config = phase.config
+            plan = BatchPlan(config.global_batch, config.micro_batch or config.global_batch, world)
+            rows.append(
+                (
+                    phase.name + ("" if worlds else " (planned)"),
+                    *map(number, (world, plan.global_batch, plan.micro_batch, plan.accumulation,
+                                  max(plan.rank_batches), config.steps, config.steps * plan.global_batch)),
+                    percent(plan.balance),
+                )
+            )  # fmt: skip
+    head_ = (
+        "Phase",
+        "Ranks",
+        "global_batch",
+        "micro_batch",
+        "Accumulation",
+        "rank_batch",
+        "Steps",
+        "Samples",
+        "Balance",
+    )
+    said = note(
+        "global_batch = sum of rank_batch over all ranks, whatever their number; rank_batch = micro_batch × "
+        "accumulation of the busiest rank; balance = mean ÷ largest rank_batch."
+    )
+    return section("Batch plan", table(head_, rows, numeric=range(1, 9)), said)
+
+
+def published_section(facts: Facts) -> Html:
+    last = facts.phases[-1]
+    finished = last.last("step") == last.config.steps
+    measured = Measured(
+        last.last("loss") if finished else None,
+        {p.name: median for p in facts.phases if (median := p.median("sequences_per_s")) is not None},
+        facts.scores,
+        facts.profile.name,
+        facts.nodes,
+    )
+    found = compare(facts.recipe, measured)
+    head_ = ("Measured", "This run", "NVIDIA published", "On")
+    said = [table(head_, found.rows, numeric=(1, 2))] if found.rows else []
+    return section("Beside NVIDIA's published results", *said, *[note(line) for line in found.sentences])
+
+
+def origin_section(facts: Facts) -> Html:
+    """What is needed to repeat the run."""
+    settings = facts.settings
+    commit = str(settings.get("commit") or "not known (no git checkout)")
+    changed = facts.chain.run.path / "code.diff"
+    if changed.is_file() and changed.stat().st_size:
+        commit += ", with local changes (code.diff in the run)"
+    versions = {"commit": commit, **(settings.get("versions") or {})}
+    corpora = [
+        (
+            name,
+            size((facts_ or {}).get("bytes")),
+            number((facts_ or {}).get("files", 1)),
+            (facts_ or {}).get("digest", "–"),
+        )
+        for name, facts_ in (settings.get("corpora") or {}).items()
+    ]
+    blocks = [folded("Code and versions", table(("What", "Version"), versions.items()))]
+    if corpora:
+        head_ = ("Name", "Size", "Files", "Digest")
+        blocks.append(folded("Corpora and task data", table(head_, corpora, numeric=(1, 2))))
+    blocks.append(folded(f"Recipe {facts.recipe.name}", values_table(dataclasses.asdict(facts.recipe))))
+    blocks.append(folded(f"Cluster profile {facts.profile.name}", values_table(dataclasses.asdict(facts.profile))))
+    return section("Where it comes from", *blocks)
+
+
+def values_table(values: Mapping[str, Any]) -> Html:
+    """A nested configuration as dotted keys and values."""
+    rows: list[tuple[Html, str]] = []
+    for key, value in values.items():
+        items = value.items() if isinstance(value, Mapping) else [("", value)]
+        for inner, item in items:
+            shown = ", ".join(map(str, item)) if isinstance(item, list | tuple) else "–" if item is None else str(item)
+            rows.append((tag("code", f"{key}.{inner}" if inner else key), shown))
+    return table(("Key", "Value"), rows)
