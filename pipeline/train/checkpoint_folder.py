@@ -102,7 +102,6 @@ def save(
         _refuse_non_finite(group, f"step {step} of {stage}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / MANIFEST).unlink(missing_ok=True)  # of a broken one that is now written again
         sync_folder(attempt_dir)
         files = {name: write_safetensors(folder / name, group) for name, group in tensors.items()}
         _fence(attempt_dir)
