@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 SQUAD = "squad"
+MODES = ("train", "eval", "prediction")
 
 
 def bounded(*default: Any, low: float | None = None, high: float | None = None, above: float | None = None) -> Any:
@@ -40,7 +41,7 @@ class FinetuneConfig:
     max_answer_length: int = bounded(30, low=1)  # tokens
     version_2: bool = False  # SQuAD 2.0: questions without an answer
     null_threshold: float = 0.0  # answer "" when its score leads the best answer's by more than this
-    seeds: tuple[int, ...] = bounded((1,), low=0)
+    seeds: tuple[int, ...] = bounded((1,), low=0, high=2**63 - 1)
     precision: Literal["fp32", "bf16"] = "fp32"
 
 

@@ -32,11 +32,20 @@ class Samples:
         """Tokens of each sample ``[N]``."""
         return np.diff(self.offsets)
 
+    @classmethod
+    def of(cls, pieces: Sequence[NDArray[np.int64]], b_start: ArrayLike, targets: ArrayLike | None = None) -> Samples:
+        """Samples from the tokens of each one."""
+        return cls(
+            np.concatenate([np.zeros(0, np.int64), *pieces]),
+            np.concatenate([[0], np.cumsum([len(piece) for piece in pieces])]).astype(np.int64),
+            np.asarray(b_start, np.int64),
+            None if targets is None else np.asarray(targets, np.int64),
+        )
+
     def take(self, chosen: NDArray[np.int64]) -> Samples:
         """The samples ``chosen [K]``, in that order."""
         pieces = [self.tokens[self.offsets[i] : self.offsets[i + 1]] for i in chosen.tolist()]
-        targets = None if self.targets is None else self.targets[chosen]
-        return Samples(np.concatenate(pieces), _offsets(pieces), self.b_start[chosen], targets)
+        return Samples.of(pieces, self.b_start[chosen], None if self.targets is None else self.targets[chosen])
 
 
 def join(
@@ -51,16 +60,6 @@ def join(
     opening, closing = np.array([cls]), np.array([sep])
     if b is None:
         samples = [np.concatenate([opening, first, closing]) for first in a]
-        b_start = [len(sample) for sample in samples]
-    else:
-        samples = [
-            np.concatenate([opening, first, closing, second, closing]) for first, second in zip(a, b, strict=True)
-        ]
-        b_start = [len(first) + 2 for first in a]
-    tokens = np.concatenate(samples) if samples else np.zeros(0)
-    kept = None if targets is None else np.asarray(targets, np.int64)
-    return Samples(tokens.astype(np.int64), _offsets(samples), np.array(b_start, np.int64), kept)
-
-
-def _offsets(pieces: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
-    return np.concatenate([[0], np.cumsum([len(piece) for piece in pieces])]).astype(np.int64)
+        return Samples.of(samples, [len(sample) for sample in samples], targets)
+    samples = [np.concatenate([opening, first, closing, second, closing]) for first, second in zip(a, b, strict=True)]
+    return Samples.of(samples, [len(first) + 2 for first in a], targets)

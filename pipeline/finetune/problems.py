@@ -1,0 +1,175 @@
+"""What the loop needs to know of a task: its samples, its model, its loss, and how outputs become scores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+
+from data_prep.wordpiece import Encoder
+from pipeline.bert.config import BertConfig
+from pipeline.bert.heads import BertForQuestionAnswering, BertForSequenceClassification
+from pipeline.finetune import glue, squad
+from pipeline.finetune.options import SQUAD, FinetuneConfig
+from pipeline.finetune.samples import Samples
+from pipeline.finetune.squad_answers import answer_questions, basic_tokenizer
+from pipeline.finetune.squad_metric import score
+
+Outputs = Any  # what the model's forward returns
+Logits = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """The tokenizer of a model folder."""
+
+    encoder: Encoder
+    lowercase: bool
+    strip_accents: bool
+
+
+class Problem(Protocol):
+    """One task with its configuration; SQuAD or a GLUE task."""
+
+    metric: str  # the score that ranks runs
+    head: str  # the prefix of the task head's parameters
+    labels: tuple[str, ...]  # names of the classes, if any
+
+    def new_model(self, config: BertConfig) -> nn.Module:
+        """A model whose outputs `loss_sum` and `rows` understand."""
+
+    def read_train(self, path: Path) -> tuple[Samples, dict[str, int]]:
+        """Samples with targets, and counts to report."""
+
+    def read_eval(self, path: Path, *, labelled: bool) -> tuple[Samples, dict[str, int]]:
+        """Samples to predict, and counts to report; `judge` refers to the last file read."""
+
+    def loss_sum(self, outputs: Outputs, targets: Tensor) -> Tensor:
+        """Sum of the losses of N samples, fp32."""
+
+    def rows(self, outputs: Outputs) -> Tensor:
+        """Outputs as ``[N, L, 2]`` (start and end logits by token) or ``[N, labels]``."""
+
+    def judge(self, logits: Sequence[Logits]) -> tuple[dict[str, Any], dict[str, float]]:
+        """``(files, scores)`` from each sample's logits: JSON by file name, percent by metric (if labelled)."""
+
+
+class SquadProblem:
+    """Extractive question answering."""
+
+    metric, head = "f1", "qa_outputs."
+    labels: tuple[str, ...] = ()
+
+    def __init__(self, config: FinetuneConfig, tokenizer: Tokenizer) -> None:
+        self.config, self.tokenizer = config, tokenizer
+
+    def new_model(self, config: BertConfig) -> nn.Module:
+        return BertForQuestionAnswering(config)
+
+    def _features(self, data: squad.Squad, *, training: bool) -> tuple[list[squad.Feature], list[str]]:
+        encoder = self.tokenizer.encoder
+        cls, sep = encoder.vocabulary.special["cls"], encoder.vocabulary.special["sep"]
+        return squad.build_features(data, encoder.encode, self.config, cls=cls, sep=sep, training=training)
+
+    def read_train(self, path: Path) -> tuple[Samples, dict[str, int]]:
+        data = squad.read_squad(path, version_2=self.config.version_2)
+        features, skipped = self._features(data, training=True)
+        counts = {
+            "train_examples": len(data.questions) - len(skipped),
+            "skipped_train_examples": len(skipped),
+            "train_features": len(features),
+        }
+        return _samples(features, [(feature.start, feature.end) for feature in features]), counts
+
+    def read_eval(self, path: Path, *, labelled: bool) -> tuple[Samples, dict[str, int]]:
+        self.data = squad.read_squad(path, version_2=self.config.version_2, answers=labelled)
+        self.references = self.data.references() if labelled else None
+        self.features, _ = self._features(self.data, training=False)
+        counts = {"examples": len(self.data.questions), "eval_features": len(self.features)}
+        return _samples(self.features, None), counts
+
+    def loss_sum(self, outputs: Outputs, targets: Tensor) -> Tensor:
+        start, end = outputs
+        first = functional.cross_entropy(start.float(), targets[:, 0], reduction="sum")
+        return (first + functional.cross_entropy(end.float(), targets[:, 1], reduction="sum")) / 2
+
+    def rows(self, outputs: Outputs) -> Tensor:
+        return torch.stack(outputs, dim=-1)
+
+    def judge(self, logits: Sequence[Logits]) -> tuple[dict[str, Any], dict[str, float]]:
+        basic = basic_tokenizer(lowercase=self.tokenizer.lowercase, strip_accents=self.tokenizer.strip_accents)
+        answers, n_best = answer_questions(
+            self.data,
+            self.features,
+            ((own[:, 0], own[:, 1]) for own in logits),
+            self.config,
+            vocabulary=self.tokenizer.encoder.vocabulary.tokens,
+            basic=basic,
+        )
+        files = {"predictions.json": answers, "nbest_predictions.json": n_best}
+        if self.references is None:
+            return files, {}
+        return files, score(answers, self.references, version_2=self.config.version_2)
+
+
+def _samples(features: Sequence[squad.Feature], targets: list[tuple[int, int]] | None) -> Samples:
+    pieces = [feature.tokens for feature in features]
+    return Samples.of(pieces, [feature.b_start for feature in features], targets)
+
+
+class GlueProblem:
+    """Classification of sentences or pairs of them; predictions are keyed by the line in the file, from 1."""
+
+    head = "classifier."
+
+    def __init__(self, task: glue.Task, config: FinetuneConfig, tokenizer: Tokenizer) -> None:
+        self.task, self.config, self.tokenizer = task, config, tokenizer
+        self.metric, self.labels = task.metrics[0], task.labels
+
+    def new_model(self, config: BertConfig) -> nn.Module:
+        return BertForSequenceClassification(config, len(self.task.labels))
+
+    def _samples(self, table: glue.Table) -> Samples:
+        encoder = self.tokenizer.encoder
+        cls, sep = encoder.vocabulary.special["cls"], encoder.vocabulary.special["sep"]
+        return glue.build_samples(table, encoder.encode, self.config.max_seq_len, cls=cls, sep=sep)
+
+    def read_train(self, path: Path) -> tuple[Samples, dict[str, int]]:
+        samples = self._samples(glue.read_table(path, self.task))
+        return samples, {"train_examples": len(samples)}
+
+    def read_eval(self, path: Path, *, labelled: bool) -> tuple[Samples, dict[str, int]]:
+        self.table = glue.read_table(path, self.task, labelled=labelled)
+        samples = self._samples(self.table)
+        return samples, {"examples": len(samples)}
+
+    def loss_sum(self, outputs: Outputs, targets: Tensor) -> Tensor:
+        return functional.cross_entropy(outputs.float(), targets, reduction="sum")
+
+    def rows(self, outputs: Outputs) -> Tensor:
+        logits: Tensor = outputs
+        return logits
+
+    def judge(self, logits: Sequence[Logits]) -> tuple[dict[str, Any], dict[str, float]]:
+        predicted = np.stack(logits).argmax(axis=1)
+        by_line = {
+            str(line): self.task.labels[label] for line, label in zip(self.table.lines, predicted.tolist(), strict=True)
+        }
+        scores = {}
+        if self.table.classes is not None:
+            scores = {m: glue.METRICS[m](predicted, self.table.classes) for m in self.task.metrics}
+        return {"predictions.json": by_line}, scores
+
+
+def problem_of(task: str, config: FinetuneConfig, tokenizer: Tokenizer) -> Problem:
+    """The `Problem` of a task's name."""
+    if task == SQUAD:
+        return SquadProblem(config, tokenizer)
+    return GlueProblem(glue.TASKS[task], config, tokenizer)

@@ -1,0 +1,132 @@
+"""`python -m pipeline.finetune` from a folder of transformers to scores, and what it says to bad input."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from pipeline.errors import run_command
+from pipeline.finetune import __main__ as command
+
+VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefgh", "good", "bad"]
+SST2 = "sentence\tlabel\n" + "".join(f"a {('bad', 'good')[i % 2]} {'cdefgh'[i % 6]}\t{i % 2}\n" for i in range(24))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model of transformers, and a file in SST-2's format."""
+    folder = tmp_path_factory.mktemp("command")
+    config = transformers.BertConfig(
+        vocab_size=len(VOCAB),
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=32,
+    )
+    torch.manual_seed(0)
+    transformers.BertModel(config).save_pretrained(folder / "model")
+    (folder / "model" / "vocab.txt").write_text("\n".join(VOCAB) + "\n")
+    (folder / "train.tsv").write_text(SST2)
+    return folder
+
+
+def options(folder: Path, out: Path, *more: str) -> list[str]:
+    files = ["--model", f"{folder}/model", "--train", f"{folder}/train.tsv", "--eval", f"{folder}/train.tsv"]
+    small = ["--max-seq-len", "16", "--epochs", "20", "--batch", "8", "--learning-rate", "3e-3", "--threads", "1"]
+    return ["sst2", *files, "--out", str(out), *small, *more]
+
+
+def fails(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> tuple[int, str]:
+    """Exit code and what stands on standard error."""
+    monkeypatch.setattr(sys, "argv", ["finetune", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        run_command(command.main)
+    assert isinstance(stopped.value.code, int)
+    return stopped.value.code, capsys.readouterr().err
+
+
+def test_help_is_quick_and_needs_no_torch() -> None:
+    run = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "pipeline.finetune", "--help"], capture_output=True, text=True
+    )
+    assert run.returncode == 0
+    assert "--doc-stride" in run.stdout
+    imported = {line.rsplit("|", 1)[-1].strip().split(".")[0] for line in run.stderr.splitlines()}
+    assert not imported & {"torch", "numpy", "tokenizers", "safetensors"}
+
+
+def test_from_a_folder_of_transformers_to_scores(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out with a blank"
+    arguments = options(folder, out, "--seed", "1", "2", "--dataset", "toy reviews")
+    run = subprocess.run([sys.executable, "-m", "pipeline.finetune", *arguments], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    scores = json.loads((out / "scores.json").read_text())
+    assert scores["scores"]["accuracy"] == 100.0
+    assert scores["dataset"] == "toy reviews"
+    assert [record["seed"] for record in scores["seeds"]] == [1, 2]
+    assert run.stdout.splitlines()[-1].startswith("toy reviews: accuracy 100.00 %, f1 100.00 %; ")
+    assert json.loads((out / "predictions.json").read_text())["3"] == "1"
+    theirs = transformers.BertForSequenceClassification.from_pretrained(out / "model")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out / "model")
+    theirs.eval()
+    with torch.no_grad():
+        logits = theirs(**tokenizer(["a bad c", "a good d"], return_tensors="pt")).logits
+    assert logits.argmax(1).tolist() == [0, 1]
+
+
+def test_bad_files_end_with_one_line_and_code_3(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = tmp_path / "bad.tsv"
+    bad.write_text("text\tlabel\na\t1\n")
+    arguments = options(folder, tmp_path / "out", "--eval", str(bad))
+    code, said = fails(capsys, monkeypatch, arguments)
+    assert (code, said) == (3, f"{bad}:1: column 'sentence' is missing; found 'text', 'label'\n")
+    bad.write_text('{"data": [')
+    code, said = fails(capsys, monkeypatch, ["squad", *arguments[1:], "--train", str(bad), "--max-query-length", "4"])
+    assert (code, said.count("\n")) == (3, 1)
+    assert said.startswith(f"{bad}:1: not valid JSON")
+
+
+def test_bad_values_are_all_named_with_code_2(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = options(folder, tmp_path / "out", "--batch", "0", "--learning-rate", "nan", "--seed", "-1")
+    code, said = fails(capsys, monkeypatch, arguments)
+    assert code == 2
+    assert said.splitlines() == [
+        "command line: batch = 0: must be at least 1",
+        "command line: learning_rate = nan: expected a finite number",
+        "command line: seeds = -1: must be at least 0",
+    ]
+    assert not (tmp_path / "out").exists()
+    code, said = fails(capsys, monkeypatch, options(folder, tmp_path / "out", "--mode", "train,test"))
+    assert (code, said) == (2, "sst2: mode 'test' is unknown; choose from train, eval, prediction\n")
+    only_model = ["mrpc", "--model", f"{folder}/model", "--out", str(tmp_path / "out")]
+    code, said = fails(capsys, monkeypatch, only_model)
+    assert (code, said) == (2, "--mode train,eval needs --train FILE\n")
+
+
+def test_folders_that_are_no_model_end_with_one_line(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    arguments = options(folder, tmp_path / "out", "--model", str(model))
+    code, said = fails(capsys, monkeypatch, arguments)
+    assert (code, said.count("\n")) == (4, 1)
+    assert "config.json" in said
+    for file in (folder / "model").iterdir():
+        (model / file.name).write_bytes(file.read_bytes())
+    (model / "vocab.txt").write_text("\n".join([*VOCAB, *(f"x{i}" for i in range(20))]) + "\n")
+    code, said = fails(capsys, monkeypatch, arguments)
+    assert code == 3
+    assert "vocab.txt has 35 tokens and the model beside it 16 rows (padded)" in said
+    (model / "tokenizer_config.json").write_text('{"do_lower_case": "yes"}')
+    code, said = fails(capsys, monkeypatch, arguments)
+    assert (code, "do_lower_case is 'yes', not true or false" in said) == (3, True)
