@@ -1,0 +1,106 @@
+"""Masked language modelling as a pure function of (seed, epoch, sample id): which tokens, replaced by what."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Ints = NDArray[np.int64]
+Keys = NDArray[np.uint64]
+
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+SPECIAL_TOKENS = 3  # [CLS], [SEP], [SEP] of each sample are never masked
+MASK_PROBABILITY = 0.8
+KEEP_PROBABILITY = 0.1
+POSITION_BITS = np.uint64(16)
+
+
+def masked_counts(lengths: ArrayLike, masked_lm_prob: float, max_predictions: int) -> Ints:
+    """How many tokens of a sample are masked, int64 of the shape of ``lengths`` (which count [CLS] and [SEP]).
+
+    ``min(max_predictions, max(1, round(length * masked_lm_prob)))``, halves to even as Python rounds, and never
+    more than there are ordinary tokens.
+    """
+    lengths = np.asarray(lengths, np.int64)
+    wanted = np.maximum(1, np.rint(lengths * masked_lm_prob).astype(np.int64))
+    counts: Ints = np.minimum(np.minimum(max_predictions, wanted), lengths - SPECIAL_TOKENS)
+    return counts
+
+
+def mask_tokens(
+    tokens: NDArray[np.int32],
+    lengths: Ints,
+    sample_ids: Ints,
+    *,
+    seed: int,
+    epoch: int,
+    vocab_size: int,
+    mask_id: int,
+    special_ids: Sequence[int],
+    masked_lm_prob: float,
+    max_predictions: int,
+) -> tuple[NDArray[np.int32], Ints, NDArray[np.int32]]:
+    """Mask N samples that lie end to end in ``tokens [T]`` with ``lengths [N]``.
+
+    Returns the masked tokens ``[T]``, the masked positions ``[K]`` (flat, ascending) and the original ids
+    there, ``[K]``; sample i contributes ``masked_counts(lengths)[i]`` of them. 80 % become ``mask_id``, 10 % stay,
+    10 % become any of the ``vocab_size`` entries. Tokens in ``special_ids`` ([CLS], [SEP]) are chosen only if a
+    sample has too few others. A sample's mask depends on (seed, epoch, its id) and its own tokens alone.
+    """
+    starts = np.cumsum(lengths) - lengths
+    counts = masked_counts(lengths, masked_lm_prob, max_predictions)
+    keys = _sample_keys(seed, epoch, sample_ids)
+    inside = np.arange(len(tokens), dtype=np.uint64) - np.repeat(starts.astype(np.uint64), lengths)
+    positions = _smallest(_order(tokens, special_ids, np.repeat(keys, lengths), inside), starts, lengths, counts)
+    labels = tokens[positions]
+    row = np.repeat(np.arange(len(lengths)), counts)
+    draws = mix(mix(keys[row] + inside[positions] * GOLDEN) + GOLDEN)
+    kind = (draws >> np.uint64(11)) * 2.0**-53
+    anything = ((mix(draws) >> np.uint64(32)) * np.uint64(vocab_size) >> np.uint64(32)).astype(tokens.dtype)
+    masked = tokens.copy()
+    masked[positions] = np.where(
+        kind < MASK_PROBABILITY,
+        np.asarray(mask_id, tokens.dtype),
+        np.where(kind < MASK_PROBABILITY + KEEP_PROBABILITY, labels, anything),
+    )
+    return masked, positions, labels
+
+
+def mix(values: Keys) -> Keys:
+    """SplitMix64's finaliser (Steele, Lea, Flood 2014): 64-bit keys to 64 well-mixed bits."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def _sample_keys(seed: int, epoch: int, sample_ids: Ints) -> Keys:
+    base = np.zeros(1, np.uint64)
+    for part in (seed, epoch):
+        base = mix(base + GOLDEN + np.array([part % (1 << 64)], np.uint64))
+    return mix(mix(base + GOLDEN + sample_ids.astype(np.uint64)) + GOLDEN)
+
+
+def _order(tokens: NDArray[np.int32], special_ids: Sequence[int], keys: Keys, inside: Keys) -> Keys:
+    """For each token a number to sort by: special ones last, else random, the position in the lowest bits."""
+    random = mix(keys + inside * GOLDEN) >> np.uint64(1)
+    special = tokens == special_ids[0]
+    for number in special_ids[1:]:
+        special |= tokens == number
+    random |= special.astype(np.uint64) << np.uint64(63)
+    return random >> POSITION_BITS << POSITION_BITS | inside
+
+
+def _smallest(order: Keys, starts: Ints, lengths: Ints, counts: Ints) -> Ints:
+    """Flat positions of the ``counts[i]`` smallest numbers of each sample i, ascending."""
+    if len(lengths) == 0:
+        return np.zeros(0, np.int64)
+    width = int(lengths.max())
+    rows = np.full((len(lengths), width), np.iinfo(np.uint64).max)
+    rows[np.arange(width) < lengths[:, None]] = order
+    rows.sort(axis=1)
+    most = int(counts.max())
+    chosen = np.arange(most) < counts[:, None]
+    places = (rows[:, :most] & ((np.uint64(1) << POSITION_BITS) - np.uint64(1))).astype(np.int64)
+    return np.sort((places + starts[:, None])[chosen])
