@@ -12,6 +12,8 @@ from typing import Any
 from pipeline.errors import ConfigError
 
 VOCAB_MULTIPLE = 8
+# The tensors with one row per token of the padded vocabulary.
+VOCAB_ROWS = ("bert.embeddings.word_embeddings.weight", "cls.predictions.bias")
 ACTIVATIONS = ("erf", "tanh")
 INITS = ("bert", "nvidia")
 # Names that Hugging Face uses for the two GELUs; the first of each kind is the one we write.

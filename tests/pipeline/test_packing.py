@@ -1,0 +1,107 @@
+"""Packing: every token exactly once, whole samples, few rows; by property and by hand."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_prep.errors import DataError
+from pipeline.bert.packing import pack
+
+SEQ_LEN = 32
+LENGTHS = st.lists(st.integers(1, SEQ_LEN), min_size=1, max_size=40)
+
+
+def samples(lengths, seed=0):
+    """Distinct tokens, so that a wrong place cannot look right, and a random B."""
+    length = np.array(lengths)
+    b_start = np.random.default_rng(seed).integers(1, length + 1)
+    return np.arange(1, length.sum() + 1, dtype=np.uint32), length, b_start
+
+
+@settings(deadline=None)
+@given(lengths=LENGTHS, one_per_row=st.booleans())
+def test_every_token_stands_once_with_its_position_segment_and_block(lengths, one_per_row):
+    tokens, length, b_start = samples(lengths)
+    batch = pack(tokens, length, b_start, SEQ_LEN, one_per_row=one_per_row)
+
+    slot = batch.row_position(torch.arange(tokens.size))
+    assert torch.equal(batch.tokens.flatten()[slot], torch.from_numpy(tokens.astype(np.int64)))
+    assert len(set(slot.tolist())) == tokens.size
+    pads = torch.ones(batch.tokens.numel(), dtype=torch.bool)
+    pads[slot] = False
+    assert (batch.block.flatten()[pads] == -1).all()
+    assert (batch.block.flatten()[slot] >= 0).all()
+    assert (batch.tokens.flatten()[pads] == 0).all()
+
+    ends = np.cumsum(length)
+    for number, (end, size, begin) in enumerate(zip(ends, length, b_start, strict=True)):
+        own = slot[end - size : end]
+        assert own[0] == batch.first[number]
+        assert size == batch.length[number]
+        assert torch.equal(own, torch.arange(own[0].item(), own[0].item() + size))  # whole and in one piece
+        assert own[0] // batch.tokens.shape[1] == own[-1] // batch.tokens.shape[1]  # in one row
+        assert batch.positions.flatten()[own].tolist() == list(range(size))
+        assert batch.segments.flatten()[own].tolist() == [int(i >= begin) for i in range(size)]
+        assert len(set(batch.block.flatten()[own].tolist())) == 1
+    rows_and_blocks = set(
+        zip((batch.first // batch.tokens.shape[1]).tolist(), batch.block.flatten()[batch.first].tolist(), strict=True)
+    )
+    assert len(rows_and_blocks) == len(lengths)  # no two samples of a row share a block
+    if one_per_row:
+        assert (batch.first // batch.tokens.shape[1]).tolist() == list(range(len(lengths)))
+
+
+@settings(deadline=None)
+@given(lengths=LENGTHS)
+def test_no_row_is_needless_and_every_call_gives_the_same(lengths):
+    tokens, length, b_start = samples(lengths)
+    batch, again = (pack(tokens, length, b_start, SEQ_LEN) for _ in range(2))
+    held = (batch.block >= 0).sum(1).sort().values
+    assert len(held) == 1 or held[0] + held[1] > SEQ_LEN  # no two rows could have been one
+    assert held[-1] <= batch.tokens.shape[1] < held[-1] + 8
+    assert all(torch.equal(getattr(batch, name), getattr(again, name)) for name in vars(batch))
+
+
+def test_best_fit_takes_the_tightest_row():
+    batch = pack(*samples([12, 8, 20, 24]), SEQ_LEN)  # in the order given, 12 + 8 would share a row
+    assert batch.tokens.shape == (2, SEQ_LEN)
+    assert batch.fill == 1
+    # 18 | 17 | 10, 4 go beside 18 | 9 goes beside 17 (6 left, not into 18's 0) | 6 closes the second row
+    assert pack(*samples([18, 17, 10, 4, 9, 6]), SEQ_LEN).fill == 1
+
+
+def test_rows_are_cut_to_the_fullest_one():
+    batch = pack(*samples([5, 3]), SEQ_LEN)
+    assert batch.tokens.shape == (1, 8)
+    assert pack(*samples([5, 4]), SEQ_LEN).tokens.shape == (1, 16)
+
+
+def test_realistic_lengths_fill_the_rows():
+    """Two thirds full rows and a uniform rest, as the pair procedure gives at 128 tokens (84 % unpacked)."""
+    source = np.random.default_rng(0)
+    fills = []
+    for _ in range(20):
+        length = np.where(source.random(64) < 2 / 3, 128, source.integers(5, 129, 64))
+        fills.append(pack(np.ones(length.sum()), length, length, 128).fill)
+    assert np.mean(fills) > 0.96
+
+
+def test_a_batch_moves_whole():
+    batch = pack(*samples([5, 3]), SEQ_LEN).to("meta")
+    assert {getattr(batch, name).device.type for name in vars(batch)} == {"meta"}
+
+
+@pytest.mark.parametrize(
+    ("lengths", "total", "message"),
+    [
+        ([], 0, "0 samples"),
+        ([4, 33], 37, "sample 1 of the micro-batch has 33 tokens; a row holds 1 to 32"),
+        ([4, 0], 4, "sample 1 of the micro-batch has 0 tokens"),
+        ([4, 5], 10, "add up to 9 tokens, but 10 were given"),
+    ],
+)
+def test_impossible_samples_are_refused(lengths, total, message):
+    with pytest.raises(DataError, match=message):
+        pack(np.ones(total), np.array(lengths, dtype=int), np.array(lengths, dtype=int), SEQ_LEN)
