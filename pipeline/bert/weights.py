@@ -6,7 +6,9 @@ A key that is missing, surplus or of another shape is an error that names it: we
 from __future__ import annotations
 
 import json
+import pickle
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -158,19 +160,25 @@ def _read_safetensors(path: Path) -> Mapping[str, Any]:
     try:
         return dict(load_file(path))
     except (OSError, SafetensorError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {_first_line(error)}; fetch or copy it again") from error
+        raise CheckpointError(f"{path} cannot be read: {error}; copy it again") from error
 
 
 def _read_pickled(path: Path) -> Mapping[str, Any]:
     """A file of torch.save with tensors and plain containers only; anything that could run code is refused."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of foreign pickles; what matters is raised
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    except pickle.UnpicklingError as error:  # torch's own message advises to read it unsafely
+        raise CheckpointError(
+            f"{path} cannot be read safely: it holds more than tensors, and such a file can run code when it is "
+            "read; save its tensors alone"
+        ) from error
     except Exception as error:  # the reader raises nearly every kind of exception on foreign bytes
-        raise CheckpointError(f"{path} cannot be read safely: {_first_line(error)}") from error
+        raise CheckpointError(
+            f"{path} cannot be read ({type(error).__name__}): damaged, or not written by torch.save; copy it again"
+        ) from error
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise CheckpointError(f"{path} holds no named tensors but {type(content).__name__}")
     return content
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no reason given'}"

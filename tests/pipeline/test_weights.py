@@ -1,0 +1,252 @@
+"""Weights in: every spelling that exists, and a one-line refusal of everything that does not fit."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import save_file
+
+from pipeline.bert.config import BertConfig
+from pipeline.bert.heads import BertForPreTraining, BertForQuestionAnswering, initialised
+from pipeline.bert.weights import load_hugging_face, load_into, load_nvidia
+from pipeline.errors import CheckpointError
+
+CONFIG = BertConfig(
+    vocab_size=64,
+    hidden_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=24,
+    max_position_embeddings=12,
+)
+VOCAB_SIZE = 61
+WORDS, BIAS = "bert.embeddings.word_embeddings.weight", "cls.predictions.bias"
+
+
+def random_state(seed=0):
+    """Weights of a model of 61 tokens, as others store them (no padding rows)."""
+    model = initialised(BertForPreTraining(CONFIG), torch.Generator().manual_seed(seed))
+    state = {name: tensor + 0.01 * torch.randn(tensor.shape) for name, tensor in model.state_dict().items()}
+    return state | {name: state[name][:VOCAB_SIZE].clone() for name in (WORDS, BIAS)}
+
+
+def folder_of(tmp_path, state, **config):
+    values = CONFIG.to_hugging_face(vocab_size=VOCAB_SIZE) | config
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    if state is not None:
+        save_file(state, tmp_path / "model.safetensors")
+    return tmp_path
+
+
+def message(error):
+    assert error.value.exit_code == 4
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_what_transformers_saves_comes_in(tmp_path):
+    theirs = transformers.BertForPreTraining(transformers.BertConfig(**CONFIG.to_hugging_face(vocab_size=VOCAB_SIZE)))
+    theirs.save_pretrained(tmp_path)
+    config, state = load_hugging_face(tmp_path)
+    assert config == CONFIG
+    ours = BertForPreTraining(config)
+    load_into(ours, state)
+    for name, tensor in theirs.state_dict().items():
+        if name in state:
+            assert torch.equal(ours.state_dict()[name][: len(tensor)], tensor)
+    assert torch.equal(state[WORDS][VOCAB_SIZE:], state[WORDS][:VOCAB_SIZE].mean(0).expand(3, -1))
+    assert state[BIAS].shape == (64,)
+
+
+def spelled(state, spelling):
+    """The same weights as other programs name them."""
+    if spelling == "gamma and beta":
+        return {
+            name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): tensor
+            for name, tensor in state.items()
+        }
+    if spelling == "tied twice":
+        return state | {
+            "cls.predictions.decoder.weight": state[WORDS].clone(),
+            "cls.predictions.decoder.bias": state[BIAS].clone(),
+            "bert.embeddings.position_ids": torch.arange(12)[None],
+        }
+    if spelling == "bias of the decoder only":
+        return {name: tensor for name, tensor in state.items() if name != BIAS} | {
+            "cls.predictions.decoder.bias": state[BIAS]
+        }
+    if spelling == "half precision":
+        return {name: tensor.half() for name, tensor in state.items()}
+    if spelling == "wrapped":
+        return {f"module.{name}": tensor for name, tensor in state.items()}
+    return state
+
+
+@pytest.mark.parametrize(
+    "spelling", ["plain", "gamma and beta", "tied twice", "bias of the decoder only", "half precision", "wrapped"]
+)
+@pytest.mark.parametrize("pickled", [False, True])
+def test_every_spelling_gives_the_same_model(tmp_path, spelling, pickled):
+    state = random_state()
+    written = spelled(state, spelling)
+    folder = folder_of(tmp_path, None if pickled else written)
+    if pickled:
+        torch.save(written, folder / "pytorch_model.bin")
+    config, found = load_hugging_face(folder)
+    load_into(BertForPreTraining(config), found)
+    for name, tensor in state.items():
+        expected = tensor.half().float() if spelling == "half precision" else tensor
+        assert torch.equal(found[name][: len(tensor)], expected)
+        assert found[name].dtype == torch.float32
+
+
+def test_an_encoder_without_prefix_and_heads_starts_a_task(tmp_path):
+    state = {name: tensor for name, tensor in random_state().items() if name.startswith("bert.")}
+    bare = {name.removeprefix("bert."): tensor for name, tensor in state.items()}
+    config, found = load_hugging_face(folder_of(tmp_path, bare))
+    model = initialised(BertForQuestionAnswering(config), torch.Generator().manual_seed(0))
+    head = model.qa_outputs.weight.clone()
+    load_into(model, found, new=("qa_outputs.",))
+    assert torch.equal(model.bert.pooler.dense.weight, state["bert.pooler.dense.weight"])
+    assert torch.equal(model.qa_outputs.weight, head)
+
+
+def test_a_misfit_is_listed_whole_and_changes_nothing(tmp_path):
+    state = random_state()
+    del state["bert.pooler.dense.bias"], state["bert.encoder.layer.0.intermediate.dense.weight"]
+    state["bert.encoder.layer.2.output.dense.bias"] = torch.zeros(16)
+    state["cls.seq_relationship.weight"] = torch.zeros(3, 16)
+    config, found = load_hugging_face(folder_of(tmp_path, state))
+    model = initialised(BertForPreTraining(config), torch.Generator().manual_seed(5))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(CheckpointError) as error:
+        load_into(model, found, origin="the file")
+    assert message(error) == (
+        "the file does not fit this BertForPreTraining: missing bert.encoder.layer.0.intermediate.dense.weight, "
+        "bert.pooler.dense.bias; surplus bert.encoder.layer.2.output.dense.bias; cls.seq_relationship.weight is "
+        "[3, 16] instead of [2, 16]"
+    )
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_heads_are_dropped_and_started_only_when_named(tmp_path):
+    config, found = load_hugging_face(folder_of(tmp_path, random_state()))
+    model = BertForQuestionAnswering(config)
+    with pytest.raises(
+        CheckpointError, match=r"missing qa_outputs.bias, qa_outputs.weight; surplus cls.predictions.bias"
+    ):
+        load_into(model, found)
+    with pytest.raises(CheckpointError, match=r"surplus cls.predictions.bias"):
+        load_into(model, found, new=("qa_outputs.",))
+    load_into(model, found, new=("qa_outputs.",), drop=("cls.",))
+    with pytest.raises(CheckpointError, match=r"surplus qa_outputs.weight"):
+        load_into(model, found | {"qa_outputs.weight": torch.zeros(2, 16)}, new=("qa_outputs.",), drop=("cls.",))
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"cls.predictions.decoder.weight": torch.zeros(VOCAB_SIZE, 16)}, "differs from bert.embeddings.word_emb"),
+        ({"bert.pooler.dense_act.bias": torch.zeros(16)}, "bert.pooler.dense.bias is there twice"),
+        ({"bert.pooler.dense.bias": torch.full((16,), torch.nan)}, "not finite: bert.pooler.dense.bias"),
+    ],
+)
+def test_contradictions_are_refused(tmp_path, change, expected):
+    with pytest.raises(CheckpointError) as error:
+        load_hugging_face(folder_of(tmp_path, random_state() | change))
+    assert expected in message(error)
+
+
+def broken_folders(tmp_path):
+    """``(what, expected words)`` after each way of spoiling a folder."""
+    folder = folder_of(tmp_path, random_state())
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    for bad, words in (
+        (whole[:-100], "model.safetensors cannot be read: Error while deserializing"),
+        (b"", "model.safetensors cannot be read"),
+        (b"\xff" * 1000, "model.safetensors cannot be read"),
+    ):
+        weights.write_bytes(bad)
+        yield words
+    weights.unlink()
+    yield "neither model.safetensors nor pytorch_model.bin is there"
+    (folder / "model.safetensors.index.json").write_text("{}")
+    yield "weights in several files: save them as one"
+    for bad in (b"", b"PK\x03\x04 cut", whole[:500], b"\x80\x04K\x01."):
+        (folder / "pytorch_model.bin").write_bytes(bad)
+        yield "pytorch_model.bin cannot be read"
+    torch.save([1, 2], folder / "pytorch_model.bin")
+    yield "holds no named tensors but list"
+    torch.save({"step": 3}, folder / "pytorch_model.bin")
+    yield "step is no tensor but int"
+    torch.save({"a": Trap()}, folder / "pytorch_model.bin")
+    yield "it holds more than tensors, and such a file can run code"
+    for bad, words in (("{", "config.json is no model"), ("[]", "a JSON object is needed"), ('{"a": 1}', "vocab_size")):
+        (folder / "config.json").write_text(bad)
+        yield words
+    (folder / "config.json").unlink()
+    yield "config.json cannot be read: No such file"
+
+
+class Trap:
+    """Runs code when a careless reader loads it."""
+
+    def __reduce__(self):
+        return (pytest.fail, ("code from a weights file was run",))
+
+
+def test_broken_and_foreign_folders_are_one_line(tmp_path):
+    for expected in broken_folders(tmp_path):
+        with pytest.raises(CheckpointError) as error:
+            load_hugging_face(tmp_path)
+        assert expected in message(error)
+
+
+def nvidia_names(state):
+    """The same weights as NVIDIA's programs store them: fused layers, padded vocabulary, tied matrix twice."""
+    renamed = {}
+    for name, tensor in state.items():
+        for part in ("intermediate.dense", "pooler.dense", "transform.dense"):
+            name = name.replace(f"{part}.", f"{part}_act.")
+        renamed[name] = tensor
+    return renamed | {"cls.predictions.decoder.weight": renamed[WORDS]}
+
+
+@pytest.mark.parametrize(
+    ("extra", "said", "act"),
+    [
+        ({"grad_scaler": {"scale": 65536.0}, "optimizer": {}, "epoch": 1}, None, "tanh"),
+        ({"master params": [], "files": [0], "epoch": 1}, None, "erf"),
+        ({}, "tanh", "tanh"),
+        ({}, "erf", "erf"),
+    ],
+)
+def test_nvidia_checkpoints_of_both_eras_come_in(tmp_path, extra, said, act):
+    state = initialised(BertForPreTraining(CONFIG), torch.Generator().manual_seed(0)).state_dict()
+    config_file = tmp_path / "base.json"
+    values = CONFIG.to_hugging_face(vocab_size=VOCAB_SIZE)
+    config_file.write_text(json.dumps({name: value for name, value in values.items() if name != "model_type"}))
+    torch.save({"model": nvidia_names(state), **extra}, tmp_path / "ckpt_7038.pt")
+    config, found = load_nvidia(tmp_path / "ckpt_7038.pt", config_file, hidden_act=said)
+    assert config == replace(CONFIG, hidden_act=act)
+    model = BertForPreTraining(config)
+    load_into(model, found)
+    assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_nvidia_checkpoints_without_a_known_gelu_are_refused(tmp_path):
+    folder_of(tmp_path, None)
+    torch.save({"model": {}}, tmp_path / "a.pt")
+    torch.save({"model": {}, "grad_scaler": {}}, tmp_path / "b.pt")
+    torch.save({"model": [], "grad_scaler": {}}, tmp_path / "c.pt")
+    for name, act, words in (
+        ("a.pt", None, "does not show which GELU"),
+        ("b.pt", "erf", "tanh GELU, not erf"),
+        ("c.pt", None, "its entry 'model' is list"),
+    ):
+        with pytest.raises(CheckpointError) as error:
+            load_nvidia(tmp_path / name, tmp_path / "config.json", hidden_act=act)
+        assert words in message(error)
