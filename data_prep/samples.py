@@ -70,7 +70,7 @@ def run(
     DataError for a text shard that does not match its manifest, or a vocabulary without special tokens.
     """
     settings = Settings(vocab, seq_len, lowercase, strip_accents, dupe_factor, short_seq_prob, seed)
-    vocabulary = _encoder(vocab, lowercase, strip_accents).vocabulary
+    vocabulary = Vocabulary.load(vocab)
     source = manifest.read_manifest(shards)
     rows = run_all(
         functools.partial(_make, shards, job.out, settings, vocabulary.sha256),
@@ -158,7 +158,7 @@ def tokenise(content: str, encoder: Encoder, limit: int) -> Text:
 
 
 @functools.lru_cache(maxsize=1)
-def _encoder(vocab: Path, lowercase: bool, strip_accents: bool) -> Encoder:
+def _encoder(vocab: Path, _vocab_sha256: str, lowercase: bool, strip_accents: bool) -> Encoder:
     return Encoder(vocab, lowercase, strip_accents)
 
 
@@ -178,7 +178,7 @@ def _make(shards: Path, out: Path, settings: Settings, vocab_sha256: str, entry:
             f"{shards / name} has SHA-256 {digest[:12]}.., its manifest says {entry['sha256'][:12]}..: "
             "run the shard stage again"
         )
-    encoder = _encoder(settings.vocab, settings.lowercase, settings.strip_accents)
+    encoder = _encoder(settings.vocab, vocab_sha256, settings.lowercase, settings.strip_accents)
     text = tokenise(content.decode(), encoder, settings.seq_len - SPECIAL_TOKENS)
     del content
     if not len(text.document_numbers):
