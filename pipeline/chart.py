@@ -10,7 +10,7 @@ from typing import Literal
 from pipeline.page import Html, tag
 
 Point = tuple[float, float]
-Look = Literal["main", "thin", "second", "level"]
+Look = Literal["main", "fine", "thin", "second", "level"]
 
 FONT = 12.0  # pixels; texts are placed by an estimate of their width, there being no font to measure
 WIDEST = 0.6 * FONT  # of one character
@@ -26,6 +26,7 @@ svg .mark { stroke: var(--quiet); stroke-width: 1; stroke-dasharray: 1 3; }
 svg .key { fill: var(--ink); }
 svg path { fill: none; stroke-linejoin: round; stroke-linecap: round; }
 svg .main { stroke: var(--main); stroke-width: 2.2; }
+svg .fine { stroke: var(--main); stroke-width: 1.3; }
 svg .thin { stroke: var(--thin); stroke-width: 1.1; }
 svg .second { stroke: var(--second); stroke-width: 2.2; }
 svg .level { stroke: var(--level); stroke-width: 1.6; stroke-dasharray: 7 5; stroke-linecap: butt; }
@@ -45,7 +46,10 @@ class Line:
 
 @dataclass(frozen=True)
 class Chart:
-    """Lines over a common x from 0 on. ``marks``: x and label of vertical ticks. ``from_zero``: y begins at 0, too."""
+    """Lines over a common x from 0 on. ``marks``: x and label of vertical ticks. ``from_zero``: y begins at 0, too.
+
+    ``until``: x goes on at least to here, so that charts beside each other share their axis.
+    """
 
     title: str
     x_label: str
@@ -53,6 +57,7 @@ class Chart:
     lines: Sequence[Line]
     marks: Sequence[tuple[float, str]] = ()
     from_zero: bool = False
+    until: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -185,15 +190,15 @@ def _plot(chart: Chart, lines: Sequence[Line], missing: str, width: int, height:
     entries, legend_bottom = _legend(lines, width)
     marks = [(x, label) for x, label in chart.marks if drawable((x, 0.0))]
     xs = [x for line in lines if line.look != "level" for x, _ in line.points] or [0.0, 1.0]
-    x = axis([0.0, *xs, *(mark for mark, _ in marks)], ticks=max(2, width // 90), widen=False)
+    x = axis([0.0, chart.until, *xs, *(mark for mark, _ in marks)], ticks=max(2, width // 90), widen=False)
     ys = [y for line in lines for _, y in line.points]
     y = axis([*ys, *([0.0] if chart.from_zero else [])], ticks=5, widen=True)
     labels = [tick_label(tick, y.step, max(map(abs, y.ticks))) for tick in y.ticks]
     left = min(width / 3, 10 + WIDEST * max(map(len, labels)))
-    top = legend_bottom + FONT + (22 if marks else 12)
+    top = legend_bottom + FONT + 26
     bottom = height - 2.9 * FONT - (FONT + 4 if missing else 0)
     frame = _Frame(left, width - 22.0, top, bottom, x, y)
-    pieces = [*entries, tag("text", chart.y_label, x=0, y=round(top - 9, 1))]
+    pieces = [*entries, tag("text", chart.y_label, x=0, y=round(top - 13, 1))]
     for tick, label in zip(y.ticks, labels, strict=True):
         at = frame.up(tick)
         pieces.append(_segment("grid", frame.left, at, frame.right, at))
@@ -232,10 +237,10 @@ def _marks(frame: _Frame, marks: Sequence[tuple[float, str]]) -> list[Html]:
     pieces, free_from = [], frame.left + 40
     for x, label in sorted(marks):
         at, half = frame.across(x), WIDEST * len(label) / 2
-        line = _segment("mark", at, frame.top - 5, at, frame.bottom)
+        line = _segment("mark", at, frame.top - 9, at, frame.bottom)
         pieces.append(tag("g", tag("title", f"{label}: {x:,.0f}"), line))
         if at - half >= free_from and at + half <= frame.right + 22:
-            pieces.append(tag("text", label, x=at, y=round(frame.top - 9, 1), text_anchor="middle"))
+            pieces.append(tag("text", label, x=at, y=round(frame.top - 13, 1), text_anchor="middle"))
             free_from = at + half + 6
     return pieces
 

@@ -62,6 +62,11 @@ class Phase:
         lines = self.evaluations if key.startswith("eval") or key == "unigram_loss" else self.steps
         return lines[-1].get(key) if lines else None
 
+    @property
+    def reached(self) -> float:
+        """The last step that anything was logged for."""
+        return float(max((line["step"] for line in [*self.steps, *self.evaluations]), default=0))
+
     def median(self, key: str) -> float | None:
         values = [line[key] for line in self.steps if is_number(line.get(key))]
         return statistics.median(values) if values else None
@@ -86,7 +91,7 @@ def _start(attempt: Attempt) -> Start:
 def phase_section(phase: Phase, remark: str) -> Html:
     """Heading, sentence, charts and attempts of a phase; ``remark`` is said first (an older configuration)."""
     config = phase.config
-    title = f"{phase.name.capitalize()}: {config.seq_len} tokens, {config.global_batch:,} samples a step"
+    title = f"Phase {phase.name.removeprefix('phase')}: {config.seq_len} tokens, {config.global_batch:,} samples a step"
     said = [note(remark)] if remark else []
     if phase.fault:
         said.append(note(phase.fault))
@@ -95,7 +100,7 @@ def phase_section(phase: Phase, remark: str) -> Html:
     else:
         said += [tag("p", summary(phase)), charts(phase)]
     if len(phase.starts) > 1:
-        said.append(attempts_table(phase.starts))
+        said.append(attempts_table(phase.starts, config.steps))
     return section(title, *said)
 
 
@@ -123,11 +128,10 @@ def summary(phase: Phase) -> str:
 def charts(phase: Phase) -> Html:
     """The loss over the whole width, twice (for wide and for narrow pages), and four smaller charts."""
     loss = loss_chart(phase)
-    figures = [
-        tag("figure", tag("figcaption", loss.title), tag("div", draw(loss, key=f"{phase.name}-loss", width=940,
-            height=340), class_="wide"), tag("div", draw(loss, key=f"{phase.name}-loss-narrow", height=300),
-            class_="narrow"), class_="whole")
-    ]  # fmt: skip
+    wide = tag("div", draw(loss, key=f"{phase.name}-loss", width=940, height=340), class_="wide")
+    narrow = tag("div", draw(loss, key=f"{phase.name}-loss-narrow", height=320), class_="narrow")
+    hint = tag("span", " Below the dashed line the model knows more than how often each word occurs.")
+    figures = [tag("figure", tag("figcaption", loss.title, hint), wide, narrow, class_="whole")]
     for key, chart in small_charts(phase).items():
         figures.append(tag("figure", tag("figcaption", chart.title), draw(chart, key=f"{phase.name}-{key}")))
     return tag("div", *figures, class_="charts")
@@ -143,7 +147,7 @@ def loss_chart(phase: Phase) -> Chart:
              "main", dots=True),
         Line(_with_last("unigram loss", phase, "unigram_loss"), unigram, "level"),
     ]  # fmt: skip
-    return Chart("Loss", "step", "nats per masked token", lines, _marks(phase))
+    return Chart("Loss", "step", "nats per masked token", lines, _marks(phase), until=phase.reached)
 
 
 def small_charts(phase: Phase) -> dict[str, Chart]:
@@ -154,17 +158,17 @@ def small_charts(phase: Phase) -> dict[str, Chart]:
         for name, key in (("MLM", "eval_mlm_accuracy"), ("NSP", "eval_nsp_accuracy"))
     ]
     rates = {
-        key: Line(f"{label}, median {number(phase.median(key))}", _points(phase.steps, key), "thin")
+        key: Line(f"{label}, median {number(phase.median(key))}", _points(phase.steps, key), "fine")
         for key, label in (("sequences_per_s", "sequences/s"), ("tokens_per_s", "tokens/s without padding"))
     }
-    marks = _marks(phase)
+    common: dict[str, Any] = {"marks": _marks(phase), "from_zero": True, "until": phase.reached}
     peak = max((y for _, y in _points(phase.steps, "learning_rate")), default=0.0)
     rate = Line(f"learning rate, highest {number(peak)}", _points(phase.steps, "learning_rate"), "main")
     return {
-        "accuracy": Chart("Held-out accuracy", "step", "%", accuracies, marks, from_zero=True),
-        "learning-rate": Chart("Learning rate", "step", "", [rate], marks, from_zero=True),
-        "sequences": Chart("Sequences per second", "step", "1/s", [rates["sequences_per_s"]], marks, from_zero=True),
-        "tokens": Chart("Real tokens per second", "step", "1/s", [rates["tokens_per_s"]], marks, from_zero=True),
+        "accuracy": Chart("Held-out accuracy", "step", "%", accuracies, **common),
+        "learning-rate": Chart("Learning rate", "step", "", [rate], **common),
+        "sequences": Chart("Sequences per second", "step", "1/s", [rates["sequences_per_s"]], **common),
+        "tokens": Chart("Real tokens per second", "step", "1/s", [rates["tokens_per_s"]], **common),
     }
 
 
@@ -191,14 +195,19 @@ def _marks(phase: Phase) -> list[tuple[float, str]]:
     ]
 
 
-def attempts_table(starts: Sequence[Start]) -> Html:
+def attempts_table(starts: Sequence[Start], steps: int) -> Html:
     """Every start of the phase: from where, how far, how it ended, and the steps that had to be done again."""
     rows = []
     for start, after in zip(starts, [*starts[1:], None], strict=True):
         again = None
         if after is not None and is_number(start.last_step) and is_number(after.from_step):
             again = max(0, (start.last_step or 0) - (after.from_step or 0))
-        end = f"exit {start.verdict.get('code')}: {start.verdict.get('line')}" if start.verdict else None
+        if start.verdict:
+            end = f"exit {start.verdict.get('code')}: {start.verdict.get('line')}"
+        elif start.last_step == steps:
+            end = "reached the last step"
+        else:
+            end = "killed: it left no verdict" if after is not None else "no verdict: at work, or killed"
         took = start.ended - start.began if is_number(start.began) and is_number(start.ended) else None
         rows.append(
             (
@@ -209,8 +218,8 @@ def attempts_table(starts: Sequence[Start]) -> Html:
                 "–" if start.last_step is None else number(start.last_step),
                 "–" if took is None else duration(took),
                 "–" if again is None else number(again),
-                end or ("the last one" if after is None else "ended without a verdict (killed)"),
+                end,
             )
         )
     head = ("Attempt", "Began", "Host", "From step", "To step", "Took", "Steps redone", "How it ended")
-    return table(head, rows, numeric=(0, 3, 4, 5, 6))
+    return table(head, rows, numeric=(3, 4, 5, 6), class_="attempts")

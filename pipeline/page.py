@@ -22,7 +22,7 @@ STYLE = """
 @media (prefers-color-scheme: dark) {
   :root {
     --page: #14171c; --panel: #1d2128; --ink: #e7eaef; --quiet: #a2aab7; --line: #2f353f;
-    --main: #6db3ff; --thin: #5c7ea6; --second: #f0a35e; --level: #a9b3c1;
+    --main: #6db3ff; --thin: #7f9cc0; --second: #f0a35e; --level: #a9b3c1;
     --good: #7fd7a0; --good-page: #17301f; --bad: #ff9d9d; --bad-page: #3a1b1d; --busy: #f3cb74; --busy-page: #352a12;
   }
 }
@@ -36,6 +36,8 @@ h2 { margin: 0 0 .6rem; font-size: 1.25rem; line-height: 1.3; letter-spacing: -.
 section { margin-top: 2.5rem; padding-top: 1.6rem; border-top: 1px solid var(--line); }
 .kind { margin: 0; color: var(--quiet); font-size: .9rem; }
 .note { color: var(--quiet); font-size: .9rem; }
+.facts { max-width: none; }
+.facts span { white-space: nowrap; }
 .lead { margin-top: 1.1rem; font-size: 1.13rem; line-height: 1.5; }
 .badge { display: inline-block; padding: .1rem .55rem; border-radius: 1rem; font-size: .8rem; font-weight: 600;
   line-height: 1.5; letter-spacing: 0; white-space: nowrap; background: var(--panel); color: var(--quiet); }
@@ -51,6 +53,8 @@ h1 .badge { vertical-align: .4rem; margin-left: .3rem; }
 .tiles dt { color: var(--quiet); font-size: .85rem; }
 .tiles dd { margin: 0; font-size: 1.55rem; font-weight: 600; line-height: 1.35; font-variant-numeric: tabular-nums; }
 .tiles dd.more { color: var(--quiet); font-size: .85rem; font-weight: 400; }
+.scores { margin: 1.2rem 0 0; padding: 0; list-style: none; }
+.scores li { padding: .15rem 0; }
 .charts { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 1.8rem 2rem; margin: 1.2rem 0; }
 figure { margin: 0; min-width: 0; break-inside: avoid; }
 figure.whole { grid-column: 1 / -1; }
@@ -59,6 +63,9 @@ figcaption { margin-bottom: .35rem; font-weight: 600; font-size: .95rem; }
 .scroll { overflow-x: auto; margin: .8rem 0; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; line-height: 1.45;
   font-variant-numeric: tabular-nums; }
+.attempts td:nth-child(2) { white-space: nowrap; }
+table.fit { width: auto; min-width: 20rem; }
+figcaption span { color: var(--quiet); font-weight: 400; font-size: .9em; }
 th { text-align: left; font-weight: 600; color: var(--quiet); vertical-align: bottom; }
 th, td { padding: .42rem 1.1rem .42rem 0; border-bottom: 1px solid var(--line); }
 th:last-child, td:last-child { padding-right: 0; }
@@ -70,7 +77,9 @@ summary { padding: .55rem 0; cursor: pointer; font-weight: 600; font-size: .95re
 @media (max-width: 42rem) {
   main { padding: 1.4rem 1rem 3rem; }
   h1 { font-size: 1.7rem; }
-  .charts { grid-template-columns: minmax(0, 1fr); }
+  .scores { margin: 1.2rem 0 0; padding: 0; list-style: none; }
+.scores li { padding: .15rem 0; }
+.charts { grid-template-columns: minmax(0, 1fr); }
   .wide { display: none; }
   .narrow { display: block; }
   .tiles { grid-template-columns: 1fr 1fr; }
@@ -183,17 +192,17 @@ def is_number(value: Any) -> bool:
 
 
 def number(value: Any, digits: int = 4) -> str:
-    """Whole numbers with thousands separators, others with ``digits`` significant digits; else the value's text."""
+    """Whole and large numbers with thousands separators, others with ``digits`` significant digits."""
     if not is_number(value):
-        return "not known" if value is None else str(value)
-    if isinstance(value, int) or abs(value) >= 10**digits:
+        return "not finite" if isinstance(value, float) else "not known" if value is None else str(value)
+    if isinstance(value, int) or abs(value) >= 1000:
         return f"{value:,.0f}"
     return f"{value:.{digits}g}"
 
 
 def percent(share: Any) -> str:
     """A share of 1 as percent."""
-    return f"{100 * share:.1f} %" if is_number(share) else "not known"
+    return f"{100 * share:.1f}\N{NO-BREAK SPACE}%" if is_number(share) else "not known"
 
 
 def duration(seconds: Any) -> str:

@@ -87,10 +87,11 @@ def head(facts: Facts) -> Html:
         "header",
         tag("p", "BERT training report", class_="kind"),
         tag("h1", facts.name, " ", badge(overall(facts))),
-        tag("p", " · ".join(line), class_="note"),
+        tag("p", *[part for words in line for part in (" · ", tag("span", words))][1:], class_="note facts"),
         *troubles(facts),
         tag("p", result_sentence(facts), class_="lead"),
         tiles(facts),
+        score_list(facts),
     )
 
 
@@ -124,7 +125,7 @@ def heldout(facts: Facts) -> Phase | None:
 
 
 def result_sentence(facts: Facts) -> str:
-    """What came out, in one or two sentences."""
+    """What pretraining came to."""
     phase, said = heldout(facts), []
     if phase is None:
         said.append("The model has not been evaluated yet.")
@@ -136,8 +137,6 @@ def result_sentence(facts: Facts) -> str:
         elif is_number(unigram):
             words += f", not below the unigram loss of {unigram:.3f}: the model has not learnt to use context"
         said.append(words + ".")
-    if facts.scores:
-        said.append("; ".join(f"{dataset(found)}: {shown_scores(found)}" for found in facts.scores.values()) + ".")
     return " ".join(said)
 
 
@@ -159,6 +158,12 @@ def tiles(facts: Facts) -> Html | None:
         *[tag("div", tag("dt", name), tag("dd", value), tag("dd", more, class_="more")) for name, value, more in shown],
         class_="tiles",
     )
+
+
+def score_list(facts: Facts) -> Html | None:
+    """The scores, by the names of the data sets."""
+    lines = [tag("li", tag("strong", dataset(found)), ": ", shown_scores(found)) for found in facts.scores.values()]
+    return tag("ul", *lines, class_="scores") if lines else None
 
 
 def remark(facts: Facts, name: str) -> str:

@@ -71,10 +71,12 @@ def data_section(facts: Facts) -> Html:
         for key in ("documents", "sentences", "words", "bytes", "shards")
     ]
     if parts:
-        said.append(table(("Text", *parts), rows, numeric=(1, 2)))
+        said.append(table(("Text", *parts), rows, numeric=(1, 2), class_="fit"))
     others = [name for name in facts.results if name == "vocab" or name.startswith("samples")]
     if others:
-        said.append(table(("Made of it", ""), [(tag("code", n), in_words(facts.results[n])) for n in others]))
+        said.append(
+            table(("Made of it", ""), [(tag("code", n), in_words(facts.results[n])) for n in others], class_="fit")
+        )
     return section("Data", *said)
 
 
@@ -108,8 +110,9 @@ def shown_scores(found: Mapping[str, Any]) -> str:
     spread = (found.get("deviation") or {}) if several else {}
     parts = []
     for key, value in (values or {}).items():
-        deviation = f" ± {number(spread[key], 3)}" if is_number(spread.get(key)) else ""
-        parts.append(f"{'F1' if key == 'f1' else spoken(key)} {number(value)}{deviation} %")
+        shown = f"{value:.2f}" if is_number(value) else number(value)
+        deviation = f" ± {spread[key]:.2f}" if is_number(spread.get(key)) else ""
+        parts.append(f"{'F1' if key == 'f1' else spoken(key)} {shown}{deviation}\N{NO-BREAK SPACE}%")
     return ", ".join(parts) or "not scored"
 
 
@@ -122,7 +125,7 @@ def score_section(facts: Facts) -> Html:
             shown_scores(found),
             number(found.get("examples")),
             number(found.get("train_examples")),
-            ", ".join(str(s.get("seed")) for s in found.get("seeds") or [found] if isinstance(s, Mapping)),
+            ", ".join(number(s.get("seed")) for s in found.get("seeds") or [found] if isinstance(s, Mapping)),
             number(found.get("epochs")),
         )
         for found in facts.scores.values()

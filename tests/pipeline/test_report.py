@@ -8,6 +8,7 @@ import math
 import re
 import subprocess
 import sys
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -76,6 +77,7 @@ def start(chain: Chain, name: str) -> Attempt:
 
 def finish(chain: Chain, name: str, result: dict[str, object], duration_s: float = 12.5) -> None:
     record = {**chain.record(name), "finished": 1.7e9, "duration_s": duration_s, "result": result}
+    chain.run.stage(name).path.mkdir(parents=True, exist_ok=True)
     chain.run.stage(name).mark_done(record)
 
 
@@ -86,7 +88,7 @@ def train(attempt: Attempt, phase: str, first: int, last: int, resumed: dict | N
     for step in range(first, last + 1):
         share = step / total
         mlm = 4.9 + 4.1 * math.exp(-4 * share) + 0.15 * math.sin(step * 1.7) * math.cos(step)
-        line = {**head, "step": step, "time": 1.7e9 + step}
+        line = {**head, "step": step, "time": time.time() + step}
         if step % 5 == 0:
             rate = 0.01 * min(share / 0.1, (1 - share) / 0.9)
             figures = {"loss": mlm + 0.66, "mlm_loss": mlm, "nsp_loss": 0.66, "learning_rate": rate, "grad_norm": 1.1}
@@ -95,7 +97,7 @@ def train(attempt: Attempt, phase: str, first: int, last: int, resumed: dict | N
                 attempt.metrics,
                 {**line, **figures, "sequences_per_s": speed, "tokens_per_s": 117 * speed, "step_s": 64 / speed},
             )
-        if step % 25 == 0:
+        if step % 25 == 0 or step == total:
             held = {
                 "eval_mlm_loss": 5.05 + 3.9 * math.exp(-4 * share),
                 "eval_mlm_accuracy": 0.24 * share,
@@ -124,3 +126,324 @@ def finished_run(path: Path) -> Chain:
         (chain.run.stage(task).path / "scores.json").write_text(json.dumps(record))
         finish(chain, task, record)
     return chain
+
+
+class Page(HTMLParser):
+    """Balanced tags, the text of the page, and everything that would be fetched or run."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open, f"</{tag}> closes nothing"
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return re.sub(r"\s+", " ", " ".join(self.words))
+
+
+def page_of(chain: Chain, *, held: bool = False) -> Page:
+    html = render(gather(chain.run, held=held))
+    page = Page(html)
+    assert page.open == []
+    names = {tag for tag, _ in page.tags}
+    assert not names & {"script", "link", "img", "iframe", "object", "base", "form"}
+    attributes = {key for _, attrs in page.tags for key in attrs}
+    assert not attributes & {"src", "href", "xlink:href", "style"}
+    assert not [key for key in attributes if key.startswith("on")]
+    assert "url(" not in html
+    assert "@import" not in html
+    ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
+    assert len(ids) == len(set(ids))
+    assert not re.search(r"\bnan\b|\bNone\b|\binf\b", page.text)
+    return page
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Page:
+    return page_of(finished_run(tmp_path_factory.mktemp("runs") / "demo"))
+
+
+def test_the_result_stands_at_the_top(finished):
+    top = finished.text[: finished.text.index("Phase 1")]
+    assert "BERT training report demo done" in top
+    assert "Recipe tiny · cluster local (1 node, 2 ranks)" in top
+    held = 5.05 + 3.9 * math.exp(-4)
+    assert f"Held-out MLM loss {held:.3f} nats after 30 steps of phase2" in top
+    assert f"{UNIGRAM - held:.3f} below the unigram loss of 6.553: the model uses context" in top
+    assert "sentiment stand-in : accuracy 71.40 %, F1 70.10 %" in top
+
+
+def test_every_stage_has_its_row(finished):
+    for name in [*RESULTS, "phase1", "phase2", *SCORES]:
+        assert f" {name} done " in finished.text
+    assert "phase1 done 2 3 min 42 s" in finished.text
+
+
+def test_curves_have_the_unigram_line_and_the_attempts(finished):
+    levels = [attrs for tag, attrs in finished.tags if tag == "path" and attrs.get("class") == "level"]
+    marks = [attrs for tag, attrs in finished.tags if tag == "path" and attrs.get("class") == "mark"]
+    assert len(levels) == 2 * 2 * 2  # in the legend and in the plot, wide and narrow, of both phases
+    assert "unigram loss 6.553" in finished.text
+    assert len(marks) == 6  # the second attempt of phase 1 in its six charts
+    assert "attempt 2: 175" in finished.text
+    for title in ("Held-out accuracy", "Learning rate", "Sequences per second", "Real tokens per second"):
+        assert finished.text.count(title) >= 2 * 2  # caption and SVG title
+
+
+def test_attempts_say_what_was_redone(finished):
+    row = finished.text[finished.text.index("Steps redone") :]
+    assert re.search(r"1 \S+ \S+ UTC \S+ 0 185 3 min 0\d s 10 killed: it left no verdict", row)
+    assert re.search(r"2 \S+ \S+ UTC \S+ 175 400 6 min \d\d s – reached the last step", row)
+
+
+def test_counts_add_up_in_words(finished):
+    assert "1,204 articles in = 1,100 documents out + 104 skipped (90 redirect, 14 no text)." in finished.text
+    assert "sentences 24,310 802" in finished.text
+    assert "vocab size 8,192" in finished.text
+
+
+def test_counts_that_do_not_add_up_are_called_out(tmp_path):
+    chain = begin(tmp_path / "run")
+    start(chain, "extract")
+    finish(chain, "extract", {**RESULTS["extract"], "documents_out": 1000})
+    assert (
+        "≠ 1,000 documents out + 104 skipped (90 redirect, 14 no text): the counts do not add up."
+        in page_of(chain).text
+    )
+
+
+def test_a_stand_in_never_bears_the_name_of_the_benchmark(finished):
+    assert not re.search(r"SQuAD|MRPC|SST-2", finished.text)
+    assert "Nothing in this report is comparable with NVIDIA's published results" in finished.text
+
+
+def test_the_plan_is_that_of_the_ranks_that_started(tmp_path):
+    chain = begin(tmp_path / "run")
+    chain.run.event("started", stage="phase1", attempt=1, world_size=3)
+    text = page_of(chain).text
+    assert "phase1 3 64 32 1 32 400 25,600 66.7 %" in text  # two micro-batches of 32 for three ranks
+    assert "phase2 (planned) 2 16 4 2 8 30 480 100.0 %" in text
+
+
+def test_what_is_needed_to_repeat_the_run_is_there(finished):
+    for words in (
+        "073b38b1",
+        "torch 2.13.0",
+        "phase1.learning_rate 0.01",
+        "enwiki-sample.xml.bz2 1.23 MB 1 0123456789abcdef",
+    ):
+        assert words in finished.text
+
+
+def test_an_empty_run_has_a_report(tmp_path):
+    text = page_of(begin(tmp_path / "run")).text
+    for sentence in (
+        "The model has not been evaluated yet.",
+        "This phase has not started.",
+        "extract is not done",
+        "No fine-tuning task has been scored yet.",
+        "Not done yet: extract, shard, vocab",
+    ):
+        assert sentence in text
+
+
+def failed_run(path: Path, line: str) -> Chain:
+    chain = begin(path)
+    for name in ("extract", "shard", "vocab", "samples_128", "samples_512"):
+        start(chain, name)
+        finish(chain, name, RESULTS[name])
+    attempt = start(chain, "phase1")
+    train(attempt, "phase1", 1, 60, None, 400)
+    attempt.judge(5, line, 1)
+    return chain
+
+
+def test_a_failure_is_said_first_with_its_verdict(tmp_path):
+    page = page_of(failed_run(tmp_path / "run", "step 61, rank 1: loss is not finite\nlower the learning rate"))
+    top = page.text[: page.text.index("Phase 1")]
+    assert "run failed" in top
+    assert "phase1 failed in attempt 1 exit 5: step 61, rank 1: loss is not finite lower the learning rate" in top
+    assert "Not done yet: phase2, export, squad, mrpc, sst2." in top
+
+
+def test_a_failure_is_said_also_while_the_report_stage_holds_the_run(tmp_path):
+    chain = failed_run(tmp_path / "run", "boom")
+    with chain.run.held():
+        done = subprocess.run(
+            [sys.executable, "-m", "pipeline.worker", str(chain.run.path), "report"],
+            capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "exit 5: boom" in Page(chain.run.report.read_text()).text
+    assert (chain.run.stage("report").done or {})["result"] == {"report": "report.html", "stages_done": 5}
+
+
+def test_a_stage_whose_processes_were_killed_has_failed(tmp_path):
+    chain = begin(tmp_path / "run")
+    start(chain, "extract")
+    chain.run.event("failed", stage="extract", code=76, line="killed")
+    assert "extract failed in attempt 1 exit 76: killed" in page_of(chain).text
+
+
+def test_running_is_not_failed(tmp_path):
+    chain = begin(tmp_path / "run")
+    train(start(chain, "extract"), "extract", 1, 2, None, 2)
+    text = page_of(chain, held=True).text
+    assert "extract running" in text
+    assert "failed" not in text
+
+
+HOSTILE = "<script>alert(1)</script>\"'>&\x1b[31m\u202eevil"
+
+
+def test_hostile_texts_are_shown_not_obeyed(tmp_path):
+    chain = failed_run(tmp_path / "a <b> & c", HOSTILE)
+    settings = json.loads((chain.run.path / "run.json").read_text())
+    settings["corpora"][HOSTILE] = {"bytes": 1, "digest": HOSTILE}
+    settings["versions"][HOSTILE] = HOSTILE
+    (chain.run.path / "run.json").write_text(json.dumps(settings))
+    attempt = start(chain, "phase1")
+    (attempt.path / "owner.json").write_text(json.dumps({"host": HOSTILE, "time": HOSTILE}))
+    attempt.judge(5, HOSTILE, 0)
+    page = page_of(chain)
+    assert page.text.count("<script>alert(1)</script>") >= 5
+    assert r"\x1b[31m\u202eevil" in page.text
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e]", "".join(page.words))
+
+
+def test_hostile_scores_and_results_are_shown_not_obeyed(tmp_path):
+    chain = begin(tmp_path / "run")
+    for name in chain.stages:
+        if name != "report":
+            start(chain, name)
+            finish(chain, name, {HOSTILE: HOSTILE, "train": {HOSTILE: [1]}, "skipped": {HOSTILE: 3}})
+    record = {"task": "sst2", "dataset": HOSTILE, "scores": {HOSTILE: HOSTILE}, "examples": HOSTILE, "seeds": [HOSTILE]}
+    (chain.run.stage("sst2").path / "scores.json").write_text(json.dumps(record))
+    page_of(chain)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"not json\n",
+        b'{"loss": 1.0}\n',
+        b"[1]\n",
+        b"\xff\xfe\n",
+        b'{"step": null, "loss": 2}\n',
+        b'{"step": 1, "loss": "x", "learning_rate": null}\n{"step": 2, "eval_mlm_loss": null}\n',
+        b'{"step": 1, "loss": NaN, "mlm_loss": Infinity}\n{"step": 2, "eval_mlm_loss": 1' + b"0" * 400 + b"}\n",
+        b'{"step": 1' + b"0" * 400 + b', "loss": 1}\n',
+    ],
+)
+def test_damaged_metrics_cost_curves_and_nothing_else(tmp_path, line):
+    chain = begin(tmp_path / "run")
+    start(chain, "phase1").metrics.write_bytes(line)
+    assert "Batch plan" in page_of(chain).text
+
+
+def test_damaged_events_and_marks_cost_nothing_else(tmp_path):
+    chain = finished_run(tmp_path / "run")
+    (chain.run.path / "events.jsonl").write_text("{\n[]\n")
+    (chain.run.stage("shard").path / "done.json").write_text("{")
+    (chain.run.stage("sst2").path / "scores.json").write_text("[]")
+    (chain.run.stage("phase1").attempts[0].path / "owner.json").write_text("{}")
+    text = page_of(chain).text
+    assert "time of submission not recorded" in text
+    assert "sentiment stand-in : accuracy" not in text
+    assert "documents 1,067" not in text
+
+
+def test_results_of_an_older_configuration_are_not_shown_as_current(tmp_path):
+    finished_run(tmp_path / "run")
+    text = page_of(begin(tmp_path / "run", "tiny", "local", "phase2.learning_rate=0.1")).text
+    assert "what follows was made with the older one, and phase2 will run again" in text
+    assert "phase1 will run again" not in text
+    assert "phase.learning_rate was 0.002, is 0.1" in text
+    assert "stand-in: accuracy" not in text
+
+
+def test_several_seeds_show_mean_and_deviation(tmp_path):
+    chain = begin(tmp_path / "run")
+    start(chain, "sst2")
+    record = {"dataset": "reviews", "scores": {"accuracy": 75.0}, "mean": {"accuracy": 72.5}, "examples": 900}
+    record |= {"deviation": {"accuracy": 3.54}, "seeds": [{"seed": 1}, {"seed": 7}]}
+    for name in chain.stages:
+        finish(chain, name, {})
+    (chain.run.stage("sst2").path / "scores.json").write_text(json.dumps(record))
+    text = page_of(chain).text
+    assert "reviews accuracy 72.50 ± 3.54 % 900 not known 1, 7" in text
+
+
+def large_run(path: Path, examples: int = 10570, *settings: str) -> Chain:
+    chain = begin(path, "bert_large", "dgx_a100_80g", "phase1.micro_batch=256", "phase2.micro_batch=32", *settings)
+    for name, steps in (("phase1", 7038), ("phase2", 1563)):
+        attempt = start(chain, name)
+        steps = getattr(gather(chain.run, held=False).recipe, name).steps
+        for step in range(1, steps + 1, 3):
+            figures = {
+                "loss": 1.25,
+                "mlm_loss": 1.2,
+                "nsp_loss": 0.05,
+                "learning_rate": 1e-3,
+                "sequences_per_s": 4600.5,
+            }
+            line = {"step": step, "time": 1.0, **figures, "tokens_per_s": 500_000.0}
+            with attempt.metrics.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        append_jsonl(attempt.metrics, {**line, "step": steps})
+    for name in chain.stages:
+        finish(chain, name, {})
+    record = {"dataset": "SQuAD v1.1", "scores": {"f1": 90.1, "exact_match": 83.0}, "examples": examples}
+    (chain.run.stage("squad").path / "scores.json").write_text(json.dumps(record))
+    return chain
+
+
+def test_a_large_run_stands_beside_the_published_rows(tmp_path):
+    chain = large_run(tmp_path / "run")
+    text = page_of(chain).text
+    assert "Final training loss, nats 1.25 1.265 ± 0.023 over 5 seeds; 1.2437 (fp16), 1.2465 (tf32)" in text
+    assert "phase1, sequences/s (median) 4,600 4,591 and 4,553 1 × DGX A100 80GB, fp16" in text
+    assert "SQuAD v1.1, f1 in percent 90.1 (1 seed) 90.68 ± 0.160 over 10 seeds, best 90.96" in text
+    assert "SQuAD v1.1, exact match in percent 83 (1 seed) 83.96 ± 0.266 over 10 seeds" in text
+    assert len(render(gather(chain.run, held=False))) < 200_000
+
+
+def test_what_is_not_comparable_is_not_compared(tmp_path):
+    text = page_of(large_run(tmp_path / "run", 500, "phase1.steps=90")).text
+    assert "The training loss is not comparable: phase1 ran 90 steps" in text
+    assert "SQuAD v1.1: not comparable, it was scored on 500 examples" in text
+    assert "1.2437" not in text
+    assert "90.68" not in text
+
+
+def test_the_command_writes_and_refuses(tmp_path):
+    chain = begin(tmp_path / "run")
+    code = (
+        "import sys, runpy; sys.argv = sys.argv[1:]; sys.path.insert(0, ''); from pipeline.errors import run_command; "
+    )
+    code += "from pipeline.report import main; code = main(); assert not {'torch', 'h5py'} & set(sys.modules); "
+    code += "raise SystemExit(code)"
+    out = tmp_path / "mail.html"
+    command = [sys.executable, "-c", code, "report", str(chain.run.path), "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, f"{out}\n"), done.stderr
+    assert not chain.run.report.exists()
+    Page(out.read_text())
+    with pytest.raises(ConfigError, match="not a run"):
+        gather(RunDir(tmp_path), held=False)
