@@ -1,0 +1,243 @@
+"""Gradients of one optimizer step summed over micro-batches and ranks: fast with overlap, or bitwise equal for any
+number of ranks along one fixed binary tree over the step's micro-batches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import Parameter
+
+from pipeline.batch import BatchPlan
+from pipeline.errors import ConfigError
+
+BUCKET_MB = 25  # large enough for full bandwidth, small enough that the first starts early in the backward
+ALIGN = 16  # elements: every gradient starts on its own cache line
+
+
+class GradientBuffer:
+    """One flat float32 buffer of which every parameter's ``grad`` is a view.
+
+    Parameters are laid out in the order given; ``span`` of each is its ``(start, stop)`` in ``flat``.
+    """
+
+    def __init__(self, parameters: Sequence[Parameter]) -> None:
+        self.parameters = list(parameters)
+        self.spans: list[tuple[int, int]] = []
+        end = 0
+        for number, parameter in enumerate(self.parameters):
+            if parameter.dtype != torch.float32:
+                raise ConfigError(
+                    f"parameter {number} of shape {tuple(parameter.shape)} is {parameter.dtype}; gradients are summed "
+                    f"in torch.float32: keep the model in float32 and choose train.precision = bf16 instead"
+                )
+            self.spans.append((end, end + parameter.numel()))
+            end += -(-parameter.numel() // ALIGN) * ALIGN
+        self.flat = torch.zeros(end, device=self.parameters[0].device)
+        self.zero_()
+
+    def zero_(self) -> None:
+        """Set all gradients to zero (and back to views, should anything have replaced them)."""
+        self.flat.zero_()
+        for parameter, (start, stop) in zip(self.parameters, self.spans, strict=True):
+            parameter.grad = self.flat[start:stop].view_as(parameter)
+
+
+class Reducer:
+    """Sums one step's gradients, and a few float64 scalars beside them, over all micro-batches of all ranks.
+
+    Use per step: ``begin()``; for each micro-batch of this rank, in order, ``with micro_batch(index) as scalars:``
+    around forward and one ``backward``, writing its loss sums into ``scalars``; ``finish()``. Then every rank's
+    ``grad`` hold the same sum. ``group`` None means one process. ``reduction="fast"`` sends buckets with asynchronous
+    all-reduces from within the backward of the rank's last micro-batch; ``"tree"`` see ``_Tree``.
+
+    The scalars are gathered per micro-batch and added in index order, so they do not depend on the ranks either.
+    """
+
+    def __init__(
+        self,
+        gradients: GradientBuffer,
+        plan: BatchPlan,
+        rank: int,
+        group: dist.ProcessGroup | None,
+        reduction: str,
+        *,
+        scalars: int = 2,
+        bucket_mb: float = BUCKET_MB,
+    ) -> None:
+        if reduction not in ("fast", "tree"):
+            raise ConfigError(f"train.reduction {reduction!r} is unknown; choose fast or tree")
+        self.gradients, self.plan, self.rank, self.group = gradients, plan, rank, group
+        self.mine = plan.range_of(rank)
+        self._tree = _Tree(gradients.flat, plan, rank, group) if reduction == "tree" else None
+        self._buckets = _Buckets(gradients, group, bucket_mb) if reduction == "fast" and group is not None else None
+        self._scalars = torch.zeros(plan.micro_batches, scalars, dtype=torch.float64, device=gradients.flat.device)
+
+    def begin(self) -> None:
+        """Start a step: gradients and scalars are zero."""
+        self.gradients.zero_()
+        self._scalars.zero_()
+        if self._tree is not None:
+            self._tree.begin()
+        if self._buckets is not None:
+            self._buckets.begin()
+
+    @contextlib.contextmanager
+    def micro_batch(self, index: int) -> Iterator[Tensor]:
+        """Forward and backward of one micro-batch; gives its float64 ``scalars`` [n] to be filled."""
+        if self._tree is not None:
+            self.gradients.flat.zero_()
+        if self._buckets is not None:
+            self._buckets.armed = index == self.mine[-1]
+        yield self._scalars[index]
+        if self._tree is not None:
+            self._tree.add(index)
+
+    def finish(self, extra: float = 0.0) -> tuple[float, ...]:
+        """Complete the sums; returns the scalars summed over the step, then the sum of the ranks' ``extra``."""
+        if self._tree is not None:
+            self._tree.finish()
+        if self._buckets is not None:
+            self._buckets.finish()
+        return self._sum_scalars(extra)
+
+    def _sum_scalars(self, extra: float) -> tuple[float, ...]:
+        # Each entry is filled by one rank and zero on the others: their sum is exact in any order.
+        extras = torch.zeros(self.plan.world_size, dtype=torch.float64, device=self._scalars.device)
+        extras[self.rank] = extra
+        together = torch.cat([self._scalars.view(-1), extras])
+        if self.group is not None:
+            dist.all_reduce(together, group=self.group)
+        totals = together[: self._scalars.numel()].view_as(self._scalars).sum(0)
+        return (*totals.tolist(), float(together[self._scalars.numel() :].sum()))
+
+
+class _Buckets:
+    """All-reduce of slices of the flat buffer, each sent as soon as the backward has filled it.
+
+    Buckets go from the last parameter to the first, the order in which a backward fills them, and are sent in that
+    order by every rank; a rank without micro-batches and a parameter without gradient take part with zeros.
+    """
+
+    def __init__(self, gradients: GradientBuffer, group: dist.ProcessGroup, bucket_mb: float) -> None:
+        self.group, self.armed = group, False
+        self.slices: list[Tensor] = []
+        self.sizes: list[int] = []  # parameters in each bucket
+        stop, count = gradients.flat.numel(), 0
+        for number in reversed(range(len(gradients.parameters))):
+            count += 1
+            start = gradients.spans[number][0]
+            parameter = gradients.parameters[number]
+            hook = self._hook(len(self.slices))
+            parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+            if (stop - start) * 4 >= bucket_mb * 1e6 or number == 0:
+                self.slices.append(gradients.flat[start:stop])
+                self.sizes.append(count)
+                stop, count = start, 0
+        self.begin()
+
+    def begin(self) -> None:
+        self.armed = False
+        self.waiting = list(self.sizes)  # parameters that each bucket still lacks
+        self.sent: list[dist.Work] = []
+
+    def finish(self) -> None:
+        self.armed = False
+        self._send_up_to(len(self.slices))
+        for work in self.sent:
+            work.wait()
+
+    def _hook(self, bucket: int) -> Callable[[Tensor], None]:
+        def filled(parameter: Tensor) -> None:
+            if self.armed:
+                if self.waiting[bucket] == 0:
+                    raise RuntimeError(
+                        "a second backward in the last micro-batch: its gradients are already on the way"
+                    )
+                self.waiting[bucket] -= 1
+                ready = next((i for i, lacking in enumerate(self.waiting) if lacking > 0), len(self.waiting))
+                self._send_up_to(ready)
+
+        return filled
+
+    def _send_up_to(self, bucket: int) -> None:
+        for part in self.slices[len(self.sent) : bucket]:
+            work = dist.all_reduce(part, group=self.group, async_op=True)
+            assert work is not None
+            self.sent.append(work)
+
+
+class _Tree:
+    """Sum along a binary tree over micro-batch indices that does not depend on the ranks.
+
+    Node (level, i) is the sum of the micro-batches [i * 2^level, (i + 1) * 2^level) that exist: its left child plus
+    its right child, or the left one alone. It is held by the rank of its first micro-batch. A rank merges what it
+    has as it goes, like a binary counter, so that it holds at most about log2 of its share in buffers; in the end
+    right children travel to the holders of the left ones, level by level, and the root to everybody.
+    """
+
+    def __init__(self, flat: Tensor, plan: BatchPlan, rank: int, group: dist.ProcessGroup | None) -> None:
+        self.flat, self.rank, self.group, self.count = flat, rank, group, plan.micro_batches
+        self.holder = [r for r in range(plan.world_size) for _ in plan.range_of(r)]
+        self.blocks: dict[tuple[int, int], Tensor] = {}
+        self.free: list[Tensor] = []
+
+    def begin(self) -> None:
+        self.free += self.blocks.values()
+        self.blocks = {}
+
+    def add(self, index: int) -> None:
+        """Take over ``flat`` as the gradient of one micro-batch; indices come in order."""
+        level, value = 0, self.flat
+        while index % 2 and (level, index - 1) in self.blocks:
+            left = self.blocks.pop((level, index - 1))
+            left.add_(value)
+            self._release(value)
+            level, index, value = level + 1, index // 2, left
+        self.blocks[level, index] = self._buffer().copy_(value) if value is self.flat else value
+
+    def finish(self) -> None:
+        """Merge over the ranks; afterwards every rank has the root in ``flat``."""
+        level = 0
+        while (1 << level) < self.count:
+            for left in range(0, -(-self.count >> level), 2):
+                self._merge(level, left)
+            level += 1
+        if self.holder[0] == self.rank:
+            self.flat.copy_(self.blocks[level, 0])
+        if self.group is not None:
+            dist.broadcast(self.flat, self._global(self.holder[0]), group=self.group)
+
+    def _merge(self, level: int, left: int) -> None:
+        """Node (level + 1, left / 2) from its children, on the ranks that hold them."""
+        at_left = self.holder[left << level]
+        if (left + 1) << level < self.count:
+            at_right = self.holder[(left + 1) << level]
+            if self.rank == at_right != at_left:
+                block = self.blocks.pop((level, left + 1))
+                dist.send(block, self._global(at_left), group=self.group)
+                self._release(block)
+            elif self.rank == at_left and (level, left) in self.blocks:
+                if at_right != at_left:
+                    received = self._buffer()
+                    dist.recv(received, self._global(at_right), group=self.group)
+                else:
+                    received = self.blocks.pop((level, left + 1))
+                self.blocks[level, left].add_(received)
+                self._release(received)
+        if (level, left) in self.blocks:
+            self.blocks[level + 1, left // 2] = self.blocks.pop((level, left))
+
+    def _global(self, rank: int) -> int:
+        return rank if self.group is None else dist.get_global_rank(self.group, rank)
+
+    def _buffer(self) -> Tensor:
+        return self.free.pop() if self.free else torch.empty_like(self.flat)
+
+    def _release(self, buffer: Tensor) -> None:
+        if buffer is not self.flat:
+            self.free.append(buffer)
