@@ -6,7 +6,6 @@ A key that is missing, surplus or of another shape is an error that names it: we
 from __future__ import annotations
 
 import json
-import pickle
 import re
 import warnings
 from collections.abc import Iterable, Mapping
@@ -170,14 +169,10 @@ def _read_pickled(path: Path) -> Mapping[str, Any]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
-    except pickle.UnpicklingError as error:  # torch's own message advises to read it unsafely
+    except Exception as error:  # nearly any kind on foreign bytes; torch's own text advises to read unsafely
         raise CheckpointError(
-            f"{path} cannot be read safely: it holds more than tensors, and such a file can run code when it is "
-            "read; save its tensors alone"
-        ) from error
-    except Exception as error:  # the reader raises nearly every kind of exception on foreign bytes
-        raise CheckpointError(
-            f"{path} cannot be read ({type(error).__name__}): damaged, or not written by torch.save; copy it again"
+            f"{path} cannot be read ({type(error).__name__}): it is damaged, or holds more than tensors, which could "
+            "run code when read; copy it again, or save its tensors alone"
         ) from error
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise CheckpointError(f"{path} holds no named tensors but {type(content).__name__}")

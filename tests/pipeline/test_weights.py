@@ -183,7 +183,7 @@ def broken_folders(tmp_path):
     torch.save({"step": 3}, folder / "pytorch_model.bin")
     yield "step is no tensor but int"
     torch.save({"a": Trap()}, folder / "pytorch_model.bin")
-    yield "it holds more than tensors, and such a file can run code"
+    yield "(UnpicklingError): it is damaged, or holds more than tensors, which could run code"
     for bad, words in (("{", "config.json is no model"), ("[]", "a JSON object is needed"), ('{"a": 1}', "vocab_size")):
         (folder / "config.json").write_text(bad)
         yield words

@@ -1,0 +1,259 @@
+"""Export: what we trained, transformers loads, with equal logits and equal ids; whole or not at all."""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from data_prep.wordpiece import Encoder
+from pipeline import export
+from pipeline.bert.config import BertConfig, padded_vocab
+from pipeline.bert.heads import BertForPreTraining, initialised
+from pipeline.bert.packing import pack
+from pipeline.bert.weights import load_hugging_face, load_into
+from pipeline.errors import CheckpointError, ConfigError
+from pipeline.train import checkpoint
+
+SENTENCES = ["Über den Wolken, Café!", "the quick brown fox jumps over [MASK] lazy dogs", "naïve 2024-05-01 日本"]
+FILES = ["README.md", "config.json", "model.safetensors", "tokenizer_config.json", "vocab.txt"]
+
+
+@dataclass(frozen=True)
+class StageJob:
+    """What a stage needs of its job."""
+
+    out: Path
+    workers: int = 1
+
+    def say(self, line: str) -> None:
+        assert line
+
+
+@pytest.fixture
+def vocab(tmp_path):
+    """A small vocabulary with every letter in both cases; 3 rows short of a multiple of 8."""
+    letters = sorted(set("".join(SENTENCES) + "".join(SENTENCES).lower() + "ucfen") - set(" \n"))
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{letter}" for letter in letters)]
+    tokens += [f"[unused{i}]" for i in range((5 - len(tokens)) % 8)]
+    assert len(tokens) % 8 == 5
+    path = tmp_path / "vocab.txt"
+    path.write_text("".join(f"{token}\n" for token in tokens), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(params=["erf", "tanh"])
+def trained(tmp_path, vocab, request):
+    """``(model, checkpoint folder)`` of a model with weights far from their start."""
+    size = len(vocab.read_text(encoding="utf-8").splitlines())
+    config = BertConfig(
+        vocab_size=padded_vocab(size),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        max_position_embeddings=64,
+        hidden_act=request.param,
+        initializer_range=0.3,
+    )
+    model = initialised(BertForPreTraining(config), torch.Generator().manual_seed(0)).eval()
+    return model, save_checkpoint(tmp_path / "stages" / "phase2", model)
+
+
+def save_checkpoint(stage_dir, model, step=100):
+    attempt = stage_dir / "attempts" / "0001"
+    attempt.mkdir(parents=True, exist_ok=True)
+    (attempt / "attempt.json").write_text(json.dumps({"resumed_from": None}))
+    return checkpoint.save(
+        attempt,
+        stage=stage_dir.name,
+        attempt=1,
+        step=step,
+        sample_position=0,
+        weights={name: tensor.numpy() for name, tensor in model.state_dict().items()},
+        optimizer={"step": np.array(step)},
+        identity={},
+        model=model.config.to_dict(),
+    )
+
+
+def assert_equals_transformers(folder, model, vocab, lowercase, strip_accents):
+    """Same ids for the sentences, same logits for these ids."""
+    theirs, report = transformers.BertForPreTraining.from_pretrained(folder, output_loading_info=True)
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert not theirs.training
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    encoder = Encoder(vocab, lowercase, strip_accents)
+    size = encoder.vocabulary.size
+    assert tokenizer.model_max_length == 64
+    for sentence in SENTENCES:
+        ids = tokenizer(sentence).input_ids
+        assert ids[1:-1] == encoder.encode([sentence])[0].tolist()
+        assert tokenizer.unk_token_id not in ids[1:-1] or not strip_accents
+        batch = pack(ids, [len(ids)], [len(ids)], 64)
+        with torch.no_grad():
+            mlm, nsp = model(batch, batch.slot)
+            expected = theirs(input_ids=torch.tensor([ids]))
+        torch.testing.assert_close(mlm[:, :size], expected.prediction_logits[0], rtol=0, atol=1e-4)
+        torch.testing.assert_close(nsp, expected.seq_relationship_logits, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("lowercase", "strip_accents"), [(True, True), (True, False), (False, False)])
+def test_transformers_loads_the_exported_model(tmp_path, trained, vocab, lowercase, strip_accents):
+    model, folder = trained
+    job = StageJob(tmp_path)
+    facts = export.run(job, checkpoint=folder, vocab=vocab, lowercase=lowercase, strip_accents=strip_accents)
+    out = tmp_path / facts["model"]
+    assert sorted(path.name for path in out.iterdir()) == FILES
+    assert facts["parameters"] == sum(p.numel() for p in model.parameters()) - 3 * 33  # 3 rows, each with a bias
+    assert_equals_transformers(out, model, vocab, lowercase, strip_accents)
+
+
+def test_the_same_bytes_again_and_remains_of_a_killed_try_are_removed(tmp_path, trained, vocab):
+    _, folder = trained
+    job = StageJob(tmp_path / "export")
+    remains = job.out / ".model.abcd.tmp"
+    remains.mkdir(parents=True)
+    (remains / "model.safetensors").write_bytes(b"half")
+    options = {"checkpoint": folder, "vocab": vocab, "lowercase": True, "strip_accents": True}
+    export.run(job, **options)
+    first = {name: (job.out / "model" / name).read_bytes() for name in FILES}
+    (job.out / "model" / "config.json").write_text("{}")
+    export.run(job, **options)
+    assert {name: (job.out / "model" / name).read_bytes() for name in FILES} == first
+    assert [path.name for path in job.out.iterdir()] == ["model"]
+
+
+def test_a_failure_leaves_the_older_model_and_nothing_else(tmp_path, trained, vocab, monkeypatch):
+    _, folder = trained
+    job = StageJob(tmp_path / "export")
+    options = {"checkpoint": folder, "vocab": vocab, "lowercase": True, "strip_accents": True}
+    export.run(job, **options)
+
+    def full_disk(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(export, "publish_json", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        export.run(job, **options)
+    assert [path.name for path in job.out.iterdir()] == ["model"]
+    assert sorted(path.name for path in (job.out / "model").iterdir()) == FILES
+
+
+def test_exporting_an_exported_folder_changes_no_weight(tmp_path, trained, vocab):
+    model, folder = trained
+    export.run(StageJob(tmp_path), checkpoint=folder, vocab=vocab, lowercase=True, strip_accents=False)
+    source = export.read_source(tmp_path / "model")
+    tokenizer = export.Tokenizer(vocab, lowercase=True, strip_accents=False)
+    export.write_model(tmp_path / "again", source, tokenizer, card="")
+    for name in set(FILES) - {"README.md"}:
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "model" / name).read_bytes()
+    config, state = load_hugging_face(tmp_path / "again")
+    assert config == model.config.__class__(**model.config.to_dict() | {"init": "bert"})
+    load_into(BertForPreTraining(config), state)
+
+
+def test_a_stage_folder_means_its_newest_good_checkpoint(tmp_path, trained):
+    model, folder = trained
+    stage = folder.parents[2]
+    newer = save_checkpoint(stage, model, step=200)
+    assert export.read_source(stage).origin == "step 200 of phase2"
+    weights = newer / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + b"spoi")
+    assert export.read_source(stage).origin == "step 100 of phase2"
+    with pytest.raises(CheckpointError, match="SHA-256"):
+        export.read_source(newer)
+
+
+def test_a_checkpoint_of_another_shape_is_refused(tmp_path, trained):
+    model, _ = trained
+    state = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+    del state["bert.pooler.dense.bias"]
+    attempt = tmp_path / "stages" / "other" / "attempts" / "0001"
+    folder = checkpoint.save(
+        attempt,
+        stage="other",
+        attempt=1,
+        step=5,
+        sample_position=0,
+        weights=state,
+        optimizer={},
+        identity={},
+        model=model.config.to_dict(),
+    )
+    with pytest.raises(CheckpointError, match=r"missing bert\.pooler\.dense\.bias"):
+        export.read_source(folder)
+
+
+def test_another_vocabulary_is_refused(tmp_path, trained, vocab):
+    _, folder = trained
+    vocab.write_text(
+        vocab.read_text(encoding="utf-8") + "".join(f"[unused{i + 100}]\n" for i in range(4)), encoding="utf-8"
+    )
+    with pytest.raises(CheckpointError, match="it was trained with another vocabulary"):
+        export.run(StageJob(tmp_path), checkpoint=folder, vocab=vocab, lowercase=True, strip_accents=True)
+    assert not (tmp_path / "model").exists()
+
+
+def test_no_source_at_all(tmp_path):
+    for path in (tmp_path, tmp_path / "nothing"):
+        with pytest.raises(CheckpointError, match="holds no weights: give a checkpoint"):
+            export.read_source(path)
+
+
+def test_the_card_tells_data_licences_and_scores(trained):
+    _, folder = trained
+    source = export.read_source(folder)
+    card = export.model_card(
+        source, data=["Wikipedia 2024-05"], licences=["CC BY-SA 4.0"], scores={"sst2": {"accuracy": 91.744}}
+    )
+    for words in ("* Wikipedia 2024-05", "* CC BY-SA 4.0", "| sst2 | accuracy 91.74 |", "step 100 of phase2"):
+        assert words in card
+    assert "Not recorded" not in card
+    assert "Not measured yet." in export.model_card(source)
+
+
+def command(*words):
+    return subprocess.run(
+        [sys.executable, "-m", "pipeline.export", *map(str, words)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parents[2],
+    )
+
+
+def test_the_command_exports_a_trained_folder(tmp_path, carriers):
+    """MiniLM through the command: an encoder without heads, under the architecture it has."""
+    done = command(carriers / "minilm", "--to", "hf", tmp_path / "out")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "22.7 million parameters" in done.stdout
+    ours, theirs = (transformers.BertModel.from_pretrained(path) for path in (tmp_path / "out", carriers / "minilm"))
+    assert all(torch.equal(tensor, theirs.state_dict()[name]) for name, tensor in ours.state_dict().items())
+    ids = [
+        transformers.AutoTokenizer.from_pretrained(p)("Tokenising café").input_ids
+        for p in (tmp_path / "out", carriers / "minilm")
+    ]
+    assert ids[0] == ids[1]
+
+    again = command(carriers / "minilm", tmp_path / "out")
+    assert again.returncode == ConfigError.exit_code
+    assert again.stderr == f"{tmp_path / 'out'} exists already: name a folder that does not\n"
+
+
+def test_the_command_refuses_in_one_line(tmp_path, trained, vocab):
+    _, folder = trained
+    missing = command(folder, tmp_path / "out")
+    assert missing.returncode == 2
+    assert missing.stderr.endswith("name the one it was trained with by --vocab FILE\n")
+    spoilt = folder / "weights.safetensors"
+    spoilt.write_bytes(spoilt.read_bytes()[:-1])
+    damaged = command(folder, tmp_path / "out", "--vocab", vocab)
+    assert damaged.returncode == 4
+    assert len(damaged.stderr.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
