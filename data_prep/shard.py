@@ -72,15 +72,15 @@ def run(
     Raises DataError for an unreadable document (file and line named) or too few documents for the shards.
     """
     make_splitter(language, splitter)  # refuse an unknown one before reading gigabytes
-    source = manifest.read_manifest(documents)["manifest_sha256"]
-    files = sorted(path.name for path in documents.glob("documents-*.jsonl"))
+    extracted = manifest.read_manifest(documents)
+    source, files = extracted["manifest_sha256"], extracted["files"]
     identity = manifest.identity_of(source=source, language=language, splitter=splitter, seed=seed)
     index_identity = manifest.identity_of(source=source, test_fraction=test_fraction, seed=seed)
     counts = run_all(
         functools.partial(_index, documents, job.out, test_fraction, seed, index_identity), files, job.workers
     )
     job.say(f"{sum(row['documents'] for row in counts)} documents in {len(files)} files indexed")
-    indexes = {name: np.load(_index_path(job.out, name)) for name in files}
+    indexes = {entry["file"]: np.load(_index_path(job.out, entry["file"])) for entry in files}
     plans = plan(indexes, "train", train_shards)
     if test_fraction > 0:
         plans += plan(indexes, "test", test_shards)
@@ -143,11 +143,15 @@ def _index_path(out: Path, name: str) -> Path:
     return out / f".{name}.index.npy"
 
 
-def _index(documents: Path, out: Path, fraction: float, seed: int, identity: str, name: str) -> dict[str, int]:
+def _index(
+    documents: Path, out: Path, fraction: float, seed: int, identity: str, entry: dict[str, Any]
+) -> dict[str, int]:
     """First pass over one documents file: where each document starts, its bytes of text, its split."""
+    name = str(entry["file"])
     path = _index_path(out, name)
     if (facts := manifest.noted(path, identity)) is not None:
         return facts
+    manifest.verify(documents, [entry])
     offsets, sizes, splits = array("q"), array("q"), array("B")
     offset = 0
     with open(documents / name, "rb") as file:

@@ -62,7 +62,7 @@ def documents_folder(folder: Path, count: int, files: int = 3, seed: int = 1) ->
             if at * files // count == number
         ]
         (folder / f"documents-{number:05d}.jsonl").write_text("".join(line + "\n" for line in lines))
-    publish_manifest(folder, {"shards": [file_entry(path) for path in sorted(folder.glob("*.jsonl"))]})
+    publish_manifest(folder, {"files": [file_entry(path) for path in sorted(folder.glob("*.jsonl"))]})
     return folder
 
 
@@ -209,5 +209,9 @@ def test_a_broken_document_is_named(tmp_path: Path) -> None:
     lines = path.read_text().splitlines()
     for broken in ("{", '{"id": 3, "text": "a"}', '{"id": "a"}', '{"id": "a", "text": "\\ud800"}'):
         path.write_text("\n".join([*lines[:3], broken, *lines[3:]]))
+        publish_manifest(source, {"files": [file_entry(path)]})
         with pytest.raises(DataError, match=r"documents-00000\.jsonl line 4 is not a document"):
             shard.run(FolderJob(tmp_path / "out"), documents=source, **SETTINGS)
+    path.write_text("\n".join(lines))
+    with pytest.raises(DataError, match=r"documents-00000\.jsonl has \d+ bytes, its manifest says"):
+        shard.run(FolderJob(tmp_path / "out"), documents=source, **SETTINGS)
