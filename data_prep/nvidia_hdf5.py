@@ -1,0 +1,292 @@
+"""Convert shards from and to the six-dataset HDF5 schema of NVIDIA's BERT (padded rows, masks drawn beforehand).
+
+python -m data_prep.nvidia_hdf5 from-nvidia SRC DST --vocab vocab.txt
+python -m data_prep.nvidia_hdf5 to-nvidia SRC DST
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import hashlib
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from data_prep import manifest
+from data_prep.errors import DataError
+from data_prep.fanout import run_all
+from data_prep.hdf5 import SHORTEST, Shard, read_shard, token_dtype, write_shard
+from data_prep.masking import mask_tokens
+from data_prep.publish import file_sha256, publish_bytes
+from data_prep.wordpiece import Vocabulary
+
+SCHEMA = {
+    "input_ids": ("<i4", 2),
+    "input_mask": ("|i1", 2),
+    "segment_ids": ("|i1", 2),
+    "masked_lm_positions": ("<i4", 2),
+    "masked_lm_ids": ("<i4", 2),
+    "next_sentence_labels": ("|i1", 1),
+}
+FILTERS = {h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32, h5py.h5z.FILTER_LZF}
+Rows = dict[str, NDArray[Any]]
+
+
+def to_rows(
+    shard: Shard, first_id: int, special: dict[str, int], vocab_size: int, masked_lm_prob: float, max_predictions: int
+) -> Rows:
+    """The six arrays of a shard: padded with zeros to ``[N, seq_len]`` and ``[N, max_predictions]``, masked.
+
+    Masks are those of epoch 0, the ids of the samples counting from ``first_id``.
+    """
+    lengths = np.diff(shard.offsets)
+    count, width = len(lengths), shard.seq_len
+    tokens, positions, labels = mask_tokens(
+        shard.tokens.astype(np.int32),
+        lengths,
+        first_id + np.arange(count),
+        seed=shard.seed,
+        epoch=0,
+        vocab_size=vocab_size,
+        mask_id=special["mask"],
+        special_ids=(special["cls"], special["sep"]),
+        masked_lm_prob=masked_lm_prob,
+        max_predictions=max_predictions,
+    )
+    column = np.arange(width)
+    real = column < lengths[:, None]
+    input_ids = np.zeros((count, width), np.int32)
+    input_ids[real] = tokens
+    row = np.searchsorted(shard.offsets, positions, side="right") - 1
+    rank = np.arange(len(row)) - np.searchsorted(row, row)
+    masked_positions = np.zeros((count, max_predictions), np.int32)
+    masked_ids = np.zeros((count, max_predictions), np.int32)
+    masked_positions[row, rank] = positions - shard.offsets[row]
+    masked_ids[row, rank] = labels
+    return {
+        "input_ids": input_ids,
+        "input_mask": real.astype(np.int8),
+        "segment_ids": (real & (column >= shard.b_start[:, None])).astype(np.int8),
+        "masked_lm_positions": masked_positions,
+        "masked_lm_ids": masked_ids,
+        "next_sentence_labels": shard.is_random_next.astype(np.int8),
+    }
+
+
+def from_rows(rows: Rows, cls_id: int, vocabulary: Vocabulary, name: str, source: str) -> Shard:
+    """Undo ``to_rows``: the original tokens are put back, the padding goes.
+
+    The number of predictions of a row is the index of the first zero in its positions (0 is [CLS], never masked),
+    whatever the number of columns. Raises DataError with the row (from 0) that is no sample of this vocabulary.
+    """
+    ids, positions = rows["input_ids"].astype(np.int64), rows["masked_lm_positions"].astype(np.int64)
+    count, width = ids.shape
+    mask = rows["input_mask"].astype(bool)
+    lengths = mask.sum(axis=1)
+    b_start = (mask & (rows["segment_ids"] == 0)).sum(axis=1)
+    used = np.cumsum(positions == 0, axis=1) == 0
+    _refuse(
+        name,
+        {
+            "input_mask is not ones then zeros": (mask != (np.arange(width) < lengths[:, None])).any(axis=1),
+            f"fewer than {SHORTEST} tokens": lengths < SHORTEST,
+            "segment_ids is not 0 for A, then 1 for B": (
+                (rows["segment_ids"] != (mask & (np.arange(width) >= b_start[:, None]))).any(axis=1)
+                | (b_start < 3)
+                | (b_start >= lengths - 1)
+            ),
+            "a masked position is outside the sample": ((positions < 0) | (used & (positions >= lengths[:, None]))).any(
+                axis=1
+            ),
+            "next_sentence_labels is neither 0 nor 1": rows["next_sentence_labels"] >> 1 != 0,
+        },
+    )
+    row = np.nonzero(used)[0]
+    ids[row, positions[used]] = rows["masked_lm_ids"][used]
+    _refuse(
+        name,
+        {
+            f"an id is outside the vocabulary of {vocabulary.size}": (
+                ((ids < 0) | (ids >= vocabulary.size)) & mask
+            ).any(axis=1),
+            f"the first token is not [CLS] ({cls_id})": ids[:, 0] != cls_id,
+        },
+    )
+    return Shard(
+        tokens=ids[mask].astype(token_dtype(vocabulary.size)),
+        offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]),
+        b_start=b_start.astype(np.uint16),
+        is_random_next=rows["next_sentence_labels"].astype(np.uint8),
+        document=np.zeros(count, np.uint32),
+        seq_len=width,
+        vocab_sha256=vocabulary.sha256,
+        seed=0,
+        source=source,
+    )
+
+
+def _refuse(name: str, faults: dict[str, NDArray[np.bool_]]) -> None:
+    for fault, rows in faults.items():
+        if rows.any():
+            raise DataError(f"{name} row {int(np.argmax(rows))}: {fault} ({int(rows.sum())} of {len(rows)} rows)")
+
+
+def read_rows(path: Path) -> Rows:
+    """The six datasets of a file; DataError when one is missing, of another kind, or stored outside the file."""
+    try:
+        with h5py.File(path, "r", locking=False) as file:
+            rows = {}
+            for name, (_, dimensions) in SCHEMA.items():
+                # neither links into other files nor plug-ins: the file is a stranger's
+                if not isinstance(file.get(name, getlink=True), h5py.HardLink):
+                    raise ValueError(f"{name} is a link, or missing")
+                dataset = file[name]
+                plist = dataset.id.get_create_plist()
+                filters = {plist.get_filter(number)[0] for number in range(plist.get_nfilters())}
+                if dataset.external or dataset.is_virtual or not filters <= FILTERS:
+                    raise ValueError(f"{name} is stored outside the file or with a foreign filter")
+                if dataset.dtype.kind not in "iu" or dataset.ndim != dimensions:
+                    raise ValueError(f"{name} is {dataset.dtype} with {dataset.ndim} dimensions")
+                rows[name] = dataset[()]
+    except (OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        raise DataError(f"{path} is not a file of NVIDIA's schema: {error}") from None
+    count, width = rows["input_ids"].shape
+    shapes = {name: array.shape for name, array in rows.items()}
+    predictions = shapes["masked_lm_positions"][1]
+    expected = [(count, width)] * 3 + [(count, predictions)] * 2 + [(count,)]
+    if list(shapes.values()) != expected:
+        raise DataError(f"{path}: the shapes of its datasets do not agree: {shapes}")
+    return rows
+
+
+def write_rows(path: Path, rows: Rows) -> None:
+    """Write the six datasets with gzip, as NVIDIA's files have them; whole or not at all."""
+    with h5py.File("rows", "w", driver="core", backing_store=False) as file:
+        for name, (dtype, _) in SCHEMA.items():
+            file.create_dataset(name, data=rows[name], dtype=dtype, compression="gzip")
+        file.flush()
+        image: bytes = file.id.get_file_image()
+    publish_bytes(path, image)
+
+
+def to_nvidia(
+    source: Path, target: Path, *, masked_lm_prob: float = 0.15, max_predictions: int | None = None, workers: int = 1
+) -> list[str]:
+    """Write every shard of a samples folder as ``samples_training_<i>.hdf5`` or ``samples_test_<i>.hdf5``.
+
+    ``max_predictions`` (columns) is 20 up to 128 tokens and 80 above, unless given. Returns the file names.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    work = []
+    for split, label in (("train", "training"), ("test", "test")):
+        samples = manifest.load(source, split)
+        columns = max_predictions or (20 if samples.seq_len <= 128 else 80)
+        first_id = 0
+        for number, shard in enumerate(samples.shards):
+            path = target / f"samples_{label}_{number}.hdf5"
+            work.append((shard, path, first_id, samples.special, samples.vocab_size, masked_lm_prob, columns))
+            first_id += shard.rows
+    return [str(name) for name in run_all(_to_file, work, workers)]
+
+
+def _to_file(work: tuple[manifest.ShardFile, Path, int, dict[str, int], int, float, int]) -> str:
+    shard, path, first_id, special, vocab_size, masked_lm_prob, columns = work
+    manifest.verify_file(shard.path, shard.bytes, shard.sha256)
+    write_rows(path, to_rows(read_shard(shard.path), first_id, special, vocab_size, masked_lm_prob, columns))
+    return path.name
+
+
+def from_nvidia(source: Path, target: Path, *, vocab: Path, workers: int = 1) -> dict[str, Any]:
+    """Turn a file or folder of NVIDIA's ``.hdf5`` files into a samples folder with a manifest.
+
+    Files named ``…test…`` become the test split, all others the training split, in the order of their numbers.
+    Returns the manifest.
+    """
+    vocabulary = Vocabulary.load(vocab)
+    files = [source] if source.is_file() else sorted(source.rglob("*.hdf5"), key=_natural)
+    if not files:
+        raise DataError(f"{source} holds no .hdf5 file")
+    target.mkdir(parents=True, exist_ok=True)
+    work, counts = [], {"train": 0, "test": 0}
+    for path in files:
+        split = "test" if "test" in path.name and "training" not in path.name else "train"
+        work.append((path, target / f"{split}-{counts[split]:05d}.hdf5", split))
+        counts[split] += 1
+    rows = run_all(functools.partial(_from_file, vocabulary), work, workers)
+    lengths = {row.pop("seq_len") for row in rows}
+    if len(lengths) > 1:
+        raise DataError(f"{source} holds files of {sorted(lengths)} tokens a row: convert each length by itself")
+    digest = hashlib.sha256("".join(row["source_sha256"] for row in rows).encode()).hexdigest()
+    value = {
+        "format": manifest.FORMAT,
+        "seq_len": lengths.pop(),
+        "vocab_size": vocabulary.size,
+        "vocab_sha256": vocabulary.sha256,
+        "seed": 0,
+        "special": vocabulary.special,
+        "source_manifest": digest,
+        "shards": rows,
+    }
+    manifest.publish_manifest(target, value)
+    return value
+
+
+def _natural(path: Path) -> list[Any]:
+    pieces = re.split(r"(\d+)", str(path))
+    return [int(piece) if piece.isdigit() else piece for piece in pieces]
+
+
+def _from_file(vocabulary: Vocabulary, work: tuple[Path, Path, str]) -> dict[str, Any]:
+    path, target, split = work
+    source = file_sha256(path)
+    shard = from_rows(read_rows(path), vocabulary.special["cls"], vocabulary, str(path), source)
+    facts = write_shard(target, shard)
+    return {"file": target.name, "split": split, **facts, "source_sha256": source, "seq_len": shard.seq_len}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; 0 done, 3 unusable data, 6 storage."""
+    parser = argparse.ArgumentParser(prog="python -m data_prep.nvidia_hdf5", description=(__doc__ or "").split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    out = commands.add_parser("to-nvidia", help="a samples folder of this pipeline -> NVIDIA's files")
+    out.add_argument("--masked-lm-prob", type=float, default=0.15, help="share of masked tokens (0.15)")
+    out.add_argument("--max-predictions", type=int, help="columns for them (20 up to 128 tokens, else 80)")
+    back = commands.add_parser("from-nvidia", help="NVIDIA's files -> a samples folder of this pipeline")
+    back.add_argument("--vocab", type=Path, required=True, help="the vocab.txt that the ids belong to")
+    for command in (out, back):
+        command.add_argument("source", type=Path, metavar="SRC")
+        command.add_argument("target", type=Path, metavar="DST")
+        command.add_argument("--workers", type=int, default=1, help="processes (1)")
+    given = parser.parse_args(arguments)
+    try:
+        if given.command == "to-nvidia":
+            names = to_nvidia(
+                given.source,
+                given.target,
+                masked_lm_prob=given.masked_lm_prob,
+                max_predictions=given.max_predictions,
+                workers=given.workers,
+            )
+            print(f"{len(names)} files written to {given.target}")
+        else:
+            made = from_nvidia(given.source, given.target, vocab=given.vocab, workers=given.workers)
+            rows = sum(shard["rows"] for shard in made["shards"])
+            print(f"{rows} samples of up to {made['seq_len']} tokens written to {given.target}")
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 6
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
