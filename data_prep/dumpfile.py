@@ -38,6 +38,8 @@ def compression(path: Path) -> str:
         raise DataError(f"{path} is empty: fetch it again")
     if head in OTHER_FORMATS:
         raise DataError(f"{path} is a {OTHER_FORMATS[head]} file: unpack it, or pack it as .bz2 or .gz")
+    if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise DataError(f"{path} is UTF-16 text; only UTF-8 exports are read: fetch it again or convert it")
     return "bz2" if head[:3] == b"BZh" else "gz" if head[:2] == b"\x1f\x8b" else ""
 
 
