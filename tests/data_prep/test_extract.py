@@ -1,0 +1,198 @@
+"""The extract stage: same bytes for any number of workers and after kills, nothing lost, nothing half-written."""
+
+import bz2
+import hashlib
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_prep import document, extract, manifest
+from data_prep.errors import DataError
+
+HEADER = "<mediawiki><siteinfo><dbname>xwiki</dbname></siteinfo>\n"
+
+
+class FakeJob:
+    """A job whose lines are kept."""
+
+    def __init__(self, out: Path, workers: int = 1) -> None:
+        self.out, self.workers = out, workers
+        self.lines: list[str] = []
+        out.mkdir(parents=True, exist_ok=True)
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
+
+
+def page(number: int, text: str) -> str:
+    return f"<page><title>P{number}</title><ns>0</ns><id>{number}</id><revision><text>{text}</text></revision></page>\n"
+
+
+@pytest.fixture
+def inputs(tmp_path: Path) -> dict[str, list[Path]]:
+    folder = tmp_path / "in"
+    (folder / "books").mkdir(parents=True)
+    pages = [page(n, f"Prose number {n} " + "word " * n) for n in range(120)]
+    groups = [HEADER, *("".join(pages[i : i + 10]) for i in range(0, 120, 10)), "</mediawiki>\n"]
+    (folder / "multi.xml.bz2").write_bytes(b"".join(bz2.compress(group.encode()) for group in groups))
+    (folder / "plain.xml").write_text(HEADER + "".join(pages[:50]) + page(99, "{{none}}") + "</mediawiki>")
+    for name in "abcde":
+        (folder / "books" / f"{name}.txt").write_text(f"Book {name}.\n\nIts text.\n" * 20)
+    (folder / "text.txt").write_text("\n\n".join(f"Text {n}\nof lines." for n in range(100)))
+    (folder / "rows.jsonl").write_text("".join(json.dumps({"text": f"Row {n}."}) + "\n" for n in range(200)))
+    return {
+        "wikipedia": [folder / "multi.xml.bz2", folder / "plain.xml"],
+        "books": [folder / "books", folder / "text.txt"],
+        "jsonl": [folder / "rows.jsonl"],
+    }
+
+
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extract, "PART_BYTES", 1500)
+    monkeypatch.setattr(extract, "COMPRESSED_PART_BYTES", 500)
+    monkeypatch.setattr(document, "FILE_BYTES", 3000)
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+
+
+def texts(folder: Path) -> list[dict[str, Any]]:
+    return [
+        json.loads(line) for path in sorted(folder.glob("documents-*")) for line in path.read_text().split("\n")[:-1]
+    ]
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_everything_is_read_and_described(inputs: dict[str, list[Path]], tmp_path: Path) -> None:
+    job = FakeJob(tmp_path / "out")
+    facts = extract.run(job, **inputs, max_document_mb=1)
+    rows = texts(job.out)
+    assert len(rows) == 120 + 50 + 5 + 100 + 200 == facts["counts"]["documents"]
+    assert facts["counts"]["articles"] == len(rows) + 1
+    assert facts["counts"]["words"] == sum(len(row["text"].split()) for row in rows)
+    assert facts["skipped"] == {"no prose": 1}
+    assert facts["examples"] == {"no prose": ["P99"]}
+    assert {row["source"] for row in rows} == {path.name for paths in inputs.values() for path in paths}
+    assert len({row["id"] for row in rows if row["source"] != "plain.xml"}) == 120 + 5 + 100 + 200
+    found = manifest.read_manifest(job.out)
+    manifest.verify(job.out, found["files"])
+    assert sum(entry["documents"] for entry in found["files"]) == len(rows)
+    assert len(found["files"]) > 20
+    assert contents(job.out).keys() == {"manifest.json", *(entry["file"] for entry in found["files"])}
+    multi = inputs["wikipedia"][0]
+    assert found["inputs"][0]["sha256"] == hashlib.sha256(multi.read_bytes()).hexdigest()
+    assert found["inputs"][0]["bytes"] == multi.stat().st_size
+    assert any("1 skipped, no prose: P99" in line for line in job.lines)
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_killed_tries_and_old_files_leave_no_trace(
+    inputs: dict[str, list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clean = FakeJob(tmp_path / "clean")
+    extract.run(clean, **inputs, max_document_mb=1)
+
+    job = FakeJob(tmp_path / "out")
+    read, calls = extract._documents, 0
+
+    def dies(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 9:
+            raise KeyboardInterrupt
+        return read(*arguments)
+
+    monkeypatch.setattr(extract, "_documents", dies)
+    with pytest.raises(KeyboardInterrupt):
+        extract.run(job, **inputs, max_document_mb=1)
+    assert not (job.out / "manifest.json").exists()
+    (job.out / "documents-77777.jsonl").write_text("{}")
+    (job.out / ".documents-00001.jsonl.1-a.tmp").write_text("half")
+    (job.out / "documents-00002.jsonl").write_text("damaged")
+    extract.run(job, **inputs, max_document_mb=1)
+    parts = len(manifest.read_manifest(job.out)["files"])
+    assert contents(job.out) == contents(clean.out)
+    assert calls < 9 + parts, "finished parts were read again"
+
+    inputs["jsonl"][0].write_text('{"text": "Changed."}\n')
+    extract.run(job, **inputs, max_document_mb=1)
+    assert texts(job.out)[-1]["text"] == "Changed."
+
+
+def test_any_number_of_workers_gives_the_same_bytes(sample_dir: Path, tmp_path: Path) -> None:
+    arguments: dict[str, Any] = {
+        "wikipedia": [sample_dir / "enwiki-sample.xml.bz2"],
+        "books": [sample_dir / "books"],
+        "jsonl": [sample_dir / "quac.jsonl"],
+    }
+    for workers in (1, 3):
+        extract.run(FakeJob(tmp_path / f"w{workers}", workers), **arguments, max_document_mb=0.5)
+    assert contents(tmp_path / "w1") == contents(tmp_path / "w3")
+    found = manifest.read_manifest(tmp_path / "w1")
+    assert found["counts"]["articles"] == found["counts"]["documents"] + sum(found["skipped"].values())
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+from data_prep import extract
+extract.PART_BYTES = 300_000
+class Job:
+    out, workers = Path(sys.argv[1]), 2
+    def say(self, line): print(line, flush=True)
+if __name__ == "__main__":
+    extract.run(Job(), wikipedia=[], books=[], jsonl=[Path(sys.argv[2])], max_document_mb=1)
+"""
+
+
+def test_kill_and_rerun_gives_the_same_bytes(sample_dir: Path, tmp_path: Path) -> None:
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    folder = Path(__file__).parents[2]
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        command = [sys.executable, str(script), str(tmp_path / name), str(sample_dir / "quac.jsonl")]
+        for delay_s in (0.4, 0.8) if name == "b" else ():
+            process = subprocess.Popen(command, cwd=folder, env={"PYTHONPATH": str(folder)}, stdout=subprocess.DEVNULL)
+            time.sleep(delay_s)
+            process.kill()
+            process.wait()
+        subprocess.run(command, cwd=folder, env={"PYTHONPATH": str(folder)}, check=True, stdout=subprocess.DEVNULL)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+@pytest.mark.parametrize("case", ["no page", "no prose", "same name", "empty json", "damaged"])
+def test_refusals(case: str, inputs: dict[str, list[Path]], tmp_path: Path) -> None:
+    arguments: dict[str, list[Path]] = {"wikipedia": [], "books": [], "jsonl": []}
+    dump = tmp_path / "dump.xml"
+    if case == "no page":
+        dump.write_text(HEADER + "</mediawiki>")
+        arguments["wikipedia"], message = [dump], "holds no page"
+    elif case == "no prose":
+        dump.write_text(HEADER + page(1, "{{x}}") + "</mediawiki>")
+        arguments["wikipedia"], message = [dump], "no document in dump.xml: 1 no prose"
+    elif case == "same name":
+        arguments["jsonl"], message = (
+            [tmp_path / "a" / "x.jsonl", tmp_path / "x.jsonl"],
+            "two inputs are called x.jsonl",
+        )
+    elif case == "empty json":
+        (tmp_path / "x.jsonl").write_text("\n")
+        arguments["jsonl"], message = [tmp_path / "x.jsonl"], "the input is empty"
+    else:
+        arguments = inputs
+        data = bytearray(inputs["wikipedia"][0].read_bytes())
+        data[len(data) // 2] ^= 64
+        inputs["wikipedia"][0].write_bytes(data)
+        message = "damaged bz2 data in the stream at byte"
+    job = FakeJob(tmp_path / "out")
+    with pytest.raises(DataError, match=message):
+        extract.run(job, **arguments, max_document_mb=1)
+    assert not (job.out / "manifest.json").exists()
