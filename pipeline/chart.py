@@ -126,7 +126,7 @@ def thin(points: Sequence[Point], low: float, high: float, buckets: int) -> list
 
 def drawable(point: Point) -> bool:
     """Whether both values are finite and small enough to compute with."""
-    return all(math.isfinite(value) and abs(value) <= LARGEST for value in point)
+    return all(abs(value) <= LARGEST for value in point)
 
 
 def draw(chart: Chart, *, key: str, width: int = 460, height: int = 250) -> Html:

@@ -64,7 +64,6 @@ figcaption { margin-bottom: .35rem; font-weight: 600; font-size: .95rem; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; line-height: 1.45;
   font-variant-numeric: tabular-nums; }
 .attempts td:nth-child(2) { white-space: nowrap; }
-table.fit { width: auto; min-width: 20rem; }
 figcaption span { color: var(--quiet); font-weight: 400; font-size: .9em; }
 th { text-align: left; font-weight: 600; color: var(--quiet); vertical-align: bottom; }
 th, td { padding: .42rem 1.1rem .42rem 0; border-bottom: 1px solid var(--line); }

@@ -32,11 +32,32 @@ def stage_section(facts: Facts) -> Html:
     return section("Stages", shown, note("Durations are those of the attempt that finished the stage."))
 
 
+MADE = {
+    "extract": (("counts.documents", "{} documents"), ("counts.words", "{} words")),
+    "shard": (("train.sentences", "{} training sentences"), ("test.sentences", "{} held out")),
+    "vocab": (("vocab_size", "{} entries"),),
+    "samples": (("train.rows", "{} training samples"), ("test.rows", "{} held out")),
+    "phase1": (("samples", "{} samples"), ("eval_mlm_loss", "held-out MLM loss {}"), ("checkpoint", "{}")),
+    "phase2": (("samples", "{} samples"), ("eval_mlm_loss", "held-out MLM loss {}"), ("checkpoint", "{}")),
+    "export": (("parameters", "model of {} parameters"),),
+}
+"""What the stage table says of a result: dotted keys and how their values are put."""
+
+
 def made(facts: Facts, name: str) -> str:
     """What a finished stage made, from its result; a fine-tuning task by the name of its data."""
     if name in facts.scores:
         return f"{dataset(facts.scores[name])}: {shown_scores(facts.scores[name])}"
-    return in_words(facts.results.get(name, {}))
+    result = facts.results.get(name, {})
+    words = [put.format(number(value)) for key, put in MADE.get(name.split("_")[0], ()) if (value := at(result, key))]
+    return ", ".join(words) or in_words(result)
+
+
+def at(value: Any, dotted: str) -> Any:
+    """The value under a dotted key, None where there is none."""
+    for key in dotted.split("."):
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
 
 
 def in_words(value: Any, name: str = "") -> str:
@@ -61,41 +82,82 @@ def spoken(name: str) -> str:
 
 def data_section(facts: Facts) -> Html:
     """From articles to samples, each count from the stage that made it."""
-    said: list[Html] = []
-    extract = facts.results.get("extract") or {}
-    said.append(tag("p", accounting(extract)) if extract else note("extract is not done, so there are no counts."))
-    shard = facts.results.get("shard") or {}
-    parts = {name: shard[key] for key, name in (("train", "training"), ("test", "held out")) if key in shard}
-    rows = [
-        (spoken(key), *[size(p.get(key)) if key == "bytes" else number(p.get(key)) for p in parts.values()])
-        for key in ("documents", "sentences", "words", "bytes", "shards")
-    ]
-    if parts:
-        said.append(table(("Text", *parts), rows, numeric=(1, 2), class_="fit"))
-    others = [name for name in facts.results if name == "vocab" or name.startswith("samples")]
-    if others:
-        said.append(
-            table(("Made of it", ""), [(tag("code", n), in_words(facts.results[n])) for n in others], class_="fit")
-        )
+    extract, shard = (facts.results.get(name) or {} for name in ("extract", "shard"))
+    said: list[Html | None] = [note("extract is not done, so there are no counts.")]
+    if extract:
+        said = [tag("p", accounting(extract)), inputs_table(extract), examples(extract)]
+    splits = {name: shard[key] for key, name in SPLITS.items() if isinstance(shard.get(key), Mapping)}
+    if splits:
+        keys = ("documents", "sentences", "words", "shards")
+        rows = [(n, *[number(part.get(k)) for k in keys], size(part.get("bytes"))) for n, part in splits.items()]
+        head = ("Text", "Documents", "Sentences", "Words", "Shards", "Size")
+        said.append(table(head, rows, numeric=range(1, 6)))
+    said.append(samples_table(facts))
     return section("Data", *said)
 
 
+SPLITS = {"train": "training", "test": "held out"}
+
+
 def accounting(result: Mapping[str, Any]) -> str:
-    """``1,204 articles in = 1,100 documents out + 104 skipped (90 redirects, 14 empty)``, or the plain counts."""
-    counts = {key: value for key, value in result.items() if isinstance(value, int)}
-    came = next((key for key in ("articles_in", "documents_in", "articles", "pages") if key in counts), None)
-    went = next((key for key in ("documents_out", "documents") if key in counts), None)
-    skipped = result.get("skipped", 0)
-    reasons = {k: v for k, v in skipped.items() if isinstance(v, int)} if isinstance(skipped, Mapping) else {}
-    lost = sum(reasons.values()) if isinstance(skipped, Mapping) else skipped
-    if came is None or went is None or not isinstance(lost, int):
+    """``1,204 articles in = 1,100 documents out + 104 skipped (90 too short, 14 no prose).``"""
+    came, went, skipped = (at(result, key) for key in ("counts.articles", "counts.documents", "skipped"))
+    if not isinstance(came, int) or not isinstance(went, int) or not isinstance(skipped, Mapping):
         return in_words(result) + "."
-    why = ", ".join(f"{number(count)} {spoken(reason)}" for reason, count in reasons.items() if count)
-    agree = counts[came] == counts[went] + lost
+    reasons = {reason: count for reason, count in skipped.items() if isinstance(count, int)}
+    lost, why = sum(reasons.values()), reasons_in_words(reasons)
+    agree = came == went + lost
     return (
-        f"{number(counts[came])} articles in {'=' if agree else '≠'} {number(counts[went])} documents out + "
+        f"{number(came)} articles in {'=' if agree else '≠'} {number(went)} documents out + "
         f"{number(lost)} skipped{f' ({why})' if why else ''}{'.' if agree else ': the counts do not add up.'}"
     )
+
+
+def reasons_in_words(skipped: Any) -> str:
+    counts = skipped.items() if isinstance(skipped, Mapping) else ()
+    return ", ".join(f"{number(count)} {spoken(str(reason))}" for reason, count in counts if count)
+
+
+def inputs_table(result: Mapping[str, Any]) -> Html | None:
+    """Every corpus by itself."""
+    inputs = result.get("inputs")
+    rows = [
+        (
+            str(found.get("name")),
+            *[number(at(found, f"counts.{key}")) for key in ("articles", "documents")],
+            reasons_in_words(found.get("skipped")) or "none",
+            number(at(found, "counts.words")),
+            size(at(found, "counts.text_bytes")),
+        )
+        for found in (inputs if isinstance(inputs, list) else [])
+        if isinstance(found, Mapping)
+    ]
+    head = ("Corpus", "Articles", "Documents", "Skipped", "Words", "Text")
+    return table(head, rows, numeric=(1, 2, 4, 5)) if rows else None
+
+
+def examples(result: Mapping[str, Any]) -> Html | None:
+    """Some of what was skipped, by name."""
+    found = result.get("examples")
+    lists = {why: titles for why, titles in found.items() if titles} if isinstance(found, Mapping) else {}
+    shown = [f"{why}: {', '.join(map(str, titles))}" for why, titles in lists.items() if isinstance(titles, list)]
+    return note(f"Skipped, for example: {'; '.join(shown)}.") if shown else None
+
+
+def samples_table(facts: Facts) -> Html | None:
+    """Samples of each length and split: what the model is trained and tried on."""
+    rows = []
+    for name, result in facts.results.items():
+        for key, split in SPLITS.items() if name.startswith("samples") else ():
+            part = result.get(key)
+            if isinstance(part, Mapping):
+                count, random = part.get("rows"), part.get("random_next")
+                share = random / count if is_number(count) and is_number(random) and count else None
+                numbers = [number(part.get(k)) for k in ("rows", "tokens", "unknown_tokens")]
+                rows.append((tag("code", name), split, *numbers, percent(share), percent(part.get("padding")),
+                             size(part.get("bytes"))))  # fmt: skip
+    head = ("Samples", "", "Count", "Tokens", "Unknown", "Random next", "Padding spared", "Size")
+    return table(head, rows, numeric=range(2, 8)) if rows else None
 
 
 def dataset(found: Mapping[str, Any]) -> str:

@@ -54,9 +54,9 @@ def places(svg: ElementTree.Element) -> list[tuple[float, float]]:
 @example(ys=[(1, 6.5), (2, 6.5)], second=[], level=[6.5], marks=[math.inf], from_zero=False, size=SIZES[0])
 def test_everything_is_drawn_inside_the_picture(ys, second, level, marks, from_zero, size):
     lines = [
-        Line("training loss", sorted(ys), "thin"),
-        Line("held-out loss", sorted(second, key=str), "main", dots=True),
-        Line("unigram", [(0.0, value) for value in level], "level"),
+        Line("training MLM loss", sorted(ys), "thin"),
+        Line("held-out MLM loss 5.121", sorted(second, key=str), "main", dots=True),
+        Line("unigram loss 6.553", [(0.0, value) for value in level], "level"),
     ]
     svg = parsed(Chart("t", "step", "nats", lines, [(x, "attempt 2") for x in marks], from_zero), size)
     assert svg.attrib["viewBox"] == f"0 0 {size[0]} {size[1]}"
