@@ -269,7 +269,7 @@ def submit(
     """Send one script and return the job id; exactly one job whatever the controller does.
 
     ``tag`` is the script's ``--comment``, unique to this sending: after an answer that got lost Slurm is asked for it
-    before anything is sent again. Raises SlurmError (rejected, in Slurm's words), ControllerDown (after ``patience_s``).
+    before anything is sent again. Raises SlurmError (rejected, in Slurm's words) and ControllerDown.
     """
 
     unsure = False  # whether an earlier sbatch may have reached Slurm

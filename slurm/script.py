@@ -21,7 +21,9 @@ BEFORE = f"""\
 export PATH="${{PATH:-/usr/local/bin:/usr/bin:/bin}}"
 
 # signals are for the ranks; this shell lives on to decide what happens next
-trap : TERM USR1 USR2
+ended=no
+trap 'ended=yes' TERM
+trap : USR1 USR2
 
 fail() {{
   echo "$1" >&2
@@ -72,7 +74,7 @@ elif [ "$code" -ge 128 ]; then
     echo "attempt $attempt: killed (code $code)"
     code=76
   else
-    echo "attempt $attempt: killed (code $code) for the $crash_limit. time without progress; not started again" >&2
+    echo "attempt $attempt: killed (code $code), $crash_limit times without progress; not started again" >&2
   fi
 fi
 for node in $nodes; do echo "$node" >>"$bad_nodes"; done
@@ -82,15 +84,30 @@ case $code in
 *) exit "$code" ;;
 esac
 if [ "$requeue" != yes ]; then exit "$code"; fi
-command -v scontrol >/dev/null || fail "attempt $attempt: code $code, but no scontrol here to start it again" "$code"
+# TERM to this very shell: Slurm is ending the job. A cancelled one must not come back, a preempted one comes back
+# by itself unless its script ends first: wait to be killed. Only after the time limit is it ours to ask.
+wait_if_ended() {{
+  if [ "$ended" = yes ] && [ "$(date +%s)" -lt "${{{verdict.DEADLINE}:-9999999999}}" ]; then
+    echo "attempt $attempt: code $code; Slurm is ending this job"
+    trap - TERM
+    sleep 3600
+    exit "$code"
+  fi
+}}
+command -v scontrol >/dev/null || fail "attempt $attempt: code $code, but no scontrol here" "$code"
 pause=1
+sleep 2 # the ranks hear of a cancel before this shell does
+wait_if_ended
 until answer=$(timeout 60 scontrol requeue "$SLURM_JOB_ID" 2>&1); do
   case $answer in
-  *disabled* | *enied* | *nvalid* | *"not permitted"*) fail "attempt $attempt: requeue refused: $answer" "$code" ;;
+  *disabled* | *enied* | *"nvalid job id"* | *"not permitted"*)
+    fail "attempt $attempt: requeue refused: $answer" "$code"
+    ;;
   esac
   echo "attempt $attempt: requeue not confirmed ($answer); again in $pause s"
   sleep "$pause"
   pause=$((pause < 16 ? pause * 2 : 30))
+  wait_if_ended
 done
 echo "attempt $attempt: code $code, requeued"
 trap - TERM
@@ -158,6 +175,8 @@ def srun_line(script: Script) -> str:
     if script.resources.cpus_per_task is not None:
         words.append(f"--cpus-per-task={script.resources.cpus_per_task}")
     words += ["--export=ALL", "--kill-on-bad-exit=1", "--unbuffered"]
+    if ":" in (*script.srun_args, *script.wrapper, *script.command):
+        raise FlagError("command: srun takes a word that is just ':' for the start of another command; change it")
     before = " ".join([*words, *(quote("srun argument", word) for word in script.srun_args)])
     after = " ".join(quote("command", word) for word in [*script.wrapper, *script.command])
     return f'{before} "${{part[@]}}" {after}'

@@ -39,7 +39,7 @@ def bring_up(layout: Layout) -> None:
         )
         if answer.ok or "already exists" in answer.out:
             return
-        if daemon.poll() is not None or time.monotonic() > end:
+        if not processes.alive(daemon) or time.monotonic() > end:
             raise SlurmError(f"slurmdbd did not start: {processes.last_words(layout, 'slurmdbd')}")
         time.sleep(0.2)
 
@@ -62,7 +62,7 @@ def _start_database(layout: Layout) -> str:
     daemon = processes.start(layout, "mariadbd", ["mariadbd", "--no-defaults", *user, *options])
     end = time.monotonic() + 60
     while not run(["mariadb", "--no-defaults", "-u", "root", f"--socket={socket}", "-e", "select 1"]).ok:
-        if daemon.poll() is not None or time.monotonic() > end:
+        if not processes.alive(daemon) or time.monotonic() > end:
             raise SlurmError(f"mariadbd did not start: {processes.last_words(layout, 'mariadbd')}")
         time.sleep(0.1)
     return socket

@@ -161,7 +161,7 @@ def _start_munge(cluster: Layout) -> None:
     daemon = processes.start(cluster, "munged", ["munged", "--foreground", "--force", *files])
     end = time.monotonic() + 10
     while not cluster.munge_socket.exists():
-        if daemon.poll() is not None or time.monotonic() > end:
+        if not processes.alive(daemon) or time.monotonic() > end:
             raise SlurmError(f"munged did not start: {processes.last_words(cluster, 'munged')}")
         time.sleep(0.01)
 

@@ -16,10 +16,8 @@ from slurm.errors import SlurmError
 OWNER = "SLURM_DEVCLUSTER_DAEMON"  # in the environment of every daemon: the cluster's state folder
 
 
-def start(
-    layout: Layout, role: str, argv: Sequence[str], env: Mapping[str, str] | None = None
-) -> subprocess.Popen[bytes]:
-    """Start a daemon in the foreground of a session of its own; its pid is on disk before this returns."""
+def start(layout: Layout, role: str, argv: Sequence[str], env: Mapping[str, str] | None = None) -> int:
+    """Start a daemon in the foreground of a session of its own; its pid is on disk before this returns it."""
     program = which(argv[0])
     if program is None:
         raise SlurmError(f"{argv[0]}: not installed")
@@ -35,7 +33,8 @@ def start(
         )
     with open(layout.state / "pids", "a") as pids:
         pids.write(f"{role} {process.pid} {_start_time(process.pid)}\n")
-    return process
+    process.returncode = 0  # it outlives us on purpose: Python need not warn that it still runs
+    return process.pid
 
 
 def daemon_environment(layout: Layout) -> dict[str, str]:

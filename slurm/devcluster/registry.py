@@ -27,13 +27,13 @@ def find(base: Path, name: str) -> Layout:
     try:
         return layout.load((base / layout.check_name(name) / LAYOUT_FILE).read_text())
     except FileNotFoundError:
-        known = ", ".join(sorted(other.name for other in _others(base))) or "none"
+        known = ", ".join(sorted(other.name for other in others(base))) or "none"
         raise SlurmError(f"no cluster {name!r} under {base} (there: {known}); python -m slurm.devcluster up") from None
 
 
 def free_slot(base: Path, wanted: Layout) -> int:
     """The first slot from the name's own one on that no other cluster of anybody on this machine uses."""
-    taken = {other.slot for other in _others(base)}
+    taken = {other.slot for other in others(base)}
     first = layout.preferred_slot(wanted.name)
     for step in range(layout.SLOTS):
         tried = dataclasses.replace(wanted, slot=(first + step) % layout.SLOTS)
@@ -56,7 +56,7 @@ def _ports_free(cluster: Layout) -> bool:
     return True
 
 
-def _others(base: Path) -> Iterator[Layout]:
+def others(base: Path) -> Iterator[Layout]:
     for file in base.glob(f"*/{LAYOUT_FILE}"):
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
             yield layout.load(file.read_text())

@@ -1,0 +1,145 @@
+"""A real Slurm of four nodes, brought up once for all tests of this folder."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from slurm.command import which
+from slurm.devcluster import cluster, network, registry
+from slurm.devcluster.layout import Layout
+
+SETTINGS = (("KillWait", "2"), ("SlurmdTimeout", "10"))
+
+
+def why_not() -> str:
+    """Why these tests cannot run here; "" when they can."""
+    if os.geteuid() != 0:
+        return "not root, and a multi-node Slurm on one machine needs namespaces of its own"
+    if reason := network.why_not():
+        return reason
+    if which("slurmctld") is None and which("apt-get") is None:
+        return "Slurm is not installed, and there is no apt-get to install it"
+    return ""
+
+
+@dataclass(frozen=True)
+class DevCluster:
+    """A running developer cluster, and the few things tests do with it."""
+
+    layout: Layout
+
+    @property
+    def env(self) -> dict[str, str]:
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SBATCH_"))}
+        return inherited | {"SLURM_CONF": str(self.layout.conf)}
+
+    def call(self, *argv: str, timeout_s: float = 30, user: int | None = None, **env: str) -> str:
+        """Run a command against this cluster; its stdout. Fails with its words when it fails."""
+        done = subprocess.run(
+            argv,
+            env=self.env | env,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+            user=user,
+            group=user,
+            extra_groups=None if user is None else [],
+        )
+        assert done.returncode == 0, f"{argv}: {done.returncode}: {done.stdout} {done.stderr}"
+        return done.stdout.strip()
+
+    def sbatch(self, script: str, folder: Path, *extra: str) -> str:
+        """Send a script of the given body; its job id. Output goes to ``folder``/ID.out."""
+        file = folder / f"job-{time.monotonic_ns()}.sh"
+        file.write_text("#!/bin/bash\n" + script)
+        output = [f"--output={folder}/%j.out", "--open-mode=append", "--time=5"]
+        return self.call("sbatch", "--parsable", *output, *extra, str(file))
+
+    def state(self, job_id: str) -> str:
+        return self.call("squeue", "-h", "-t", "all", "-j", job_id, "-o", "%T")
+
+    def wait(self, condition: Callable[[], object], what: str, limit_s: float = 30) -> None:
+        """Poll until the condition holds; fails after ``limit_s`` with the queue as it is."""
+        end = time.monotonic() + limit_s
+        while not condition():
+            if time.monotonic() > end:
+                queue = self.call("squeue", "-t", "all", "-o", "%i %T %r %N")
+                pytest.fail(f"not within {limit_s:g} s: {what}\n{queue}\n{self.call('sinfo')}")
+            time.sleep(0.1)
+
+    def wait_state(self, job_id: str, *wanted: str, limit_s: float = 30) -> None:
+        self.wait(lambda: self.state(job_id) in wanted, f"job {job_id} is {wanted}", limit_s)
+
+    def clear(self) -> None:
+        """Cancel everything and wait until all nodes are free again."""
+        if ids := self.call("squeue", "-h", "-o", "%A").split():
+            self.call("scancel", *ids)
+        self.wait(lambda: not self.call("squeue", "-h"), "an empty queue")
+
+
+def snapshot() -> dict[str, set[str]]:
+    """What a cluster could leave behind on this machine."""
+    words = ("slurm", "munged", "mariadbd")
+    processes = set()
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            name, state = stat.read_text().partition("(")[2].rpartition(")")[::2]
+        except OSError:
+            continue
+        if any(word in name for word in words) and state.split()[0] not in "ZX":
+            processes.add(f"{stat.parent.name} {name}")
+    return {
+        "processes": processes,
+        "namespaces": set(os.listdir("/run/netns")) if Path("/run/netns").exists() else set(),
+        "links": set(os.listdir("/sys/class/net")),
+        "cgroups": {folder for folder, _, _ in os.walk("/sys/fs/cgroup") if "slurm" in folder},
+        "files": set(map(str, Path("/tmp").glob("slurm-devcluster-*"))),
+    }
+
+
+def make(base: Path, name: str, nodes: int, **more: object) -> DevCluster:
+    return DevCluster(cluster.up(base, name, nodes, **more))  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="session")
+def base() -> Path:
+    """Where the clusters of the tests live: not where a developer's own do."""
+    return Path(f"/tmp/slurm-devcluster-test-{os.getpid()}")
+
+
+@pytest.fixture(scope="session")
+def devcluster(base: Path) -> Iterator[DevCluster]:
+    """Four nodes that claim eight GPUs each; lost nodes and processes that ignore TERM are noticed soon."""
+    if reason := why_not():
+        pytest.skip(f"NO REAL SLURM: {reason}")
+    try:
+        yield make(base, "test", 4, gpus_per_node=8, settings=SETTINGS)
+    finally:
+        for other in [*registry.others(base)]:
+            cluster.down(base, other.name)
+
+
+@pytest.fixture
+def idle(devcluster: DevCluster) -> Iterator[DevCluster]:
+    """The cluster with nothing in its queue, before and after."""
+    yield devcluster
+    devcluster.clear()
+
+
+@pytest.fixture
+def make_cluster(base: Path, devcluster: DevCluster) -> Callable[..., DevCluster]:
+    """Another cluster beside the shared one; the test takes it down, the session does it otherwise."""
+    return lambda name, nodes, **more: make(base, name, nodes, **more)
+
+
+@pytest.fixture
+def machine() -> Callable[[], dict[str, set[str]]]:
+    return snapshot
