@@ -107,13 +107,11 @@ class Reducer:
 
     def _sum_scalars(self, extra: float) -> tuple[float, ...]:
         # Each entry is filled by one rank and zero on the others: their sum is exact in any order.
-        extras = torch.zeros(self.plan.world_size, dtype=torch.float64, device=self._scalars.device)
-        extras[self.rank] = extra
-        together = torch.cat([self._scalars.view(-1), extras])
+        together = torch.cat([self._scalars.view(-1), self._scalars.new_tensor([extra])])
         if self.group is not None:
             dist.all_reduce(together, group=self.group)
-        totals = together[: self._scalars.numel()].view_as(self._scalars).sum(0)
-        return (*totals.tolist(), float(together[self._scalars.numel() :].sum()))
+        totals = together[:-1].view_as(self._scalars).sum(0)
+        return (*totals.tolist(), float(together[-1]))
 
 
 class _Buckets:
