@@ -61,6 +61,7 @@ class DataConfig:
     wikipedia: tuple[str, ...] = ()  # MediaWiki pages-articles exports: .xml, .xml.gz, .xml.bz2
     books: tuple[str, ...] = ()  # folders of text files, or files of documents separated by blank lines
     jsonl: tuple[str, ...] = ()  # one JSON object with a "text" field per line
+    licences: tuple[str, ...] = ()  # of these texts, for the model card
     vocab: str | None = None  # a vocab.txt; none: the chain trains one
     vocab_size: int = limited(30522, low=64, high=1_000_000)
     language: str = "en"

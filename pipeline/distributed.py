@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore
 
 from data_prep.publish import publish_json
 from pipeline.errors import PeerLost
@@ -62,10 +63,10 @@ def rendezvous_host() -> str:
     return os.environ.get("MASTER_ADDR") or (socket.gethostname() if "SLURM_JOB_ID" in os.environ else "127.0.0.1")
 
 
-def _store(job: Job, host: str, meeting: Path) -> dist.TCPStore:
+def _store(job: Job, host: str, meeting: Path) -> TCPStore:
     timeout = datetime.timedelta(seconds=PEER_TIMEOUT_S)
     if job.rank == 0:
-        store = dist.TCPStore(host, 0, job.world_size, True, timeout=timeout, wait_for_workers=False)
+        store = TCPStore(host, 0, job.world_size, True, timeout=timeout, wait_for_workers=False)
         previous = os.umask(0o077)
         try:
             publish_json(meeting, {"host": host, "port": store.port, "launch": job.topology.launch})
@@ -78,7 +79,7 @@ def _store(job: Job, host: str, meeting: Path) -> dist.TCPStore:
             raise PeerLost(f"rank {job.rank} waited {PEER_TIMEOUT_S:.0f} s for rank 0 to open its port")
         time.sleep(0.02)
     found = json.loads(meeting.read_text(encoding="utf-8"))
-    return dist.TCPStore(found["host"], found["port"], job.world_size, False, timeout=timeout)
+    return TCPStore(found["host"], found["port"], job.world_size, False, timeout=timeout)
 
 
 @contextlib.contextmanager

@@ -83,7 +83,7 @@ def table(recipe: Recipe) -> dict[str, Stage]:
             run="pipeline.export:run",
             job="finetune",
             width="one",
-            config=dict(language),
+            config={**language, "data": (*data.wikipedia, *data.books, *data.jsonl), "licences": data.licences},
             inputs={"checkpoint": "phase2#checkpoint", "vocab": vocab},
         )
     )

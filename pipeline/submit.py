@@ -210,6 +210,8 @@ def begin(run: RunDir, recipe: Recipe, profile: Profile, arguments: argparse.Nam
     corpora = {
         name: identity_of(data_dir / name) if (data_dir / name).exists() else known[name] for name in corpora_of(recipe)
     }
+    if not run.model.is_symlink():
+        run.model.symlink_to("stages/export/model")
     commit, diff = code_version()
     publish_text(run.path / "code.diff", diff)
     publish_json(

@@ -242,7 +242,7 @@ class Trainer:
                 nsp_divisor = len(found.nsp) * self.plan.micro_batches
             with self.reducer.micro_batch(index) as scalars:
                 mlm_loss, nsp_loss = self.losses(found, index, mlm_divisor, nsp_divisor)
-                (mlm_loss + nsp_loss).backward()
+                torch.autograd.backward(mlm_loss + nsp_loss)
                 scalars[:2] = torch.stack([mlm_loss.detach(), nsp_loss.detach()])
         mlm_total, nsp_total, stops = self.reducer.finish(extra=float(self.job.stop.reason is not None))
         return mlm_total, nsp_total, stops > 0
@@ -326,7 +326,7 @@ class Trainer:
             self.gradients.zero_()
             found = self.data.read(positions[members.start : members.stop])
             mlm_loss, nsp_loss = self.losses(found, index, masked_total, len(positions))
-            (mlm_loss + nsp_loss).backward()
+            torch.autograd.backward(mlm_loss + nsp_loss)
             for name, parameter in self.model.named_parameters():
                 if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
                     ids = self.data.ids(positions[members.start : members.stop])

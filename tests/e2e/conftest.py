@@ -22,7 +22,7 @@ def small_data(sample_dir: Path, carriers: Path, tmp_path_factory: pytest.TempPa
         text = (sample_dir / source).read_text(encoding="utf-8").splitlines(keepends=True)
         (folder / name).write_text("".join(text[:lines]), encoding="utf-8")
     squad = json.loads((sample_dir / "qa-eval.json").read_text(encoding="utf-8"))
-    squad["data"] = squad["data"][:6]
+    squad["data"][0]["paragraphs"] = squad["data"][0]["paragraphs"][:12]
     (folder / "qa.json").write_text(json.dumps(squad), encoding="utf-8")
     name = "enwiki-table-markup.xml.bz2"
     (folder / name).write_bytes((carriers / name).read_bytes())
