@@ -50,6 +50,7 @@ _TEMPLATES = {
     **dict.fromkeys(["mdash", "em dash", "emdash", "---"], "—"),
     **{"'": "'", "'s": "'s", "ad": "AD {1}", "bce": "{1} BCE", "okina": "ʻ", "nbsp": " "},
 }
+MAX_OPEN = 1000  # brackets open at once; MediaWiki gives up at 40 nested templates
 _RANGE = {"to", "-", "–", "and", "or", "by", "x", "×", "to(-)"}
 
 _DROPPED_TAGS = (
@@ -129,7 +130,7 @@ class _Scanner:
                 case "label":
                     out.append(match["label"])
                 case "open_link":
-                    self.stack.append(("[", len(out), 2))
+                    self.push("[", 2)
                 case "close_link":
                     self.close_link()
                 case "open_braces":
@@ -137,7 +138,7 @@ class _Scanner:
                 case "close_braces":
                     self.close_templates(end - start)
                 case "open_table":
-                    self.stack.append(("|", len(out), 1))
+                    self.push("|", 1)
                 case "close_table":
                     self.close_table()
                 case "comment":
@@ -148,11 +149,16 @@ class _Scanner:
         out.append(text[position:])
         return "".join(out)
 
+    def push(self, kind: str, size: int) -> None:
+        if len(self.stack) < MAX_OPEN:
+            self.stack.append((kind, len(self.out), size))
+            self.open_braces += kind == "{"
+
     def push_braces(self, count: int) -> None:
         """`{{` is a template, an odd run ends with the `{{{` of a parameter."""
-        sizes = [2] * (count // 2 - count % 2) + [3] * (count % 2)
-        self.stack.extend(("{", len(self.out), size) for size in sizes)
-        self.open_braces += len(sizes)
+        count = min(count, MAX_OPEN)
+        for size in [2] * (count // 2 - count % 2) + [3] * (count % 2):
+            self.push("{", size)
 
     def close_templates(self, count: int) -> None:
         while count >= 2 and self.open_braces:

@@ -94,7 +94,7 @@ def test_real_articles_keep_their_words_at_speed(wikipedia: dict[str, str]) -> N
     words = sum(len(clean(wikitext).split()) for wikitext in wikipedia.values())
     speed = sum(map(len, wikipedia.values())) / 1e6 / (time.process_time() - start)
     assert words >= 410_000
-    assert speed > 4, f"{speed:.1f} MB/s"  # 12 on the machine it was written on; a loaded one must not fail
+    assert speed > 3, f"{speed:.1f} MB/s"  # 12 on the machine it was written on; a loaded one must not fail
 
 
 def lead(wikitext: str) -> str:
