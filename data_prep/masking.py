@@ -7,10 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-Ints = NDArray[np.int64]
-Keys = NDArray[np.uint64]
+from data_prep.splitmix import Ints, Keys, below, bits, derived, key, mix, uniform
 
-GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 SPECIAL_TOKENS = 3  # [CLS], [SEP], [SEP] of each sample are never masked
 MASK_PROBABILITY = 0.8
 KEEP_PROBABILITY = 0.1
@@ -51,14 +49,14 @@ def mask_tokens(
     """
     starts = np.cumsum(lengths) - lengths
     counts = masked_counts(lengths, masked_lm_prob, max_predictions)
-    keys = _sample_keys(seed, epoch, sample_ids)
+    keys = derived(key(seed, epoch), sample_ids)
     inside = np.arange(len(tokens), dtype=np.uint64) - np.repeat(starts.astype(np.uint64), lengths)
     positions = _smallest(_order(tokens, special_ids, np.repeat(keys, lengths), inside), starts, lengths, counts)
     labels = tokens[positions]
     row = np.repeat(np.arange(len(lengths)), counts)
-    draws = mix(mix(keys[row] + inside[positions] * GOLDEN) + GOLDEN)
-    kind = (draws >> np.uint64(11)) * 2.0**-53
-    anything = ((mix(draws) >> np.uint64(32)) * np.uint64(vocab_size) >> np.uint64(32)).astype(tokens.dtype)
+    draws = mix(bits(keys[row], inside[positions]))
+    kind = uniform(draws)
+    anything = below(mix(draws), vocab_size).astype(tokens.dtype)
     masked = tokens.copy()
     masked[positions] = np.where(
         kind < MASK_PROBABILITY,
@@ -68,23 +66,9 @@ def mask_tokens(
     return masked, positions, labels
 
 
-def mix(values: Keys) -> Keys:
-    """SplitMix64's finaliser (Steele, Lea, Flood 2014): 64-bit keys to 64 well-mixed bits."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
-
-
-def _sample_keys(seed: int, epoch: int, sample_ids: Ints) -> Keys:
-    base = np.zeros(1, np.uint64)
-    for part in (seed, epoch):
-        base = mix(base + GOLDEN + np.array([part % (1 << 64)], np.uint64))
-    return mix(mix(base + GOLDEN + sample_ids.astype(np.uint64)) + GOLDEN)
-
-
 def _order(tokens: NDArray[np.int32], special_ids: Sequence[int], keys: Keys, inside: Keys) -> Keys:
     """For each token a number to sort by: special ones last, else random, the position in the lowest bits."""
-    random = mix(keys + inside * GOLDEN) >> np.uint64(1)
+    random = bits(keys, inside) >> np.uint64(1)
     special = tokens == special_ids[0]
     for number in special_ids[1:]:
         special |= tokens == number

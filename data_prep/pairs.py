@@ -7,13 +7,17 @@ is four numbers and no token is touched before ``assemble``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-Ints = NDArray[np.int64]
+from data_prep.splitmix import Ints, Keys, below, bits, derived, mix, uniform
+
 SPECIAL_TOKENS = 3  # [CLS], [SEP], [SEP]
+PURPOSES = np.arange(4)[:, None]
+"""the draws of one step of one document: where A ends, whether B is random, its document, its first sentence"""
 
 
 @dataclass(frozen=True)
@@ -27,84 +31,67 @@ class Pairs:
     is_random_next: NDArray[np.bool_]
     document: Ints
     """of part A"""
+    stream: Keys
+    """key of what is still to be drawn for the sample"""
 
 
-class Draws:
-    """Random numbers of one (seed, …) key, from Philox's raw bits: the same on every machine and NumPy."""
-
-    def __init__(self, *key: int) -> None:
-        self._philox = np.random.Philox(np.random.SeedSequence(key))
-
-    def raw(self, *shape: int) -> NDArray[np.uint64]:
-        """Uniform 64-bit integers."""
-        return np.asarray(self._philox.random_raw(shape), np.uint64)
-
-
-def below(raw: NDArray[np.uint64], bound: Ints) -> Ints:
-    """Uniform integers ``0 <= x < bound`` (bounds under 2**32)."""
-    return ((raw >> np.uint64(32)) * bound.astype(np.uint64) >> np.uint64(32)).astype(np.int64)
-
-
-def chance(raw: NDArray[np.uint64], probability: float) -> NDArray[np.bool_]:
-    """True with this probability."""
-    return (raw >> np.uint64(11)) * 2.0**-53 < probability
-
-
-def draw_pairs(
-    sentence_offsets: Ints, document_offsets: Ints, limit: int, short_seq_prob: float, draws: Draws
-) -> Pairs:
-    """One pass over all documents; every sentence goes into at least one sample.
+def draw_pairs(sentence_offsets: Ints, document_offsets: Ints, limit: int, short_seq_prob: float, keys: Keys) -> Pairs:
+    """One pass over all documents for each of ``keys``; every pass puts every sentence into a sample.
 
     ``sentence_offsets`` ``[n + 1]``: where each sentence begins in the token array (none is empty);
     ``document_offsets`` ``[D + 1]``: first sentence of each document (none is empty); ``limit``: tokens of A and B
-    together, 2 at least. Samples come in the order of the documents and, inside one, of the text.
+    together, 2 at least. Samples come in the order of the keys, of the documents, and of the text.
 
     A document aims at ``limit`` tokens or, with ``short_seq_prob``, at uniform 2..limit. Whole sentences are
     taken until that is reached; a uniform cut gives A; B is the rest or, with probability 1/2 (always after a
     single sentence), text from a random sentence of another document on, and the unused rest is put back.
     """
     count = len(document_offsets) - 1
-    raw = draws.raw(2, count)
-    targets = np.where(chance(raw[0], short_seq_prob), 2 + below(raw[1], np.full(count, limit - 1)), np.int64(limit))
-    active = np.arange(count)
-    at = document_offsets[:-1].copy()
-    steps: list[tuple[NDArray[np.int64], ...]] = []
+    documents = np.tile(np.arange(count), len(keys))
+    streams = derived(np.repeat(keys, count), documents + 1)
+    for_short, for_target = bits(mix(streams), PURPOSES[:2])
+    targets = np.where(uniform(for_short) < short_seq_prob, 2 + below(for_target, limit - 1), np.int64(limit))
+    active = np.arange(len(streams))
+    at = document_offsets[documents]
+    steps: list[tuple[NDArray[Any], ...]] = []
     while len(active):
-        target, end = targets[active], document_offsets[active + 1]
-        stop = np.searchsorted(sentence_offsets, sentence_offsets[at] + target)
-        stop = np.minimum(stop, end)
-        sentences = stop - at
-        raw = draws.raw(4, len(active))
-        cut = at + np.where(sentences > 1, 1 + below(raw[0], np.maximum(sentences - 1, 1)), 1)
-        random_next = (sentences == 1) | chance(raw[1], 0.5)
+        document, target = documents[active], targets[active]
+        stop = np.minimum(
+            np.searchsorted(sentence_offsets, sentence_offsets[at] + target), document_offsets[document + 1]
+        )
+        last_cut = stop - at - 1
+        for_cut, for_next, for_document, for_start = bits(streams[active], 4 * len(steps) + PURPOSES)
+        cut = at + 1 + below(for_cut, np.maximum(last_cut, 1))
+        random_next = (last_cut == 0) | (uniform(for_next) < 0.5)
         # B of a random next: whole sentences of another document
-        other = below(raw[2], np.full(len(active), max(1, count - 1)))
-        other += (other >= active) & (count > 1)
+        other = below(for_document, max(1, count - 1))
+        other += (other >= document) & (count > 1)
         first, last = document_offsets[other], document_offsets[other + 1]
-        begin = first + below(raw[3], last - first)
+        begin = first + below(for_start, last - first)
         need = np.maximum(1, target - (sentence_offsets[cut] - sentence_offsets[at]))
         until = np.minimum(np.searchsorted(sentence_offsets, sentence_offsets[begin] + need), last)
         b_first = np.where(random_next, begin, cut)
         b_last = np.where(random_next, until, stop)
-        steps.append((active, at, cut, b_first, b_last, random_next.astype(np.int64)))
+        steps.append((active, at, cut, b_first, b_last, random_next))
         at = np.where(random_next, cut, stop)
-        unfinished = at < end
+        unfinished = at < document_offsets[document + 1]
         active, at = active[unfinished], at[unfinished]
-    columns = (np.concatenate(column) for column in zip(*steps, strict=True))
-    document, a_first, a_last, b_first, b_last, random_next = columns
-    order = np.argsort(document, kind="stable")
-    a_start, b_start = sentence_offsets[a_first[order]], sentence_offsets[b_first[order]]
+    columns = [np.concatenate(column) for column in zip(*steps, strict=True)]
+    order = np.argsort(columns[0], kind="stable")
+    active, a_first, a_last, b_first, b_last, random_next = (column[order] for column in columns)
+    a_start, b_start = sentence_offsets[a_first], sentence_offsets[b_first]
     return Pairs(
         a_start,
-        sentence_offsets[a_last[order]] - a_start,
+        sentence_offsets[a_last] - a_start,
         b_start,
-        sentence_offsets[b_last[order]] - b_start,
-        random_next[order].astype(bool),
-        document[order],
+        sentence_offsets[b_last] - b_start,
+        random_next,
+        documents[active],
+        derived(streams[active], a_first + 1),
     )
 
 
-def truncate(pairs: Pairs, limit: int, draws: Draws) -> Pairs:
+def truncate(pairs: Pairs, limit: int) -> Pairs:
     """Cut A and B to ``limit`` tokens together, token by token from the longer (B when equal).
 
     Each removed token comes from the front or the back with probability 1/2, so the number from the front is
@@ -115,24 +102,24 @@ def truncate(pairs: Pairs, limit: int, draws: Draws) -> Pairs:
     half = limit // 2
     a_kept = np.where(over, np.where(b <= half, limit - b, np.minimum(a, limit - half)), a)
     b_kept = np.where(over, limit - a_kept, b)
-    return Pairs(
-        pairs.a_start + _fair_coins(a - a_kept, draws),
-        a_kept,
-        pairs.b_start + _fair_coins(b - b_kept, draws),
-        b_kept,
-        pairs.is_random_next,
-        pairs.document,
+    return replace(
+        pairs,
+        a_start=pairs.a_start + _heads(a - a_kept, derived(pairs.stream, np.ones(1, np.int64))),
+        a_length=a_kept,
+        b_start=pairs.b_start + _heads(b - b_kept, derived(pairs.stream, np.full(1, 2))),
+        b_length=b_kept,
     )
 
 
-def _fair_coins(tosses: Ints, draws: Draws) -> Ints:
-    """Heads among ``tosses`` fair coins, for each element."""
-    ends = np.cumsum(tosses)
-    total = int(ends[-1]) if len(ends) else 0
-    bits = np.unpackbits(draws.raw(total // 64 + 1).astype("<u8").view(np.uint8), count=total)
-    heads = np.zeros(total + 1, np.int64)
-    np.cumsum(bits, out=heads[1:])
-    found: Ints = heads[ends] - heads[ends - tosses]
+def _heads(tosses: Ints, keys: Keys) -> Ints:
+    """Heads among ``tosses[i]`` fair coins of the stream of ``keys[i]``."""
+    words = (tosses + 63) // 64
+    starts = np.cumsum(words) - words
+    counters = np.arange(int(words.sum())) - np.repeat(starts, words)
+    coins = np.unpackbits(bits(np.repeat(keys, words), counters).astype("<u8").view(np.uint8))
+    heads = np.zeros(len(coins) + 1, np.int64)
+    np.cumsum(coins, out=heads[1:])
+    found: Ints = heads[64 * starts + tosses] - heads[64 * starts]
     return found
 
 
@@ -154,4 +141,4 @@ def assemble(
     index = np.repeat(starts - (ends - lengths), lengths)
     index += np.arange(len(index))
     offsets = np.concatenate([np.zeros(1, np.int64), ends[4::5]])
-    return source[index], offsets, pairs.a_length + 2
+    return np.take(source, index), offsets, pairs.a_length + 2

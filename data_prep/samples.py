@@ -16,12 +16,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep import manifest
+from data_prep import manifest, splitmix
 from data_prep.errors import DataError
 from data_prep.fanout import Job, run_all
 from data_prep.hdf5 import Shard, token_dtype, write_shard
-from data_prep.pairs import SPECIAL_TOKENS, Draws, Ints, assemble, draw_pairs, truncate
+from data_prep.pairs import SPECIAL_TOKENS, assemble, draw_pairs, truncate
 from data_prep.publish import remove_leftovers
+from data_prep.splitmix import Ints
 from data_prep.wordpiece import Encoder, Vocabulary
 
 SPLITS = ("train", "test")
@@ -99,23 +100,20 @@ def make_samples(text: Text, settings: Settings, vocabulary: Vocabulary, source:
     the text.
     """
     limit = settings.seq_len - SPECIAL_TOKENS
-    tokens: NDArray[Any] = text.tokens.astype(token_dtype(vocabulary.size))
-    parts = []
-    for duplicate in range(settings.dupe_factor):
-        draws = Draws(settings.seed, *key, duplicate)
-        pairs = draw_pairs(text.sentence_offsets, text.document_offsets, limit, settings.short_seq_prob, draws)
-        pairs = truncate(pairs, limit, draws)
-        parts.append((*assemble(tokens, pairs, vocabulary.special["cls"], vocabulary.special["sep"]), pairs))
-    flat, offsets, b_start, all_pairs = zip(*parts, strict=True)
-    starts = np.cumsum([0, *map(len, flat)])
-    shifted = [inside[1:] + start for inside, start in zip(offsets, starts[:-1], strict=True)]
-    document = text.document_numbers[np.concatenate([pairs.document for pairs in all_pairs])]
+    keys = np.concatenate([splitmix.key(settings.seed, *key, duplicate) for duplicate in range(settings.dupe_factor)])
+    pairs = draw_pairs(text.sentence_offsets, text.document_offsets, limit, settings.short_seq_prob, keys)
+    tokens, offsets, b_start = assemble(
+        text.tokens.astype(token_dtype(vocabulary.size)),
+        truncate(pairs, limit),
+        vocabulary.special["cls"],
+        vocabulary.special["sep"],
+    )
     return Shard(
-        tokens=np.concatenate(flat),
-        offsets=np.concatenate([starts[:1], *shifted]),
-        b_start=np.concatenate(b_start).astype(np.uint16),
-        is_random_next=np.concatenate([pairs.is_random_next for pairs in all_pairs]).astype(np.uint8),
-        document=document.astype(np.uint32),
+        tokens=tokens,
+        offsets=offsets,
+        b_start=b_start.astype(np.uint16),
+        is_random_next=pairs.is_random_next.astype(np.uint8),
+        document=text.document_numbers[pairs.document].astype(np.uint32),
         seq_len=settings.seq_len,
         vocab_sha256=vocabulary.sha256,
         seed=settings.seed,

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.pairs import Draws, Pairs, assemble, below, chance, draw_pairs, truncate
+from data_prep.pairs import Pairs, assemble, draw_pairs, truncate
+from data_prep.splitmix import key
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "instance_creation.json").read_text())
 Document = list[list[Any]]
@@ -146,8 +147,7 @@ def test_the_distribution_is_the_reference_s(seq_len: int, short: float) -> None
         rng = random.Random(seed)
         pairs = reference_pass(documents, seq_len, short, rng, lambda a, b, r: (len(a), len(b), r))
         theirs.append(measures(np.array(pairs, float), seq_len))
-        draws = Draws(seed, 9)
-        made = truncate(draw_pairs(sentences, starts, seq_len - 3, short, draws), seq_len - 3, draws)
+        made = truncate(draw_pairs(sentences, starts, seq_len - 3, short, key(seed, 9)), seq_len - 3)
         table = np.stack([made.a_length, made.b_length, made.is_random_next], axis=1).astype(float)
         ours.append(measures(table, seq_len))
     errors = ((np.var(ours, axis=0, ddof=1) + np.var(theirs, axis=0, ddof=1)) / len(ours)) ** 0.5
@@ -157,7 +157,7 @@ def test_the_distribution_is_the_reference_s(seq_len: int, short: float) -> None
 
 def test_more_than_half_of_the_pairs_are_random_as_in_the_reference() -> None:
     _, sentences, starts = arrays(corpus(3, 2000))
-    shares = [draw_pairs(sentences, starts, 125, 0.1, Draws(seed)).is_random_next.mean() for seed in range(4)]
+    shares = [draw_pairs(sentences, starts, 125, 0.1, key(seed)).is_random_next.mean() for seed in range(4)]
     assert 0.54 < np.mean(shares) < 0.62
 
 
@@ -177,9 +177,8 @@ def small_corpora(draw: st.DrawFn) -> list[Document]:
 )
 def test_every_sample_is_sound(documents: list[Document], limit: int, short: float, seed: int) -> None:
     tokens, sentences, starts = arrays(documents)
-    draws = Draws(seed)
-    whole = draw_pairs(sentences, starts, limit, short, draws)
-    cut = truncate(whole, limit, draws)
+    whole = draw_pairs(sentences, starts, limit, short, key(seed))
+    cut = truncate(whole, limit)
     flat, offsets, b_start = assemble(tokens, cut, 10**6, 10**6 + 1)
     document_of_token = np.repeat(np.arange(len(documents)), np.diff(sentences[starts]))
     begins = set(sentences.tolist())
@@ -221,7 +220,7 @@ def test_truncation_keeps_what_the_reference_keeps(a: int, b: int, limit: int) -
         else:
             left_b -= 1
     one = np.ones(1, np.int64)
-    cut = truncate(Pairs(0 * one, a * one, 100 * one, b * one, one > 0, one), limit, Draws(1))
+    cut = truncate(Pairs(0 * one, a * one, 100 * one, b * one, one > 0, one, key(1)), limit)
     assert (cut.a_length[0], cut.b_length[0]) == (left_a, left_b)
     assert 0 <= cut.a_start[0] <= a - left_a
     assert 100 <= cut.b_start[0] <= 100 + b - left_b
@@ -229,16 +228,19 @@ def test_truncation_keeps_what_the_reference_keeps(a: int, b: int, limit: int) -
 
 def test_truncation_takes_from_both_ends_alike() -> None:
     many = np.ones(20000, np.int64)
-    cut = truncate(Pairs(0 * many, 30 * many, 0 * many, 3 * many, many > 0, many), 13, Draws(1))
+    cut = truncate(
+        Pairs(0 * many, 30 * many, 0 * many, 3 * many, many > 0, many, key(1) + np.arange(20000, dtype=np.uint64)), 13
+    )
     removed = 20
     assert abs(cut.a_start.mean() - removed / 2) < 0.1
     assert abs(cut.a_start.var() - removed / 4) < 0.2  # binomial, not uniform
     assert not cut.b_start.any()
 
 
-def test_draws_are_fixed_and_keyed() -> None:
-    assert Draws(1, 2).raw(2).tolist() == [5527141919257688469, 1364028082176693913]
-    assert Draws(1, 2).raw(4).tolist() != Draws(2, 1).raw(4).tolist()
-    raw = Draws(5).raw(100000)
-    assert np.bincount(below(raw, np.full(100000, 7)), minlength=7).min() > 14000
-    assert 0.29 < chance(raw, 0.3).mean() < 0.31
+def test_passes_are_keyed_one_by_one() -> None:
+    _, sentences, starts = arrays(corpus(2, 100))
+    keys = np.concatenate([key(5), key(6), key(7)])
+    together = vars(draw_pairs(sentences, starts, 61, 0.1, keys))
+    apart = [vars(draw_pairs(sentences, starts, 61, 0.1, one)) for one in np.split(keys, 3)]
+    assert all((together[name] == np.concatenate([one[name] for one in apart])).all() for name in together)
+    assert apart[0]["a_length"].tolist() != apart[1]["a_length"].tolist()
