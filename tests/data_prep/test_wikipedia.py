@@ -112,6 +112,17 @@ def test_parts_equal_the_whole(kind: str, write: Callable[[bytes], Path]) -> Non
             assert (parts, again) == (whole, tally), part_bytes
 
 
+@pytest.mark.parametrize("kind", ["plain", "multistream"])
+def test_marks_across_chunks_are_found(
+    kind: str, write: Callable[[bytes], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(WRITERS[kind](some_pages()))
+    whole = read(path)
+    for chunk in (1, 5, 11):
+        monkeypatch.setattr(dumpfile, "CHUNK", chunk)
+        assert read(path, 2000) == whole
+
+
 def test_what_is_no_article_or_no_document_is_counted(write: Callable[[bytes], Path]) -> None:
     pages = [
         page(1, "Prosa."),
