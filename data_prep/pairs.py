@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from data_prep.splitmix import Ints, Keys, below, bits, derived, mix, uniform
 
 SPECIAL_TOKENS = 3  # [CLS], [SEP], [SEP]
+BLOCK = 2048
 PURPOSES = np.arange(4)[:, None]
 """the draws of one step of one document: where A ends, whether B is random, its document, its first sentence"""
 
@@ -133,12 +134,17 @@ def assemble(
     """
     count = len(pairs.a_start)
     source = np.concatenate([tokens, np.array([cls_id, sep_id], tokens.dtype)])
-    cls_at, sep_at = np.full(count, len(tokens)), np.full(count, len(tokens) + 1)
-    one = np.ones(count, np.int64)
-    starts = np.stack([cls_at, pairs.a_start, sep_at, pairs.b_start, sep_at], axis=1).ravel()
-    lengths = np.stack([one, pairs.a_length, one, pairs.b_length, one], axis=1).ravel()
-    ends = np.cumsum(lengths)
-    index = np.repeat(starts - (ends - lengths), lengths)
-    index += np.arange(len(index))
-    offsets = np.concatenate([np.zeros(1, np.int64), ends[4::5]])
-    return np.take(source, index), offsets, pairs.a_length + 2
+    ends = np.cumsum(pairs.a_length + pairs.b_length + SPECIAL_TOKENS)
+    offsets = np.concatenate([np.zeros(1, np.int64), ends])
+    made = np.empty(int(offsets[-1]), tokens.dtype)
+    for first in range(0, count, BLOCK):  # the index of one block stays in the cache
+        block = slice(first, first + BLOCK)
+        one = np.ones(len(pairs.a_start[block]), np.int64)
+        cls_at, sep_at = one * len(tokens), one * (len(tokens) + 1)
+        starts = np.stack([cls_at, pairs.a_start[block], sep_at, pairs.b_start[block], sep_at], axis=1).ravel()
+        lengths = np.stack([one, pairs.a_length[block], one, pairs.b_length[block], one], axis=1).ravel()
+        piece_ends = np.cumsum(lengths)
+        index = np.repeat(starts - (piece_ends - lengths), lengths)
+        index += np.arange(len(index))
+        np.take(source, index, out=made[offsets[first] : offsets[first] + len(index)], mode="clip")
+    return made, offsets, pairs.a_length + 2
