@@ -338,8 +338,8 @@ def header(resources: Resources, settings: Mapping[str, Setting]) -> list[tuple[
     """
     least, most = resources.nodes
     asked = {"nodes": str(least) if least == most else f"{least}-{most}"}
-    if resources.cpus_per_task is not None:
-        asked["cpus-per-task"] = str(resources.cpus_per_task * resources.tasks_per_node)
+    if resources.cpus_per_task is not None or (resources.tasks_per_node > 1 and resources.exclusive is None):
+        asked["cpus-per-task"] = str((resources.cpus_per_task or 1) * resources.tasks_per_node)
     if resources.mem_gb is not None:
         asked["mem"] = format_memory(resources.mem_gb)
     if resources.time_min is not None:

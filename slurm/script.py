@@ -171,9 +171,11 @@ def _environment(script: Script) -> list[str]:
 
 def srun_line(script: Script) -> str:
     """The srun command of a job: the tasks per node are said here, never in the header."""
-    words = ["srun", f"--ntasks-per-node={script.resources.tasks_per_node}"]
-    if script.resources.cpus_per_task is not None:
-        words.append(f"--cpus-per-task={script.resources.cpus_per_task}")
+    tasks, cpus = script.resources.tasks_per_node, script.resources.cpus_per_task
+    share = str(cpus)
+    if cpus is None:  # what the job got, shared out
+        share = "$SLURM_CPUS_ON_NODE" if tasks == 1 else f"$((SLURM_CPUS_ON_NODE / {tasks}))"
+    words = ["srun", f"--ntasks-per-node={tasks}", f"--cpus-per-task={share}"]
     words += ["--export=ALL", "--kill-on-bad-exit=1", "--unbuffered"]
     if ":" in (*script.srun_args, *script.wrapper, *script.command):
         raise FlagError("command: srun takes a word that is just ':' for the start of another command; change it")

@@ -15,7 +15,7 @@ from slurm.command import which
 from slurm.devcluster import cluster, network, registry
 from slurm.devcluster.layout import Layout
 
-SETTINGS = (("KillWait", "2"), ("SlurmdTimeout", "10"))
+SETTINGS = (("KillWait", "2"), ("SlurmdTimeout", "5"), ("MessageTimeout", "4"))
 
 
 def why_not() -> str:

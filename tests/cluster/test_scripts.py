@@ -166,6 +166,30 @@ def test_tasks_gpus_and_environment_of_a_node_range(slurm, tmp_path: Path) -> No
     assert all(280 <= int(row[3]) <= 300 for row in rows)
 
 
+def test_ranks_share_the_cores_that_the_job_got(slurm, tmp_path: Path) -> None:
+    say = ["bash", "-c", "echo $SLURM_NTASKS tasks of $SLURM_CPUS_PER_TASK"]
+    for exclusive, words in ((None, "4 tasks of 1"), ("", "4 tasks of 16")):
+        job = send(tmp_path, say, resources=Resources(tasks_per_node=4, time_min=5, exclusive=exclusive))
+        slurm.wait_state(job, "COMPLETED")
+        assert log(tmp_path, job).splitlines() == [words] * 4
+
+
+def test_the_hand_written_stage_script(slurm, tmp_path: Path) -> None:
+    """``sbatch slurm/stage.sbatch RUN STAGE`` starts the worker once per task, and says how it is used."""
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "$SLURM_PROCID $*"\n')
+    python.chmod(0o755)
+    stage = Path(script.__file__).parent / "stage.sbatch"
+    call = ["sbatch", "--parsable", "-N2", f"--chdir={tmp_path}", f"--output={tmp_path}/%j.out"]
+    good = slurm.call(*call, str(stage), "run s", "phase1", PYTHON=str(python), TASKS_PER_NODE="2")
+    bad = slurm.call(*call, str(stage), "run s")
+    slurm.wait_state(bad, "FAILED")
+    assert "usage:" in log(tmp_path, bad)
+    slurm.wait_state(good, "COMPLETED")
+    rows = [row for row in log(tmp_path, good).splitlines() if "pipeline.worker" in row]
+    assert sorted(rows) == [f"{rank} -m pipeline.worker run s phase1" for rank in range(4)]
+
+
 def test_after_the_end_of_a_rank(slurm, tmp_path: Path) -> None:
     """A clean stop comes back and its child waits; a configuration error does not; a cancelled job stays dead."""
     first_75 = 'if [ "$SLURM_RESTART_COUNT" = 1 ]; then echo again; else echo 75 >"$JOB_VERDICT"; exit 143; fi'

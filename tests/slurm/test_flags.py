@@ -169,6 +169,12 @@ def test_header_has_no_task_count_and_all_cpus_of_a_node() -> None:
     ]
 
 
+def test_a_shared_node_gives_every_task_a_core() -> None:
+    assert ("cpus-per-task", "8") in flags.header(Resources(tasks_per_node=8), {})
+    assert "cpus-per-task" not in dict(flags.header(Resources(tasks_per_node=8, exclusive=""), {}))
+    assert "cpus-per-task" not in dict(flags.header(Resources(), {}))
+
+
 def test_gpus_as_gres_join_other_gres() -> None:
     resources = Resources(gpus_per_node=4, gpu_type="a100", gpu_request="gres")
     assert ("gres", "gpu:a100:4,lustre:1") in flags.header(resources, settings(gres="lustre:1"))
