@@ -83,7 +83,7 @@ def axis(values: Sequence[float], *, ticks: int, widen: bool) -> Axis:
     largest = max(abs(low), abs(high))
     if high - low <= 1e-9 * largest or high - low < 1e-90:
         pad = 0.05 * largest if largest > 1e-80 else 1.0
-        low, high = low - pad, high + pad
+        low, high = low - pad if low else 0.0, high + pad
     raw = (high - low) / ticks
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(nice * power for nice in (1, 2, 5, 10, 20) if nice * power >= raw * 0.999)

@@ -163,7 +163,7 @@ def small_charts(phase: Phase) -> dict[str, Chart]:
     }
     common: dict[str, Any] = {"marks": _marks(phase), "from_zero": True, "until": phase.reached}
     peak = max((y for _, y in _points(phase.steps, "learning_rate")), default=0.0)
-    rate = Line(f"learning rate, highest {number(peak)}", _points(phase.steps, "learning_rate"), "main")
+    rate = Line(f"learning rate, highest logged {number(peak)}", _points(phase.steps, "learning_rate"), "main")
     return {
         "accuracy": Chart("Held-out accuracy", "step", "%", accuracies, **common),
         "learning-rate": Chart("Learning rate", "step", "", [rate], **common),

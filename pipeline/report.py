@@ -135,7 +135,9 @@ def result_sentence(facts: Facts) -> str:
         if is_number(unigram) and loss < unigram:
             words += f", {unigram - loss:.3f} below the unigram loss of {unigram:.3f}: the model uses context"
         elif is_number(unigram):
-            words += f", not below the unigram loss of {unigram:.3f}: the model has not learnt to use context"
+            words += (
+                f", not below the unigram loss of {unigram:.3f}: so far the model has learnt no more than word counts"
+            )
         said.append(words + ".")
     return " ".join(said)
 
@@ -146,7 +148,9 @@ def tiles(facts: Facts) -> Html | None:
     if phase is None:
         return None
     loss, unigram = phase.last("eval_mlm_loss"), phase.last("unigram_loss")
-    margin = f"{unigram - loss:.3f} below unigram" if is_number(unigram) else "unigram loss not known"
+    margin = "unigram loss not known"
+    if is_number(unigram):
+        margin = f"{abs(unigram - loss):.3f} {'below' if loss < unigram else 'above'} unigram"
     shown = [
         ("Held-out MLM loss", f"{loss:.3f}", margin),
         ("MLM accuracy", percent(phase.last("eval_mlm_accuracy")), "masked tokens, held out"),

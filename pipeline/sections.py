@@ -224,7 +224,7 @@ def plan_section(facts: Facts) -> Html:
         "Ranks",
         "global_batch",
         "micro_batch",
-        "Accumulation",
+        "accumulation",
         "rank_batch",
         "Steps",
         "Samples",

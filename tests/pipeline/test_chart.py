@@ -85,6 +85,7 @@ def test_ticks_are_round_numbers_inside_the_axis(values, widen, ticks):
         ([0.0, 0.0093], ["0", "0.002", "0.004", "0.006", "0.008", "0.010"]),
         ([0.0, 7038.0], ["0", "2,000", "4,000", "6,000", "8,000"]),
         ([0.0, 138294.0], ["0", "50k", "100k", "150k"]),
+        ([0.0, 0.0], ["0", "0.2", "0.4", "0.6", "0.8", "1.0"]),
         ([0.0, 2.1e-5], ["0", "5e-6", "1e-5", "1.5e-5", "2e-5", "2.5e-5"]),
         ([6.5511, 6.5519], ["6.5510", "6.5512", "6.5514", "6.5516", "6.5518", "6.5520"]),
     ],
@@ -167,3 +168,13 @@ def test_names_are_escaped():
     svg = draw(Chart("<b>&", "step", "", [Line('"<script>', [(1, 1.0)])]), key="k")
     assert "<script>" not in svg
     assert "<b>" not in svg
+
+
+def test_charts_beside_each_other_share_their_axis():
+    short = Line("loss", [(0, 1.0), (10, 2.0)])
+    ends = [
+        [e.attrib["d"] for e in parsed(Chart("t", "step", "", [short], until=until)).iter("path")][-1].split("L")[-1]
+        for until in (5.0, 20.0)
+    ]
+    assert float(ends[0].split()[0]) == 460 - 22
+    assert float(ends[1].split()[0]) < 300

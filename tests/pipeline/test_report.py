@@ -16,6 +16,7 @@ import pytest
 
 from pipeline.chain import Chain
 from pipeline.config import load_profile, load_recipe
+from pipeline.curves import loss_chart, small_charts
 from pipeline.errors import ConfigError
 from pipeline.facts import gather
 from pipeline.report import render
@@ -245,6 +246,15 @@ def test_the_result_stands_at_the_top(finished):
     assert "sentiment stand-in : accuracy 71.40 %, F1 70.10 %" in top
 
 
+def test_a_loss_above_the_unigram_loss_is_no_success(tmp_path):
+    chain = begin(tmp_path / "run")
+    train(start(chain, "phase1"), "phase1", 1, 25, None, 400)
+    text = page_of(chain).text
+    held = 5.05 + 3.9 * math.exp(-0.25)
+    assert f"{held:.3f} {held - UNIGRAM:.3f} above unigram" in text
+    assert "the model has learnt no more than word counts" in text
+
+
 def test_every_stage_has_its_row(finished):
     for name in [*RESULTS, "phase1", "phase2", *SCORES]:
         assert f" {name} done " in finished.text
@@ -260,6 +270,13 @@ def test_curves_have_the_unigram_line_and_the_attempts(finished):
     assert "attempt 2: 175" in finished.text
     for title in ("Held-out accuracy", "Learning rate", "Sequences per second", "Real tokens per second"):
         assert finished.text.count(title) >= 2 * 2  # caption and SVG title
+
+
+def test_all_charts_of_a_phase_end_at_the_last_logged_step(tmp_path):
+    chain = begin(tmp_path / "run")
+    train(start(chain, "phase1"), "phase1", 1, 60, None, 400)
+    phase = gather(chain.run, held=False).phases[0]
+    assert {chart.until for chart in (loss_chart(phase), *small_charts(phase).values())} == {60.0}
 
 
 def test_attempts_say_what_was_redone(finished):
