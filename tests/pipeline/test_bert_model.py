@@ -255,6 +255,26 @@ def test_dropout_follows_the_seed_and_is_off_in_evaluation():
     assert loss(1) == loss(2)
 
 
+@pytest.mark.parametrize("path", ["rows", "samples", "sdpa"])
+@pytest.mark.parametrize("place", ["hidden_dropout_prob", "attention_probs_dropout_prob"])
+def test_each_dropout_acts_in_training(monkeypatch, path, place):
+    monkeypatch.setattr(attention, "attention_path", lambda device, width: path)
+    none = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    model = initialised(BertForPreTraining(replace(CONFIG, **none | {place: 0.1}, initializer_range=0.1)), generator())
+    assert SAMPLES.loss(model).item() != SAMPLES.loss(model).item()
+    without = initialised(BertForPreTraining(replace(CONFIG, **none)), generator())
+    assert SAMPLES.loss(without).item() == SAMPLES.loss(without).item()
+
+
+def test_a_classifier_drops_from_the_pooled_vector():
+    config = replace(CONFIG, hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.0)
+    model = initialised(BertForSequenceClassification(config, num_labels=2), generator())
+    dropped = []
+    model.classifier.register_forward_pre_hook(lambda _, inputs: dropped.append((inputs[0] == 0).float().mean()))
+    model(SAMPLES.batch())
+    assert 0.3 < dropped[0] < 0.7
+
+
 def test_initial_weights_follow_the_generator_alone():
     def weights(seed, config=CONFIG):
         return initialised(BertForPreTraining(config), generator(seed)).state_dict()

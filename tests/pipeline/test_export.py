@@ -233,6 +233,7 @@ def test_the_command_exports_a_trained_folder(tmp_path, carriers):
     done = command(carriers / "minilm", "--to", "hf", tmp_path / "out")
     assert (done.returncode, done.stderr) == (0, "")
     assert "22.7 million parameters" in done.stdout
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["architectures"] == ["BertModel"]
     ours, theirs = (transformers.BertModel.from_pretrained(path) for path in (tmp_path / "out", carriers / "minilm"))
     assert all(torch.equal(tensor, theirs.state_dict()[name]) for name, tensor in ours.state_dict().items())
     ids = [
