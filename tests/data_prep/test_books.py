@@ -129,7 +129,9 @@ def test_json_lines(tmp_path: Path) -> None:
         {"text": "lone \ud800 surrogate", "id": "a b", "meta": {"n": [1]}},
         {"text": "y" * 900},
     ]
-    path.write_text("\n".join(json.dumps(row) for row in rows[:2]) + "\n\n" + "\n".join(map(json.dumps, rows[2:])))
+    path.write_text(
+        "\ufeff" + "\n".join(json.dumps(row) for row in rows[:2]) + "\n\n" + "\n".join(map(json.dumps, rows[2:]))
+    )
     whole, tally = in_parts(books.json_documents, path, 10**9)
     assert [(d.id, d.title, d.text) for d in whole] == [
         ("d-7", "T[31m", "One\ntwo three.\nFour"),
@@ -138,7 +140,7 @@ def test_json_lines(tmp_path: Path) -> None:
     ]
     assert whole[1].id.startswith("d.jsonl-")
     assert tally.facts()["skipped"] == {"no letters": 1, "over max_document_mb (0.0001)": 2}
-    assert tally.examples["over max_document_mb (0.0001)"] == ["big\\x07", "d.jsonl at byte 316"]
+    assert tally.examples["over max_document_mb (0.0001)"] == ["big\\x07", "d.jsonl at byte 319"]
     for part_bytes in (1, 10, 77):
         assert in_parts(books.json_documents, path, part_bytes) == (whole, tally)
 

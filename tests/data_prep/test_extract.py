@@ -56,7 +56,7 @@ def inputs(tmp_path: Path) -> dict[str, list[Path]]:
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(extract, "PART_BYTES", 1500)
     monkeypatch.setattr(extract, "COMPRESSED_PART_BYTES", 500)
-    monkeypatch.setattr(document, "FILE_BYTES", 3000)
+    monkeypatch.setattr(document, "FILE_BYTES", 2000)
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -85,6 +85,8 @@ def test_everything_is_read_and_described(inputs: dict[str, list[Path]], tmp_pat
     manifest.verify(job.out, found["files"])
     assert sum(entry["documents"] for entry in found["files"]) == len(rows)
     assert len(found["files"]) > 20
+    assert all(entry["bytes"] <= 2000 or entry["documents"] == 1 for entry in found["files"])
+    assert any(entry["file"].endswith("-0001.jsonl") for entry in found["files"])
     assert contents(job.out).keys() == {"manifest.json", *(entry["file"] for entry in found["files"])}
     multi = inputs["wikipedia"][0]
     assert found["inputs"][0]["sha256"] == hashlib.sha256(multi.read_bytes()).hexdigest()
@@ -96,34 +98,47 @@ def test_everything_is_read_and_described(inputs: dict[str, list[Path]], tmp_pat
 def test_killed_tries_and_old_files_leave_no_trace(
     inputs: dict[str, list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clean = FakeJob(tmp_path / "clean")
-    extract.run(clean, **inputs, max_document_mb=1)
+    clean, job = FakeJob(tmp_path / "clean"), FakeJob(tmp_path / "out")
+    read, calls, die_at = extract._documents, 0, 10**9
 
-    job = FakeJob(tmp_path / "out")
-    read, calls = extract._documents, 0
-
-    def dies(*arguments: Any) -> Any:
+    def counting(*arguments: Any) -> Any:
         nonlocal calls
         calls += 1
-        if calls == 9:
+        if calls == die_at:
             raise KeyboardInterrupt
         return read(*arguments)
 
-    monkeypatch.setattr(extract, "_documents", dies)
+    monkeypatch.setattr(extract, "_documents", counting)
+    extract.run(clean, **inputs, max_document_mb=1)
+    parts, calls, die_at = calls, 0, 15
     with pytest.raises(KeyboardInterrupt):
         extract.run(job, **inputs, max_document_mb=1)
     assert not (job.out / "manifest.json").exists()
+    seconds = sorted(job.out.glob("documents-*-0001.jsonl"))
+    seconds[-1].unlink()  # one of two files of a finished part
+    (job.out / "documents-00000.jsonl").write_text("damaged")
     (job.out / "documents-77777.jsonl").write_text("{}")
     (job.out / ".documents-00001.jsonl.1-a.tmp").write_text("half")
-    (job.out / "documents-00002.jsonl").write_text("damaged")
+    calls, die_at = 0, 10**9
     extract.run(job, **inputs, max_document_mb=1)
-    parts = len(manifest.read_manifest(job.out)["files"])
     assert contents(job.out) == contents(clean.out)
-    assert calls < 9 + parts, "finished parts were read again"
+    assert seconds[-1].name != "documents-00000-0001.jsonl"
+    assert calls == parts - 14 + 2, "the 12 intact parts of the killed try are kept, no other"
 
-    inputs["jsonl"][0].write_text('{"text": "Changed."}\n')
-    extract.run(job, **inputs, max_document_mb=1)
-    assert texts(job.out)[-1]["text"] == "Changed."
+
+@pytest.mark.usefixtures("small_parts")
+def test_a_changed_input_is_read_again(
+    inputs: dict[str, list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, path = FakeJob(tmp_path / "out"), inputs["jsonl"][0]
+    finish = extract._finish
+    monkeypatch.setattr(extract, "_finish", lambda work: pytest.fail("killed"))
+    with pytest.raises(pytest.fail.Exception):
+        extract.run(job, wikipedia=[], books=[], jsonl=[path], max_document_mb=1)
+    monkeypatch.setattr(extract, "_finish", finish)
+    path.write_text(path.read_text().replace("Row", "New"))  # of the same size
+    extract.run(job, wikipedia=[], books=[], jsonl=[path], max_document_mb=1)
+    assert all(row["text"].startswith("New") for row in texts(job.out))
 
 
 def test_any_number_of_workers_gives_the_same_bytes(sample_dir: Path, tmp_path: Path) -> None:

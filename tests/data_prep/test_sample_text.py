@@ -226,3 +226,11 @@ def test_r_database_of_novels() -> None:
 )
 def test_run_together_answers_are_split(answers: str, spans: list[str]) -> None:
     assert sample_tasks._quac_spans(answers, "So the cat sat on the mat.") == spans
+
+
+def test_held_out_snippets_are_none_of_the_train_ones() -> None:
+    rated = [("a good , film", "1", "rotten_tomatoes"), ("long review", "0", "imdb")]
+    snippets = b"1\t2.5\tA GOOD film!\r\n2\t-1\tBad &amp; dull\r\n3\t0.1\tBad & dull\n4\t0\tNothing\n"
+    train, dev = sample_tasks.sentiment(rated, snippets)
+    assert train == "sentence\tlabel\na good , film\t1\n"
+    assert dev == "sentence\tlabel\nbad & dull\t0\n"

@@ -170,6 +170,14 @@ def test_a_lost_stream_is_noticed(write: Callable[[bytes], Path]) -> None:
             read(write(b"".join(pieces)), part_bytes)
 
 
+def test_a_gap_between_parts_is_noticed(write: Callable[[bytes], Path]) -> None:
+    path = write(b"x" * 30)
+    dumpfile.check_seams(path, [(0, 12), (None, None), (12, 30), (None, None)])
+    for seams in ([(0, 12), (13, 30)], [(0, 12)], [(None, None), (5, 30)]):
+        with pytest.raises(DataError, match="no readable page"):
+            dumpfile.check_seams(path, list(seams))
+
+
 def test_damage_inside_is_never_a_silent_loss(write: Callable[[bytes], Path]) -> None:
     """A flipped bit in bz2 data is always noticed; in plain XML it may change a letter, never the count."""
     draw = random.Random(2)
