@@ -74,9 +74,7 @@ def _quac_spans(answers: str, passage: str) -> list[str]:
     return [span for span in dict.fromkeys(spans) if len(span) >= 2]
 
 
-def _span_questions(
-    quac: list[Row], disfl_qa: list[Row], narrative: list[Row]
-) -> Iterable[tuple[str, str, list[str]]]:
+def _span_questions(quac: list[Row], disfl_qa: list[Row], narrative: list[Row]) -> Iterable[tuple[str, str, list[str]]]:
     """(context, question, literal answers) of the three sets."""
     for row in disfl_qa:
         answer = _detokenised(row["answer"])
@@ -97,9 +95,7 @@ def _span_questions(
             yield passage, question.strip(), _quac_spans(spans.strip().rstrip(","), passage)
 
 
-def question_answering(
-    quac: list[Row], disfl_qa: list[Row], narrative: list[Row]
-) -> tuple[Row, Row, set[str]]:
+def question_answering(quac: list[Row], disfl_qa: list[Row], narrative: list[Row]) -> tuple[Row, Row, set[str]]:
     """SQuAD v1.1 objects (train, eval) of the shortest contexts, and the contexts used in eval.
 
     No context stands in both parts; answers of over 30 words or found more than three times are left out.
@@ -151,9 +147,7 @@ def _mrpc(passages: list[str], questions: dict[str, str]) -> str:
     lines = ["Quality\t#1 ID\t#2 ID\t#1 String\t#2 String"]
     for number, passage in enumerate(passages):
         other = passages[(number + 2) % len(passages)] if number % 2 else passage
-        lines.append(
-            f"{1 - number % 2}\t{2 * number}\t{2 * number + 1}\t{_cell(questions[passage])}?\t{_cell(other)}"
-        )
+        lines.append(f"{1 - number % 2}\t{2 * number}\t{2 * number + 1}\t{_cell(questions[passage])}?\t{_cell(other)}")
     return "\n".join(lines) + "\n"
 
 
