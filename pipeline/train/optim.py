@@ -263,9 +263,7 @@ def _trust(parameter_norm: float, direction_norm: float, unbias: float) -> float
 class ApexLamb(Lamb):
     """NVIDIA's CUDA kernel of the same update. It leaves the update, not the gradient, in ``grad``."""
 
-    def __init__(
-        self, fused_lamb: type[Any], named_parameters: Iterable[tuple[str, Parameter]], **options: Any
-    ):
+    def __init__(self, fused_lamb: type[Any], named_parameters: Iterable[tuple[str, Parameter]], **options: Any):
         super().__init__(named_parameters, **options)
         groups = [
             {
@@ -311,9 +309,7 @@ def apex_fused_lamb() -> type[Any] | None:
     return fused_lamb
 
 
-def build(
-    name: str, backend: str, named_parameters: Iterable[tuple[str, Parameter]], **options: Any
-) -> Optimizer:
+def build(name: str, backend: str, named_parameters: Iterable[tuple[str, Parameter]], **options: Any) -> Optimizer:
     """The optimizer ``name`` (lamb | adamw) on ``backend`` (auto | torch | apex).
 
     ``options`` are those of the class. ``auto`` takes apex for lamb where it is NVIDIA's and CUDA is there.

@@ -251,20 +251,26 @@ def decoy(tmp_path, monkeypatch):
 def test_the_unrelated_package_apex_is_never_imported(decoy):
     assert apex_fused_lamb() is None
     assert type(build("lamb", "auto", model().items())) is Lamb
-    with pytest.raises(
-        EnvironmentFault, match=r"^optimizer\.backend = apex needs CUDA and NVIDIA's apex .*$"
-    ):
+    with pytest.raises(EnvironmentFault, match=r"^optimizer\.backend = apex needs CUDA and NVIDIA's apex .*$"):
         build("lamb", "apex", model().items())
     assert "apex" not in sys.modules
 
 
-def test_an_apex_without_fused_lamb_is_not_taken(decoy, monkeypatch):
+@pytest.mark.parametrize(
+    "content", ["", "class FusedLAMB:\n    def __init__(self, *a, **k):\n        self.state = {}\n"]
+)
+def test_only_an_apex_with_extension_and_fused_lamb_is_taken(decoy, monkeypatch, content):
     (decoy / "amp_C.py").write_text("")
-    for file in ("__init__.py", "optimizers.py"):
-        (decoy / "apex" / file).write_text("")
-    assert apex_fused_lamb() is None
+    (decoy / "apex" / "__init__.py").write_text("")
+    (decoy / "apex" / "optimizers.py").write_text(content)
     for name in ("apex", "apex.optimizers", "amp_C"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
+        monkeypatch.setitem(sys.modules, name, None)  # what is imported below goes away with the test
+        del sys.modules[name]
+    assert (apex_fused_lamb() is not None) == bool(content)
+    assert type(build("lamb", "auto", model().items())) is (ApexLamb if content else Lamb)
+    assert type(build("lamb", "torch", model().items())) is Lamb
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert apex_fused_lamb() is None
 
 
 @pytest.mark.parametrize("variant", ["apex", "nvlamb"])

@@ -67,9 +67,7 @@ def test_rate_stays_between_zero_and_base(name, base, warmup, steps, share):
 
 
 def test_refusals_are_one_line():
-    with pytest.raises(
-        ConfigError, match=r"'polly' is unknown; choose one of constant, cosine, linear, poly$"
-    ):
+    with pytest.raises(ConfigError, match=r"'polly' is unknown; choose one of constant, cosine, linear, poly$"):
         learning_rate("polly", base=1, warmup=0.1, steps=10, step=1)
     for warmup in (-0.1, 1.0, float("nan")):
         with pytest.raises(ConfigError, match="share of the steps"):
