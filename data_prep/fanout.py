@@ -88,9 +88,7 @@ def mpi_size(environment: Mapping[str, str]) -> int:
     return size
 
 
-def _over_mpi(
-    function: Callable[[Item], Any], items: Sequence[Item], progress: Progress | None
-) -> list[Outcome]:
+def _over_mpi(function: Callable[[Item], Any], items: Sequence[Item], progress: Progress | None) -> list[Outcome]:
     import numpy as np
     from mpi4py import MPI
 
@@ -178,9 +176,7 @@ def _death(process: BaseProcess, index: int, total: int) -> Outcome:
     process.join()
     code = process.exitcode or 0
     how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-    advice = (
-        "probably out of memory: ask for more memory or fewer workers" if code == -9 else "start it again"
-    )
+    advice = "probably out of memory: ask for more memory or fewer workers" if code == -9 else "start it again"
     return ["data", f"a worker process died ({how}) on part {index + 1} of {total}; {advice}"]
 
 
@@ -188,9 +184,7 @@ def _serve(connection: Connection, parent: int) -> None:
     """Life of a worker process: receive (function, item), send the outcome, until the pipe closes."""
     die_with_parent(parent)
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(
-            number, signal.SIG_IGN
-        )  # sent to the whole group; the parent decides and we die with it
+        signal.signal(number, signal.SIG_IGN)  # sent to the whole group; the parent decides and we die with it
     for name in ("OMP_NUM_THREADS", "RAYON_NUM_THREADS"):
         os.environ[name] = "1"  # one process is one core
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
