@@ -1,4 +1,4 @@
-"""``python -m pipeline.cancel RUN``: stop a run's chain after its next checkpoint; submit continues it."""
+"""``python -m pipeline.cancel RUN [STAGE]``: stop a run's chain, or a stage and what waits for it."""
 
 from __future__ import annotations
 
@@ -6,21 +6,56 @@ import argparse
 from pathlib import Path
 
 from data_prep.publish import publish_text
-from pipeline.errors import run_command
+from pipeline.errors import ConfigError, run_command
+from pipeline.journal import Journal, SentJob, live_jobs, name_of
 from pipeline.rundir import RunDir
+from slurm import queue
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m pipeline.cancel", description=__doc__)
     parser.add_argument("run", type=Path, help="run directory")
-    run = RunDir(parser.parse_args().run)
-    run.settings  # noqa: B018 - refuses what is not a run
-    if not run.is_held():
+    parser.add_argument("stage", nargs="?", help="only the job of this stage and the jobs that wait for it (Slurm)")
+    arguments = parser.parse_args()
+    run = RunDir(arguments.run)
+    if run.settings["profile"]["runner"] == "local" and run.is_held():
+        publish_text(run.cancel_request, "")
+        print(f"{run.path}: asked to stop; it saves first, then ends")
+    elif Journal.path(run).exists():
+        with run.held():  # not while a submit is sending
+            cancel_jobs(run, arguments.stage)
+    else:
         print(f"{run.path}: nothing is running")
-        return 0
-    publish_text(run.cancel_request, "")
-    print(f"{run.path}: asked to stop; it saves first, then ends")
     return 0
+
+
+def cancel_jobs(run: RunDir, stage: str | None) -> None:
+    """Cancel the run's jobs in Slurm; a running one saves first."""
+    found = live_jobs(run)
+    journal = Journal.read(run)
+    if stage is not None and journal is not None:
+        wanted = and_dependents(journal, stage)
+        found = [job for job in found if name_of(job) in wanted]
+    if not found:
+        print(f"{run.path}: nothing {f'of {stage} ' if stage else ''}is queued or running")
+        return
+    print(" ".join(queue.cancel(job.id for job in found)))
+    for job in found:
+        print(f"cancelled {name_of(job)} (job {job.id})" + ("" if job.waiting else "; it saves first"))
+    run.event("cancelled", jobs=[job.id for job in found], stage=stage)
+
+
+def and_dependents(journal: Journal, stage: str) -> set[str]:
+    """Names of the job that runs ``stage`` and of all jobs that wait for it."""
+    home = journal.job_of(stage)
+    if home is None:
+        known = [name for job in journal.jobs for name in job.stages]
+        raise ConfigError(f"no job of this run has a stage {stage!r}; they have {', '.join(known)}")
+    found: dict[str, SentJob] = {home.name: home}
+    for job in journal.jobs:  # needs come first
+        if set(job.needs) & found.keys():
+            found[job.name] = job
+    return set(found)
 
 
 if __name__ == "__main__":

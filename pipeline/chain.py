@@ -27,8 +27,13 @@ class Chain:
         """The chain that a run's run.json describes."""
         settings = run.settings
         recipe = restore(Recipe, settings["recipe"], str(run.path / "run.json"))
+        return cls.planned(run, recipe, settings["corpora"])
+
+    @classmethod
+    def planned(cls, run: RunDir, recipe: Recipe, corpora: Mapping[str, Any]) -> Chain:
+        """The chain of a recipe, whether or not the run exists yet."""
         stages = table(recipe)
-        return cls(run, stages, fingerprints(stages, settings["corpora"]), settings["corpora"])
+        return cls(run, stages, fingerprints(stages, corpora), corpora)
 
     def is_done(self, name: str) -> bool:
         """Whether the stage's done mark carries the current fingerprint."""

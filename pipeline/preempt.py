@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import signal
+import time
 from dataclasses import dataclass
 from types import FrameType
 
 from pipeline.errors import StoppedCleanly
 
+RESERVE_S = 30.0  # before the time limit: leaving, and what cannot be measured
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 
 
 @dataclass
 class StopRequest:
-    """Set by a signal; read at step boundaries."""
+    """Set by a signal, or by a time limit that comes near; read at step boundaries."""
 
     reason: str | None = None
+    deadline: float | None = None  # when Slurm ends this job, in seconds since 1970
+    longest_step_s: float = 0.0
 
     def listen(self) -> None:
         """Note the first stop signal and go on working."""
@@ -25,6 +29,13 @@ class StopRequest:
 
         for number in STOP_SIGNALS:
             signal.signal(number, note)
+
+    def after_step(self, step_s: float, save_s: float) -> None:
+        """Ask for a stop when one more step and a save (given as last measured) may not fit before the deadline."""
+        self.longest_step_s = max(self.longest_step_s, step_s)
+        needed_s = 2 * save_s + self.longest_step_s + RESERVE_S
+        if self.reason is None and self.deadline is not None and time.time() > self.deadline - needed_s:
+            self.reason = f"{max(0.0, self.deadline - time.time()):.0f} s before the time limit"
 
 
 def stop_at_once() -> None:

@@ -1,15 +1,40 @@
-"""``python -m pipeline.status RUN``: every stage's state, reason and progress, from the run's own files."""
+"""``python -m pipeline.status RUN``: every stage's state, reason and progress, from the run's files and from squeue."""
 
 from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.chain import Chain
 from pipeline.errors import run_command
-from pipeline.rundir import RunDir
+from pipeline.journal import Journal
+from pipeline.rundir import Attempt, RunDir
+from slurm import queue
+from slurm.errors import SlurmError
+from slurm.states import in_words
+
+
+@dataclass(frozen=True)
+class Sent:
+    """The run's last sending to Slurm and what squeue says of its jobs; ``silent`` is why squeue says nothing."""
+
+    journal: Journal
+    jobs: dict[str, queue.Job]
+    silent: str = ""
+
+    @classmethod
+    def of(cls, run: RunDir) -> Sent | None:
+        """None for a run that was never sent."""
+        journal = Journal.read(run)
+        if journal is None:
+            return None
+        try:
+            return cls(journal, queue.jobs(job.id for job in journal.jobs if job.id))
+        except SlurmError as error:
+            return cls(journal, {}, str(error))
 
 
 def main() -> int:
@@ -17,21 +42,77 @@ def main() -> int:
     parser.add_argument("run", type=Path, help="run directory")
     parser.add_argument("--json", action="store_true", help="machine-readable")
     arguments = parser.parse_args()
-    found = survey(RunDir(arguments.run))
+    run = RunDir(arguments.run)
+    sent = Sent.of(run)
+    found = survey(run, sent)
+    silent = sent.silent if sent else ""
     if arguments.json:
-        print(json.dumps({"stages": found}))
+        print(json.dumps({"stages": found, **({"slurm": silent} if silent else {})}))
         return 0
     for row in found:
         duration = f"{row['duration_s']:.1f} s" if "duration_s" in row else ""
-        print(f"{row['name']:12s} {row['state']:10s} {duration:>10s}  {row.get('reason', '')}".rstrip())
+        job = f"{row.get('job', ''):>9s}  " if sent else ""
+        print(f"{row['name']:12s} {row['state']:10s} {job}{duration:>10s}  {row.get('reason', '')}".rstrip())
+    if silent:
+        print(f"Slurm does not answer, states are from the run's own files: {silent}")
     return 0
 
 
-def survey(run: RunDir) -> list[dict[str, Any]]:
-    """One row for each stage: name, state (todo, waiting, running, done, failed, cancelled), reason, progress."""
+def survey(run: RunDir, sent: Sent | None = None) -> list[dict[str, Any]]:
+    """One row for each stage: name, state (todo, waiting, running, done, failed, cancelled, unknown), reason, progress.
+
+    ``job`` is the Slurm job id of a stage that was sent and is not done.
+    """
     chain = Chain.of(run)
     todo, held = chain.todo(), run.is_held()
-    return [state_of(chain, name, todo, held) for name in chain.stages]
+    rows = []
+    for name in chain.stages:
+        job = sent.journal.job_of(name) if sent and name in todo else None
+        if sent and job is not None and job.id:
+            rows.append({**sent_state(chain, name, todo, sent), "job": job.id})
+        else:
+            rows.append(state_of(chain, name, todo, held and sent is None))
+    return rows
+
+
+def sent_state(chain: Chain, name: str, todo: dict[str, str], sent: Sent) -> dict[str, Any]:
+    """State of a stage that was sent and is not done."""
+    job = sent.journal.job_of(name)
+    assert job is not None
+    found = sent.jobs.get(job.id)
+    row = state_of(chain, name, todo, held=False)
+    if sent.silent:
+        return row if row["state"] in ("failed", "cancelled") else {**row, "state": "unknown", "reason": ""}
+    if found is None or found.ended:
+        if found is not None and row["state"] == "todo":
+            row.update(state="cancelled" if found.state == "CANCELLED" else "failed", reason=in_words(found))
+        return row
+    if found.waiting:
+        stopped = chain.run.stage(name).attempts and chain.is_current(name)
+        again = f"attempt {len(chain.run.stage(name).attempts)} ended; " if stopped else ""
+        return {**row, "state": "waiting", "reason": again + in_words(found, sent.journal.names)}
+    current = next(stage for stage in job.stages if stage in todo)
+    if name != current:
+        return {**row, "state": "waiting", "reason": f"waits for {current} in the same job"}
+    last = chain.run.stage(name).attempts[-1:] if chain.is_current(name) else []
+    mine = [one for one in last if one.verdict is None and str(one.owner.get("launch", "")).startswith(f"{job.id}-")]
+    if not mine or found.state != "RUNNING":
+        starting = "starts" if found.state == "RUNNING" else in_words(found)
+        return {**row, "state": "running", "reason": starting}
+    return {**row, **progress(chain, name, mine[0])}
+
+
+def progress(chain: Chain, name: str, attempt: Attempt) -> dict[str, Any]:
+    """State, figures and reason of a stage that works now."""
+    row: dict[str, Any] = {"state": "running"}
+    metrics = [line for line in chain.run.stage(name).metrics() if "loss" in line]
+    for key in ("step", "loss", "sequences_per_s", "tokens_per_s"):
+        if metrics and key in metrics[-1]:
+            row[key] = metrics[-1][key]
+    words = [f"{key} {row[key]:.4g}" for key in ("step", "loss", "sequences_per_s") if key in row]
+    if attempt.number > 1:
+        words.append(f"attempt {attempt.number}")
+    return {**row, "reason": ", ".join(words)}
 
 
 def state_of(chain: Chain, name: str, todo: dict[str, str], held: bool) -> dict[str, Any]:
@@ -42,16 +123,7 @@ def state_of(chain: Chain, name: str, todo: dict[str, str], held: bool) -> dict[
     last = folder.attempts[-1] if folder.attempts and chain.is_current(name) else None
     verdict = last.verdict if last else None
     if verdict is None and last is not None and held and not (stage.always and chain.is_done(name)):
-        row["state"] = "running"
-        metrics = [line for line in folder.metrics() if "loss" in line]
-        row.update(
-            {
-                key: metrics[-1][key]
-                for key in ("step", "loss", "sequences_per_s", "tokens_per_s")
-                if metrics and key in metrics[-1]
-            }
-        )
-        row["reason"] = ", ".join(f"{key} {row[key]:.4g}" for key in ("step", "loss", "sequences_per_s") if key in row)
+        row.update(progress(chain, name, last))
     elif held:
         pending = [need for need in stage.needs if need in todo]
         row.update(state="waiting", reason=f"waits for {', '.join(pending)}" if pending else "starts next")

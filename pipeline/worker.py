@@ -11,6 +11,7 @@ import importlib
 import os
 import platform
 import time
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,10 @@ from pipeline.job import Job, Topology
 from pipeline.preempt import StopRequest, stop_at_once
 from pipeline.rundir import Attempt, RunDir
 from pipeline.stage import Stage
+from slurm import verdict
 from slurm.profile import Profile
+
+PATIENCE_S = 120.0  # hundreds of ranks start, and files on a shared file system appear, some seconds apart
 
 
 def main() -> int:
@@ -35,8 +39,12 @@ def main() -> int:
     arguments = parser.parse_args()
     if parent := os.environ.get("PIPELINE_PARENT"):
         die_with_parent(int(parent))
-    for stage in arguments.stage:
-        run_stage(RunDir(arguments.run), stage)
+    try:
+        for stage in arguments.stage:
+            run_stage(RunDir(arguments.run), stage)
+    except (Exception, KeyboardInterrupt) as error:
+        verdict.give(describe(error)[1])  # srun mixes the ranks' codes: the batch script reads this one
+        raise
     return 0
 
 
@@ -53,14 +61,17 @@ def run_stage(run: RunDir, name: str) -> None:
                 f"{name} needs {', '.join(missing)}, which is not done with the current configuration; "
                 f"run python -m pipeline.submit --run {run.path}"
             )
+    if stage.width != "ranks" and topology.rank > 0 and not under_mpi(os.environ):
+        return  # a task too many: rank 0 does the work alone
     attempt = take_attempt(chain, name, topology)
     profile = restore(Profile, run.settings["profile"], str(run.path / "run.json"))
-    stop = StopRequest()
+    stop = StopRequest(deadline=verdict.deadline() if topology.rank == 0 else None)
     if stage.width == "ranks":
         stop.listen()
     else:
         stop_at_once()
-    job = Job(run, name, attempt, topology, workers=profile.processes, threads=profile.threads, stop=stop)
+    workers = workers_of(profile, os.environ)
+    job = Job(run, name, attempt, topology, workers=workers, threads=profile.threads, stop=stop)
     try:
         started = time.time()
         result = function_of(stage)(job, **stage.config, **resolve(chain, stage))
@@ -78,10 +89,36 @@ def run_stage(run: RunDir, name: str) -> None:
                 }
             )
             run.event("done", stage=name, attempt=attempt.number, duration_s=round(finished - started, 3))
+            verdict.made_progress()
+        elif not done_soon(chain, name):
+            raise PeerLost(f"{name}: rank {topology.rank} waited {PATIENCE_S:.0f} s for rank 0 to mark it done")
     except (Exception, KeyboardInterrupt) as error:
         line, code = describe(error)
+        if isinstance(error, PeerLost):
+            time.sleep(1.0)  # the peer may know better what happened, and its verdict comes first
         attempt.judge(code, line, topology.rank)
         raise
+
+
+def under_mpi(environment: Mapping[str, str]) -> bool:
+    """Whether an MPI launcher started this process, so that data stages share their work among its ranks."""
+    return not {"PMIX_RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK"}.isdisjoint(environment)
+
+
+def workers_of(profile: Profile, environment: Mapping[str, str]) -> int:
+    """Processes of a data stage: the cores that Slurm gave this task, else the profile's."""
+    cores = environment.get("SLURM_CPUS_PER_TASK", "")
+    return int(cores) if profile.runner == "slurm" and cores.isdigit() else profile.processes
+
+
+def done_soon(chain: Chain, name: str) -> bool:
+    """Whether rank 0 marks the stage done, as it does right after its peers have left the training loop."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not chain.is_done(name):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
 
 
 def take_attempt(chain: Chain, name: str, topology: Topology) -> Attempt:
@@ -95,9 +132,9 @@ def take_attempt(chain: Chain, name: str, topology: Topology) -> Attempt:
         attempt = folder.new_attempt(topology.launch)
         chain.run.event("started", stage=name, attempt=attempt.number, world_size=topology.world_size)
         return attempt
-    joined = folder.join_attempt(topology.launch)
+    joined = folder.join_attempt(topology.launch, PATIENCE_S)
     if joined is None:
-        raise PeerLost(f"{name}: rank {topology.rank} waited 60 s for rank 0 to begin an attempt")
+        raise PeerLost(f"{name}: rank {topology.rank} waited {PATIENCE_S:.0f} s for rank 0 to begin an attempt")
     return joined
 
 

@@ -1,6 +1,6 @@
 """The cluster profile: how one site runs jobs. A TOML file in ``slurm/profiles`` or of the user's own.
 
-Only the dataclasses live here; ``pipeline.config`` reads both recipes and profiles with one strict reader.
+Only data lives here; ``pipeline.config`` reads both recipes and profiles with one strict reader.
 """
 
 from __future__ import annotations
@@ -8,7 +8,25 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from slurm.resources import Resources, format_memory
+
 PROFILES = Path(__file__).parent / "profiles"
+SECTIONS = ("data", "pretrain", "finetune")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """[data], [pretrain], [finetune]: what jobs of one kind ask for. What is left out is the site's choice."""
+
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    time: str | None = None  # as sbatch spells it: 90, 12:00:00, 2-00:00:00
+    cpus_per_task: int | None = field(default=None, metadata={"low": 1})
+    mem_gb: float | None = field(default=None, metadata={"low": 0})  # per node; 0 is all of it
+    exclusive: bool = False  # whole nodes
+    sbatch: dict[str, str] = field(default_factory=dict)  # any other option by its long name; "" for one without value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,11 +36,51 @@ class Profile:
     name: str
     runner: str = field(default="slurm", metadata={"choices": ("slurm", "local")})
     gpus_per_node: int = field(default=8, metadata={"low": 0})
+    gpu_type: str = ""  # as in --gpus-per-node=TYPE:8
+    gpu_request: str = field(default="gpus-per-node", metadata={"choices": ("gpus-per-node", "gres")})
+    tasks_per_node: int = field(default=1, metadata={"low": 1})  # ranks per node where there are no GPUs
     processes: int = field(default=2, metadata={"low": 1})  # local runner: ranks and data workers
     threads: int = field(default=1, metadata={"low": 1})  # CPU threads per rank; changes the bits of a result
     data_dir: str = "data"
+    python: str = ""  # interpreter on the nodes; none: the one that submits
+    modules: tuple[str, ...] = ()  # `module purge` and then `module load` of each
+    setup: tuple[str, ...] = ()  # shell lines before every stage
+    env: dict[str, str] = field(default_factory=dict)
+    container: tuple[str, ...] = ()  # words before the interpreter, as apptainer exec --nv IMAGE
+    srun_args: tuple[str, ...] = ()
+    requeue: bool = True
+    signal_s: int = field(default=120, metadata={"low": 0})  # SIGUSR2 so long before the time limit; 0: none
+    sbatch: dict[str, str] = field(default_factory=dict)  # options of every job
+    data: Section = Section()
+    pretrain: Section = Section()
+    finetune: Section = Section()
     micro_batch: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def ranks_per_node(self) -> int:
+        return self.gpus_per_node or self.tasks_per_node
 
     def ranks(self, nodes: int) -> int:
         """World size on ``nodes`` nodes: one rank per GPU; on this machine, one per process."""
-        return self.processes if self.runner == "local" else nodes * max(1, self.gpus_per_node)
+        return self.processes if self.runner == "local" else nodes * self.ranks_per_node
+
+    def resources(self, section: str) -> Resources:
+        """What a job of ``section`` asks for before any flag: ranks, or one process."""
+        gpus = {"data": 0, "pretrain": self.gpus_per_node, "finetune": min(1, self.gpus_per_node)}[section]
+        return Resources(
+            tasks_per_node=self.ranks_per_node if section == "pretrain" else 1,
+            gpus_per_node=gpus,
+            gpu_type=self.gpu_type,
+            gpu_request=self.gpu_request,
+        )
+
+    def options(self, section: str) -> dict[str, str]:
+        """sbatch options of a section by long name, spelled as on a command line."""
+        part: Section = getattr(self, section)
+        found = {name: getattr(part, name) for name in ("partition", "account", "qos", "constraint", "time")}
+        found["cpus-per-task"] = None if part.cpus_per_task is None else str(part.cpus_per_task)
+        found["mem"] = None if part.mem_gb is None else format_memory(part.mem_gb)
+        found["exclusive"] = "" if part.exclusive else None
+        found["requeue"] = "" if self.requeue else "no"
+        found["signal"] = f"USR2@{self.signal_s}" if self.signal_s else None
+        return {**{name: value for name, value in found.items() if value is not None}, **self.sbatch, **part.sbatch}

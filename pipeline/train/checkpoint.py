@@ -38,12 +38,20 @@ class Saver:
 
     After each checkpoint all but the newest ``keep`` and the permanent ones are deleted. A save that the file
     system refuses is told to ``warn`` in one line and training goes on; the next save tries again. Any other
-    error (a tensor that is not finite, a newer attempt) is raised by the next call. ``stall_s`` and
-    ``write_s`` are the seconds that the last save held up the loop, and took.
+    error (a tensor that is not finite, a newer attempt) is raised by the next call. ``saved`` is called when a
+    checkpoint is safely on disk. ``stall_s`` and ``write_s`` are the seconds that the last save held up the
+    loop, and took.
     """
 
-    def __init__(self, attempt_dir: Path, *, keep: int = 2, warn: Callable[[str], None] = print) -> None:
-        self.attempt_dir, self.keep, self.warn = attempt_dir, keep, warn
+    def __init__(
+        self,
+        attempt_dir: Path,
+        *,
+        keep: int = 2,
+        warn: Callable[[str], None] = print,
+        saved: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.attempt_dir, self.keep, self.warn, self.saved = attempt_dir, keep, warn, saved
         self.stall_s = self.write_s = 0.0
         self._staging: dict[str, dict[str, NDArray[Any]]] = {"weights": {}, "optimizer": {}}
         self._thread: threading.Thread | None = None
@@ -89,6 +97,7 @@ class Saver:
         try:
             weights, optimizer = self._staging["weights"], self._staging["optimizer"]
             save(self.attempt_dir, step=step, weights=weights, optimizer=optimizer, **fields)
+            self.saved()
             rotate(self.attempt_dir, self.keep)
         except StorageError as error:
             self._error = error

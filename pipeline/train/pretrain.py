@@ -34,6 +34,7 @@ from pipeline.train.data import MaskedSamples, PretrainingData
 from pipeline.train.evaluate import Evaluation, evaluate, heldout, unigram_loss
 from pipeline.train.reduce import GradientBuffer, Reducer
 from pipeline.train.schedule import learning_rate
+from slurm.verdict import made_progress
 
 Ints = NDArray[np.int64]
 
@@ -111,7 +112,9 @@ class Trainer:
         self.evaluation: Evaluation | None = None
         self.saved = ""  # the newest checkpoint, relative to the stage's folder
         self.saver = (
-            checkpoint.Saver(job.attempt.path, keep=train.keep_checkpoints, warn=job.warn) if job.rank == 0 else None
+            checkpoint.Saver(job.attempt.path, keep=train.keep_checkpoints, warn=job.warn, saved=made_progress)
+            if job.rank == 0
+            else None
         )
 
     # ---------------------------------------------------------------- where training begins
@@ -213,6 +216,8 @@ class Trainer:
                     f"asked to stop ({self.job.stop.reason or 'by another rank'}); "
                     f"step {self.step} of {self.phase.steps} is saved"
                 )
+            if self.saver is not None:
+                self.job.stop.after_step(time.perf_counter() - began, self.saver.stall_s + self.saver.write_s)
         self.finish_saving()
         final = self.evaluation or self.evaluate(math.nan)
         return {
