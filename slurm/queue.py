@@ -9,10 +9,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import TypeVar
 
 from slurm.command import Answer, run, which
 from slurm.errors import ControllerDown, SlurmError
 
+Found = TypeVar("Found")
 TIMEOUT_S = 30.0
 PATIENCE_S = 120.0  # how long a controller that is down is asked again
 SEPARATOR = "\x1f"
@@ -106,8 +108,8 @@ def tell(argv: Sequence[str], *, patience_s: float = PATIENCE_S, say: Callable[[
 
 
 def patiently(
-    action: Callable[[], Answer], *, patience_s: float = PATIENCE_S, say: Callable[[str], None] | None = None
-) -> Answer:
+    action: Callable[[], Found], *, patience_s: float = PATIENCE_S, say: Callable[[str], None] | None = None
+) -> Found:
     """Repeat while it raises ControllerDown, with growing pauses, for at most ``patience_s`` seconds."""
     end = time.monotonic() + patience_s
     pause_s = 1.0
