@@ -16,43 +16,27 @@ from data_prep.errors import DataError
 from data_prep.hdf5 import Shard, read_shard
 from data_prep.manifest import load_verified
 from data_prep.masking import mask_tokens, masked_counts
+from data_prep.splitmix import Ints, derived, key, mix
 from pipeline.config import PhaseConfig, TrainConfig
 
 WINDOW = 16  # shards whose samples are shuffled together: reading stays nearly sequential
 ROUNDS = 4
 
-Ints = NDArray[np.int64]
 
-
-def mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """SplitMix64's finaliser (Steele, Lea, Flood 2014): 64-bit keys to 64 well-mixed bits."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
-
-
-def keyed(*parts: int) -> np.uint64:
-    """One 64-bit key out of several integers."""
-    key = np.zeros(1, np.uint64)
-    for part in parts:
-        key = mix(key + np.uint64(0x9E3779B97F4A7C15) + np.array([part], np.uint64))
-    return np.uint64(key[0])
-
-
-def permuted(index: Ints, size: Ints | int, key: NDArray[np.uint64] | np.uint64) -> Ints:
+def permuted(index: Ints, size: Ints | int, keys: NDArray[np.uint64]) -> Ints:
     """A keyed bijection of ``0 <= index < size``, element by element, without a table.
 
     A balanced Feistel network over the next even power of two, walked until it lands inside (Black & Rogaway 2002,
     "Ciphers with arbitrary finite domains", cycle walking).
     """
     size = np.broadcast_to(np.asarray(size, np.int64), index.shape)
-    key = np.broadcast_to(np.asarray(key, np.uint64), index.shape)
+    keys = np.broadcast_to(keys, index.shape)
     bits = np.maximum(1, -(-np.ceil(np.log2(np.maximum(size, 2))).astype(np.int64) // 2)).astype(np.uint64)
     low = (np.uint64(1) << bits) - np.uint64(1)
     found = index.astype(np.uint64)
     walking = np.ones(index.shape, bool)
     while walking.any():
-        value, shift, mask, own_key = found[walking], bits[walking], low[walking], key[walking]
+        value, shift, mask, own_key = found[walking], bits[walking], low[walking], keys[walking]
         left, right = value >> shift, value & mask
         for number in range(ROUNDS):
             left, right = right, left ^ (mix(right + own_key + np.uint64(number + 1)) & mask)
@@ -85,7 +69,7 @@ class SampleOrder:
         window_starts = np.append(0, window_ends[:-1])
         window = np.searchsorted(window_ends, position, side="right")
         start, size = window_starts[window], (window_ends - window_starts)[window]
-        keys = np.array([keyed(self.seed, epoch, 1, number) for number in range(len(window_ends))], np.uint64)
+        keys = derived(key(self.seed, epoch, 1), np.arange(len(window_ends)))
         shuffled = start + permuted(position - start, size, keys[window])
         place = np.searchsorted(ends, shuffled, side="right")
         return shards[place], shuffled - np.append(0, ends[:-1])[place]
@@ -94,7 +78,7 @@ class SampleOrder:
         """Shards in this epoch's order, and where each one's rows end."""
         if epoch not in self._epochs:
             numbers = np.arange(len(self.rows), dtype=np.uint64)
-            shards = np.argsort(mix(numbers + keyed(self.seed, epoch, 0)), kind="stable").astype(np.int64)
+            shards = np.argsort(derived(key(self.seed, epoch, 0), numbers), kind="stable").astype(np.int64)
             self._epochs = {epoch: (shards, np.cumsum(self.rows[shards]))}
         return self._epochs[epoch]
 
