@@ -84,8 +84,8 @@ case $code in
 *) exit "$code" ;;
 esac
 if [ "$requeue" != yes ]; then exit "$code"; fi
-# TERM to this very shell: Slurm is ending the job. A cancelled one must not come back, a preempted one comes back
-# by itself unless its script ends first: wait to be killed. Only after the time limit is it ours to ask.
+# a job that Slurm is ending: a cancelled one must not come back, a preempted one comes back by itself unless its
+# script ends first, so wait to be killed; only after the time limit is it ours to ask
 wait_if_ended() {{
   if [ "$ended" = yes ] && [ "$(date +%s)" -lt "${{{verdict.DEADLINE}:-9999999999}}" ]; then
     echo "attempt $attempt: code $code; Slurm is ending this job"
@@ -94,11 +94,16 @@ wait_if_ended() {{
     exit "$code"
   fi
 }}
+ask() {{
+  answer=$(timeout 60 squeue -h -j "$SLURM_JOB_ID" -o %T 2>&1) || return
+  if [ "$answer" = COMPLETING ]; then ended=yes; fi # TERM may reach this shell late, or never
+  wait_if_ended
+  answer=$(timeout 60 scontrol requeue "$SLURM_JOB_ID" 2>&1)
+}}
 command -v scontrol >/dev/null || fail "attempt $attempt: code $code, but no scontrol here" "$code"
 pause=1
-sleep 2 # the ranks hear of a cancel before this shell does
-wait_if_ended
-until answer=$(timeout 60 scontrol requeue "$SLURM_JOB_ID" 2>&1); do
+sleep 2 # ranks hear of a cancel before others do
+until ask; do
   case $answer in
   *disabled* | *enied* | *"nvalid job id"* | *"not permitted"*)
     fail "attempt $attempt: requeue refused: $answer" "$code"
@@ -107,7 +112,6 @@ until answer=$(timeout 60 scontrol requeue "$SLURM_JOB_ID" 2>&1); do
   echo "attempt $attempt: requeue not confirmed ($answer); again in $pause s"
   sleep "$pause"
   pause=$((pause < 16 ? pause * 2 : 30))
-  wait_if_ended
 done
 echo "attempt $attempt: code $code, requeued"
 trap - TERM

@@ -16,6 +16,7 @@ from slurm.script import Script
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(120)]
 
+BACKSLASH = "\\"
 HOSTILE = [
     *("plain", "two words", "tab-free", "trailing ", " leading", "a  b", "don't", 'say "hi"', "'", '"', "''", '""'),
     *(
@@ -113,7 +114,8 @@ def test_hostile_strings_arrive_unharmed_or_are_refused(slurm, tmp_path: Path) -
     refused: list[str] = []
     jobs: dict[str, tuple[str, Path]] = {}
     for number, text in enumerate(HOSTILE):
-        folder = tmp_path / f"{number} {text.replace('/', '_')}".replace("\x00", "0")
+        # a backslash is refused in log folders, and would hide how the other fields fare
+        folder = tmp_path / f"{number} {'' if BACKSLASH in text else text.replace('/', '_')}".replace("\x00", "0")
         wanted = settings(job_name=text, comment=text, mail_user=text, mail_type="FAIL")
         try:
             folder.mkdir()
@@ -191,8 +193,14 @@ def test_the_hand_written_stage_script(slurm, tmp_path: Path) -> None:
 
 
 def test_after_the_end_of_a_rank(slurm, tmp_path: Path) -> None:
-    """A clean stop comes back and its child waits; a configuration error does not; a cancelled job stays dead."""
+    """A clean stop comes back and its child waits; a configuration error does not; a cancelled job stays dead.
+
+    A node that a rank found to be bad takes no part in the next attempt.
+    """
     first_75 = 'if [ "$SLURM_RESTART_COUNT" = 1 ]; then echo again; else echo 75 >"$JOB_VERDICT"; exit 143; fi'
+    blame = 'if [ -n "$SLURM_RESTART_COUNT" ]; then hostname; elif [ "$SLURM_PROCID" = 0 ]; then '
+    blame += 'echo 77 test-n02 >"$JOB_VERDICT"; exit 77; fi'
+    spared = send(tmp_path, ["bash", "-c", blame], resources=Resources(nodes=(4, 4), time_min=5))
     back = send(tmp_path, ["bash", "-c", first_75])
     child = send(tmp_path, ["true"], f"--dependency=afterok:{back}")
     killed = send(tmp_path, ["bash", "-c", "kill -9 $$"], crash_limit=2)
@@ -207,19 +215,14 @@ def test_after_the_end_of_a_rank(slurm, tmp_path: Path) -> None:
     slurm.wait_state(child, "COMPLETED")
     slurm.wait_state(orphan, "COMPLETED")
     slurm.wait_state(killed, "FAILED")
+    slurm.wait_state(spared, "COMPLETED")
+    hosts = re.findall(r"^test-n\d+$", log(tmp_path, spared), re.MULTILINE)
+    assert sorted(hosts) == ["test-n01", "test-n03", "test-n04"]
     assert "again" in log(tmp_path, back)
-    assert log(tmp_path, killed).count("requeued") == 1
+    assert queue.details(killed)["Restarts"] == "1"
     details = queue.details(dying)
     assert (details["JobState"], details["Restarts"]) == ("CANCELLED", "0"), log(tmp_path, dying)
     assert (queue.details(back)["Restarts"], queue.details(wrong)["Restarts"]) == ("1", "0")
-
-
-def test_a_bad_node_takes_no_part_in_the_next_attempt(slurm, tmp_path: Path) -> None:
-    blame = 'if [ -n "$SLURM_RESTART_COUNT" ]; then hostname; elif [ "$SLURM_PROCID" = 0 ]; then '
-    blame += 'echo 77 test-n02 >"$JOB_VERDICT"; exit 77; fi'
-    job = send(tmp_path, ["bash", "-c", blame], resources=Resources(nodes=(4, 4), time_min=5, exclusive=""))
-    slurm.wait_state(job, "COMPLETED")
-    assert sorted(re.findall(r"^test-n\d+$", log(tmp_path, job), re.MULTILINE)) == ["test-n01", "test-n03", "test-n04"]
 
 
 def test_submit_sh_sends_a_chain_or_nothing(slurm, tmp_path: Path) -> None:

@@ -97,7 +97,7 @@ def test_hand_written_stage_script_shares_the_logic() -> None:
     subprocess.run(["bash", "-n", str(STAGE)], check=True)
 
 
-SQUEUE = 'echo "${LEFT:-UNLIMITED}"'
+SQUEUE = 'case $* in *%T*) echo "${STATE:-RUNNING}" ;; *) echo "${LEFT:-UNLIMITED}" ;; esac'
 SRUN = """\
 echo "srun $*" >>log; printenv JOB_DEADLINE >>log
 if [ -n "$SAY" ]; then echo "$SAY" >"$JOB_VERDICT"; fi
@@ -194,7 +194,9 @@ def test_a_job_that_slurm_ends_does_not_come_back(job) -> None:
     """scancel: the ranks stop cleanly with 75, but a requeue would raise the job from the dead."""
     assert asked(job(CODE="75", TERM_PARENT="1")[1]) == 0
     assert asked(job(CODE="75", TERM_PARENT="1", LEFT="10:00")[1]) == 0
+    assert asked(job(CODE="75", STATE="COMPLETING")[1]) == 0  # TERM may reach the shell late
     assert asked(job(CODE="75", TERM_PARENT="1", LEFT="0:00")[1]) == 1  # the time limit
+    assert asked(job(CODE="75", STATE="COMPLETING", LEFT="0:00")[1]) == 1
 
 
 @pytest.mark.parametrize(
