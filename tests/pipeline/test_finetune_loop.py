@@ -165,7 +165,7 @@ def losses(model: Path, data: Path, config: FinetuneConfig, seed: int = 1) -> li
     problem = problem_of("mrpc", config, folder.tokenizer)
     samples, _ = problem.read_train(data)
     net = problem.new_model(replace(folder.config, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
-    folder.load_into(net, problem.head, seed)
+    folder.load_into(net, problem.head, 1)
     found: list[dict[str, float]] = []
     fit(net, problem, samples, config, seed=seed, device=torch.device("cpu"), log=found.append)
     assert [line["step"] for line in found] == list(range(1, len(found) + 1))
@@ -282,7 +282,8 @@ def test_skipped_answers_are_counted_and_said(tmp_path: Path, model: Path) -> No
     begun = job(tmp_path / "out", "squad")
     config = config_of("squad", epochs=1)
     result = run(begun, task="squad", config=config, model=model, train=data, eval=data)
-    assert (result["train_examples"], result["skipped_train_examples"], result["examples"]) == (3, 1, 4)
+    assert (result["train_examples"], result["skipped_train_examples"]) == (3, 1)
+    assert (result["examples"], result["eval_features"]) == (4, 4)  # it is asked in the evaluation all the same
     assert any("1 examples are left out of training" in line for line in begun.lines)
     for paragraph in broken["data"][0]["paragraphs"]:
         paragraph["qas"][0]["answers"][0]["text"] = "whale"
@@ -293,9 +294,19 @@ def test_skipped_answers_are_counted_and_said(tmp_path: Path, model: Path) -> No
 
 def test_a_loss_that_is_not_finite_names_its_step(tmp_path: Path, model: Path) -> None:
     data, config = examples(tmp_path, "mrpc"), config_of("mrpc", learning_rate=1e38, warmup=0.0)
+    earlier = config_of("mrpc", epochs=1)
+    run(job(tmp_path / "out"), task="mrpc", config=earlier, model=model, train=data, eval=data)
     with pytest.raises(NumericalError, match=r"step \d+ of 60 \(seed 1\): loss (nan|inf).*learning rate"):
         run(job(tmp_path / "out"), task="mrpc", config=config, model=model, train=data, eval=data)
-    assert not (tmp_path / "out" / "scores.json").exists()
+    assert not (tmp_path / "out" / "scores.json").exists()  # the earlier scores are not this start's
+
+
+def test_the_loss_is_the_mean_of_start_and_end(model: Path) -> None:
+    problem = problem_of("squad", config_of("squad"), ModelFolder(model).tokenizer)
+    start = torch.log(torch.tensor([[0.5, 0.25, 0.25], [0.5, 0.5, 0.0]]))
+    end = torch.log(torch.tensor([[0.25, 0.25, 0.5], [1.0, 0.0, 0.0]]))
+    found = float(problem.loss_sum((start, end), torch.tensor([[1, 2], [1, 0]])))
+    assert found == pytest.approx((np.log(4) + np.log(2) + np.log(2) + np.log(1)) / 2)
 
 
 def test_bf16_learns_too(tmp_path: Path, model: Path) -> None:

@@ -1,6 +1,7 @@
 """SQuAD reading and features: the golden vectors of the original, its official layout, and bad files."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,17 @@ def test_windows_cover_every_token_once_as_max_context(tmp_path: Path) -> None:
     assert sum(int(feature.max_context.sum()) for feature in made) == 200
     assert all(len(feature.tokens) <= CONFIG.max_seq_len for feature in made)
     assert [feature.window for feature in made] == list(range(len(made)))
+
+
+def test_max_context_prefers_a_much_longer_window(tmp_path: Path) -> None:
+    # Windows of 320 and 200 tokens from 0 and 128: token 224 has 95 tokens after it in the first, 96 before it in
+    # the second, but 95 + 3.2 > 96 + 2.0; token 225 has 94 and 97.
+    path = squad_file(tmp_path, answer("fox", 16), context="The quick brown fox " * 82)
+    config = replace(CONFIG, max_seq_len=325, doc_stride=128)
+    (first, second), _ = features(path, training=False, config=config)
+    assert (len(first.word), len(second.word)) == (320, 200)
+    assert first.max_context.tolist() == [True] * 225 + [False] * 95
+    assert second.max_context.tolist() == [False] * 97 + [True] * 103
 
 
 def test_an_answer_inside_a_word_is_tightened_to_its_tokens(tmp_path: Path) -> None:
