@@ -51,10 +51,13 @@ def jobs_of(stages: Mapping[str, Stage], todo: Iterable[str], *, split: bool = F
         elif name in wanted:
             grouped.setdefault(name if split else stage.job, []).append(name)
     home = {name: job for job, names in grouped.items() for name in names}
-    found = []
+    found: list[JobPlan] = []
+    ahead: dict[str, set[str]] = {}  # all jobs that a job waits for, directly or not
     for job, names in grouped.items():
         before = dict.fromkeys(home[need] for name in names for need in stages[name].needs if need in home)
-        needs = tuple(Need(job=other) for other in before if other != job)
+        before.pop(job, None)
+        ahead[job] = set(before).union(*(ahead[other] for other in before))
+        needs = tuple(Need(job=other) for other in before if not any(other in ahead[third] for third in before))
         found.append(JobPlan(name=job, section=stages[names[0]].job, stages=tuple(names), needs=needs))
     for name in last:
         needs, any_need = _after_all(found)

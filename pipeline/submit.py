@@ -264,9 +264,11 @@ def micro_batch_limit(recipe: Recipe, profile: Profile, phase_name: str) -> int:
 
 
 def find_data_dir(run: RunDir, profile: Profile, arguments: argparse.Namespace) -> Path:
+    """--data, else where the run found its corpora, else (a copy from another site) the folder of the profile."""
     if arguments.data is not None:
         return Path(arguments.data)
-    return run.data_dir if run.exists and arguments.cluster is None else Path(profile.data_dir)
+    known = run.exists and (arguments.cluster is None or run.data_dir.is_dir())
+    return run.data_dir if known else Path(profile.data_dir)
 
 
 def begin(run: RunDir, recipe: Recipe, profile: Profile, arguments: argparse.Namespace) -> None:

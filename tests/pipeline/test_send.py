@@ -1,0 +1,322 @@
+"""Stages to jobs, jobs to scripts, and a submit killed at every call it makes, with a Slurm that is a list."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline import groups, scripts, submit
+from pipeline.config import load_profile, load_recipe
+from pipeline.errors import InUseError
+from pipeline.journal import Journal
+from pipeline.preempt import StopRequest
+from pipeline.rundir import RunDir
+from pipeline.stages import table
+from running import SMALL, call
+from slurm import queue
+from slurm.errors import FlagError
+from slurm.flags import Flag
+from slurm.script import Need
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def plans(recipe: str = "bert_large", todo: list[str] | None = None, split: bool = False) -> list[groups.JobPlan]:
+    stages = table(load_recipe(recipe))
+    return groups.jobs_of(stages, stages if todo is None else todo, split=split)
+
+
+def test_three_jobs_and_a_report() -> None:
+    found = plans()
+    assert [(job.name, job.stages) for job in found] == [
+        ("data", ("extract", "shard", "samples_128", "samples_512")),
+        ("pretrain", ("phase1", "phase2")),
+        ("finetune", ("export", "squad", "mrpc", "sst2")),
+        ("report", ("report",)),
+    ]
+    assert [job.needs for job in found[:3]] == [(), (Need(job="data"),), (Need(job="pretrain"),)]
+    assert found[3].any_need
+    assert [(need.job, need.kind) for need in found[3].needs] == [
+        ("data", "afternotok"),
+        ("pretrain", "afternotok"),
+        ("finetune", "afterany"),
+    ]
+
+
+def test_what_is_done_needs_no_job() -> None:
+    found = plans(todo=["phase2", "squad", "report"])
+    assert [(job.name, job.stages) for job in found] == [
+        ("pretrain", ("phase2",)),
+        ("finetune", ("squad",)),
+        ("report", ("report",)),
+    ]
+    assert found[0].needs == ()
+    only = plans(todo=["report"])
+    assert (only[0].needs, only[0].any_need) == ((), False)
+
+
+def test_one_job_for_each_stage() -> None:
+    found = {job.name: job for job in plans(split=True)}
+    assert list(found) == list(table(load_recipe("bert_large")))
+    assert [need.job for need in found["phase1"].needs] == ["samples_128"]
+    assert {need.job for need in found["phase2"].needs} == {"samples_512", "phase1"}
+    assert {(need.job, need.kind) for need in found["report"].needs} == {
+        (name, "afterany") for name in ("squad", "mrpc", "sst2")
+    }
+    assert not found["report"].any_need
+
+
+def ready(*flags: Flag, cluster: str = "dgx_a100_80g", nodes: str = "32", **environ: str) -> list[groups.JobPlan]:
+    return groups.equipped(plans(), load_profile(cluster), nodes, flags, environ)
+
+
+def test_what_the_jobs_ask_for() -> None:
+    data, pretrain, finetune, report = ready(Flag("time", "2-00", ""), Flag("partition", "cpu", "data"))
+    assert (pretrain.resources.most_tasks, pretrain.resources.gpus_per_node, pretrain.resources.nodes) == (
+        256,
+        8,
+        (32, 32),
+    )
+    assert pretrain.resources.time_min == 2 * 24 * 60
+    assert data.resources.time_min == 24 * 60
+    assert data.left["partition"].value == report.left["partition"].value == "cpu"
+    assert (data.resources.gpus_per_node, finetune.resources.gpus_per_node) == (0, 1)
+    assert (report.resources.cpus_per_task, report.resources.time_min) == (1, 30)
+    assert scripts.gpu_hours([pretrain]) == 32 * 8 * 48
+    _, range_, _, _ = ready(nodes="16-32", SBATCH_PARTITION="h100")
+    assert range_.resources.nodes == (16, 32)
+    assert range_.settings["partition"].source == "SBATCH_PARTITION"
+    _, none, _, _ = ready(Flag("gpus-per-node", "0", ""))
+    assert none.resources.tasks_per_node == 1
+    with pytest.raises(Exception, match="one process"):
+        ready(Flag("nodes", "2", "data"))
+    with pytest.raises(FlagError, match="16-32"):
+        ready(nodes="many")
+
+
+def test_the_text_of_bert_large_on_32_nodes() -> None:
+    _, pretrain, _, _ = ready()
+    text = scripts.script_text(RunDir(Path("/scratch/runs/bert")), load_profile("dgx_a100_80g"), pretrain)
+    text = text.replace(sys.executable, "PYTHON").replace(str(scripts.ROOT), "CHECKOUT")
+    file = GOLDEN / "bert_large_32_nodes.sbatch"
+    if os.environ.get("REWRITE_GOLDEN"):
+        file.write_text(text)
+    assert text == file.read_text(), f"{file}: differs; look at it, then REWRITE_GOLDEN=1 pytest writes it anew"
+
+
+def test_scripts_are_written_without_slurm_and_as_they_are_sent(tmp_path, monkeypatch) -> None:
+    words = ["--recipe", "bert_large", "--cluster", "generic", "--run", tmp_path / "run", "--data", tmp_path]
+    out = tmp_path / "scripts"
+    done = call("submit", *words, "--nodes", "4", "-A", "proj x", "--write-scripts", out, "--", "--nice=5")
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in out.iterdir()) == [
+        "data.sbatch",
+        "finetune.sbatch",
+        "pretrain.sbatch",
+        "report.sbatch",
+        "submit.sh",
+    ]
+    assert "is not begun" in done.stdout
+    assert not (tmp_path / "run").exists()
+    for path in out.iterdir():
+        assert subprocess.run(["bash", "-n", path], check=False).returncode == 0
+    jobs = ready(Flag("account", "proj x"), cluster="generic", nodes="4")
+    for job in jobs:
+        text = scripts.script_text(RunDir(tmp_path / "run"), load_profile("generic"), job)
+        assert (out / f"{job.name}.sbatch").read_text() == text
+    assert "--nice=5" in (out / "submit.sh").read_text()
+
+
+def test_a_dry_run_writes_nothing_and_names_sources(tmp_path) -> None:
+    words = ["--recipe", "bert_large", "--cluster", "generic", "--run", tmp_path / "run"]
+    done = call("submit", *words, "-N", "16-32", "-p", "h100", "-p", "data=cpu", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert "16-32 nodes, 256 tasks, time 1-00:00:00, at most 6144 GPU-hours" in done.stdout
+    assert "--partition=h100  (flag)" in done.stdout
+    assert "--mem=64G  (profile generic)" in done.stdout
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["-p", "gpu"], "--partition: means nothing"),
+        (["--test-only"], "--test-only: means nothing"),
+        (["--nodes", "0"], "--nodes=0"),
+        (["--", "--nice"], "--nice: means nothing"),
+    ],
+)
+def test_slurm_options_without_slurm_are_refused(tmp_path, words, hint) -> None:
+    done = call("submit", "--recipe", "tiny", "--cluster", "local", "--run", tmp_path / "run", *words)
+    assert done.returncode == 2
+    assert hint in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_stop_is_asked_for_before_the_time_limit(monkeypatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr("pipeline.preempt.time.time", lambda: now)
+    stop = StopRequest(deadline=1100.0)
+    stop.after_step(step_s=20.0, save_s=10.0)  # needs 20 + 2 x 10 + 30 = 70 s
+    assert stop.reason is None
+    now = 1031.0
+    stop.after_step(step_s=1.0, save_s=10.0)  # the longest step counts
+    assert stop.reason == "69 s before the time limit"
+    without = StopRequest()
+    without.after_step(step_s=1e9, save_s=0)
+    assert without.reason is None
+
+
+class Killed(BaseException):
+    """The process is no more."""
+
+
+class FakeSlurm:
+    """Slurm as a list of jobs; from the call number ``dies_at`` on, whoever calls is dead, after the call or before."""
+
+    def __init__(self) -> None:
+        self.all: dict[str, dict[str, str]] = {}
+        self.calls, self.dies_at, self.after = 0, 10**9, False
+
+    def act(self, change) -> object:
+        self.calls += 1
+        dead = self.calls >= self.dies_at
+        if dead and not (self.after and self.calls == self.dies_at):
+            raise Killed
+        result = change()
+        if dead:
+            raise Killed
+        return result
+
+    def submit(self, file, words, *, tag, say) -> str:
+        def change() -> str:
+            number = str(100 + len(self.all))
+            waits = [word for word in words if word.startswith("--dependency=")]
+            self.all[number] = {"tag": tag, "held": "--hold" in words, "state": "PENDING", "waits": "".join(waits)}
+            return number
+
+        return self.act(change)
+
+    def jobs(self) -> dict[str, queue.Job]:
+        return self.act(
+            lambda: {
+                number: queue.Job(id=number, state=job["state"], comment=job["tag"]) for number, job in self.all.items()
+            }
+        )
+
+    def cancel(self, ids) -> list[str]:
+        wanted = list(ids)
+        self.act(lambda: [self.all[number].update(state="CANCELLED") for number in wanted])
+        return ["scancel", *wanted]
+
+    def release(self, ids) -> None:
+        wanted = list(ids)
+        self.act(lambda: [self.all[number].update(held=False) for number in wanted])
+
+    def live(self) -> list[dict[str, str]]:
+        return [job for job in self.all.values() if job["state"] != "CANCELLED"]
+
+
+@pytest.fixture
+def fake(monkeypatch, tmp_path) -> FakeSlurm:
+    made = FakeSlurm()
+    for name in ("submit", "jobs", "cancel", "release"):
+        monkeypatch.setattr(queue, name, getattr(made, name))
+    monkeypatch.setattr("submitit.SlurmExecutor.affinity", classmethod(lambda cls: 1))
+    return made
+
+
+def send_once(run: RunDir, replace: bool = False) -> None:
+    from pipeline.send import send, settle
+
+    old = settle(run, replace=replace, say=lambda line: None)
+    send(run, load_profile("generic"), ready(cluster="generic", nodes="2"), old, [], lambda line: None)
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("earlier", [False, True])
+def test_killed_at_any_call_a_second_submit_leaves_one_chain(fake, tmp_path, after, earlier) -> None:
+    """With and without an older chain that waits; before and after each call has reached Slurm."""
+    deaths = 0
+    for dies_at in range(1, 30):
+        run = RunDir(tmp_path / f"{dies_at}")
+        run.path.mkdir()
+        fake.__init__()
+        if earlier:
+            send_once(run)
+        fake.calls, fake.dies_at, fake.after = 0, dies_at, after
+        try:
+            send_once(run)
+        except Killed:
+            deaths += 1
+        roots = [job for job in fake.live() if not job["held"] and not job["waits"]]
+        chains = {job["tag"].split("/")[1] for job in roots}
+        assert len(chains) <= 1  # never two chains that could run
+        fake.dies_at = 10**9
+        send_once(run)
+        assert [job["tag"].split("/")[2] for job in fake.live()] == ["data", "pretrain", "finetune", "report"]
+        assert len({job["tag"].split("/")[1] for job in fake.live()}) == 1
+        assert not any(job["held"] for job in fake.live())
+        assert Journal.read(run).state == "released"
+    assert deaths == 7 + earlier  # the calls: two listings, four jobs, a release; and cancelling the older chain
+
+
+def test_a_refusal_of_slurm_leaves_the_older_chain(fake, tmp_path) -> None:
+    run = RunDir(tmp_path)
+    send_once(run)
+    before, sent = Journal.read(run), list(fake.live())
+
+    def refuse(file, words, *, tag, say):
+        if tag.endswith("finetune"):
+            raise FlagError("sbatch refused: Invalid partition")
+        return fake.submit(file, words, tag=tag, say=say)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(queue, "submit", refuse)
+        with pytest.raises(FlagError):
+            send_once(run)
+    assert fake.live() == sent
+    assert Journal.read(run) == before
+
+
+def test_running_jobs_are_refused_or_replaced(fake, tmp_path) -> None:
+    run = RunDir(tmp_path)
+    send_once(run)
+    fake.all["100"]["state"] = "RUNNING"
+    with pytest.raises(InUseError, match=r"data \(job 100, running\).*--replace"):
+        send_once(run)
+    assert len(fake.all) == 4
+    send_once(run, replace=True)
+    assert fake.all["104"]["waits"] == "--dependency=afterany:100,afterany:101,afterany:102,afterany:103"
+    assert fake.all["100"]["state"] == "CANCELLED"
+
+
+def test_status_and_cancel_when_slurm_does_not_answer(tmp_path) -> None:
+    """No squeue on PATH: the run's own files are told, and that Slurm is silent; cancel says it in one line."""
+    words = ["--recipe", SMALL, "--cluster", "devcluster", "--run", tmp_path / "run", "--data", tmp_path]
+    for name in ("enwiki-table-markup.xml.bz2", "boolq.jsonl", "qa.json", "pairs.tsv", "sentiment.tsv"):
+        (tmp_path / name).write_text("x")
+    assert call("submit", *words, "--write-scripts", tmp_path / "scripts").returncode == 0
+    run = RunDir(tmp_path / "run")
+    (run.path / "jobs.json").write_text(
+        '{"sending": "a", "state": "released", "jobs": [{"name": "data", "stages": ["extract"], "needs": [], '
+        '"ours": true, "id": "7"}]}'
+    )
+    silent = {**os.environ, "PATH": "/nowhere", "SLURM_CONF": "/nowhere"}
+    known = call("status", run.path, env=silent)
+    assert known.returncode == 0, known.stderr
+    assert "extract      unknown" in known.stdout
+    assert "Slurm does not answer" in known.stdout or "Slurm installed" in known.stdout
+    refused = call("cancel", run.path, env=silent)
+    assert refused.returncode == 9
+    assert refused.stderr.count("\n") == 1
+
+
+def test_submit_alone_imports_neither_submitit_nor_torch() -> None:
+    assert "submitit" not in Path(submit.__file__).read_text().split("def to_slurm")[0]
+    code = "import pipeline.submit, sys; assert not {'submitit', 'torch', 'h5py'} & set(sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=scripts.ROOT, check=False).returncode == 0
