@@ -62,16 +62,16 @@ def test_nvidias_two_phase_science():
 
 
 MUTATIONS = [
-    ("steps = 600", "step = 400", "did you mean 'steps'", "my.toml:"),
-    ("steps = 600", 'steps = "400"', "expected a whole number, found a string", "phase1.steps"),
-    ("steps = 600", "steps = 600.5", "expected a whole number", "phase1.steps"),
-    ("steps = 600", "steps = true", "expected a whole number, found true or false", "phase1.steps"),
-    ("steps = 600", "steps = 0", "at least 1", "phase1.steps"),
-    ("learning_rate = 2e-3", "learning_rate = nan", "finite", "phase1.learning_rate"),
-    ("learning_rate = 2e-3", "learning_rate = -1.0", "greater than 0", "phase1.learning_rate"),
-    ("warmup = 0.1", "warmup = 1.5", "at most 1", "warmup"),
+    ("steps = 700", "step = 400", "did you mean 'steps'", "my.toml:"),
+    ("steps = 700", 'steps = "400"', "expected a whole number, found a string", "phase1.steps"),
+    ("steps = 700", "steps = 700.5", "expected a whole number", "phase1.steps"),
+    ("steps = 700", "steps = true", "expected a whole number, found true or false", "phase1.steps"),
+    ("steps = 700", "steps = 0", "at least 1", "phase1.steps"),
+    ("learning_rate = 1e-3", "learning_rate = nan", "finite", "phase1.learning_rate"),
+    ("learning_rate = 1e-3", "learning_rate = -1.0", "greater than 0", "phase1.learning_rate"),
+    ("warmup = 0.05", "warmup = 1.5", "at most 1", "warmup"),
     ('name = "adamw"', 'name = "adam"', "did you mean 'adamw'", "optimizer.name"),
-    ('precision = "fp32"', 'precision = "fp8"', "fp", "train.precision"),
+    ('precision = "bf16"', 'precision = "fp8"', "fp", "train.precision"),
     ("[optimizer]", "[optimiser]", "did you mean 'optimizer'", "optimiser"),
     ("hidden_size = 256", "hidden_size = 255", "not divisible", "model.num_attention_heads"),
     ("seq_len = 512", "seq_len = 1024", "exceeds", "phase2.seq_len"),
@@ -92,14 +92,14 @@ def test_a_wrong_value_is_one_line_with_place_and_reason(tmp_path, old, new, rea
 
 
 def test_the_line_number_is_that_of_the_key(tmp_path):
-    text = TINY.replace("steps = 600", "steps = -4")
+    text = TINY.replace("steps = 700", "steps = -4")
     number = text.splitlines().index("steps = -4") + 1
     assert f"my.toml:{number}: phase1.steps" in refusal(tmp_path, text)[0]
 
 
 def test_all_errors_at_once(tmp_path):
     lines = refusal(
-        tmp_path, TINY.replace("steps = 600", "step = 400").replace("[optimizer]", "[optimiser]"), "train.sed=3"
+        tmp_path, TINY.replace("steps = 700", "step = 400").replace("[optimizer]", "[optimiser]"), "train.sed=3"
     )
     text = "\n".join(lines)
     for word in ("phase1.step:", "steps is missing", "optimiser", "--set train.sed", "did you mean 'seed'"):
