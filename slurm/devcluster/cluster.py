@@ -61,8 +61,11 @@ def up(
                 _mend(cluster, node)
         else:
             _remove(base, name)
-            cluster = dataclasses.replace(wanted, slot=registry.free_slot(base, wanted))
+            wanted.state.mkdir(mode=0o755)
             try:
+                cluster = registry.claim_slot(base, wanted)
+                # before anything else, so that `down` knows what to look for
+                (cluster.state / registry.LAYOUT_FILE).write_text(cluster.dump())
                 _bring_up(cluster)
             except BaseException:
                 _remove(base, name)
@@ -98,10 +101,6 @@ def _still_good(base: Path, wanted: Layout) -> bool:
 
 def _bring_up(cluster: Layout) -> None:
     state = cluster.state
-    state.mkdir(mode=0o755)
-    (state / registry.LAYOUT_FILE).write_text(
-        cluster.dump()
-    )  # before anything else, so that `down` knows what to look for
     for folder in ("log", "pid", "munge", "spool", "tmp"):
         (state / folder).mkdir(mode=0o755)
     (state / "controller").mkdir(mode=0o700)

@@ -67,6 +67,10 @@ class Layout:
     def bridge(self) -> str:
         return f"devcl{self.slot}"
 
+    def namespace(self, number: int) -> str:
+        """Name of the node's network namespace; by slot, since users may give two clusters one name."""
+        return f"devcl{self.slot}-n{number:02d}"
+
     @property
     def munge_socket(self) -> Path:
         return self.state / "munge" / "socket"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from slurm.command import must, run, which
 from slurm.devcluster.layout import Layout
+from slurm.errors import SlurmError
 
 NETNS = Path("/run/netns")
 # the same things in namespaces that vanish with the command: nothing to clean when it fails half way
@@ -28,29 +29,36 @@ def why_not() -> str:
     return "" if answer.ok else f"this machine does not let root make namespaces, bridges and mounts ({answer.said})"
 
 
+def claim(layout: Layout) -> bool:
+    """Make the bridge, and with it the slot, ours; False when another cluster of anybody has it."""
+    answer = run(["ip", "link", "add", layout.bridge, "type", "bridge"])
+    if not answer.ok and "File exists" not in answer.err:
+        raise SlurmError(f"{layout.bridge}: bridge cannot be made: {answer.said}")
+    return answer.ok
+
+
 def make(layout: Layout) -> None:
-    """Bridge, namespaces and cables; one ``ip -batch`` call for what concerns this side."""
+    """Addresses, namespaces and cables; one ``ip -batch`` call for what concerns this side."""
     batch = [
-        f"link add {layout.bridge} type bridge",
         f"addr add {layout.controller_address}/24 dev {layout.bridge}",
         f"link set {layout.bridge} up",
     ]
-    for k, node in enumerate(layout.node_names, start=1):
+    for k in range(1, layout.nodes + 1):
         batch += [
-            f"netns add {node}",
-            f"link add {layout.link(k)} type veth peer name eth0 netns {node}",
+            f"netns add {layout.namespace(k)}",
+            f"link add {layout.link(k)} type veth peer name eth0 netns {layout.namespace(k)}",
             f"link set {layout.link(k)} master {layout.bridge} up",
         ]
     _batch(layout, batch)
-    for k, node in enumerate(layout.node_names, start=1):
+    for k in range(1, layout.nodes + 1):
         inside = [f"addr add {layout.address(k)}/24 dev eth0", "link set lo up", "link set eth0 up"]
-        _batch(layout, [*inside, f"route add default via {layout.controller_address}"], node)
+        _batch(layout, [*inside, f"route add default via {layout.controller_address}"], layout.namespace(k))
 
 
-def _batch(layout: Layout, commands: list[str], node: str | None = None) -> None:
+def _batch(layout: Layout, commands: list[str], space: str | None = None) -> None:
     script = layout.state / "ip.batch"
     script.write_text("\n".join(commands) + "\n")
-    must(["ip", *(["-n", node] if node else []), "-batch", str(script)])
+    must(["ip", *(["-n", space] if space else []), "-batch", str(script)])
 
 
 def enter(layout: Layout, node: str, argv: list[str]) -> list[str]:
@@ -63,7 +71,15 @@ def enter(layout: Layout, node: str, argv: list[str]) -> list[str]:
         'hostname "$1" && mount --bind "$2/hosts" /etc/hosts'
         ' && mount --bind "$2/nsswitch.conf" /etc/nsswitch.conf && shift 2 && exec "$@"'
     )
-    space = ["nsenter", f"--net={NETNS / node}", "unshare", "--uts", "--mount", "--propagation", "slave"]
+    space = [
+        "nsenter",
+        f"--net={NETNS / layout.namespace(layout.number(node))}",
+        "unshare",
+        "--uts",
+        "--mount",
+        "--propagation",
+        "slave",
+    ]
     return [*space, "sh", "-c", script, "sh", node, str(layout.state), *argv]
 
 
@@ -83,17 +99,18 @@ def is_up(layout: Layout, node: str) -> bool:
 def namespaces(layout: Layout, nodes: list[str] | None = None) -> Iterator[int]:
     """Inode numbers of the nodes' network namespaces, as far as they exist."""
     for node in layout.node_names if nodes is None else nodes:
-        if (NETNS / node).exists():
-            yield (NETNS / node).stat().st_ino
+        file = NETNS / layout.namespace(layout.number(node))
+        if file.exists():
+            yield file.stat().st_ino
 
 
 def remove(layout: Layout) -> None:
     """Take away cables, namespaces and the bridge, whichever of them exist."""
-    for k, node in enumerate(layout.node_names, start=1):
+    for k in range(1, layout.nodes + 1):
         if Path(f"/sys/class/net/{layout.link(k)}").exists():
             run(["ip", "link", "delete", layout.link(k)])
-        if (NETNS / node).exists():
-            must(["ip", "netns", "delete", node])
+        if (NETNS / layout.namespace(k)).exists():
+            must(["ip", "netns", "delete", layout.namespace(k)])
     if Path(f"/sys/class/net/{layout.bridge}").exists():
         must(["ip", "link", "delete", layout.bridge])
 
@@ -106,7 +123,3 @@ def remove_cgroups(layout: Layout) -> None:
             for part, _, _ in os.walk(Path(folder, name), topdown=False):
                 os.rmdir(part)
         inner[:] = [name for name in inner if name not in names]
-
-
-def has_bridge(name: str) -> bool:
-    return Path("/sys/class/net", name).exists()

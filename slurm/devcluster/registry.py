@@ -31,14 +31,19 @@ def find(base: Path, name: str) -> Layout:
         raise SlurmError(f"no cluster {name!r} under {base} (there: {known}); python -m slurm.devcluster up") from None
 
 
-def free_slot(base: Path, wanted: Layout) -> int:
-    """The first slot from the name's own one on that no other cluster of anybody on this machine uses."""
+def claim_slot(base: Path, wanted: Layout) -> Layout:
+    """The cluster in the first slot, from its name's own one on, that no other cluster on this machine uses.
+
+    With isolated nodes the slot's bridge exists afterwards: making it is what decides between two that want it.
+    """
     taken = {other.slot for other in others(base)}
     first = layout.preferred_slot(wanted.name)
     for step in range(layout.SLOTS):
         tried = dataclasses.replace(wanted, slot=(first + step) % layout.SLOTS)
-        if tried.slot not in taken and not network.has_bridge(tried.bridge) and _ports_free(tried):
-            return tried.slot
+        if tried.slot in taken or not _ports_free(tried):
+            continue
+        if tried.isolation == "host" or network.claim(tried):
+            return tried
     raise SlurmError(f"all {layout.SLOTS} slots for clusters on this machine are taken")
 
 

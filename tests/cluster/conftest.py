@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -85,24 +86,36 @@ class DevCluster:
         self.wait(lambda: not self.call("squeue", "-h"), "an empty queue")
 
 
-def snapshot() -> dict[str, set[str]]:
-    """What a cluster could leave behind on this machine."""
-    words = ("slurm", "munged", "mariadbd")
-    processes = set()
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            name, state = stat.read_text().partition("(")[2].rpartition(")")[::2]
-        except OSError:
-            continue
-        if any(word in name for word in words) and state.split()[0] not in "ZX":
-            processes.add(f"{stat.parent.name} {name}")
+def snapshot(base: Path) -> dict[str, set[str]]:
+    """What clusters could leave behind on this machine; what belongs to clusters of other sessions is not counted."""
+    others = {folder for folder in Path("/tmp").glob("slurm-devcluster-*") if folder != base}
+    slots = {layout.slot for folder in others for layout in registry.others(folder)}
+    names = {*os.listdir("/sys/class/net"), *(os.listdir("/run/netns") if Path("/run/netns").exists() else ())}
+    ours = {name for name in names if not any(re.fullmatch(rf"devcl{slot}(-?n\d+)?", name) for slot in slots)}
     return {
-        "processes": processes,
-        "namespaces": set(os.listdir("/run/netns")) if Path("/run/netns").exists() else set(),
-        "links": set(os.listdir("/sys/class/net")),
+        "processes": {
+            text for text in map(describe, Path("/proc").glob("[0-9]*")) if text and not mentions(text, others)
+        },
+        "networks": ours,
         "cgroups": {folder for folder, _, _ in os.walk("/sys/fs/cgroup") if "slurm" in folder},
-        "files": set(map(str, Path("/tmp").glob("slurm-devcluster-*"))),
+        "files": {str(file) for file in base.glob("*")},
     }
+
+
+def describe(process: Path) -> str:
+    """Pid and words of a process that has to do with Slurm; "" for any other, or a dead one."""
+    try:
+        state = (process / "stat").read_text().rpartition(")")[2].split()[0]
+        words = (process / "cmdline").read_bytes() + b" " + (process / "environ").read_bytes()
+    except OSError:
+        return ""
+    text = words.replace(b"\0", b" ").decode(errors="replace")
+    mine = re.findall(r"\S*(?:slurm|munge|SLURM_CONF)\S*", text)
+    return f"{process.name} {' '.join(mine)}" if mine and state not in "ZX" and "pytest" not in text else ""
+
+
+def mentions(text: str, folders: set[Path]) -> bool:
+    return any(f"{folder}/" in text for folder in folders)
 
 
 def make(base: Path, name: str, nodes: int, **more: object) -> DevCluster:
@@ -120,11 +133,20 @@ def devcluster(base: Path) -> Iterator[DevCluster]:
     """Four nodes that claim eight GPUs each; lost nodes and processes that ignore TERM are noticed soon."""
     if reason := why_not():
         pytest.skip(f"NO REAL SLURM: {reason}")
+    remove_orphans()
     try:
         yield make(base, "test", 4, gpus_per_node=8, settings=SETTINGS)
     finally:
         for other in [*registry.others(base)]:
             cluster.down(base, other.name)
+
+
+def remove_orphans() -> None:
+    """Take down what test sessions left that were killed themselves."""
+    for folder in Path("/tmp").glob("slurm-devcluster-test-*"):
+        if not Path("/proc", folder.name.rpartition("-")[2]).exists():
+            for other in [*registry.others(folder)]:
+                cluster.down(folder, other.name)
 
 
 @pytest.fixture
@@ -141,5 +163,5 @@ def make_cluster(base: Path, devcluster: DevCluster) -> Callable[..., DevCluster
 
 
 @pytest.fixture
-def machine() -> Callable[[], dict[str, set[str]]]:
-    return snapshot
+def machine(base: Path) -> Callable[[], dict[str, set[str]]]:
+    return lambda: snapshot(base)

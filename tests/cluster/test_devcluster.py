@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
@@ -126,6 +127,19 @@ def test_two_side_by_side_and_down_leaves_nothing(idle, base: Path, make_cluster
     assert {kind: after[kind] - before[kind] for kind in before} == {kind: set() for kind in before}
     assert idle.call("srun", "-N4", "--immediate=10", "hostname")
     assert not cluster.down(base, "second")
+
+
+def test_one_name_in_two_places_is_two_clusters(idle) -> None:
+    """As when two test sessions run at once on one machine."""
+    elsewhere = Path(f"/tmp/slurm-devcluster-twin-{os.getpid()}")
+    twin = cluster.up(elsewhere, "test", 2)
+    try:
+        assert twin.slot != idle.layout.slot
+        assert len(idle.call("srun", "-N4", "--immediate=10", "hostname").split()) == 4
+        assert len(idle.call("srun", "-N2", "--immediate=10", "hostname", SLURM_CONF=str(twin.conf)).split()) == 2
+    finally:
+        assert cluster.down(elsewhere, "test")
+    assert len(idle.call("srun", "-N4", "--immediate=10", "hostname").split()) == 4
 
 
 def test_down_after_a_killed_up(base: Path, idle, machine) -> None:
