@@ -66,9 +66,9 @@ def name_of(job: queue.Job) -> str:
 
 
 def live_jobs(run: RunDir) -> list[queue.Job]:
-    """The run's jobs that wait or run, told by their comments. Raises ControllerDown, SlurmError."""
+    """The run's jobs that wait or run, oldest first, told by their comments. Raises ControllerDown, SlurmError."""
     mine = [job for job in queue.jobs().values() if job.comment.startswith(f"{run_key(run)}/")]
-    return [job for job in mine if not job.ended]
+    return sorted((job for job in mine if not job.ended), key=lambda job: int(job.id))
 
 
 def refuse_running(run: RunDir, jobs: list[queue.Job], hint: str) -> None:

@@ -1,0 +1,225 @@
+"""The chain on a real Slurm: sent, preempted, killed, resized, taken over, cancelled; the weights do not notice."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from running import ROOT, SMALL, call, command, digests, states
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240), pytest.mark.xdist_group("slurm")]
+DATA_STAGES = "extract,shard,vocab,samples_64"
+LONG = [
+    w for value in ("phase1.steps=400", "train.eval_every=400", "train.checkpoint_every=20") for w in ("--set", value)
+]
+LAST = ("phase1", 400)
+
+
+@pytest.fixture
+def slurm(idle, monkeypatch: pytest.MonkeyPatch):
+    """The cluster, and every command that a test starts talking to it."""
+    monkeypatch.setenv("SLURM_CONF", str(idle.layout.conf))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return idle
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("sent")
+
+
+@pytest.fixture(scope="module")
+def reference(folder: Path, small_data: Path) -> Path:
+    """A longer phase 1, undisturbed, on this machine with two processes."""
+    run = folder / "reference"
+    words = ["--recipe", SMALL, "--cluster", "local", "--run", run, "--data", small_data]
+    done = call("submit", *words, *LONG, "--stages", f"{DATA_STAGES},phase1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return run
+
+
+@pytest.fixture
+def prepared(reference: Path, request: pytest.FixtureRequest) -> Path:
+    """A run whose data stages are done."""
+    run = reference.parent / request.node.name
+    shutil.copytree(reference, run, symlinks=True, ignore=lambda _, names: [n for n in names if n == "phase1"])
+    return run
+
+
+def send(run: Path, *words: object) -> subprocess.CompletedProcess[str]:
+    return call("submit", "--run", run, "--cluster", "devcluster", *words)
+
+
+def sent(run: Path, *words: object) -> dict[str, str]:
+    """Submit; job ids by name."""
+    done = send(run, *words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return {job["name"]: job["id"] for job in json.loads((run / "jobs.json").read_text())["jobs"]}
+
+
+def metrics(run: Path, attempt: int) -> list[dict]:
+    path = run / "stages" / "phase1" / "attempts" / f"{attempt:04d}" / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [line for line in map(json.loads, lines) if "loss" in line]
+
+
+def said(run: Path) -> str:
+    return "".join(path.read_text() for path in sorted((run / "logs").glob("*.out")))
+
+
+def wait_done(slurm, run: Path, job: str, limit_s: float = 90) -> None:
+    slurm.wait(lambda: slurm.state(job) in ("COMPLETED", "FAILED", "CANCELLED"), f"{job} has ended", limit_s)
+    assert slurm.state(job) == "COMPLETED", said(run)
+
+
+def resumed_at(run: Path, attempt: int) -> int:
+    found = json.loads((run / "stages/phase1/attempts" / f"{attempt:04d}" / "attempt.json").read_text())
+    return found["resumed_from"]["step"]
+
+
+def live(slurm) -> list[str]:
+    return slurm.call("squeue", "-h", "-o", "%A").split()
+
+
+def test_the_whole_chain_gives_what_the_local_runner_gives(slurm, small_run, small_data, folder) -> None:
+    run = folder / "chain"
+    jobs = sent(run, "--recipe", SMALL, "--nodes", 2, "--data", small_data)
+    assert list(jobs) == ["data", "pretrain", "finetune", "report"]
+    slurm.wait(lambda: slurm.state(jobs["report"]) in ("COMPLETED", "FAILED"), "the report is made", 150)
+    assert set(states(run).values()) == {"done"}, said(run)
+    mine, local = digests(run), digests(small_run)
+    assert [mine[key] for key in (("phase1", 24), ("phase2", 6))] == [
+        local[key] for key in (("phase1", 24), ("phase2", 6))
+    ]
+    assert slurm.state(jobs["report"]) == "COMPLETED"
+    assert "everything is done" in send(run).stdout
+
+
+def test_preempted_and_resumed_by_itself(slurm, prepared, reference, tmp_path) -> None:
+    """A job of higher priority takes all nodes: nothing trained is lost, and the weights are the same."""
+    job = sent(prepared, "--nodes", 2, "--stages", "phase1")["pretrain"]
+    slurm.wait(lambda: len(metrics(prepared, 1)) >= 20, "phase 1 trains", 60)
+    slurm.sbatch("sleep 2", tmp_path, "--partition=high", "--nodes=4", "--exclusive")
+    slurm.wait_state(job, "PENDING", limit_s=40)
+    assert states(prepared)["phase1"] == "waiting"
+    wait_done(slurm, prepared, job)
+    steps = metrics(prepared, 1)[-1]["step"]
+    assert steps < 400
+    assert resumed_at(prepared, 2) == steps
+    assert digests(prepared)[LAST] == digests(reference)[LAST]
+
+
+def test_a_killed_rank_is_started_again_by_itself(slurm, prepared, reference) -> None:
+    job = sent(prepared, "--nodes", 2, "--stages", "phase1")["pretrain"]
+    slurm.wait(lambda: len(metrics(prepared, 1)) >= 20, "phase 1 trains", 60)
+    os.kill(rank_pid(prepared, 1), signal.SIGKILL)
+    wait_done(slurm, prepared, job)
+    assert digests(prepared)[LAST] == digests(reference)[LAST]
+    assert "requeued" in said(prepared)
+
+
+def rank_pid(run: Path, rank: int) -> int:
+    """Process id of a rank of the run's training."""
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            words, environ = (entry / "cmdline").read_bytes().split(b"\0"), (entry / "environ").read_bytes()
+        except OSError:
+            continue
+        mine = b"pipeline.worker" in words and str(run).encode() in words
+        if mine and b"python" in words[0] and f"SLURM_PROCID={rank}".encode() in environ.split(b"\0"):
+            return int(entry.name)
+    raise AssertionError(f"no rank {rank} of {run}")
+
+
+def test_four_nodes_then_two_while_the_old_job_is_pending(slurm, prepared, reference) -> None:
+    """The same samples in every step: losses equal up to the order of sums."""
+    old = sent(prepared, "--nodes", 4, "--stages", "phase1")["pretrain"]
+    slurm.wait(lambda: len(metrics(prepared, 1)) >= 20, "phase 1 trains", 60)
+    slurm.call("scontrol", "requeue", old)
+    slurm.wait_state(old, "PENDING")
+    new = sent(prepared, "--nodes", 2, "--stages", "phase1")["pretrain"]
+    assert slurm.state(old) == "CANCELLED"
+    wait_done(slurm, prepared, new)
+    losses = {line["step"]: line["loss"] for attempt in (1, 2) for line in metrics(prepared, attempt)}
+    assert len(losses) == 400
+    for line in metrics(reference, 1)[:100]:
+        assert losses[line["step"]] == pytest.approx(line["loss"], rel=1e-5)
+
+
+def test_a_run_at_work_is_refused_replaced_and_cancelled(slurm, prepared) -> None:
+    old = sent(prepared, "--nodes", 2, "--stages", "phase1")["pretrain"]
+    slurm.wait(lambda: len(metrics(prepared, 1)) >= 5, "phase 1 trains", 60)
+    settings = (prepared / "run.json").read_bytes()
+    refused = send(prepared, "--nodes", 4, "--stages", "phase1")
+    assert refused.returncode == 8, refused.stdout + refused.stderr
+    assert f"pretrain (job {old}, running)" in refused.stderr
+    assert refused.stderr.count("\n") == 1
+    assert (prepared / "run.json").read_bytes() == settings
+    assert call("submit", "--run", prepared, "--cluster", "local").returncode == 8
+    new = sent(prepared, "--nodes", 2, "--stages", "phase1", "--replace")["pretrain"]
+    slurm.wait(lambda: len(metrics(prepared, 2)) >= 5, "the second attempt trains", 60)
+    assert slurm.state(old) == "CANCELLED"
+    assert resumed_at(prepared, 2) == metrics(prepared, 1)[-1]["step"]
+    assert states(prepared)["phase1"] == "running"
+    cancelled = call("cancel", prepared)
+    assert f"scancel {new}" in cancelled.stdout, cancelled.stderr
+    slurm.wait_state(new, "CANCELLED")
+    slurm.wait(lambda: states(prepared)["phase1"] == "cancelled", "status says cancelled", 10)
+    assert ("phase1", metrics(prepared, 2)[-1]["step"]) in digests(prepared)
+    assert "nothing is queued" in call("cancel", prepared).stdout
+
+
+def test_submit_killed_between_two_jobs_leaves_no_duplicates(slurm, prepared, tmp_path) -> None:
+    real = shutil.which("sbatch")
+    stub = tmp_path / "sbatch"
+    stub.write_text(
+        f'#!/bin/sh\n{real} "$@"\necho x >>{tmp_path}/n\n[ $(wc -l <{tmp_path}/n) != 2 ] || kill -9 $PPID\n'
+    )
+    stub.chmod(0o755)
+    words = command("submit", "--run", prepared, "--cluster", "devcluster", "--nodes", 2, "--hold")
+    env = slurm.env | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    killed = subprocess.run(words, env=env, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    left = live(slurm)
+    assert len(left) == 2
+    jobs = sent(prepared, "--nodes", 2, "--hold")
+    assert sorted(live(slurm)) == sorted(jobs.values())
+    assert not set(left) & set(live(slurm))
+    again = sent(prepared, "--nodes", 2, "--hold")
+    assert sorted(live(slurm)) == sorted(again.values())
+    assert set(jobs.values()).isdisjoint(again.values())
+    only = call("cancel", prepared, "squad")
+    assert f"scancel {again['finetune']} {again['report']}" in only.stdout
+    assert call("cancel", prepared).returncode == 0
+    assert not live(slurm)
+
+
+def test_a_refused_job_leaves_nothing_in_the_queue(slurm, prepared) -> None:
+    done = send(prepared, "--nodes", 2, "-p", "finetune=nowhere")
+    assert done.returncode == 9
+    assert "partition" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not live(slurm)
+    assert not (prepared / "jobs.json").exists()
+    asked = send(prepared, "--test-only", "--nodes", 2)
+    assert asked.stdout.count("to start at") == 4, asked.stdout + asked.stderr
+
+
+def test_a_failure_is_reported_and_not_tried_again(slurm, prepared) -> None:
+    """phase 1 diverges: no requeue, its children never start, the report is made, submit takes the stuck ones over."""
+    jobs = sent(prepared, "--set", "phase1.learning_rate=1e30", "--set", "phase1.warmup=0")
+    slurm.wait(lambda: slurm.state(jobs["report"]) == "COMPLETED", "the report is made", 90)
+    rows = {row["name"]: row for row in json.loads(call("status", prepared, "--json").stdout)["stages"]}
+    assert rows["phase1"]["state"] == "failed"
+    assert "exit 5" in rows["phase1"]["reason"]
+    assert rows["squad"]["state"] == "waiting"
+    assert "can never start" in rows["squad"]["reason"]
+    assert len(list((prepared / "stages/phase1/attempts").iterdir())) == 1
+    again = sent(prepared, "--hold", "--set", "phase1.learning_rate=1e-2", "--set", "phase1.warmup=0.1")
+    assert sorted(live(slurm)) == sorted(again.values())
