@@ -38,7 +38,7 @@ def corpora_of(recipe: Recipe) -> list[str]:
     """Names of all files under --data that the recipe reads."""
     data, tasks = recipe.data, [getattr(recipe, name) for name in TASKS]
     names = [*data.wikipedia, *data.books, *data.jsonl, *([data.vocab] if data.vocab else [])]
-    return [*names, *(name for task in tasks if task for name in (task.train, task.eval))]
+    return list(dict.fromkeys([*names, *(name for task in tasks if task for name in (task.train, task.eval))]))
 
 
 def estimated_bytes(recipe: Recipe, data_dir: Path) -> int:

@@ -75,13 +75,16 @@ class Attempt:
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 
-    def judge(self, code: int, line: str, rank: int) -> None:
-        """Write the attempt's verdict unless a rank that failed earlier has done so."""
+    def judge(self, code: int, line: str, rank: int) -> bool:
+        """Write the attempt's verdict; False when a rank that failed earlier has done so."""
         record = {"code": code, "line": line, "rank": rank, "host": socket.gethostname(), "time": time.time()}
-        with contextlib.suppress(FileExistsError):
+        try:
             descriptor = os.open(self.path / "verdict.json", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-            with os.fdopen(descriptor, "w") as file:
-                json.dump(record, file)
+        except FileExistsError:
+            return False
+        with os.fdopen(descriptor, "w") as file:
+            json.dump(record, file)
+        return True
 
 
 @dataclass(frozen=True)

@@ -96,8 +96,9 @@ def run_stage(run: RunDir, name: str) -> None:
         line, code = describe(error)
         if isinstance(error, PeerLost):
             time.sleep(1.0)  # the peer may know better what happened, and its verdict comes first
-        attempt.judge(code, line, topology.rank)
-        raise
+        if attempt.judge(code, line, topology.rank):
+            raise
+        raise SystemExit(code) from None  # another rank said it first: one fault, one line
 
 
 def under_mpi(environment: Mapping[str, str]) -> bool:
