@@ -212,6 +212,8 @@ class Trainer:
                 self.save(permanent=last)
             if stop_asked and not last:
                 self.finish_saving()
+                if self.group is not None:
+                    dist.barrier(self.group)  # srun kills all when one leaves, and rank 0 may still be writing
                 raise StoppedCleanly(
                     f"asked to stop ({self.job.stop.reason or 'by another rank'}); "
                     f"step {self.step} of {self.phase.steps} is saved"

@@ -223,3 +223,25 @@ def test_a_failure_is_reported_and_not_tried_again(slurm, prepared) -> None:
     assert len(list((prepared / "stages/phase1/attempts").iterdir())) == 1
     again = sent(prepared, "--hold", "--set", "phase1.learning_rate=1e-2", "--set", "phase1.warmup=0.1")
     assert sorted(live(slurm)) == sorted(again.values())
+
+
+@pytest.mark.chaos
+def test_stops_before_the_time_limit_and_goes_on(slurm, prepared) -> None:
+    """A limit of one minute: each attempt saves half a minute before it and asks for the next one."""
+    words = [
+        "--nodes",
+        2,
+        "--stages",
+        "phase1",
+        "-t",
+        "1",
+        "--set",
+        "phase1.steps=100000",
+        "--set",
+        "phase1.warmup=0.01",
+    ]
+    job = sent(prepared, *words)["pretrain"]
+    slurm.wait(lambda: len(metrics(prepared, 2)) >= 5, "the second attempt trains", 110)
+    assert "before the time limit" in said(prepared) or "by another rank" in said(prepared)
+    assert resumed_at(prepared, 2) == metrics(prepared, 1)[-1]["step"]
+    assert slurm.state(job) == "RUNNING"

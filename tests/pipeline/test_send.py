@@ -256,6 +256,9 @@ def test_killed_at_any_call_a_second_submit_leaves_one_chain(fake, tmp_path, aft
         roots = [job for job in fake.live() if not job["held"] and not job["waits"]]
         chains = {job["tag"].split("/")[1] for job in roots}
         assert len(chains) <= 1  # never two chains that could run
+        journal = Journal.read(run)
+        if journal is not None and journal.state == "sending":  # not complete: its first job must not start
+            assert all(job["held"] for job in fake.live() if job["tag"].endswith(f"/{journal.sending}/data"))
         fake.dies_at = 10**9
         send_once(run)
         assert [job["tag"].split("/")[2] for job in fake.live()] == ["data", "pretrain", "finetune", "report"]
