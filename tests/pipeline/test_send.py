@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 from pipeline import groups, scripts, submit
 from pipeline.config import load_profile, load_recipe
 from pipeline.errors import InUseError
-from pipeline.journal import Journal
+from pipeline.journal import Journal, SentJob
 from pipeline.preempt import StopRequest
 from pipeline.rundir import RunDir
 from pipeline.stages import table
@@ -266,6 +267,32 @@ def test_killed_at_any_call_a_second_submit_leaves_one_chain(fake, tmp_path, aft
         assert not any(job["held"] for job in fake.live())
         assert Journal.read(run).state == "released"
     assert deaths == 7 + earlier  # the calls: two listings, four jobs, a release; and cancelling the older chain
+
+
+def test_what_a_killed_submit_left_is_settled_even_where_the_run_is_at_work(fake, tmp_path) -> None:
+    run = RunDir(tmp_path)
+    send_once(run)
+    first = fake.live()
+    fake.all["100"]["state"] = "RUNNING"
+    fake.calls, fake.dies_at = 0, 4  # the third job of a chain that was to replace it
+    with pytest.raises(Killed):
+        send_once(run, replace=True)
+    fake.dies_at = 10**9
+    assert len(fake.live()) == 6
+    with pytest.raises(InUseError):
+        send_once(run)
+    assert fake.live() == first  # the half chain is gone
+    journal = Journal.read(run)
+    dataclasses.replace(journal, sending=first[0]["tag"].split("/")[1], state="releasing", jobs=(held(101),)).write(run)
+    fake.all["101"]["held"] = True
+    with pytest.raises(InUseError):
+        send_once(run)
+    assert not fake.all["101"]["held"]  # the release is finished
+    assert Journal.read(run).state == "released"
+
+
+def held(number: int) -> SentJob:
+    return SentJob(name="pretrain", stages=("phase1",), needs=(), ours=True, id=str(number))
 
 
 def test_a_refusal_of_slurm_leaves_the_older_chain(fake, tmp_path) -> None:
