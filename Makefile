@@ -17,7 +17,8 @@ demo: fetch  ## the whole chain on this machine; run again it continues or does 
 
 test: install  ## installs what is missing and runs every test but the long ones
 	$(PY) -m data_prep.sample_text --to data --tests
-	$(PY) -m pytest -n 2 --dist loadgroup
+	$(PY) -m pytest -n 2 --dist loadfile -m "not cluster"
+	$(PY) -m pytest -m cluster
 
 chaos: install  ## the long proofs
 	$(PY) -m data_prep.sample_text --to data --tests

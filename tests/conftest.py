@@ -18,9 +18,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    for item in items:
-        if "cluster" in item.path.parts:
-            item.add_marker(pytest.mark.xdist_group("slurm"))  # one worker, one cluster
     if not (config.getoption("--chaos") or os.environ.get("CHAOS") == "1"):
         for item in items:
             if item.get_closest_marker("chaos"):

@@ -13,7 +13,7 @@ import pytest
 
 from running import ROOT, SMALL, call, command, digests, states
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240), pytest.mark.xdist_group("slurm")]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
 DATA_STAGES = "extract,shard,vocab,samples_64"
 LONG = [
     w for value in ("phase1.steps=400", "train.eval_every=400", "train.checkpoint_every=20") for w in ("--set", value)

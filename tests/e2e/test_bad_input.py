@@ -13,7 +13,7 @@ import pytest
 
 from running import call, digests, states, submit
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("chain")]
+pytestmark = [pytest.mark.slow]
 
 PAGE = "<page><title>A</title><ns>0</ns><id>1</id><revision><id>1</id><text>{}</text></revision></page>"
 DUMP = (

@@ -1,4 +1,4 @@
-"""What `make demo` promises: the whole chain on real text, a model that has learnt context, scores and a report."""
+"""What `make demo` and the README promise: the whole chain on real text, a model that has learnt context, a report."""
 
 from __future__ import annotations
 
@@ -20,7 +20,12 @@ from pipeline.train.data import PretrainingData
 from pipeline.train.evaluate import heldout, unigram_loss
 from running import ROOT, call, digests, states
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("demo"), pytest.mark.timeout(1800)]
+BLOCKS = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+COMMANDS = [line for block in BLOCKS for line in block.strip().splitlines()]
+MADE_ALREADY = {"make demo"}  # its run is the one that test_demo.py made
+CLUSTER = "devcluster"  # the tour on a real Slurm: tests/cluster does the same and more
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture(scope="module")
@@ -143,3 +148,25 @@ def test_the_report_renders_in_a_browser(demo, tmp_path):
         timeout=120,
     )
     assert picture.stat().st_size > 50_000
+
+
+def test_the_commands_of_the_readme(demo):
+    """Every line of its command blocks runs, in order, as it stands there; last, for it changes runs/demo."""
+    assert "make demo" in COMMANDS
+    assert len(COMMANDS) >= 7
+    for name in ("my-bert", "my-sentiment", "large", "scripts"):
+        shutil.rmtree(ROOT / "runs" / name, ignore_errors=True)
+    for command in COMMANDS:
+        if command in MADE_ALREADY or CLUSTER in command:
+            continue
+        done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+
+
+def test_files_and_options_named_in_the_readme_exist():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for path in re.findall(r"`((?:pipeline|slurm|data_prep|tests)/[\w/.]*\w)`", text):
+        assert (ROOT / path).exists(), path
+    for module in set(re.findall(r"python -m ([\w.]+)", text)):
+        done = subprocess.run([ROOT / ".venv/bin/python", "-m", module, "--help"], capture_output=True, check=False)
+        assert done.returncode == 0, module

@@ -10,7 +10,7 @@ import pytest
 
 from running import digests, submit
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("chain")]
+pytestmark = [pytest.mark.slow]
 
 FEW, MANY = (1, 2, 3, 5), (1, 2, 3, 4, 5, 7, 8)
 DROPOUT = ("model.hidden_dropout_prob=0.1", "model.attention_probs_dropout_prob=0.1")

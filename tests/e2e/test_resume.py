@@ -25,7 +25,7 @@ STAGES = [
     "mrpc",
     "sst2",
 ]
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("chain")]
+pytestmark = [pytest.mark.slow]
 
 
 def same_result(one: Path, other: Path) -> bool:
