@@ -237,6 +237,11 @@ class RunDir:
             return False
         return False
 
+    @property
+    def held_since(self) -> float:
+        """When the newest holder took the run, in seconds since 1970."""
+        return float((read_json(self.path / "lock") or {}).get("time", 0.0))
+
     def _holder(self) -> str:
         owner = read_json(self.path / "lock") or {}
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(owner["time"])) if "time" in owner else "unknown"

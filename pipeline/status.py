@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.chain import Chain
-from pipeline.errors import run_command
+from pipeline.errors import RESTART_CODES, run_command
 from pipeline.journal import Journal
 from pipeline.rundir import Attempt, RunDir
 from slurm import queue
@@ -115,6 +115,11 @@ def progress(chain: Chain, name: str, attempt: Attempt) -> dict[str, Any]:
     return {**row, "reason": ", ".join(words)}
 
 
+def ended_for_good(chain: Chain, verdict: dict[str, Any]) -> bool:
+    """Whether an attempt failed under the runner that holds the run now, and is not started again by it."""
+    return verdict["code"] not in RESTART_CODES and verdict["time"] > chain.run.held_since
+
+
 def state_of(chain: Chain, name: str, todo: dict[str, str], held: bool) -> dict[str, Any]:
     folder, stage = chain.run.stage(name), chain.stages[name]
     row: dict[str, Any] = {"name": name, "state": "todo", "attempts": len(folder.attempts)}
@@ -124,7 +129,7 @@ def state_of(chain: Chain, name: str, todo: dict[str, str], held: bool) -> dict[
     verdict = last.verdict if last else None
     if verdict is None and last is not None and held and not (stage.always and chain.is_done(name)):
         row.update(progress(chain, name, last))
-    elif held:
+    elif held and not (verdict is not None and ended_for_good(chain, verdict)):
         pending = [need for need in stage.needs if need in todo]
         row.update(state="waiting", reason=f"waits for {', '.join(pending)}" if pending else "starts next")
     elif verdict is not None and verdict["code"] in (75, 130):

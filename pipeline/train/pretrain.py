@@ -237,7 +237,6 @@ class Trainer:
         whole step, known from the index; ``"micro"`` averages the means of the micro-batches, as NVIDIA does.
         """
         masked_total = int(self.data.masked_counts(lengths).sum())
-        self.gradients.zero_()
         self.reducer.begin()
         for index in self.plan.range_of(self.job.rank):
             members = self.plan.samples_of(index)
