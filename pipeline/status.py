@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.chain import Chain
-from pipeline.errors import RESTART_CODES, run_command
+from pipeline.errors import RESTART_CODES, ConfigError, run_command
 from pipeline.journal import Journal
-from pipeline.rundir import Attempt, RunDir
+from pipeline.rundir import Attempt, RunDir, read_jsonl
+from pipeline.watch import follow_log, goes_on, in_short, print_log, short_line, watch
 from slurm import queue
 from slurm.errors import SlurmError
 from slurm.states import in_words
@@ -40,22 +42,64 @@ class Sent:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m pipeline.status", description=__doc__)
     parser.add_argument("run", type=Path, help="run directory")
-    parser.add_argument("--json", action="store_true", help="machine-readable")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="machine-readable")
+    form.add_argument("--short", action="store_true", help="one line of at most 80 characters")
+    form.add_argument("--log", metavar="STAGE", help="the log of the stage's newest attempt")
+    parser.add_argument("--watch", action="store_true", help="show it again every 2 s until nothing runs")
+    parser.add_argument("-f", "--follow", action="store_true", help="with --log: go on until the stage has ended")
     arguments = parser.parse_args()
+    if arguments.watch and (arguments.json or arguments.log):
+        parser.error("--watch goes with the table or --short; a log is followed with --log STAGE -f")
+    if arguments.follow and not arguments.log:
+        parser.error("-f needs --log STAGE")
     run = RunDir(arguments.run)
+    if arguments.log:
+        show_log(run, arguments.log, arguments.follow)
+    elif arguments.watch:
+        watch(lambda: look(run, arguments.short))
+    elif arguments.json:
+        sent = Sent.of(run)
+        silent = sent.silent if sent else ""
+        print(json.dumps({"stages": survey(run, sent), **({"slurm": silent} if silent else {})}))
+    else:
+        print("\n".join(look(run, arguments.short)[0]))
+    return 0
+
+
+def look(run: RunDir, short: bool) -> tuple[list[str], bool]:
+    """The run's state now as lines for people, and whether anything goes on."""
     sent = Sent.of(run)
-    found = survey(run, sent)
-    silent = sent.silent if sent else ""
-    if arguments.json:
-        print(json.dumps({"stages": found, **({"slurm": silent} if silent else {})}))
-        return 0
-    for row in found:
+    rows, silent = survey(run, sent), sent.silent if sent else ""
+    more = any(goes_on(row) for row in rows)
+    if short:
+        return [short_line(run.path.resolve().name, rows, silent)], more
+    lines = []
+    for row in rows:
         duration = f"{row['duration_s']:.1f} s" if "duration_s" in row else ""
         job = f"{row.get('job', ''):>9s}  " if sent else ""
-        print(f"{row['name']:12s} {row['state']:10s} {job}{duration:>10s}  {row.get('reason', '')}".rstrip())
+        lines.append(f"{row['name']:12s} {row['state']:10s} {job}{duration:>10s}  {row.get('reason', '')}".rstrip())
     if silent:
-        print(f"Slurm does not answer, states are from the run's own files: {silent}")
-    return 0
+        lines.append(f"Slurm does not answer, states are from the run's own files: {silent}")
+    return lines, more
+
+
+def show_log(run: RunDir, name: str, follow: bool) -> None:
+    """Print a stage's newest log; ConfigError for a stage that there is not, or that has no log to show."""
+    stages = Chain.of(run).stages
+    if name not in stages:
+        raise ConfigError(f"--log: no stage {name!r}; the stages are {', '.join(stages)}")
+    folder = run.stage(name)
+
+    def more() -> bool:
+        return any(goes_on(row) for row in survey(run, Sent.of(run)) if row["name"] == name)
+
+    if not folder.attempts and not (follow and more()):
+        raise ConfigError(f"{run.path}: {name} was not started yet, so it has no log")
+    if follow:
+        follow_log(folder, more)
+    else:
+        print_log(folder.attempts[-1])
 
 
 def survey(run: RunDir, sent: Sent | None = None) -> list[dict[str, Any]]:
@@ -90,7 +134,8 @@ def sent_state(chain: Chain, name: str, todo: dict[str, str], sent: Sent) -> dic
     if found.waiting:
         stopped = chain.run.stage(name).attempts and chain.is_current(name)
         again = f"attempt {len(chain.run.stage(name).attempts)} ended; " if stopped else ""
-        return {**row, "state": "waiting", "reason": again + in_words(found, sent.journal.names)}
+        stuck = {"stuck": True} if found.stuck else {}
+        return {**row, "state": "waiting", "reason": again + in_words(found, sent.journal.names), **stuck}
     current = next(stage for stage in job.stages if stage in todo)
     if name != current:
         return {**row, "state": "waiting", "reason": f"waits for {current} in the same job"}
@@ -103,13 +148,21 @@ def sent_state(chain: Chain, name: str, todo: dict[str, str], sent: Sent) -> dic
 
 
 def progress(chain: Chain, name: str, attempt: Attempt) -> dict[str, Any]:
-    """State, figures and reason of a stage that works now."""
+    """State, figures and reason of a stage that works now; ``eta_s`` is the median step time times the steps left."""
     row: dict[str, Any] = {"state": "running"}
-    metrics = [line for line in chain.run.stage(name).metrics() if "loss" in line]
+    own = [line for line in read_jsonl(attempt.metrics) if "loss" in line]
+    # an attempt that was killed may have come further than its last checkpoint, where this one began
+    metrics = own or [line for line in chain.run.stage(name).metrics() if "loss" in line]
     for key in ("step", "loss", "sequences_per_s", "tokens_per_s"):
         if metrics and key in metrics[-1]:
             row[key] = metrics[-1][key]
     words = [f"{key} {row[key]:.4g}" for key in ("step", "loss", "sequences_per_s") if key in row]
+    phase = chain.stages[name].config.get("phase")
+    if phase is not None:
+        row["steps"] = phase.steps
+        if times := [line["step_s"] for line in own if "step_s" in line]:
+            row["eta_s"] = statistics.median(times) * (phase.steps - row["step"])
+            words.append(f"ETA {in_short(row['eta_s'])}")
     if attempt.number > 1:
         words.append(f"attempt {attempt.number}")
     return {**row, "reason": ", ".join(words)}

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import signal
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from pipeline.config import load_profile, load_recipe
-from pipeline.rundir import RunDir
-from pipeline.status import survey
+from pipeline.errors import ConfigError
+from pipeline.rundir import Attempt, RunDir, append_jsonl
+from pipeline.status import look, show_log, survey
+from pipeline.watch import follow_log, goes_on, in_short, short_line, watch
+from running import call, command
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunDir:
     recipe, profile = load_recipe("tiny"), load_profile("local")
     settings = {"recipe": dataclasses.asdict(recipe), "profile": dataclasses.asdict(profile), "corpora": {}}
-    (tmp_path / "run.json").write_text(json.dumps({**settings, "data_dir": "."}))
-    return RunDir(tmp_path)
+    made = RunDir(tmp_path / "demo")
+    made.path.mkdir()
+    (made.path / "run.json").write_text(json.dumps({**settings, "data_dir": "."}))
+    return made
 
 
 def states(run: RunDir) -> dict[str, str]:
@@ -48,3 +55,150 @@ def test_after_the_runner_has_gone(run, code, state):
     row = survey(run)[0]
     assert row["state"] == state
     assert "the reason" in row["reason"]
+
+
+def at_work(run: RunDir, steps: range, number: int = 1) -> Attempt:
+    """phase1 logs every fifth step; the last step took long, which the median does not mind."""
+    for _ in range(number):
+        attempt = run.stage("phase1").new_attempt("now")
+    for step in steps:
+        took = 9.0 if step == steps[-1] else 0.5
+        line = {"step": step, "loss": 6.412, "sequences_per_s": 201.4, "tokens_per_s": 9e3, "step_s": took}
+        append_jsonl(attempt.metrics, line)
+    return attempt
+
+
+def row_of(run: RunDir, name: str) -> dict[str, object]:
+    return next(row for row in survey(run) if row["name"] == name)
+
+
+def test_eta_is_the_median_step_time_of_this_attempt_times_the_steps_left(run):
+    steps = load_recipe("tiny").phase1.steps
+    with run.held():
+        at_work(run, range(5, 351, 5))
+        assert row_of(run, "phase1")["eta_s"] == pytest.approx((steps - 350) * 0.5)
+        assert "ETA 3 min" in str(row_of(run, "phase1")["reason"])
+        at_work(run, range(330, 341, 5))  # went back to a checkpoint
+        assert row_of(run, "phase1")["step"] == 340
+        assert row_of(run, "phase1")["eta_s"] == pytest.approx((steps - 340) * 0.5)
+    assert "eta_s" not in row_of(run, "phase1")
+
+
+def test_short_is_one_line_for_a_phone(run):
+    with run.held():
+        at_work(run, range(5, 351, 5))
+        (line,), more = look(run, short=True)
+        assert more
+        assert line == "demo  phase1 350/700  loss 6.41  201 seq/s  ETA 3 min  0/12 done"
+        at_work(run, range(0)).judge(3, "a bad file " * 20, 0)
+        (line,), _ = look(run, short=True)
+        assert len(line) == 80
+        assert "failed phase1: exit 3: a bad file" in line
+        assert line.endswith("…  0/12 done")
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ([("done", ""), ("todo", "not done yet")], "demo  1/2 done"),
+        ([("done", ""), ("done", "")], "demo  2/2 done"),
+        ([("waiting", "Priority"), ("waiting", "waits for s0")], "demo  s0 Priority  0/2 done"),
+        ([("running", ""), ("running", "")], "demo  s0  and 1 more  0/2 done"),
+        ([("running", ""), ("failed", "exit 3: x")], "demo  s0  failed s1: exit 3: x  0/2 done"),
+    ],
+)
+def test_short_says_what_matters_most(rows, expected):
+    found = [{"name": f"s{i}", "state": state, "reason": reason} for i, (state, reason) in enumerate(rows)]
+    assert short_line("demo", found) == expected
+    long = short_line("a" * 200, found)
+    assert len(long) == 80
+    assert long.endswith(expected.removeprefix("demo"))
+
+
+def test_short_says_when_slurm_does_not(run):
+    assert short_line("demo", [{"name": "a", "state": "unknown"}], "down") == "demo  Slurm does not answer  0/1 done"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0 s"), (89, "89 s"), (90, "2 min"), (5399, "90 min"), (5400, "1.5 h"), (172800, "2.0 d")]
+)
+def test_durations_in_one_unit(seconds, text):
+    assert in_short(seconds) == text
+
+
+def test_watching_ends_when_nothing_goes_on_and_prints_changes_only(capsys, monkeypatch):
+    monkeypatch.setattr("pipeline.watch.INTERVAL_S", 0)
+    looks = iter([(["a running", "b waiting"], True), (["a done", "b waiting"], True), (["a done", "b done"], False)])
+    watch(lambda: next(looks))
+    assert capsys.readouterr().out.splitlines() == ["a running", "b waiting", "a done", "b done"]
+
+
+def test_a_terminal_is_redrawn(capsys, monkeypatch):
+    monkeypatch.setattr("pipeline.watch.INTERVAL_S", 0)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "5")
+    looks = iter([(["123456", "b"], True), (["a"], False)])
+    watch(lambda: next(looks))
+    assert capsys.readouterr().out == "\x1b[H1234…\x1b[K\nb\x1b[K\n\x1b[J\x1b[Ha\x1b[K\n\x1b[J"
+
+
+def test_what_can_never_start_is_not_waited_for():
+    assert goes_on({"state": "waiting"})
+    assert not goes_on({"state": "waiting", "stuck": True})
+    assert not goes_on({"state": "todo"})
+
+
+def test_log_of_the_newest_attempt(run, capsys):
+    for number in (1, 2):
+        run.stage("extract").new_attempt("x").log.write_text(f"attempt {number}\n")
+    show_log(run, "extract", follow=False)
+    assert capsys.readouterr().out == "attempt 2\n"
+
+
+@pytest.mark.parametrize("follow", [False, True])
+def test_no_log_to_show_is_said(run, follow):
+    with pytest.raises(ConfigError, match="extract was not started yet"):
+        show_log(run, "extract", follow)
+    with pytest.raises(ConfigError, match=r"no stage 'extrakt'; the stages are extract, shard"):
+        show_log(run, "extrakt", follow)
+
+
+def test_following_goes_on_with_the_next_attempt_and_ends_with_the_stage(run, capsys, monkeypatch):
+    monkeypatch.setattr("pipeline.watch.INTERVAL_S", 0)
+    monkeypatch.setattr("pipeline.watch.LOG_INTERVAL_S", 0)
+    folder = run.stage("extract")
+    first = folder.new_attempt("x")
+    first.log.write_text("one\n")
+    second = []
+
+    def happens():
+        """What goes on between two looks; False when the stage has ended."""
+        yield True
+        append(first, "two\n")
+        yield True
+        append(first, "three\n")
+        second.append(folder.new_attempt("y"))
+        yield True
+        append(second[0], "four\n")
+        yield False  # what was written until then is still shown
+
+    events = happens()
+    follow_log(folder, lambda: next(events))
+    assert capsys.readouterr().out == "one\ntwo\nthree\n==> attempt 2 <==\nfour\n"
+
+
+def append(attempt: Attempt, text: str) -> None:
+    with open(attempt.log, "a") as file:
+        file.write(text)
+
+
+def test_the_commands(run):
+    """Ctrl-C leaves with 130, an impossible pair of flags with 2."""
+    for words in (["--watch", "--log", "extract"], ["-f"], ["--short", "--json"], ["--watch", "--json"]):
+        assert call("status", run.path, *words).returncode == 2
+    with run.held(), subprocess.Popen(command("status", run.path, "--watch", "--short"), stdout=-1, stderr=-1) as shown:
+        assert shown.stdout is not None
+        assert b"extract starts next  0/12 done" in shown.stdout.readline()
+        shown.send_signal(signal.SIGINT)
+        assert shown.wait(10) == 130
+    assert call("status", run.path, "--watch").stdout.count("\n") == 12  # nothing runs: once
