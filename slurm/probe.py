@@ -1,0 +1,253 @@
+"""``python -m slurm.probe > mysite.toml``: a first draft of a cluster profile, from what the site's own Slurm says.
+
+Every value carries a comment that says where it came from and what to check by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import getpass
+import json
+import os
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from slurm import queue
+from slurm.errors import FlagError, SlurmError
+from slurm.profile import PROFILES
+from slurm.resources import UNLIMITED, format_time, parse_time
+
+LONGEST_MIN = {"data": 24 * 60, "pretrain": 24 * 60, "finetune": 8 * 60}  # no longer, whatever the site allows
+SIGNAL_S = 120
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What Slurm's commands printed. ``partition`` is the one wanted; "" takes the default one."""
+
+    config: str  # scontrol show config
+    partitions: str  # scontrol --oneliner show partition
+    nodes: str  # scontrol --oneliner show node
+    states: str = ""  # sinfo --noheader --format=%R|%D|%t
+    accounts: str = ""  # sacctmgr -nP show associations format=Account; "" where it does not answer
+    partition: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpus:
+    """GPUs of most nodes that have any; ``nodes`` have exactly these, out of ``all_nodes`` of the partition."""
+
+    kind: str = ""
+    count: int = 0
+    nodes: int = 0
+    all_nodes: int = 0
+    kinds: int = 0  # different counts or types in the partition
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m slurm.probe", description=__doc__)
+    parser.add_argument("--partition", "-p", default="", help="partition to train on (Slurm's default one)")
+    print(draft(ask(parser.parse_args().partition)), end="")
+    return 0
+
+
+def ask(partition: str = "") -> Facts:
+    """Ask the live Slurm. Raises SlurmError where there is none or it does not answer."""
+    accounts = ""
+    with contextlib.suppress(SlurmError, KeyError):  # no sacctmgr, no database that answers, a user without a name
+        answer = queue.ask(["sacctmgr", "-nP", "show", "associations", f"user={getpass.getuser()}", "format=Account"])
+        accounts = answer.out if answer.ok else ""
+    return Facts(
+        config=queue.tell(["scontrol", "show", "config"], patience_s=0),
+        partitions=queue.tell(["scontrol", "--oneliner", "show", "partition"], patience_s=0),
+        nodes=queue.tell(["scontrol", "--oneliner", "show", "node"], patience_s=0),
+        states=queue.tell(["sinfo", "--noheader", "--format=%R|%D|%t"], patience_s=0),
+        accounts=accounts,
+        partition=partition,
+    )
+
+
+def draft(facts: Facts) -> str:
+    """A profile in TOML. FlagError for a partition that there is not; SlurmError when none is default or named."""
+    config = dict(re.findall(r"^(\w+)\s*= *(.*?)\s*$", facts.config, re.MULTILINE))
+    partitions = {found["PartitionName"]: found for found in _records(facts.partitions, "PartitionName")}
+    chosen = _choose(partitions, facts.partition)
+    nodes = [*_records(facts.nodes, "NodeName")]
+    mine = [node for node in nodes if chosen["PartitionName"] in node.get("Partitions", "").split(",")]
+    gpus = _most_common_gpus(mine)
+    lines = [
+        f"# Drafted by slurm.probe from Slurm {config.get('SLURM_VERSION', 'of an unknown version')}: read every line.",
+        *_machine(config, chosen, gpus, nodes),
+        *_ending(config, chosen),
+        *_sections(chosen, gpus, mine, nodes, facts),
+    ]
+    if gpus.count:
+        _, title, table = (PROFILES / "generic.toml").read_text(encoding="utf-8").partition("[micro_batch]")
+        lines += ["", "# check: these fit GPUs of 16 GB; larger ones take multiples", *(title + table).splitlines()]
+    return "".join(f"{_plain(line)}\n" for line in lines)
+
+
+def _records(text: str, key: str) -> Iterator[dict[str, str]]:
+    """One dict for each line of ``scontrol --oneliner``; of a repeated word the first counts (comments come last)."""
+    for line in text.splitlines():
+        pairs = re.findall(r"(?:^|\s)([A-Za-z][\w:/]*)=(\S*)", line)
+        if pairs and pairs[0][0] == key:
+            yield dict(reversed(pairs))
+
+
+def _choose(partitions: dict[str, dict[str, str]], wanted: str) -> dict[str, str]:
+    known = ", ".join(partitions) or "none"
+    if wanted:
+        if wanted not in partitions:
+            raise FlagError(f"--partition {wanted}: Slurm shows no such partition; it shows {known}")
+        return partitions[wanted]
+    for found in partitions.values():
+        if found.get("Default") == "YES":
+            return found
+    raise SlurmError(f"this Slurm has no default partition; name one with --partition; it shows {known}")
+
+
+def _gres(text: str) -> tuple[str, int]:
+    """``gpu:a100:8(S:0-1),nvme:1`` → ("a100", 8); the first kind of several; ("", 0) without GPUs."""
+    for part in re.sub(r"\([^)]*\)", "", text).split(","):
+        words = part.split(":")
+        if words[0] == "gpu":
+            count = words[-1] if len(words) > 1 and words[-1].isdigit() else ""
+            return ":".join(words[1 : len(words) - bool(count)]), int(count or 1)
+    return "", 0
+
+
+def _most_common_gpus(nodes: list[dict[str, str]]) -> Gpus:
+    counts = Counter(found for node in nodes if (found := _gres(node.get("Gres", "")))[1])
+    if not counts:
+        return Gpus(all_nodes=len(nodes))
+    (kind, count), number = counts.most_common(1)[0]
+    return Gpus(kind=kind, count=count, nodes=number, all_nodes=len(nodes), kinds=len(counts))
+
+
+def _partitions(nodes: list[dict[str, str]], *, gpus: bool) -> set[str]:
+    """Partitions that have a node with (without) GPUs."""
+    having = [node for node in nodes if (_gres(node.get("Gres", ""))[1] > 0) == gpus]
+    return {name for node in having for name in node.get("Partitions", "").split(",") if name}
+
+
+def _machine(config: dict[str, str], chosen: dict[str, str], gpus: Gpus, nodes: list[dict[str, str]]) -> Iterator[str]:
+    partition = chosen["PartitionName"]
+    name = re.sub(r"[^\w-]", "_", config.get("ClusterName", ""), flags=re.ASCII) or "mysite"
+    yield f"name = {_string(name)}  # ClusterName"
+    yield 'runner = "slurm"'
+    if gpus.count:
+        yield f"gpus_per_node = {gpus.count}  # Gres of {gpus.nodes} of {gpus.all_nodes} nodes of partition {partition}"
+    else:
+        yield f"gpus_per_node = 0  # no node of partition {partition} shows a gpu in Gres"
+        having = _partitions(nodes, gpus=True)
+        if having:
+            yield f"# check: there are GPUs in {', '.join(sorted(having))}; draft again with --partition"
+        yield "tasks_per_node = 1  # check: ranks on one CPU node; threads = N gives each more than one"
+    if gpus.kind:
+        mixed = gpus.kinds > 1
+        why = "the partition mixes kinds of GPUs" if mixed else "needed only where the site insists on a type"
+        yield f"{'' if mixed else '# '}gpu_type = {_string(gpus.kind)}  # from Gres; {why}"
+    select = config.get("SelectType", "select/cons_tres")
+    if gpus.count and "cons_tres" not in select:
+        yield f'gpu_request = "gres"  # SelectType={select} does not know --gpus-per-node'
+    yield "# modules, setup, container and python: how the nodes find Python and CUDA. data_dir: a shared folder"
+
+
+def _ending(config: dict[str, str], chosen: dict[str, str]) -> Iterator[str]:
+    """What the site does with jobs that must end: requeue and signal."""
+    job, mode = config.get("JobRequeue", "1"), chosen.get("PreemptMode") or config.get("PreemptMode", "OFF")
+    if config.get("PreemptType", "").removeprefix("preempt/") in ("none", "(null)"):
+        mode = "OFF"  # whatever the partition says, nothing is preempted
+    requeue = job != "0" or "REQUEUE" in mode
+    yield f"requeue = {'true' if requeue else 'false'}  # JobRequeue={job}, PreemptMode={mode}"
+    if not requeue:
+        yield "# check: sites with JobRequeue=0 often allow --requeue; with true, stopped jobs continue by themselves"
+    elif "CANCEL" in mode:
+        yield "# check: a job preempted in this partition is cancelled; submit again then, it continues"
+    grace = chosen.get("GraceTime", "0")
+    grace_s = int(grace) if grace.isdigit() else 0
+    sends = "preempt_send_user_signal" in config.get("SlurmctldParameters", "")
+    if sends and grace_s:
+        yield f"signal_s = {max(SIGNAL_S, grace_s)}  # preempt_send_user_signal, GraceTime={grace_s}"
+        yield f"# check: preemption signals as well and then leaves {grace_s} s, in which a checkpoint must be written"
+    else:
+        yield f"signal_s = {SIGNAL_S}  # our choice: time to save before the limit; GraceTime={grace_s}"
+        if mode != "OFF":
+            said = "preempt_send_user_signal is not set" if not sends else "GraceTime is 0"
+            yield f"# check: {said}, so a preempted job may end without a last checkpoint"
+
+
+def _sections(
+    chosen: dict[str, str],
+    gpus: Gpus,
+    mine: list[dict[str, str]],
+    nodes: list[dict[str, str]],
+    facts: Facts,
+) -> Iterator[str]:
+    name, cpus, memory_gb = chosen["PartitionName"], _least(mine, "CPUTot"), _least(mine, "RealMemory") // 1024
+    share = max(1, gpus.count)
+    rows = [line.split("|") for line in facts.states.splitlines() if line.startswith(f"{name}|")]
+    states = ", ".join(f"{row[1]} nodes {row[2]}" for row in rows if len(row) == 3)
+    yield ""
+    yield f"# Partition {name}: {states or 'no node'} (sinfo), State={chosen.get('State', '?')},"
+    yield f"# MaxNodes={chosen.get('MaxNodes', '?')}, QoS={chosen.get('QoS', '?')}"
+    yield "# check: a QoS may limit time, nodes and GPUs further (sacctmgr show qos)"
+    accounts = sorted({line.split("|")[0] for line in facts.accounts.splitlines() if line.strip("|\n ")})
+    if accounts:
+        yield f'# check: your accounts are {", ".join(accounts)} (sacctmgr); a section takes account = "..."'
+    for section in LONGEST_MIN:
+        yield ""
+        yield f"[{section}]"
+        yield f"partition = {_string(name)}  # {'--partition' if facts.partition else 'Default=YES'}"
+        free = sorted(_partitions(nodes, gpus=False) - _partitions(nodes, gpus=True))
+        if section == "data" and gpus.count and free:
+            yield f"# check: CPU-only partitions, enough for these jobs: {', '.join(free)}"
+        yield _time(section, chosen.get("MaxTime", ""))
+        if section == "pretrain" and gpus.count:
+            yield "exclusive = true  # one rank per GPU on whole nodes"
+            yield "mem_gb = 0  # all of a node"
+            continue
+        most = {"data": (16, 64), "pretrain": (1, 0), "finetune": (8, 48)}[section]
+        part = share if section == "finetune" else 1
+        if cpus:
+            yield f"cpus_per_task = {max(1, min(most[0], cpus // part))}  # of CPUTot={cpus} on the smallest node"
+        if memory_gb and most[1]:
+            yield f"mem_gb = {max(1, min(most[1], memory_gb // part))}  # of RealMemory={memory_gb} GiB there"
+
+
+def _time(section: str, text: str) -> str:
+    """The section's limit: ours, or the partition's where that is shorter."""
+    try:
+        most = parse_time(text)
+    except FlagError:
+        return f"time = {_string(format_time(LONGEST_MIN[section]))}  # check: no MaxTime was found"
+    minutes = LONGEST_MIN[section] if most == UNLIMITED else min(most, LONGEST_MIN[section])
+    return f"time = {_string(format_time(minutes))}  # MaxTime={text}"
+
+
+def _least(nodes: list[dict[str, str]], key: str) -> int:
+    return min((int(node[key]) for node in nodes if node.get(key, "").isdigit()), default=0)
+
+
+def _string(text: str) -> str:
+    return json.dumps(_plain(text))
+
+
+def _plain(text: str) -> str:
+    """One line of ASCII: a site's words could hold anything, and so could the locale that writes them."""
+    return "".join(char if " " <= char <= "~" else "?" for char in text)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except SlurmError as refusal:
+        print(refusal, file=sys.stderr)
+        sys.exit(refusal.exit_code)
+    except BrokenPipeError:  # the reader of our output went away (`| head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
