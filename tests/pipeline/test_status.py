@@ -12,10 +12,12 @@ import pytest
 
 from pipeline.config import load_profile, load_recipe
 from pipeline.errors import ConfigError
+from pipeline.journal import Journal, SentJob
 from pipeline.rundir import Attempt, RunDir, append_jsonl
-from pipeline.status import look, show_log, survey
+from pipeline.status import Sent, look, show_log, survey
 from pipeline.watch import follow_log, goes_on, in_short, short_line, watch
 from running import call, command
+from slurm.queue import Job
 
 
 @pytest.fixture
@@ -146,6 +148,14 @@ def test_what_can_never_start_is_not_waited_for():
     assert goes_on({"state": "waiting"})
     assert not goes_on({"state": "waiting", "stuck": True})
     assert not goes_on({"state": "todo"})
+
+
+@pytest.mark.parametrize(("reason", "more"), [("DependencyNeverSatisfied", False), ("Priority", True)])
+def test_a_job_in_slurm_that_can_never_start_ends_the_watching(run, reason, more):
+    sent = SentJob(name="squad", stages=("squad",), needs=(), ours=False, id="7")
+    journal = Journal(sending="s", state="released", jobs=(sent,))
+    rows = survey(run, Sent(journal, {"7": Job(id="7", state="PENDING", reason=reason)}))
+    assert any(goes_on(row) for row in rows) is more
 
 
 def test_log_of_the_newest_attempt(run, capsys):
