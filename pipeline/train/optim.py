@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -58,7 +59,7 @@ def global_norm(tensors: Sequence[Tensor]) -> float:
     return float(torch.stack(list(norms)).double().norm())
 
 
-class Optimizer:
+class Optimizer(ABC):
     """Adam's two moments for named parameters; a subclass says what is done with them.
 
     ``betas`` and ``eps`` are Adam's; ``weight_decay`` is decoupled and 0 for names of biases and LayerNorm;
@@ -141,11 +142,13 @@ class Optimizer:
         elif names:
             self._update_list(names, factors)
 
+    @abstractmethod
     def _update_tensor(self, name: str, factors: Factors) -> None:
-        raise NotImplementedError
+        """One tensor on the CPU, chunk by chunk."""
 
+    @abstractmethod
     def _update_list(self, names: Sequence[str], factors: Factors) -> None:
-        raise NotImplementedError
+        """All tensors with PyTorch's list operations."""
 
     def _flat(self, name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Parameter, gradient and moments of one name as 1-D tensors over the same storage."""
