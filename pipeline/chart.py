@@ -88,6 +88,9 @@ def axis(values: Sequence[float], *, ticks: int, widen: bool) -> Axis:
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(nice * power for nice in (1, 2, 5, 10, 20) if nice * power >= raw * 0.999)
     first, last = math.ceil(low / step - 1e-6), math.floor(high / step + 1e-6)
+    if first > last:  # a short axis between two ticks: the next finer step has one inside
+        step = next(nice * power for nice in (10, 5, 2, 1, 0.5) if nice * power < step * 0.999)
+        first, last = math.ceil(low / step - 1e-6), math.floor(high / step + 1e-6)
     if widen:
         first, last = math.floor(low / step + 1e-6), math.ceil(high / step - 1e-6)
         low, high = min(low, first * step), max(high, last * step)

@@ -66,6 +66,7 @@ def test_everything_is_drawn_inside_the_picture(ys, second, level, marks, from_z
 
 
 @settings(deadline=None, max_examples=300)
+@example(values=[4.736842631578947e99], widen=False, ticks=2)  # no multiple of the first step lies inside
 @given(values=st.lists(FINITE, min_size=1, max_size=20), widen=st.booleans(), ticks=st.integers(2, 10))
 def test_ticks_are_round_numbers_inside_the_axis(values, widen, ticks):
     found = axis(values, ticks=ticks, widen=widen)
