@@ -6,9 +6,15 @@ import json
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from running import submit
+
+# The same examples each time where a change is judged; new ones at every developer's desk.
+hypothesis.settings.register_profile("ci", derandomize=True)
+if os.environ.get("CI"):
+    hypothesis.settings.load_profile("ci")
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 
