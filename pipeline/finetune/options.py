@@ -1,4 +1,4 @@
-"""How one task is fine-tuned, as data: the fields of a recipe's [squad], [mrpc], [sst2] and their defaults.
+"""How tasks are fine-tuned and inference is timed, as data: recipe fields ([squad], [inference], …) and defaults.
 
 Imported by the login-node commands, so nothing heavy may be imported here.
 """
@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 SQUAD = "squad"
 MODES = ("train", "eval", "prediction")
+Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 
 
 def bounded(*default: Any, low: float | None = None, high: float | None = None, above: float | None = None) -> Any:
@@ -43,6 +44,22 @@ class FinetuneConfig:
     null_threshold: float = 0.0  # answer "" when its score leads the best answer's by more than this
     seeds: tuple[int, ...] = bounded((1,), low=0, high=2**63 - 1)
     precision: Literal["fp32", "bf16"] = "fp32"
+
+
+@dataclass(frozen=True, kw_only=True)
+class InferenceConfig:
+    """The inference benchmark: answers and labels per second, and how long one batch takes.
+
+    Every measurement lasts about ``seconds`` at each of ``batches`` (sequences). ``compare`` also measures
+    transformers, in turn with ours, where it is installed.
+    """
+
+    batches: tuple[int, ...] = bounded((1, 8, 32), low=1, high=4096)
+    seconds: float = bounded(1.0, above=0, high=600)
+    precision: Precision = "fp32"
+    squad_seq_len: int = bounded(384, low=16)  # tokens
+    glue_seq_len: int = bounded(128, low=16)  # tokens
+    compare: bool = True
 
 
 # NVIDIA's published recipes where they exist (SQuAD, MRPC, SST-2), the BERT paper's for the other two.
