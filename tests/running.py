@@ -28,6 +28,14 @@ def submit(run: Path, data: Path, *words: object) -> subprocess.CompletedProcess
     return call("submit", "--recipe", SMALL, "--cluster", "local", "--run", run, "--data", data, *words)
 
 
+def one_line(done: subprocess.CompletedProcess[str], code: int, *words: str) -> None:
+    """The exit code, no traceback, and one line that says it all."""
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    lines = [line for line in done.stderr.splitlines() if all(word in line for word in words)]
+    assert len(lines) == 1, done.stderr
+
+
 def states(run: Path) -> dict[str, str]:
     return {row["name"]: row["state"] for row in json.loads(call("status", run, "--json").stdout)["stages"]}
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.errors import DataError
-from data_prep.sentences import splitter
+from data_prep.sentences import LANGUAGES, PUNKT_MODELS, splitter
 
 
 @pytest.mark.parametrize("name", ["sentencex", "punkt"])
@@ -39,8 +39,31 @@ def test_refusals_say_what_to_set() -> None:
         splitter("en", "nltk")
     with pytest.raises(DataError, match=r"no model for language 'bg'.*sentencex"):
         splitter("bg", "punkt")
-    with pytest.raises(DataError, match="ISO 639"):
-        splitter("English", "sentencex")
+
+
+@pytest.mark.parametrize(
+    ("language", "near"),
+    [("English", "'en'"), ("deu", "'de'"), ("DE", "'de'"), ("german", "'de'"), ("xq", "'und'"), ("", "'und'"),
+     ("de\n", "'de'"), ("../de", "'de'"), ("q" * 10_000, "'und'")],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["sentencex", "punkt"])
+def test_an_unknown_language_is_refused_with_the_known_ones_near_it(language: str, near: str, name: str) -> None:
+    with pytest.raises(DataError, match=r"data\.language is .*unknown.*ISO 639") as caught:
+        splitter(language, name)
+    assert near in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_every_known_language_has_a_splitter() -> None:
+    for language in (*LANGUAGES, "zh-hans", "be-tarask"):
+        assert splitter(language, "sentencex")("Ein Satz.") == ["Ein Satz."]
+    assert set(PUNKT_MODELS) <= LANGUAGES
+
+
+def test_the_language_decides_where_a_sentence_ends() -> None:
+    text = "Das war am 3. Oktober. Es war kalt."
+    assert splitter("de", "sentencex")(text) == ["Das war am 3. Oktober.", "Es war kalt."]
+    assert len(splitter("en", "sentencex")(text)) == 3
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

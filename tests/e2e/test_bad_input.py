@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from running import call, digests, states, submit
+from running import call, digests, one_line, states, submit
 
 pytestmark = [pytest.mark.slow]
 
@@ -22,14 +22,6 @@ DUMP = (
     "</siteinfo>{}</mediawiki>"
 )
 TEXT = "The river runs to the sea. Many towns lie along it. Boats carry grain and timber. " * 20
-
-
-def one_line(done: subprocess.CompletedProcess[str], code: int, *words: str) -> None:
-    """The exit code, no traceback, and one line that says it all."""
-    assert done.returncode == code, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    lines = [line for line in done.stderr.splitlines() if all(word in line for word in words)]
-    assert len(lines) == 1, done.stderr
 
 
 def extract_only(folder: Path, run: Path, *settings: str) -> subprocess.CompletedProcess[str]:
