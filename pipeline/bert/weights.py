@@ -5,34 +5,132 @@ A key that is missing, surplus or of another shape is an error that names it: we
 
 from __future__ import annotations
 
-import json
-import re
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pipeline.bert.config import VOCAB_ROWS, BertConfig, padded_vocab
-from pipeline.errors import CheckpointError, ConfigError
-
-State = dict[str, Tensor]
-
-WORD_EMBEDDINGS, VOCAB_BIAS = VOCAB_ROWS
-# Spellings of other times and makers; each is applied to every key.
-SPELLINGS = (
-    (re.compile(r"^module\."), ""),
-    (re.compile(r"^(embeddings|encoder|pooler)\."), r"bert.\1."),
-    (re.compile(r"\.dense_act\."), ".dense."),
-    (re.compile(r"\.LayerNorm\.gamma$"), ".LayerNorm.weight"),
-    (re.compile(r"\.LayerNorm\.beta$"), ".LayerNorm.bias"),
+from data_prep.wordpiece import Vocabulary
+from pipeline.bert.config import BertConfig, padded_vocab
+from pipeline.bert.heads import BertForPreTraining
+from pipeline.bert.weight_files import (
+    WORD_EMBEDDINGS,
+    State,
+    canonical,
+    padded,
+    read_config,
+    read_nvidia,
+    read_pickled,
+    read_safetensors,
 )
-# Second names of tensors that the model holds once; dropped when equal, refused when not.
-ALIASES = {"cls.predictions.decoder.weight": WORD_EMBEDDINGS, "cls.predictions.decoder.bias": VOCAB_BIAS}
-POSITION_IDS = "bert.embeddings.position_ids"
+from pipeline.errors import CheckpointError
+
+# What two configurations must share for the weights of one to mean the same in the other.
+SHAPE = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "hidden_act",
+    "max_position_embeddings",
+    "type_vocab_size",
+    "layer_norm_eps",
+)
+NO_CONFIG = ("tokenizer_config.json", "generation_config.json", "adapter_config.json")
+
+
+def load_start(path: Path, config: BertConfig, vocab: Path | None) -> State:
+    """All weights of a `BertForPreTraining` of ``config`` to begin a phase with, fp32, from a file of others.
+
+    ``path`` is a Hugging Face folder (a vocab.txt in it must equal ``vocab``) or a ``.pt`` of NVIDIA's BERT, of
+    any year, with or without its configuration beside it. What an NVIDIA file does not tell (its GELU, without a
+    configuration its heads) is taken to be as in ``config``. CheckpointError names every field of the
+    configuration that differs and every key that is missing or surplus; both pretraining heads must be there.
+    """
+    if path.is_dir():
+        found, state = load_hugging_face(path)
+        if vocab is not None and (path / "vocab.txt").is_file():
+            _same_vocabulary(path / "vocab.txt", vocab)
+    elif path.is_file():
+        found, state = _nvidia_start(path, config)
+    else:
+        raise CheckpointError(f"{path}: no such Hugging Face folder or NVIDIA checkpoint to start from")
+    if not any(name.startswith("cls.") for name in state):
+        raise CheckpointError(
+            f"{path} holds an encoder without pretraining heads (no cls.*): pretraining goes on only from a model "
+            "that has both; for a task, fine-tune it with python -m pipeline.finetune"
+        )
+    faults = [
+        f"{name} is {getattr(found, name)}, the recipe's is {getattr(config, name)}"
+        for name in SHAPE
+        if getattr(found, name) != getattr(config, name)
+    ]
+    with torch.device("meta"):
+        own = BertForPreTraining(found).state_dict()
+    faults += misfits({name: tuple(tensor.shape) for name, tensor in state.items()}, own)
+    if faults:
+        raise CheckpointError(f"{path} does not fit the recipe's model: {'; '.join(faults)}")
+    return state
+
+
+def _nvidia_start(path: Path, config: BertConfig) -> tuple[BertConfig, State]:
+    """An NVIDIA file's weights and its configuration: the one beside it, else what its shapes tell."""
+    state, shown = read_nvidia(path)
+    beside = config_beside(path)
+    found = read_config(beside) if beside else config_of_shapes(state, config)
+    told = shown or ("tanh" if beside and found.hidden_act == "tanh" else None)
+    found = replace(found, hidden_act=told or config.hidden_act)
+    return found, padded(state, found.vocab_size)
+
+
+def _same_vocabulary(theirs: Path, ours: Path) -> None:
+    """CheckpointError with the first line in which two vocabularies differ."""
+    first, second = Vocabulary.load(theirs).tokens, Vocabulary.load(ours).tokens
+    for number in range(max(len(first), len(second))):
+        there, here = (repr(tokens[number]) if number < len(tokens) else "nothing" for tokens in (first, second))
+        if there != here:
+            raise CheckpointError(
+                f"{theirs} differs from {ours} in line {number + 1}: {there}, not {here}; name the vocabulary that "
+                "belongs to these weights as data.vocab"
+            )
+
+
+def config_beside(file: Path) -> Path | None:
+    """config.json, bert_config.json or another ``*_config.json`` in the folder of ``file``, if any.
+
+    CheckpointError when only the last kind is there and more than once.
+    """
+    folder = file.parent
+    for name in (f"{file.stem}_config.json", "config.json", "bert_config.json"):
+        if (folder / name).is_file():
+            return folder / name
+    others = sorted(path for path in folder.glob("*_config.json") if path.name not in NO_CONFIG)
+    if len(others) > 1:
+        names = ", ".join(path.name for path in others)
+        raise CheckpointError(f"{folder} holds {names}: keep beside {file.name} only the one that belongs to it")
+    return others[0] if others else None
+
+
+def config_of_shapes(state: State, like: BertConfig) -> BertConfig:
+    """``like`` with the sizes that the tensors of ``state`` show (their heads, GELU and eps they do not)."""
+
+    def size(name: str, dimension: int, default: int) -> int:
+        return state[name].shape[dimension] if name in state and state[name].dim() > dimension else default
+
+    layers = {name.split(".")[3] for name in state if name.startswith("bert.encoder.layer.")}
+    sizes = {
+        "vocab_size": padded_vocab(size(WORD_EMBEDDINGS, 0, like.vocab_size)),
+        "hidden_size": size(WORD_EMBEDDINGS, 1, like.hidden_size),
+        "num_hidden_layers": len(layers) or like.num_hidden_layers,
+        "intermediate_size": size("bert.encoder.layer.0.intermediate.dense.weight", 0, like.intermediate_size),
+        "max_position_embeddings": size("bert.embeddings.position_embeddings.weight", 0, like.max_position_embeddings),
+        "type_vocab_size": size("bert.embeddings.token_type_embeddings.weight", 0, like.type_vocab_size),
+    }
+    heads = like.num_attention_heads if sizes["hidden_size"] % like.num_attention_heads == 0 else 1
+    return BertConfig.from_dict(like.to_dict() | sizes | {"num_attention_heads": heads})
 
 
 def load_hugging_face(folder: Path) -> tuple[BertConfig, State]:
@@ -41,12 +139,12 @@ def load_hugging_face(folder: Path) -> tuple[BertConfig, State]:
     The vocabulary is padded to a multiple of 8 (see `canonical`). CheckpointError for anything that is not a
     readable BERT.
     """
-    config = _read_config(folder / "config.json")
+    config = read_config(folder / "config.json")
     safe, pickled = folder / "model.safetensors", folder / "pytorch_model.bin"
     if safe.is_file():
-        return config, canonical(_read_safetensors(safe), config, origin=str(safe))
+        return config, canonical(read_safetensors(safe), config, origin=str(safe))
     if pickled.is_file():
-        return config, canonical(_read_pickled(pickled), config, origin=str(pickled))
+        return config, canonical(read_pickled(pickled), config, origin=str(pickled))
     hint = " (weights in several files: save them as one)" if list(folder.glob("*.index.json")) else ""
     raise CheckpointError(f"{folder}: neither model.safetensors nor pytorch_model.bin is there{hint}")
 
@@ -58,48 +156,13 @@ def load_nvidia(file: Path, config_file: Path, *, hidden_act: str | None = None)
     one the exact function. A pretraining checkpoint shows which code wrote it (``grad_scaler`` or ``master
     params``); for other files ``hidden_act`` ("tanh" or "erf") must say it.
     """
-    content = _read_pickled(file)
-    written_by = {"grad_scaler": "tanh", "master params": "erf"}
-    shown = next((act for key, act in written_by.items() if key in content), None)
+    state, shown = read_nvidia(file)
     if shown is None and hidden_act is None:
         raise CheckpointError(f"{file} does not show which GELU it was trained with: say tanh (since 2022) or erf")
     if shown and hidden_act and shown != hidden_act:
         raise CheckpointError(f"{file} was trained with the {shown} GELU, not {hidden_act}")
-    config = replace(_read_config(config_file), hidden_act=hidden_act or shown or "")
-    model = content.get("model", content)
-    if not isinstance(model, dict):
-        raise CheckpointError(f"{file}: its entry 'model' is {type(model).__name__}, not named tensors")
-    return config, canonical(model, config, origin=str(file))
-
-
-def canonical(state: Mapping[str, Any], config: BertConfig, *, origin: str) -> State:
-    """``state`` under our names, in fp32, without second names of tied tensors, its vocabulary padded.
-
-    The rows that padding appends are the mean of the real ones, so that they neither win nor distort a softmax.
-    """
-    named: State = {}
-    for key, tensor in state.items():
-        name = key
-        for pattern, replacement in SPELLINGS:
-            name = pattern.sub(replacement, name)
-        if not isinstance(tensor, Tensor):
-            raise CheckpointError(f"{origin}: {key} is no tensor but {type(tensor).__name__}: not a model's weights")
-        if name in named:
-            raise CheckpointError(f"{origin}: {name} is there twice, under an old and a new spelling")
-        named[name] = tensor.float() if tensor.is_floating_point() else tensor
-    named.pop(POSITION_IDS, None)
-    for alias, name in ALIASES.items():
-        if alias in named and not torch.equal(named[alias], named.setdefault(name, named[alias])):
-            raise CheckpointError(f"{origin}: {alias} differs from {name}: this model ties them")
-        named.pop(alias, None)
-    if broken := [name for name, tensor in named.items() if not torch.isfinite(tensor).all()]:
-        raise CheckpointError(f"{origin}: not finite: {', '.join(broken)}")
-    for name in VOCAB_ROWS:
-        if name in named and padded_vocab(len(named[name])) == config.vocab_size:
-            missing = config.vocab_size - len(named[name])
-            mean = named[name].mean(0, keepdim=True)
-            named[name] = torch.cat([named[name], mean.expand(missing, *mean.shape[1:])])
-    return named
+    config = replace(read_config(config_file), hidden_act=shown or hidden_act or "")
+    return config, padded(state, config.vocab_size)
 
 
 def load_into(
@@ -125,7 +188,13 @@ def load_into(
 
 
 def check_fit(shapes: Mapping[str, tuple[int, ...]], own: Mapping[str, Tensor], what: str) -> None:
-    """CheckpointError listing all names of ``shapes`` that are missing, surplus or unlike those of ``own``."""
+    """CheckpointError listing all `misfits`."""
+    if faults := misfits(shapes, own):
+        raise CheckpointError(f"{what}: {'; '.join(faults)}")
+
+
+def misfits(shapes: Mapping[str, tuple[int, ...]], own: Mapping[str, Tensor]) -> list[str]:
+    """All names of ``shapes`` that are missing, surplus or unlike those of ``own``, in words."""
     faults = []
     if missing := sorted(own.keys() - shapes.keys()):
         faults.append(f"missing {', '.join(missing)}")
@@ -134,46 +203,4 @@ def check_fit(shapes: Mapping[str, tuple[int, ...]], own: Mapping[str, Tensor], 
     for name in sorted(own.keys() & shapes.keys()):
         if tuple(own[name].shape) != tuple(shapes[name]):
             faults.append(f"{name} is {list(shapes[name])} instead of {list(own[name].shape)}")
-    if faults:
-        raise CheckpointError(f"{what}: {'; '.join(faults)}")
-
-
-def _read_config(path: Path) -> BertConfig:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError(f"a JSON object is needed, found {type(values).__name__}")
-        return BertConfig.from_hugging_face(values)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is no model configuration: {error}") from error
-    except ConfigError as error:
-        raise CheckpointError(f"{path.parent}: {'; '.join(str(error).splitlines())}") from error
-
-
-def _read_safetensors(path: Path) -> Mapping[str, Any]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return dict(load_file(path))
-    except (OSError, SafetensorError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}; copy it again") from error
-
-
-def _read_pickled(path: Path) -> Mapping[str, Any]:
-    """A file of torch.save with tensors and plain containers only; anything that could run code is refused."""
-    try:
-        with warnings.catch_warnings(action="ignore"):  # of foreign pickles; what matters is raised
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
-    except Exception as error:  # nearly any kind on foreign bytes; torch's own text advises to read unsafely
-        raise CheckpointError(
-            f"{path} cannot be read ({type(error).__name__}): it is damaged, or holds more than tensors, which could "
-            "run code when read; copy it again, or save its tensors alone"
-        ) from error
-    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise CheckpointError(f"{path} holds no named tensors but {type(content).__name__}")
-    return content
+    return faults

@@ -17,7 +17,8 @@ from data_prep.wordpiece import Encoder
 from pipeline import export
 from pipeline.bert.config import BertConfig, padded_vocab
 from pipeline.bert.encoder import initialise
-from pipeline.bert.weights import State, load_hugging_face, load_into
+from pipeline.bert.weight_files import State
+from pipeline.bert.weights import load_hugging_face, load_into
 from pipeline.errors import CheckpointError
 from pipeline.finetune.problems import Problem, Tokenizer
 

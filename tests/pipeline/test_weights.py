@@ -10,7 +10,9 @@ from safetensors.torch import save_file
 
 from pipeline.bert.config import BertConfig
 from pipeline.bert.heads import BertForPreTraining, BertForQuestionAnswering, initialised
-from pipeline.bert.weights import load_hugging_face, load_into, load_nvidia
+from pipeline.bert.packing import pack
+from pipeline.bert.weight_files import read_nvidia, write_nvidia
+from pipeline.bert.weights import load_hugging_face, load_into, load_nvidia, load_start
 from pipeline.errors import CheckpointError
 
 CONFIG = BertConfig(
@@ -250,3 +252,159 @@ def test_nvidia_checkpoints_without_a_known_gelu_are_refused(tmp_path):
         with pytest.raises(CheckpointError) as error:
             load_nvidia(tmp_path / name, tmp_path / "config.json", hidden_act=act)
         assert words in message(error)
+
+
+# ------------------------------------------------------------------------------------------ the start of a phase
+
+
+def start_file(folder, state=None, *, extra=None, config=None, wrapped=True):
+    """A file as NVIDIA's programs of one generation write it, and (with ``config``) its configuration beside it."""
+    names = nvidia_names(state or random_state())
+    torch.save({"model": names, **(extra or {})} if wrapped else names, folder / "ckpt_7038.pt")
+    if config:
+        values = CONFIG.to_hugging_face(vocab_size=VOCAB_SIZE)
+        del values["model_type"]
+        (folder / "bert_config.json").write_text(json.dumps(values | config))
+    return folder / "ckpt_7038.pt"
+
+
+def refusal(path, config=CONFIG, vocab=None):
+    with pytest.raises(CheckpointError) as error:
+        load_start(path, config, vocab)
+    return message(error)
+
+
+TANH, ERF = {"grad_scaler": {"scale": 1.0}, "optimizer": {}, "epoch": 1}, {"master params": [], "files": [0, []]}
+
+
+@pytest.mark.parametrize(
+    ("extra", "config", "act", "wrapped"),
+    [
+        (TANH, None, "tanh", True),
+        (ERF, None, "erf", True),
+        (TANH, {"hidden_act": "gelu"}, "tanh", True),
+        ({}, {"hidden_act": "gelu_new"}, "tanh", True),
+        ({}, {"vocab_size": 64}, "erf", False),
+        ({}, None, "erf", False),
+    ],
+)
+def test_a_phase_starts_from_any_file_of_nvidias(tmp_path, extra, config, act, wrapped):
+    state = random_state()
+    path = start_file(tmp_path, state, extra=extra, config=config, wrapped=wrapped)
+    wanted = replace(CONFIG, hidden_act=act, hidden_dropout_prob=0.3, init="nvidia")  # dropout and init are free
+    found = load_start(path, wanted, None)
+    load_into(BertForPreTraining(wanted), found)
+    assert all(torch.equal(found[name][: len(tensor)], tensor) for name, tensor in state.items())
+    assert len(found[WORDS]) == len(found[BIAS]) == 64
+
+
+def test_a_phase_starts_from_what_transformers_saved(tmp_path):
+    theirs = transformers.BertForPreTraining(transformers.BertConfig(**CONFIG.to_hugging_face(vocab_size=VOCAB_SIZE)))
+    theirs.eval().save_pretrained(tmp_path)
+    ours = BertForPreTraining(CONFIG).eval()
+    load_into(ours, load_start(tmp_path, CONFIG, None))
+    ids = [7, 3, 60, 1, 2]
+    batch = pack(ids, [5], [3], 8)
+    with torch.no_grad():
+        mlm, nsp = ours(batch, batch.slot)
+        out = theirs(input_ids=torch.tensor([ids]), token_type_ids=torch.tensor([[0, 0, 0, 1, 1]]))
+    torch.testing.assert_close(mlm[:, :VOCAB_SIZE], out.prediction_logits[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(nsp, out.seq_relationship_logits, rtol=0, atol=1e-5)
+
+
+def test_a_start_of_another_model_names_every_field(tmp_path):
+    other = replace(
+        CONFIG,
+        vocab_size=72,
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=8,
+        max_position_embeddings=16,
+        type_vocab_size=3,
+        hidden_act="tanh",
+        layer_norm_eps=1e-6,
+    )
+    every = (
+        "vocab_size is 64, the recipe's is 72; hidden_size is 16, the recipe's is 32; num_hidden_layers is 2, the "
+        "recipe's is 3; num_attention_heads is 2, the recipe's is 4; intermediate_size is 24, the recipe's is 8; "
+        "hidden_act is erf, the recipe's is tanh; max_position_embeddings is 12, the recipe's is 16; "
+        "type_vocab_size is 2, the recipe's is 3; layer_norm_eps is 1e-12, the recipe's is 1e-06"
+    )
+    folder = folder_of(tmp_path, random_state())
+    assert refusal(folder, other) == f"{folder} does not fit the recipe's model: {every}"
+    path = start_file(tmp_path, extra=ERF)
+    (tmp_path / "config.json").unlink()
+    shapes = refusal(path, other)  # without a configuration: what the tensors show
+    for part in every.split("; "):
+        assert (part in shapes) == (not part.startswith(("num_attention_heads", "layer_norm_eps"))), part
+
+
+def test_a_start_with_missing_and_surplus_keys_names_all(tmp_path):
+    state = random_state()
+    del state["bert.pooler.dense.bias"], state["cls.seq_relationship.weight"]
+    state["bert.extra"] = torch.zeros(1)
+    said = refusal(folder_of(tmp_path, state), replace(CONFIG, hidden_act="tanh"))
+    assert said.endswith(
+        "hidden_act is erf, the recipe's is tanh; missing bert.pooler.dense.bias, cls.seq_relationship.weight; "
+        "surplus bert.extra"
+    )
+
+
+def test_a_start_without_pretraining_heads_says_what_to_do(tmp_path, carriers):
+    state = {name: tensor for name, tensor in random_state().items() if name.startswith("bert.")}
+    assert "an encoder without pretraining heads (no cls.*)" in refusal(folder_of(tmp_path, state))
+    config, _ = load_hugging_face(carriers / "minilm")
+    said = refusal(carriers / "minilm", config, carriers / "minilm" / "vocab.txt")
+    assert said.endswith("for a task, fine-tune it with python -m pipeline.finetune")
+
+
+def test_a_start_with_another_vocabulary_names_the_first_line(tmp_path):
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(56))]
+    folder, own = folder_of(tmp_path, random_state()), tmp_path / "own.txt"
+    (folder / "vocab.txt").write_text("\r\n".join(tokens) + "\r\n")
+    own.write_text("\n".join(tokens) + "\n")
+    load_start(folder, CONFIG, own)  # line ends aside, the same
+    own.write_text("\n".join([*tokens[:40], "x", *tokens[41:]]) + "\n")
+    assert "own.txt in line 41: 'w35', not 'x'; name the vocabulary" in refusal(folder, vocab=own)
+    own.write_text("\n".join(tokens[:-2]) + "\n")
+    assert "own.txt in line 60: 'w54', not nothing" in refusal(folder, vocab=own)
+    load_start(folder, CONFIG, None)
+
+
+def test_rxnfp_a_published_model_with_both_heads_is_a_start(carriers):
+    folder = carriers / "rxnfp"
+    config, _ = load_hugging_face(folder)
+    state = load_start(folder, config, folder / "vocab.txt")
+    load_into(BertForPreTraining(config), state)
+    assert len(state[WORDS]) == 592
+
+
+def test_starts_that_are_not_there_or_ambiguous_are_one_line(tmp_path):
+    assert "no such Hugging Face folder or NVIDIA checkpoint" in refusal(tmp_path / "none")
+    path = start_file(tmp_path)
+    for name in ("a_config.json", "b_config.json", "tokenizer_config.json"):
+        (tmp_path / name).write_text("{}")
+    assert "holds a_config.json, b_config.json: keep beside ckpt_7038.pt only" in refusal(path)
+    path.write_bytes(path.read_bytes()[:3000])
+    assert "cannot be read" in refusal(path)
+
+
+def test_written_for_nvidia_and_read_again_nothing_changes(tmp_path):
+    """The keys are those of their state dict; with transformers as the oracle of what a fused name means."""
+    state = initialised(BertForPreTraining(CONFIG), torch.Generator().manual_seed(3)).state_dict()
+    write_nvidia(tmp_path / "out.pt", state, "tanh")
+    model = torch.load(tmp_path / "out.pt", weights_only=True)["model"]
+    layer = [f"attention.self.{part}" for part in ("query", "key", "value")]
+    layer += ["attention.output.dense", "attention.output.LayerNorm", "intermediate.dense_act"]
+    layer += ["output.dense", "output.LayerNorm"]
+    keys = [f"bert.embeddings.{part}_embeddings.weight" for part in ("word", "position", "token_type")]
+    linears = ["bert.embeddings.LayerNorm", "bert.pooler.dense_act", "cls.predictions.transform.dense_act"]
+    linears += ["cls.predictions.transform.LayerNorm", "cls.seq_relationship"]
+    linears += [f"bert.encoder.layer.{i}.{part}" for i in range(2) for part in layer]
+    keys += [f"{part}.{kind}" for part in linears for kind in ("weight", "bias")]
+    assert sorted(model) == sorted([*keys, BIAS, "cls.predictions.decoder.weight"])
+    assert model["cls.predictions.decoder.weight"].data_ptr() == model[WORDS].data_ptr()  # stored once
+    again, act = read_nvidia(tmp_path / "out.pt")
+    assert (act, again.keys()) == ("tanh", state.keys())
+    assert all(torch.equal(again[name], tensor) for name, tensor in state.items())
