@@ -18,7 +18,7 @@ sys.path[:1] = [str(ROOT), str(ROOT / "tests")]  # instead of this folder, whose
 
 from faults.table import Row  # noqa: E402
 
-MODULES = ("checkpoints", "checkpoints_damage", "fencing", "identity", "histories", "ranks")
+MODULES = ("checkpoints",)
 PACKAGES = ("torch", "numpy", "safetensors", "h5py")
 
 

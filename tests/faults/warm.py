@@ -1,0 +1,19 @@
+"""Imported by the parent of all trials: torch and one finished training, so that a fork has nothing left to load."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import tempfile
+from pathlib import Path
+
+import torch
+from faults import checkpoints, traced, training
+
+torch.set_num_threads(1)
+with tempfile.TemporaryDirectory(prefix="warm-") as folder, contextlib.redirect_stdout(io.StringIO()):
+    samples = training.make_samples(Path(folder) / "samples")
+    training.train(Path(folder) / "run", samples, steps=2)
+    training.train(Path(folder) / "run", samples, steps=3)
+    for _ in range(2):  # from nothing, and from a checkpoint
+        checkpoints.history(traced.Shared(Path(folder) / "numbers"), folder + "/history")
