@@ -7,18 +7,13 @@ making finished stages stale. Imported by the login-node commands, so nothing he
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import math
-import tomllib
-import types
-import typing
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pipeline.errors import ConfigError
 from pipeline.finetune.options import FinetuneConfig
+from pipeline.strict_toml import Source, apply_settings, build, raise_all, read_toml
 from slurm.profile import PROFILES, Profile
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -119,6 +114,7 @@ class PhaseConfig:
     warmup: float = limited(low=0, high=1)  # proportion of steps
     schedule: Literal["poly", "linear", "constant", "cosine"] = "poly"
     steps: int = limited(low=1)
+    start: str | None = None  # weights to begin with, under --data: a Hugging Face folder or NVIDIA's .pt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,24 +146,24 @@ def load_recipe(name: str, settings: Iterable[str] = ()) -> Recipe:
 
     Raises ConfigError with one line for each error.
     """
-    recipe = _load(Recipe, name, RECIPES, "recipe", settings)
-    _raise(f"{name}: {line}" for line in _contradictions(recipe))
+    recipe = read_toml(Recipe, name, RECIPES, "recipe", settings)
+    raise_all(f"{name}: {line}" for line in _contradictions(recipe))
     return recipe
 
 
 def load_profile(name: str) -> Profile:
     """Cluster profile from a TOML file (a path, or a name in slurm/profiles)."""
-    return _load(Profile, name, PROFILES, "cluster profile", ())
+    return read_toml(Profile, name, PROFILES, "cluster profile", ())
 
 
 def restore(cls: type[T], values: dict[str, Any], origin: str, settings: Iterable[str] = ()) -> T:
     """Rebuild a dataclass from the JSON kept in a run, with new ``--set`` settings applied."""
     errors: list[str] = []
-    table, where = _apply(values, settings, errors)
-    made = _build(cls, table, Source(origin, "", where), "", errors)
-    _raise(errors)
+    table, where = apply_settings(values, settings, errors)
+    made = build(cls, table, Source(origin, "", where), "", errors)
+    raise_all(errors)
     if isinstance(made, Recipe):
-        _raise(f"{origin}: {line}" for line in _contradictions(made))
+        raise_all(f"{origin}: {line}" for line in _contradictions(made))
     assert made is not None
     return made
 
@@ -182,160 +178,6 @@ def science(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [science(item) for item in value]
     return value
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where values come from, to say it in errors: the file, its text, and the keys that --set gave."""
-
-    file: str
-    text: str
-    set_keys: frozenset[str] = frozenset()
-
-    def at(self, section: str, key: str) -> str:
-        dotted = f"{section}.{key}" if section else key
-        if dotted in self.set_keys:
-            return f"--set {dotted}"
-        line = self._line(section, key)
-        return f"{self.file}{f':{line}' if line else ''}: {dotted}"
-
-    def _line(self, section: str, key: str) -> int | None:
-        current = ""
-        for number, line in enumerate(self.text.splitlines(), 1):
-            bare = line.split("#")[0].strip()
-            if bare.startswith("["):
-                current = bare.strip("[] ")
-                if current == (f"{section}.{key}" if section else key):
-                    return number
-            elif current == section and bare.split("=")[0].strip().strip('"') == key:
-                return number
-        return None
-
-
-def _load(cls: type[T], name: str, folder: Path, kind: str, settings: Iterable[str]) -> T:
-    path = Path(name) if name.endswith(".toml") or "/" in name else folder / f"{name}.toml"
-    if not path.is_file():
-        known = sorted(p.stem for p in folder.glob("*.toml"))
-        raise ConfigError(f"no {kind} {name!r}: {_hint(name, known)}; a path to a .toml file works too")
-    try:
-        text = path.read_text(encoding="utf-8")
-        table = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ConfigError(f"{path}: not valid TOML: {error or type(error).__name__}") from None
-    errors: list[str] = []
-    table, keys = _apply(table, settings, errors)
-    made = _build(cls, table, Source(str(path), text, keys), "", errors)
-    _raise(errors)
-    assert made is not None
-    return made
-
-
-def _apply(table: dict[str, Any], settings: Iterable[str], errors: list[str]) -> tuple[dict[str, Any], frozenset[str]]:
-    keys = set()
-    for setting in settings:
-        dotted, equals, text = setting.partition("=")
-        if not equals or not dotted.strip():
-            errors.append(f"--set {setting}: write it as key=value, for example --set phase1.steps=100")
-            continue
-        try:
-            value = tomllib.loads(f"value = {text}")["value"]
-        except (tomllib.TOMLDecodeError, RecursionError):
-            value = text  # a bare word is a string
-        *parents, last = dotted.strip().split(".")
-        inner = table = dict(table)
-        for parent in parents:
-            inner[parent] = dict(inner[parent]) if isinstance(inner.get(parent), dict) else {}
-            inner = inner[parent]
-        inner[last] = value
-        keys.add(dotted.strip())
-    return table, frozenset(keys)
-
-
-def _build(cls: type[T], table: dict[str, Any], source: Source, section: str, errors: list[str]) -> T | None:
-    """An instance of ``cls``, or None with lines appended to ``errors``."""
-    hints = typing.get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    before = len(errors)
-    for key in table:
-        if key not in fields:
-            errors.append(f"{source.at(section, key)}: unknown key; {_hint(key, fields)}")
-    values: dict[str, Any] = {}
-    for name, spec in fields.items():
-        if name in table:
-            inner = f"{section}.{name}" if section else name
-            values[name] = _value(hints[name], table[name], source, section, spec, inner, errors)
-        elif spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:
-            where = f"{source.file}: {f'[{section}] ' if section else ''}"
-            errors.append(f"{where}{name} is missing")
-    return cls(**values) if len(errors) == before else None
-
-
-def _value(
-    kind: Any,
-    value: Any,
-    source: Source,
-    section: str,
-    spec: dataclasses.Field[Any],
-    inner: str,
-    errors: list[str],
-) -> Any:
-    where = source.at(section, spec.name)
-    options = [kind]
-    if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
-        if value is None:  # TOML has no null: this comes from a stored run
-            return None
-        options = [option for option in typing.get_args(kind) if option is not type(None)]
-    (kind,) = options  # the only unions in a configuration are "X or nothing"
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if dataclasses.is_dataclass(kind):
-        if not isinstance(value, dict):
-            errors.append(f"{where}: expected a table [{inner}], found {_show(value)}")
-            return None
-        return _build(typing.cast(type, kind), value, source, inner, errors)
-    if origin is Literal:
-        if value not in args:
-            errors.append(f"{where} = {_show(value)}: {_hint(str(value), args)}")
-        return value
-    if origin in (tuple, list):
-        if isinstance(value, str) or not isinstance(value, list | tuple):
-            errors.append(f"{where} = {_show(value)}: expected a list, such as {_example(args[0])}")
-            return None
-        if origin is tuple and Ellipsis not in args and len(value) != len(args):
-            errors.append(f"{where} = {_show(value)}: expected {len(args)} values, found {len(value)}")
-            return None
-        items = [_value(args[0], item, source, section, spec, inner, errors) for item in value]
-        return tuple(items) if origin is tuple else items
-    if origin is dict:
-        if not isinstance(value, dict) or any(type(item) is not args[1] for item in value.values()):
-            errors.append(f"{where}: expected a table of {args[1].__name__} values")
-        return value
-    if kind is float and type(value) is int:
-        value = float(value)
-    if type(value) is not kind:
-        errors.append(f"{where} = {_show(value)}: expected {_NAMES[kind]}, found {_NAMES.get(type(value), 'a table')}")
-        return value
-    _check_bounds(value, spec, where, errors)
-    return value
-
-
-_NAMES = {int: "a whole number", float: "a number", str: "a string", bool: "true or false", list: "a list"}
-
-
-def _check_bounds(value: Any, spec: dataclasses.Field[Any], where: str, errors: list[str]) -> None:
-    low, high, above = (spec.metadata.get(key) for key in ("low", "high", "above"))
-    choices = spec.metadata.get("choices")
-    if isinstance(value, float) and not math.isfinite(value):
-        errors.append(f"{where} = {value}: expected a finite number")
-    elif choices is not None and value not in choices:
-        errors.append(f"{where} = {_show(value)}: {_hint(str(value), choices)}")
-    elif low is not None and value < low:
-        errors.append(f"{where} = {value}: must be at least {low}")
-    elif high is not None and value > high:
-        errors.append(f"{where} = {value}: must be at most {high}")
-    elif above is not None and value <= above:
-        errors.append(f"{where} = {value}: must be greater than {above}")
-    elif isinstance(value, str) and any(ord(char) < 32 for char in value):
-        errors.append(f"{where}: control characters are not allowed")
 
 
 def _contradictions(recipe: Recipe) -> list[str]:
@@ -366,26 +208,8 @@ def _contradictions(recipe: Recipe) -> list[str]:
             )
     if not (data.wikipedia or data.books or data.jsonl):
         lines.append("[data] names no corpus: give at least one of wikipedia, books, jsonl")
+    if data.vocab is None and (recipe.phase1.start or recipe.phase2.start):
+        lines.append("data.vocab is missing: weights to start from are worth nothing without their own vocab.txt")
     if not recipe.name.replace("_", "").replace("-", "").isalnum():
         lines.append(f"name = {recipe.name!r}: use letters, digits, '-' and '_' only")
     return lines
-
-
-def _hint(word: str, known: Iterable[Any]) -> str:
-    names = [str(name) for name in known]
-    close = difflib.get_close_matches(word, names, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(names)}"
-
-
-def _show(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _example(kind: Any) -> str:
-    return '["enwiki.xml.bz2"]' if kind is str else "[0.9, 0.999]" if kind is float else "[1, 2]"
-
-
-def _raise(lines: Iterable[str]) -> None:
-    if text := "\n".join(lines):
-        raise ConfigError(text)

@@ -73,6 +73,16 @@ class PeerLost(PipelineError):
     exit_code = 76
 
 
+class NodeFault(PipelineError):
+    """A node computes wrong results or has an unfit GPU; start me again without ``nodes``."""
+
+    exit_code = 77
+
+    def __init__(self, line: str, nodes: tuple[str, ...]) -> None:
+        super().__init__(line)
+        self.nodes = nodes
+
+
 RESTART_CODES = (75, 76, 77)
 STORAGE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
 
@@ -89,16 +99,23 @@ def describe(error: BaseException) -> tuple[str, int]:
     return f"{type(error).__name__}: {error}", 1
 
 
-def run_command(main: Callable[[], int | None]) -> None:
-    """Run a command's ``main`` and leave the process with the documented exit code."""
+def exit_code_of(work: Callable[[], int | None]) -> int:
+    """Do ``work`` and return the documented exit code; what stopped it is printed in one line."""
     try:
-        code = main() or 0
+        return work() or 0
     except BrokenPipeError:  # the reader of our output went away (`| head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
+        return 0
+    except SystemExit as error:  # by argparse, or said already
+        return error.code if isinstance(error.code, int) else 0
     except (Exception, KeyboardInterrupt) as error:
         line, code = describe(error)
         if code == 1 or os.environ.get("PIPELINE_DEBUG"):
             traceback.print_exc()
         print(line, file=sys.stderr)
-    sys.exit(code)
+        return code
+
+
+def run_command(main: Callable[[], int | None]) -> None:
+    """Run a command's ``main`` and leave the process with the documented exit code."""
+    sys.exit(exit_code_of(main))

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pipeline.heartbeat import Heartbeat
 from pipeline.preempt import StopRequest
 from pipeline.rundir import Attempt, RunDir
 
@@ -51,6 +52,7 @@ class Job:
     workers: int
     threads: int
     stop: StopRequest = field(default_factory=StopRequest)
+    heartbeat: Heartbeat = field(default_factory=Heartbeat)
 
     @property
     def out(self) -> Path:

@@ -142,10 +142,10 @@ class StageDir:
 
     def metrics(self) -> list[dict[str, Any]]:
         """Metric lines of all attempts in order of step, the last attempt's line where steps repeat."""
-        lines: dict[tuple[int, bool], dict[str, Any]] = {}
+        lines: dict[tuple[int, bool, bool], dict[str, Any]] = {}
         for attempt in self.attempts:
             for line in read_jsonl(attempt.metrics):
-                lines[line["step"], "eval_mlm_loss" in line] = line
+                lines[line["step"], "loss" in line, "eval_mlm_loss" in line] = line
         return [lines[key] for key in sorted(lines)]
 
     def move_aside(self) -> Path | None:

@@ -1,6 +1,8 @@
 """THE chain: every stage from raw text to the report, in order. Read this file first.
 
 extract -> shard (-> vocab) -> samples_128, samples_512 -> phase1 -> phase2 -> export -> squad, mrpc, sst2 -> report
+
+A phase 2 that starts from weights of its own (``phase2.start``) needs no phase 1, and the chain has none.
 """
 
 from __future__ import annotations
@@ -55,8 +57,8 @@ def table(recipe: Recipe) -> dict[str, Stage]:
                 inputs={"shards": "shard:"},
             )
         )
-    phases = {"phase1": recipe.phase1, "phase2": recipe.phase2}
-    for seq_len in dict.fromkeys(phase.seq_len for phase in phases.values()):
+    phases = [recipe.phase2] if recipe.phase2.start else [recipe.phase1, recipe.phase2]
+    for seq_len in dict.fromkeys(phase.seq_len for phase in phases):
         chain.append(
             Stage(
                 name=samples_name(seq_len),
@@ -73,10 +75,9 @@ def table(recipe: Recipe) -> dict[str, Stage]:
                 inputs={"shards": "shard:", "vocab": vocab},
             )
         )
-    chain += [
-        phase_stage(recipe, "phase1", recipe.phase1, None),
-        phase_stage(recipe, "phase2", recipe.phase2, "phase1"),
-    ]
+    if recipe.phase2.start is None:
+        chain.append(phase_stage(recipe, "phase1", recipe.phase1, None, vocab))
+    chain.append(phase_stage(recipe, "phase2", recipe.phase2, "phase1#checkpoint", vocab))
     chain.append(
         Stage(
             name="export",
@@ -116,18 +117,19 @@ def table(recipe: Recipe) -> dict[str, Stage]:
     return {stage.name: stage for stage in chain}
 
 
-def phase_stage(recipe: Recipe, name: str, phase: PhaseConfig, start: str | None) -> Stage:
-    """A pretraining phase: the same function with another config; ``start`` is the phase whose weights it takes."""
+def phase_stage(recipe: Recipe, name: str, phase: PhaseConfig, before: str | None, vocab: str) -> Stage:
+    """A pretraining phase: the same function with another config.
+
+    It starts from the weights that its own config names, else from those of ``before``, else from random ones.
+    """
+    start = f"data:{phase.start}" if phase.start else before
     return Stage(
         name=name,
         run="pipeline.train.pretrain:run",
         job="pretrain",
         width="ranks",
         config={"model": recipe.model, "train": recipe.train, "optimizer": recipe.optimizer, "phase": phase},
-        inputs={
-            "samples": f"{samples_name(phase.seq_len)}:",
-            **({"start": f"{start}#checkpoint"} if start else {}),
-        },
+        inputs={"samples": f"{samples_name(phase.seq_len)}:", "vocab": vocab, **({"start": start} if start else {})},
     )
 
 

@@ -26,6 +26,7 @@ from pipeline.job import Job, Topology
 from pipeline.preempt import StopRequest, stop_at_once
 from pipeline.rundir import Attempt, RunDir
 from pipeline.stage import Stage
+from pipeline.supervise import supervise
 from slurm import verdict
 from slurm.profile import Profile
 
@@ -43,9 +44,14 @@ def main() -> int:
         for stage in arguments.stage:
             run_stage(RunDir(arguments.run), stage)
     except (Exception, KeyboardInterrupt) as error:
-        verdict.give(describe(error)[1])  # srun mixes the ranks' codes: the batch script reads this one
+        _tell_script(error)
         raise
     return 0
+
+
+def _tell_script(error: BaseException) -> None:
+    """srun mixes the ranks' codes: the batch script reads this one."""
+    verdict.give(describe(error)[1], getattr(error, "nodes", ()))
 
 
 def run_stage(run: RunDir, name: str) -> None:
@@ -72,12 +78,21 @@ def run_stage(run: RunDir, name: str) -> None:
         stop_at_once()
     workers = workers_of(profile, os.environ)
     job = Job(run, name, attempt, topology, workers=workers, threads=profile.threads, stop=stop)
+    if stage.width == "ranks":
+        supervise(job, lambda: execute(chain, stage, job))
+    else:
+        execute(chain, stage, job)
+
+
+def execute(chain: Chain, stage: Stage, job: Job) -> None:
+    """Do a stage's work and mark it done; raises what stopped it, after the attempt's verdict is written."""
+    name, attempt = stage.name, job.attempt
     try:
         started = time.time()
         result = function_of(stage)(job, **stage.config, **resolve(chain, stage))
-        if topology.rank == 0:
+        if job.rank == 0:
             finished = time.time()
-            run.stage(name).mark_done(
+            job.run.stage(name).mark_done(
                 {
                     **chain.record(name),
                     "attempt": attempt.number,
@@ -88,15 +103,17 @@ def run_stage(run: RunDir, name: str) -> None:
                     "made_with": made_with(),
                 }
             )
-            run.event("done", stage=name, attempt=attempt.number, duration_s=round(finished - started, 3))
+            job.run.event("done", stage=name, attempt=attempt.number, duration_s=round(finished - started, 3))
             verdict.made_progress()
         elif not done_soon(chain, name):
-            raise PeerLost(f"{name}: rank {topology.rank} waited {PATIENCE_S:.0f} s for rank 0 to mark it done")
+            raise PeerLost(f"{name}: rank {job.rank} waited {PATIENCE_S:.0f} s for rank 0 to mark it done")
     except (Exception, KeyboardInterrupt) as error:
         line, code = describe(error)
         if isinstance(error, PeerLost):
             time.sleep(1.0)  # the peer may know better what happened, and its verdict comes first
-        if attempt.judge(code, line, topology.rank):
+        first = attempt.judge(code, line, job.rank)
+        _tell_script(error)
+        if first:
             raise
         raise SystemExit(code) from None  # another rank said it first: one fault, one line
 

@@ -85,9 +85,11 @@ class SampleOrder:
 
 @dataclass(frozen=True)
 class MaskedSamples:
-    """Some samples end to end, masked: ``tokens [T]`` int64, ``lengths [N]``, ``b_start [N]``, ``nsp [N]``,
-    ``positions [K]`` (masked places in ``tokens``) and their original ids ``labels [K]``."""
+    """Some samples end to end, masked: their ``ids [N]`` in the split, ``tokens [T]`` int64, ``lengths [N]``,
+    ``b_start [N]``, ``nsp [N]``, ``positions [K]`` (masked places in ``tokens``) and their original ids ``labels [K]``.
+    """
 
+    ids: Ints
     tokens: Ints
     lengths: Ints
     b_start: Ints
@@ -152,6 +154,7 @@ class PretrainingData:
             max_predictions=self.phase.max_predictions,
         )
         return MaskedSamples(
+            ids=self.first_id[shard] + row,
             tokens=tokens.astype(np.int64),
             lengths=lengths,
             b_start=np.array([b_start for _, b_start, _ in found], np.int64),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from pipeline.bert.heads import BertForPreTraining, pretraining_loss_sums
 from pipeline.bert.packing import pack
 from pipeline.distributed import Group
+from pipeline.heartbeat import Where
 from pipeline.train.data import MaskedSamples, PretrainingData
 
 UNIGRAM_TOKENS = 20_000_000  # training tokens counted for the unigram line
@@ -39,13 +41,15 @@ def evaluate(
     world_size: int,
     group: Group,
     autocast: torch.autocast,
+    alive: Callable[[Where], None] = lambda where: None,
 ) -> Evaluation:
-    """Evaluate ``batches``, shared among the ranks; every rank returns the same figures."""
+    """Evaluate ``batches``, shared among the ranks; every rank returns the same figures. ``alive`` is told of it."""
     device = next(model.parameters()).device
     sums = torch.zeros(5, dtype=torch.float64, device=device)
     model.eval()
     with torch.inference_mode(), autocast:
         for found in batches[rank::world_size]:
+            alive("working")
             batch = pack(found.tokens, found.lengths, found.b_start, model.config.max_position_embeddings).to(device)
             slots = batch.row_position(torch.from_numpy(found.positions).to(device))
             labels, nsp = (torch.from_numpy(values).to(device) for values in (found.labels, found.nsp))
@@ -62,7 +66,9 @@ def evaluate(
             )
     model.train()
     if group is not None:
+        alive("waiting")
         dist.all_reduce(sums, group=group)
+        alive("working")
     mlm_sum, mlm_correct, nsp_correct, tokens, pairs = sums.tolist()
     return Evaluation(mlm_sum / tokens, mlm_correct / tokens, nsp_correct / pairs)
 

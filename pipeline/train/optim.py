@@ -124,6 +124,13 @@ class Optimizer(ABC):
             tensor.copy_(state[key])
         self.finished_steps = int(state["step"])
 
+    def reset(self) -> None:
+        """Forget all moments and steps."""
+        for moments in (self.exp_avg, self.exp_avg_sq):
+            for tensor in moments.values():
+                tensor.zero_()
+        self.finished_steps = 0
+
     def _gradients(self, names: Sequence[str]) -> list[Tensor]:
         return [grad for name in names if (grad := self.parameters[name].grad) is not None]
 

@@ -55,7 +55,7 @@ class Reducer:
     ``grad`` hold the same sum. ``group`` None means one process. ``reduction="fast"`` sends buckets with asynchronous
     all-reduces from within the backward of the rank's last micro-batch; ``"tree"`` see ``_Tree``.
 
-    The scalars are gathered per micro-batch and added in index order, so they do not depend on the ranks either.
+    The scalars are gathered per micro-batch, so that their sum in index order does not depend on the ranks either.
     """
 
     def __init__(
@@ -97,21 +97,21 @@ class Reducer:
         if self._tree is not None:
             self._tree.add(index)
 
-    def finish(self, extra: float = 0.0) -> tuple[float, ...]:
-        """Complete the sums; returns the scalars summed over the step, then the sum of the ranks' ``extra``."""
+    def finish(self, extra: Sequence[float] = ()) -> tuple[Tensor, list[float]]:
+        """Complete the sums; returns the scalars of every micro-batch, float64 [micro_batches, n] on the CPU, and
+        the ranks' ``extra`` summed entry by entry.
+        """
         if self._tree is not None:
             self._tree.finish()
         if self._buckets is not None:
             self._buckets.finish()
-        return self._sum_scalars(extra)
-
-    def _sum_scalars(self, extra: float) -> tuple[float, ...]:
-        # Each entry is filled by one rank and zero on the others: their sum is exact in any order.
-        together = torch.cat([self._scalars.view(-1), self._scalars.new_tensor([extra])])
+        # Each scalar is filled by one rank and zero on the others: their sum is exact in any order.
+        together = torch.cat([self._scalars.view(-1), self._scalars.new_tensor(extra)])
         if self.group is not None:
             dist.all_reduce(together, group=self.group)
-        totals = together[:-1].view_as(self._scalars).sum(0)
-        return (*totals.tolist(), float(together[-1]))
+        together = together.cpu()
+        size = self._scalars.numel()
+        return together[:size].view_as(self._scalars), together[size:].tolist()
 
 
 class _Buckets:

@@ -74,7 +74,8 @@ def one_step(reducer, model, rank, facts=None):
             scalars += torch.stack([loss.detach(), torch.tensor(0.1 * index)])  # they begin at zero
         if facts is not None and reducer._buckets is not None:
             facts.append(len(reducer._buckets.sent))
-    return reducer.finish(extra=float(rank))
+    scalars, extra = reducer.finish([float(rank)])
+    return (*scalars.sum(0).tolist(), *extra)
 
 
 # ---------------------------------------------------------------- what the forked ranks do

@@ -1,0 +1,49 @@
+"""Where one training process is, in memory that it shares with the process that watches it."""
+
+from __future__ import annotations
+
+import mmap
+import struct
+import time
+from typing import Literal, NamedTuple
+
+Where = Literal["starting", "working", "waiting"]
+PLACES: tuple[Where, ...] = ("starting", "working", "waiting")
+FIELDS = struct.Struct("<dqqd")
+
+
+class Beat(NamedTuple):
+    """The last sign of life: ``time_s`` is monotonic, ``longest_s`` the longest time between two beats of work."""
+
+    time_s: float
+    where: Where
+    step: int
+    longest_s: float
+
+
+class Heartbeat:
+    """Beaten once per micro-batch and around every wait for other ranks; made before the process forks.
+
+    A rank that waits is never the one that hangs: it says so, and the watcher looks for another.
+    """
+
+    def __init__(self) -> None:
+        self._memory = mmap.mmap(-1, FIELDS.size)
+        self._last = Beat(time.monotonic(), "starting", 0, 0.0)
+        self._write()
+
+    def beat(self, where: Where, step: int) -> None:
+        """Say that this process is alive, and what it is about to do."""
+        now, last = time.monotonic(), self._last
+        took = now - last.time_s if last.where == "working" else 0.0
+        self._last = Beat(now, where, step, max(took, last.longest_s))
+        self._write()
+
+    def read(self) -> Beat:
+        """What the other process said last."""
+        time_s, place, step, longest_s = FIELDS.unpack_from(self._memory)
+        return Beat(time_s, PLACES[place], step, longest_s)
+
+    def _write(self) -> None:
+        time_s, where, step, longest_s = self._last
+        FIELDS.pack_into(self._memory, 0, time_s, PLACES.index(where), step, longest_s)
