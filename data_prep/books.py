@@ -6,18 +6,31 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from data_prep.document import Document, Tally, content_id, plain, printable
+from data_prep.document import CONTROL, Document, Tally, content_id, plain, printable
 from data_prep.errors import DataError
 
 PIECE = 1 << 20
 LONG_LINE = 200  # characters; text with such lines was not wrapped by hand
+REPAIRS = ("byte_order_marks_removed", "carriage_returns_read_as_line_ends", "control_characters_removed")
 BLANK_LINE = re.compile(r"\n[^\S\n]*\n")
 
 
 def book_files(folder: Path) -> list[Path]:
-    """All files below `folder`, in the order of their names; hidden ones are left out. DataError when none."""
-    found = [path for path in folder.rglob("*") if path.is_file()]
-    files = sorted(path for path in found if not any(p.startswith(".") for p in path.relative_to(folder).parts))
+    """All files below `folder`, in the order of their names; hidden ones are left out.
+
+    Raises DataError when there is none, and for what is no file of this folder: a link that leads out of it, nowhere
+    or to a folder, a pipe, a device.
+    """
+    files, top = [], folder.resolve()
+    for path in sorted(folder.rglob("*")):
+        linked = path.is_symlink()
+        if any(p.startswith(".") for p in path.relative_to(folder).parts) or (path.is_dir() and not linked):
+            continue
+        if not path.is_file():
+            raise DataError(f"{path} is no regular file and leads to none: remove it from the folder of books")
+        if linked and not path.resolve().is_relative_to(top):
+            raise DataError(f"{path} leads out of {folder}, to {path.resolve()}: copy the file, or remove the link")
+        files.append(path)
     if not files:
         raise DataError(f"{folder} holds no file: put one text file per book there")
     return files
@@ -34,7 +47,8 @@ def book(path: Path, folder: Path, *, max_document_mb: float, tally: Tally) -> D
     if path.stat().st_size > max_document_mb * 1e6:
         _too_large(tally, name, max_document_mb)
         return None
-    text = _decode(path.read_bytes(), path, 0).replace("\r\n", "\n").replace("\r", "\n").strip()
+    text = _decode(path.read_bytes(), path, 0, tally)
+    text = _counted(text, tally).replace("\r\n", "\n").replace("\r", "\n").strip()
     parts = BLANK_LINE.split(text)
     if len(parts) == 1 and "\n" in text:
         tally.counts["books_without_blank_lines"] += 1
@@ -56,7 +70,7 @@ def text_documents(path: Path, start: int, end: int, *, max_document_mb: float, 
             if size > limit:
                 _too_large(tally, f"{path.name} at byte {offset}", max_document_mb)
                 continue
-            text = " ".join(_decode(b"".join(pieces), path, offset).split())
+            text = " ".join(_counted(_decode(b"".join(pieces), path, offset, tally), tally).split())
             made = _document("", path.name, "", text, tally, where=f"{path.name} at byte {offset}")
             if made:
                 yield made
@@ -75,13 +89,13 @@ def json_documents(path: Path, start: int, end: int, *, max_document_mb: float, 
             tally.counts["articles"] += 1
             title, number, text = f"{path.name} at byte {offset}", None, ""
             if size <= 8 * limit:  # JSON escapes may take six bytes for one
-                row = _row(b"".join(pieces), path, offset)
+                row = _row(b"".join(pieces), path, offset, tally)
                 text, title, number = row["text"], row.get("title") or title, row.get("id")
             if size > 8 * limit or len(text.encode(errors="replace")) > limit:
                 _too_large(tally, title, max_document_mb)
                 continue
             key = "" if number is None else f"{path.stem}-{number}"
-            made = _document(row.get("title") or "", path.name, key, plain(text), tally, where=title)
+            made = _document(row.get("title") or "", path.name, key, plain(_counted(text, tally)), tally, where=title)
             if made:
                 yield made
 
@@ -99,9 +113,19 @@ def _too_large(tally: Tally, title: str, max_document_mb: float) -> None:
     tally.skip(f"over max_document_mb ({max_document_mb:g})", title)
 
 
-def _decode(data: bytes, path: Path, offset: int) -> str:
-    """UTF-8 text without a byte order mark; DataError naming file and byte for anything else."""
+def _counted(text: str, tally: Tally) -> str:
+    """`text` as it is; what `plain` takes out of it is counted."""
+    for key, found in zip(REPAIRS[1:], (text.count("\r"), len(CONTROL.findall(text))), strict=True):
+        if found:
+            tally.counts[key] += found
+    return text
+
+
+def _decode(data: bytes, path: Path, offset: int, tally: Tally) -> str:
+    """UTF-8 text without a byte order mark (counted); DataError naming file and byte for anything else."""
     skip = 3 if offset == 0 and data.startswith(b"\xef\xbb\xbf") else 0
+    if skip:
+        tally.counts[REPAIRS[0]] += 1
     try:
         return data[skip:].decode("utf-8")
     except UnicodeDecodeError as error:
@@ -111,10 +135,10 @@ def _decode(data: bytes, path: Path, offset: int) -> str:
         ) from None
 
 
-def _row(line: bytes, path: Path, offset: int) -> dict[str, Any]:
+def _row(line: bytes, path: Path, offset: int, tally: Tally) -> dict[str, Any]:
     fault = ""
     try:
-        row = json.loads(_decode(line, path, offset))
+        row = json.loads(_decode(line, path, offset, tally))
         if not isinstance(row, dict) or not isinstance(row.get("text"), str):
             fault = 'no object with a string "text"'
         elif not isinstance(row.get("title") or "", str):

@@ -10,12 +10,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
+from data_prep.errors import escaped
 from data_prep.publish import publishing
 
 FILE_BYTES = 32_000_000
 EXAMPLES = 20
 _BLANKS = re.compile(r"[^\S\n]+")
-_CONTROL = re.compile(r"[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\xad\u200b\ufeff\ufffe\uffff\ud800-\udfff]")
+CONTROL = re.compile(r"[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\xad\u200b\ufeff\ufffe\uffff\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -30,13 +31,13 @@ class Document:
 
 def printable(text: str, limit: int = 80) -> str:
     """`text` on one line for a log or an error: control characters shown as ``\\x1b``, cut at `limit`."""
-    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    text = escaped(text)
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def plain(text: str) -> str:
     """`text` with single blanks, without control characters, soft hyphens and zero-width spaces."""
-    lines = (_BLANKS.sub(" ", line).strip() for line in _CONTROL.sub("", text).splitlines())
+    lines = (_BLANKS.sub(" ", line).strip() for line in CONTROL.sub("", text).splitlines())
     return "\n".join(line for line in lines if line)
 
 

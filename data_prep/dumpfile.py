@@ -112,9 +112,9 @@ def _streams(path: Path, file: BinaryIO, position: int, end: int, seam: Seam) ->
     """Decompress bz2 streams from `position` until one begins at or after `end`, or the file ends."""
     size = path.stat().st_size
     file.seek(position)
-    pending = b""
+    pending, first, given = b"", position, 0
     while position < min(end, size):
-        decompressor, taken, given = bz2.BZ2Decompressor(), 0, 0
+        decompressor, taken = bz2.BZ2Decompressor(), 0
         while not decompressor.eof:
             data = b""
             if decompressor.needs_input:
@@ -134,8 +134,9 @@ def _streams(path: Path, file: BinaryIO, position: int, end: int, seam: Seam) ->
                     f"{position + taken} of {size}): fetch it again"
                 ) from None
             given += len(out)
-            if given > BOMB_BYTES and given > BOMB_RATIO * taken:
-                raise DataError(f"{path}: {taken} bytes at byte {position} unpack to over {given >> 20} MB: a bomb")
+            read = position + taken - first  # over all streams: a bomb may be many small ones
+            if given > BOMB_BYTES and given > BOMB_RATIO * read:
+                raise DataError(f"{path}: {read} bytes at byte {first} unpack to over {given >> 20} MB: a bomb")
             if out:
                 yield out
         pending = decompressor.unused_data

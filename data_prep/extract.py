@@ -53,6 +53,10 @@ def run(
     for name in names:
         if names.count(name) > 1:
             raise DataError(f"two inputs are called {name}: rename one, documents carry the name of their input")
+    for kind, path in inputs:
+        if kind != "books" and not path.is_file():
+            what = "a folder" if path.is_dir() else "no regular file"
+            raise DataError(f"{path} is {what}; only data.books may name a folder, everything else is read as a file")
     described = run_all(_describe, inputs, job.workers)
     parts = [
         replace(part, number=number)
@@ -206,6 +210,8 @@ def _remarks(name: str, tally: Tally) -> list[str]:
         examples = ", ".join(tally.examples[reason][:3])
         advice = "; raise data.max_document_mb to keep them" if reason.startswith("over") else ""
         lines.append(f"{name}: {count} skipped, {reason}: {examples}{' …' if count > 3 else ''}{advice}")
+    if repaired := [f"{counts[key]} {key.replace('_', ' ')}" for key in books.REPAIRS if counts[key]]:
+        lines.append(f"{name}: {', '.join(repaired)}")
     if counts["books_without_blank_lines"]:
         lines.append(f"{name}: {counts['books_without_blank_lines']} books have no blank line: one document each")
     return lines

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.errors import DataError
+from data_prep.manifest import SampleSet, ShardFile
 from data_prep.publish import publish_bytes
 
 FORMAT = 1
@@ -101,6 +102,30 @@ def read_shard(path: Path) -> Shard:
     except (OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise DataError(f"{path} cannot be read as a shard: {error}") from None
     _check(path, shard)
+    return shard
+
+
+def read_listed(samples: SampleSet, file: ShardFile) -> Shard:
+    """Map a shard of a verified folder; DataError unless it is the one that the manifest describes.
+
+    All token ids are compared with the size of the vocabulary: a larger one would address memory outside the
+    embeddings.
+    """
+    shard = read_shard(file.path)
+    said = (file.rows, file.tokens, samples.seq_len, samples.vocab_sha256, samples.seed)
+    found = (len(shard.b_start), len(shard.tokens), shard.seq_len, shard.vocab_sha256, shard.seed)
+    for name, mine, theirs in zip(("rows", "tokens", "seq_len", "vocab_sha256", "seed"), found, said, strict=True):
+        if mine != theirs:
+            raise DataError(
+                f"{file.path} has {name} {str(mine)[:12]}, its manifest says {str(theirs)[:12]}: it is a shard of "
+                "another run; run the samples stage again"
+            )
+    highest = int(shard.tokens.max(initial=0))
+    if highest >= samples.vocab_size:
+        raise DataError(
+            f"{file.path} holds token id {highest}, the vocabulary ends at {samples.vocab_size - 1}: run the samples "
+            "stage again"
+        )
     return shard
 
 

@@ -60,7 +60,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         value = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise DataError(f"{path} is missing: the stage that makes this folder has not finished") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not JSON ({error}): run the stage that makes this folder again") from None
     if not isinstance(value, dict) or value.get("manifest_sha256") != _seal(value):
         raise DataError(f"{path} does not match its own digest: it was damaged or edited; run its stage again")
@@ -132,6 +132,8 @@ def load(folder: Path, split: str) -> SampleSet:
         )
     except KeyError as error:
         raise DataError(f"{folder / NAME} lacks {error}: it is not the manifest of a samples folder") from None
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{folder / NAME} is not the manifest of a samples folder: {error}") from None
 
 
 def load_verified(folder: Path, split: str) -> SampleSet:

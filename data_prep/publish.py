@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -13,11 +15,12 @@ from typing import IO, Any
 
 
 @contextmanager
-def publishing(path: Path) -> Iterator[IO[bytes]]:
+def publishing(path: Path, size: int | None = None) -> Iterator[IO[bytes]]:
     """Give a binary handle whose content becomes ``path`` when the block ends without an exception.
 
     On any exception the temporary file is removed and an older ``path`` stays untouched. An ``OSError`` (full
-    disk, quota, read-only) leaves with ``filename`` set, so that the caller's one line can name the file.
+    disk, quota, read-only) leaves with ``filename`` set, so that the caller's one line can name the file; that of a
+    full disk says how many MB were needed (``size`` bytes, else more than were written) and are free.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
@@ -30,10 +33,16 @@ def publishing(path: Path) -> Iterator[IO[bytes]]:
         os.replace(temporary, path)
         sync_folder(path.parent)
     except BaseException as error:
+        written = 0
         with suppress(OSError):
+            written = temporary.stat().st_size
             os.unlink(temporary)
-        if isinstance(error, OSError) and error.filename is None:
+        if isinstance(error, OSError) and str(error.filename) in ("None", str(temporary)):
             error.filename = str(path)
+            if error.errno == errno.ENOSPC:
+                needed = f"over {written / 1e6:.1f}" if size is None else f"{size / 1e6:.1f}"
+                free = shutil.disk_usage(path.parent).free
+                error.strerror = f"{error.strerror} ({needed} MB needed, {free / 1e6:.1f} MB free)"
         raise
 
 
@@ -48,7 +57,7 @@ def sync_folder(folder: Path) -> None:
 
 def publish_bytes(path: Path, data: bytes | bytearray | memoryview) -> None:
     """Write ``data`` as ``path``, whole or not at all."""
-    with publishing(path) as file:
+    with publishing(path, len(data)) as file:
         file.write(data)
 
 

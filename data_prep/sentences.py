@@ -47,8 +47,8 @@ def language_fault(language: str) -> str:
     close = difflib.get_close_matches(language.lower(), sorted(names), n=3, cutoff=0.5)
     near = f"did you mean {', '.join(repr(names[name]) for name in close)}? " if close else ""
     return (
-        f"data.language is {language!r}, which is unknown; {near}Known are the two-letter codes of ISO 639, those of "
-        f"Wikipedia's editions, and {GENERAL!r} for any other language"
+        f"data.language is {language[:40]!r}, which is unknown; {near}Known are the two-letter codes of ISO 639, "
+        f"those of Wikipedia's editions, and {GENERAL!r} for any other language"
     )
 
 

@@ -15,6 +15,7 @@ from data_prep.wikitext import NAMESPACES, clean
 PAGE_FIELDS = {"title", "ns", "id", "text"}
 MAX_DEPTH = 20
 MAX_TOKEN = 1 << 24  # bytes of one tag; expat keeps it whole
+MAX_NAMESPACES = 1000  # the largest wikis have about 50
 REDIRECT = re.compile(r"\s*#\w+\s*:?\s*\[\[")
 
 
@@ -125,7 +126,9 @@ class _Parser:
                 # of several revisions the last one counts
                 setattr(self.page, name, value if self.length <= self.max_text else None if name == "text" else "?")
             elif name == "namespace" and value and self.key.lstrip("-").isdecimal():
-                self.site.namespaces[value.replace("_", " ").lower()] = int(self.key)
+                self.site.namespaces[value.replace("_", " ").lower()] = int(self.key[:9])
+                if len(self.site.namespaces) > MAX_NAMESPACES:
+                    raise DataError(f"{self.where}: over {MAX_NAMESPACES} namespaces: not a MediaWiki export")
             elif name == "dbname" or (name == "sitename" and not self.site.name):
                 self.site.name = value
             self.pieces = None

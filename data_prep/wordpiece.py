@@ -44,6 +44,8 @@ class Vocabulary:
     @classmethod
     def load(cls, path: Path) -> Vocabulary:
         """Read a vocabulary; DataError for a special token or line that is missing, double, or not UTF-8."""
+        if path.exists() and not path.is_file():
+            raise DataError(f"vocabulary {path} is no regular file")
         try:
             data = path.read_bytes()
             lines = data.decode("utf-8").replace("\r\n", "\n").removesuffix("\n").split("\n")

@@ -1,6 +1,7 @@
 """Books, blank-line separated documents and JSON lines: rules, parts against the whole, bad input by name and place."""
 
 import json
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -57,6 +58,62 @@ def test_invalid_utf8_names_file_and_byte(tmp_path: Path) -> None:
             one_book(tmp_path / "a.txt", mark + b"\xc3\xa9caf\xe9 noir")
 
 
+@pytest.mark.parametrize(
+    ("data", "counts"),
+    [
+        (b"\xef\xbb\xbfA b.\r\nC.\rD.\r\n", {"byte_order_marks_removed": 1, "carriage_returns_read_as_line_ends": 3}),
+        (b"A\x00 b\x00\x1b[31m.\n\nC.", {"control_characters_removed": 3}),
+        (b"A b.\n\nC.", {}),
+    ],
+)
+def test_what_is_repaired_is_counted_in_every_form(data: bytes, counts: dict[str, int], tmp_path: Path) -> None:
+    document, tally = one_book(tmp_path / "a.txt", data)
+    assert document is not None
+    assert {key: tally.counts[key] for key in books.REPAIRS if tally.counts[key]} == counts
+    row = json.dumps({"text": data.decode("utf-8-sig")}).encode()
+    (tmp_path / "a.jsonl").write_bytes(data[:3] + row if data.startswith(b"\xef") else row)
+    for read, name in ((books.text_documents, "a.txt"), (books.json_documents, "a.jsonl")):
+        path, tally = tmp_path / name, Tally()
+        assert list(read(path, 0, path.stat().st_size, max_document_mb=1, tally=tally))
+        assert {key: tally.counts[key] for key in books.REPAIRS if tally.counts[key]} == counts
+
+
+def test_lone_surrogates_are_removed_and_counted(tmp_path: Path) -> None:
+    path, tally = tmp_path / "a.jsonl", Tally()
+    path.write_bytes(rb'{"text": "Ein \ud800 Wort \udfff\u0000.", "title": "\u001b[31mrot\ud800"}')
+    (document,) = books.json_documents(path, 0, path.stat().st_size, max_document_mb=1, tally=tally)
+    assert (document.title, document.text) == ("[31mrot", "Ein Wort .")
+    assert tally.counts["control_characters_removed"] == 3
+    path.write_bytes(b'{"text": "\xed\xa0\x80"}')  # the same, written as bytes
+    with pytest.raises(DataError, match="invalid UTF-8 at byte 10"):
+        list(books.json_documents(path, 0, path.stat().st_size, max_document_mb=1, tally=tally))
+
+
+def test_links_pipes_and_loops_among_the_books_are_refused(tmp_path: Path) -> None:
+    folder, outside = tmp_path / "books", tmp_path / "outside"
+    for made in (folder / "inner", outside):
+        made.mkdir(parents=True)
+        (made / "a.txt").write_text("A book.")
+    for name, make in {
+        "secret.txt": lambda path: path.symlink_to(outside / "a.txt"),
+        "passwd": lambda path: path.symlink_to("/etc/passwd"),
+        "loop.txt": lambda path: path.symlink_to(path),
+        "nowhere.txt": lambda path: path.symlink_to("nothing"),
+        "top": lambda path: path.symlink_to(folder),
+        "folder": lambda path: path.symlink_to(outside),
+        "pipe.txt": lambda path: os.mkfifo(path),
+        "zero": lambda path: path.symlink_to("/dev/zero"),
+    }.items():
+        make(folder / name)
+        with pytest.raises(DataError, match=f"books/{name}"):
+            books.book_files(folder)
+        (folder / name).unlink()
+    (folder / "b.txt").symlink_to("inner/a.txt")
+    (tmp_path / "link").symlink_to(folder)
+    for top in (folder, tmp_path / "link"):
+        assert [path.name for path in books.book_files(top)] == ["b.txt", "a.txt"]
+
+
 def test_folder_is_read_in_order_and_whole(tmp_path: Path) -> None:
     for name in ("b.txt", "a/z.txt", "a/b/c", ".hidden", ".git/x"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -97,7 +154,9 @@ def test_any_cut_gives_the_same_documents(
         if size + len(ending) <= 100 and any(map(str.isalpha, text)):
             expected.append(text)
     kept = [document.text for document in documents]
-    assert [text for text in kept if len(text.encode()) < 95] == [text for text in expected if len(text.encode()) < 95]
+    # near the limit, the white space that is not kept decides
+    short = [[text for text in texts if len(text.encode()) < 70] for texts in (kept, expected)]
+    assert short[0] == short[1]
     assert tally.counts["articles"] == articles == len(documents) + sum(tally.skipped.values())
     assert in_parts(books.text_documents, path, 10**9) == (documents, tally)
 

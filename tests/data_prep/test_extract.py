@@ -3,6 +3,7 @@
 import bz2
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -152,6 +153,35 @@ def test_any_number_of_workers_gives_the_same_bytes(sample_dir: Path, tmp_path: 
     assert contents(tmp_path / "w1") == contents(tmp_path / "w3")
     found = manifest.read_manifest(tmp_path / "w1")
     assert found["counts"]["articles"] == found["counts"]["documents"] + sum(found["skipped"].values())
+
+
+@pytest.mark.parametrize("kind", ["wikipedia", "jsonl", "books"])
+def test_what_is_no_file_is_refused_and_nothing_hangs(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("pipe",) if kind == "books" else ("pipe", "folder"):
+        inputs: dict[str, list[Path]] = {"wikipedia": [], "jsonl": [], "books": [], kind: [tmp_path / name]}
+        with pytest.raises(DataError, match=f"{name} is (a folder|no regular file)"):
+            extract.run(FakeJob(tmp_path / "out"), **inputs, max_document_mb=1)
+
+
+def test_hostile_names_stay_one_printable_line(tmp_path: Path) -> None:
+    name = b"rot\x1b[31m\n\xff\xc2\x9b.txt".decode(errors="surrogateescape")
+    (tmp_path / "books").mkdir()
+    path = tmp_path / "books" / name
+    path.write_bytes(b"good\n\nbad \xff\n")
+    empty: dict[str, list[Path]] = {"wikipedia": [], "jsonl": [], "books": [tmp_path / "books"]}
+    with pytest.raises(DataError) as caught:
+        extract.run(FakeJob(tmp_path / "out"), **empty, max_document_mb=1)
+    assert str(caught.value).isprintable()
+    assert r"rot\x1b[31m\n\udcff\x9b.txt: invalid UTF-8 at byte 10" in str(caught.value)
+    path.write_bytes(b"\xef\xbb\xbf1\r\n2")
+    (tmp_path / "books" / "a.txt").write_bytes(b"\xef\xbb\xbfA word\x00.\r\n")
+    job = FakeJob(tmp_path / "out")
+    extract.run(job, **empty, max_document_mb=1)
+    assert all(line.isprintable() for line in job.lines)
+    expected = "books: 2 byte order marks removed, 2 carriage returns read as line ends, 1 control characters removed"
+    assert expected in job.lines
 
 
 KILLED = """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.errors import DataError
-from data_prep.hdf5 import Shard, read_shard, token_dtype, write_shard
+from data_prep.hdf5 import Shard, read_listed, read_shard, token_dtype, write_shard
 from data_prep.manifest import load_verified, publish_manifest
 
 ARRAYS = ("tokens", "offsets", "b_start", "is_random_next", "document")
@@ -112,6 +113,31 @@ def test_every_flipped_bit_and_every_cut_is_noticed_before_hdf5_parses(
         path.write_bytes(content)
         with pytest.raises(DataError, match=r"train-00000\.hdf5 has"):
             load_verified(tmp_path, "train")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("rows", 29, "has rows 30, its manifest says 29"),
+        ("tokens", 1199, "has tokens 1200, its manifest says 1199"),
+        ("seq_len", 128, "has seq_len 512, its manifest says 128"),
+        ("vocab_sha256", "cd" * 32, "has vocab_sha256 abababab"),
+        ("seed", 8, "has seed 7, its manifest says 8"),
+        ("vocab_size", 300, "holds token id"),
+    ],
+)
+def test_a_shard_of_another_run_under_a_whole_manifest_is_refused(
+    tmp_path: Path, key: str, value: Any, message: str
+) -> None:
+    samples_folder(tmp_path, [40] * 30)
+    samples = load_verified(tmp_path, "train")
+    assert read_listed(samples, samples.shards[0]).seq_len == 512
+    described = json.loads((tmp_path / "manifest.json").read_text())
+    (described["shards"][0] if key in ("rows", "tokens") else described)[key] = value
+    publish_manifest(tmp_path, described)
+    samples = load_verified(tmp_path, "train")
+    with pytest.raises(DataError, match=rf"train-00000\.hdf5 {message}"):
+        read_listed(samples, samples.shards[0])
 
 
 @pytest.mark.parametrize(

@@ -84,6 +84,14 @@ def test_a_missing_or_foreign_manifest_is_one_line(tmp_path: Path) -> None:
     publish_manifest(tmp_path, {"format": 1, "shards": []})
     with pytest.raises(DataError, match="lacks 'seq_len'"):
         load(tmp_path, "train")
+    for shards in (7, [7], [{"split": "train", "file": "a", "bytes": "x", "sha256": 1}], None):
+        publish_manifest(tmp_path, {"format": 1, "shards": shards})
+        with pytest.raises(DataError, match="is not the manifest of a samples folder"):
+            load(tmp_path, "train")
+    for text in ("[" * 100_000, '{"a":' * 100_000, "", "7", "nul", "\ufeff{}"):
+        (tmp_path / "manifest.json").write_text(text)
+        with pytest.raises(DataError, match=r"manifest\.json"):
+            load(tmp_path, "train")
     publish_manifest(tmp_path, {"format": 9, "shards": []})
     with pytest.raises(DataError, match="has format 9, this version reads 1"):
         load(tmp_path, "train")

@@ -6,11 +6,37 @@ import errno
 import hashlib
 import os
 import stat
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from data_prep.publish import file_sha256, publish_bytes, publish_json, publishing, remove_leftovers
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("needs root to mount a file system of 1 MB: a full disk is not tested here")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+def test_a_full_disk_says_what_was_needed_and_what_is_free(small_disk: Path) -> None:
+    publish_bytes(small_disk / "old", b"old" * 100_000)
+    with pytest.raises(OSError) as caught:
+        publish_bytes(small_disk / "old", b"new" * 1_000_000)
+    assert caught.value.errno == errno.ENOSPC
+    assert caught.value.filename == str(small_disk / "old")
+    assert "(3.0 MB needed, 0.7 MB free)" in str(caught.value)
+    with pytest.raises(OSError, match=r"over 0\.7 MB needed, 0\.7 MB free"), publishing(small_disk / "new") as file:
+        file.writelines([b"x" * 65536] * 100)
+    assert names(small_disk) == ["old"]
+    assert (small_disk / "old").read_bytes() == b"old" * 100_000
 
 
 def names(folder: Path) -> list[str]:

@@ -3,6 +3,8 @@
 import bz2
 import gzip
 import random
+import resource
+import time
 import tracemalloc
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
@@ -145,12 +147,15 @@ def test_every_truncation_is_refused(write: Callable[[bytes], Path]) -> None:
     draw = random.Random(1)
     for kind, writer in WRITERS.items():
         data = writer(some_pages())
-        cuts = [draw.randrange(len(data) - 14) for _ in range(40)]  # the last bytes may be </mediawiki>'s line end
+        cuts = [
+            0,
+            *(draw.randrange(len(data) - 14) for _ in range(100)),
+        ]  # the last bytes may be </mediawiki>'s line end
         if kind == "multistream":
             cuts += [sum(map(len, pieces[:n])) for n in range(len(pieces))]
         for cut in cuts:
             for part_bytes in (700, 10**9):
-                with pytest.raises(DataError, match=r"dump\.xml"):
+                with pytest.raises(DataError, match=r"dump\.xml(?:.*byte \d+| is empty)"):
                     read(write(data[:cut]), part_bytes)
 
 
@@ -198,8 +203,32 @@ def test_damage_inside_is_never_a_silent_loss(write: Callable[[bytes], Path]) ->
             assert counts["articles"] == len(documents) + sum(tally.skipped.values())
 
 
+HA = "".join(f'<!ENTITY h{n} "{f"&h{n - 1};" * 10 if n else "ha"}">' for n in range(30))
+DOCTYPES = {
+    "billion laughs": f"<!DOCTYPE x [{HA}]>",
+    "one long entity": f'<!DOCTYPE x [<!ENTITY h29 "{"ha" * 500_000}">]>',
+    "an entity of itself": '<!DOCTYPE x [<!ENTITY h29 "&h29;">]>',
+    "a file of this machine": '<!DOCTYPE x [<!ENTITY h29 SYSTEM "file:///etc/passwd">]>',
+    "an endless device": '<!DOCTYPE x [<!ENTITY h29 SYSTEM "file:///dev/zero">]>',
+    "the network": '<!DOCTYPE x SYSTEM "http://127.0.0.1:9/x.dtd">',
+    "parameter entities": "<!DOCTYPE x [<!ENTITY % a \"<!ENTITY h29 'ha'>\"> %a; %a;]>",
+    "default attributes": f'<!DOCTYPE x [<!ATTLIST page a CDATA "{"ha" * 500_000}">]>',
+}
+
+
+@pytest.mark.parametrize("kind", DOCTYPES)
+def test_entity_bombs_are_refused_at_once(kind: str, write: Callable[[bytes], Path]) -> None:
+    data = DOCTYPES[kind].encode() + plain_export([page(n, "Text.") for n in range(1, 200)]).replace(b"Text", b"&h29;")
+    path, before, started = write(data), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    with pytest.raises(DataError, match="has a DOCTYPE"):
+        read(path)
+    assert time.monotonic() - started < 1
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # KiB
+
+
 BOMB = '<!DOCTYPE x [<!ENTITY a "ha"><!ENTITY b "&a;&a;&a;&a;&a;&a;&a;&a;">]>'
 GOOD = page(1, "Text.")
+MANY_NAMES = "".join(f'<namespace key="{n}">Name {n}</namespace>' for n in range(2000))
 
 
 @pytest.mark.parametrize(
@@ -218,12 +247,19 @@ GOOD = page(1, "Text.")
         (plain_export([GOOD]).replace(b"Text", b"T\x00xt"), "Seite 1"),
         (plain_export([GOOD]).replace(b"Text", b"T\x1bxt"), "Seite 1"),
         (plain_export([GOOD]).replace(b"Text", b"&nbsp;"), "undefined entity"),
+        (plain_export([GOOD]).replace(b"Text", b"&#xD800;"), "invalid character number"),
+        (plain_export([GOOD]).replace(b"Text", b"\xed\xa0\x80"), "invalid UTF-8"),
+        (plain_export([GOOD]).replace(b"Text", b"&#27;[31m"), "invalid character number"),
         (plain_export([GOOD]).replace(b"</text>", b""), "mismatched tag"),
         (plain_export([GOOD]).replace(b"</page>", b""), "mismatched tag"),
         (BOMB.encode() + plain_export([GOOD]).replace(b"Text", b"&b;"), "DOCTYPE"),
         (plain_export([GOOD.replace("<ns>", "<a>" * 30)]), "deep"),
         (plain_export([GOOD.replace("<ns>", '<ns a="' + "x" * 20_000_000)]), "never ends"),
         (HEADER.encode() + bz2.compress(b"x"), "dump.xml"),
+        (
+            (HEADER.replace("<namespaces>", "<namespaces>" + MANY_NAMES) + GOOD + FOOTER).encode(),
+            "over 1000 namespaces",
+        ),
     ],
 )
 def test_bad_exports_are_refused_in_one_line(data: bytes, message: str, write: Callable[[bytes], Path]) -> None:
@@ -254,6 +290,23 @@ def test_a_decompression_bomb_is_refused(
     path = write(pack(HEADER.encode() + b"<page><revision><text>" + b" " * 20_000_000))
     with pytest.raises(DataError, match="a bomb"):
         list(wikipedia.pages(path, 0, path.stat().st_size, dumpfile.Seam(), 1000))
+
+
+def test_a_bomb_of_many_small_streams_is_refused(
+    write: Callable[[bytes], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dumpfile, "BOMB_BYTES", 1 << 22)
+    head = bz2.compress(HEADER.encode() + b"<page><title>T</title><revision><text>")
+    path = write(head + bz2.compress(b" " * 1_000_000) * 1000)
+    with pytest.raises(DataError, match="a bomb"):
+        list(wikipedia.pages(path, 0, path.stat().st_size, dumpfile.Seam(), 1000))
+
+
+def test_line_ends_and_a_byte_order_mark_change_no_document(write: Callable[[bytes], Path]) -> None:
+    data = plain_export([page(1, "Ein Satz.\n\nNoch einer.")])
+    expected = read(write(data))
+    assert read(write(data.replace(b"\n", b"\r\n"))) == expected
+    assert read(write(b"\xef\xbb\xbf" + data)) == expected
 
 
 def test_a_huge_article_needs_little_memory(write: Callable[[bytes], Path]) -> None:
