@@ -81,9 +81,13 @@ def _nvidia_start(path: Path, config: BertConfig) -> tuple[BertConfig, State]:
     state, shown = read_nvidia(path)
     beside = config_beside(path)
     found = read_config(beside) if beside else config_of_shapes(state, config)
-    told = shown or ("tanh" if beside and found.hidden_act == "tanh" else None)
-    found = replace(found, hidden_act=told or config.hidden_act)
-    return found, padded(state, found.vocab_size)
+    act = shown or (_told_gelu(found) if beside else None) or config.hidden_act
+    return replace(found, hidden_act=act), padded(state, found.vocab_size)
+
+
+def _told_gelu(config: BertConfig) -> str | None:
+    """The GELU that a configuration beside an NVIDIA file names; plain ``gelu`` means either there."""
+    return "tanh" if config.hidden_act == "tanh" else None
 
 
 def _same_vocabulary(theirs: Path, ours: Path) -> None:
@@ -157,12 +161,13 @@ def load_nvidia(file: Path, config_file: Path, *, hidden_act: str | None = None)
     params``); for other files ``hidden_act`` ("tanh" or "erf") must say it.
     """
     state, shown = read_nvidia(file)
+    config = read_config(config_file)
+    shown = shown or _told_gelu(config)
     if shown is None and hidden_act is None:
         raise CheckpointError(f"{file} does not show which GELU it was trained with: say tanh (since 2022) or erf")
     if shown and hidden_act and shown != hidden_act:
         raise CheckpointError(f"{file} was trained with the {shown} GELU, not {hidden_act}")
-    config = replace(read_config(config_file), hidden_act=shown or hidden_act or "")
-    return config, padded(state, config.vocab_size)
+    return replace(config, hidden_act=shown or hidden_act or ""), padded(state, config.vocab_size)
 
 
 def load_into(

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from data_prep.errors import DataError
-from data_prep.publish import file_sha256, publish_json
+from data_prep.publish import file_sha256
 from data_prep.wordpiece import Encoder
 from pipeline import export
 from pipeline.bert.config import BertConfig, padded_vocab
@@ -105,18 +105,10 @@ class ModelFolder:
 
     def save(self, model: nn.Module, to: Path, problem: Problem, card: str) -> None:
         """Write the fine-tuned ``model`` as a folder for from_pretrained; ``card`` becomes its README.md."""
-        arrays = {
-            name: tensor.cpu().numpy()
-            for name, tensor in model.state_dict().items()
-            if not (_has_no_pooler(problem.head) and name.startswith(POOLER))
-        }
+        arrays = {name: tensor.cpu().numpy() for name, tensor in model.state_dict().items()}
         tokenizer = export.Tokenizer(self.path / "vocab.txt", self.tokenizer.lowercase, self.tokenizer.strip_accents)
-        export.write_model(to, export.Source(self.config, arrays, "fine-tuning"), tokenizer, card=card)
-        if problem.labels:
-            values = json.loads((to / "config.json").read_text(encoding="utf-8"))
-            values["id2label"] = {str(i): label for i, label in enumerate(problem.labels)}
-            values["label2id"] = {label: i for i, label in enumerate(problem.labels)}
-            publish_json(to / "config.json", values)
+        source = export.Source(self.config, arrays, "fine-tuning", problem.labels)
+        export.write_model(to, source, tokenizer, card=card)
 
 
 def _has_no_pooler(head: str) -> bool:

@@ -14,10 +14,15 @@ import transformers
 from data_prep.wordpiece import Encoder
 from pipeline import export
 from pipeline.bert.config import BertConfig, padded_vocab
-from pipeline.bert.heads import BertForPreTraining, initialised
+from pipeline.bert.heads import (
+    BertForPreTraining,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    initialised,
+)
 from pipeline.bert.packing import pack
 from pipeline.bert.weights import load_hugging_face, load_into
-from pipeline.errors import CheckpointError, ConfigError
+from pipeline.errors import CheckpointError, ConfigError, run_command
 from pipeline.train import checkpoint
 
 SENTENCES = ["Über den Wolken, Café!", "the quick brown fox jumps over [MASK] lazy dogs", "naïve 2024-05-01 日本"]
@@ -175,6 +180,7 @@ def test_a_checkpoint_of_another_shape_is_refused(tmp_path, trained):
     state = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
     del state["bert.pooler.dense.bias"]
     attempt = tmp_path / "stages" / "other" / "attempts" / "0001"
+    attempt.mkdir(parents=True)
     folder = checkpoint.save(
         attempt,
         stage="other",
@@ -216,6 +222,189 @@ def test_the_card_tells_data_licences_and_scores(trained):
         assert words in card
     assert "Not recorded" not in card
     assert "Not measured yet." in export.model_card(source)
+
+
+# ------------------------------------------------------------------------------------------ NVIDIA's files, both ways
+
+LAYER = (
+    *(f"attention.self.{part}.{kind}" for part in ("query", "key", "value") for kind in ("weight", "bias")),
+    *(f"attention.output.{part}.{kind}" for part in ("dense", "LayerNorm") for kind in ("weight", "bias")),
+    *(f"intermediate.dense_act.{kind}" for kind in ("weight", "bias")),
+    *(f"output.{part}.{kind}" for part in ("dense", "LayerNorm") for kind in ("weight", "bias")),
+)
+HEADS = {
+    "BertForPreTraining": (
+        "cls.predictions.bias",
+        "cls.predictions.decoder.weight",
+        *(
+            f"cls.predictions.transform.{part}.{kind}"
+            for part in ("dense_act", "LayerNorm")
+            for kind in ("weight", "bias")
+        ),
+        *(f"cls.seq_relationship.{kind}" for kind in ("weight", "bias")),
+    ),
+    "BertForQuestionAnswering": ("qa_outputs.weight", "qa_outputs.bias"),
+    "BertForSequenceClassification": ("classifier.weight", "classifier.bias"),
+}
+MODELS = {
+    "BertForPreTraining": BertForPreTraining,
+    "BertForQuestionAnswering": BertForQuestionAnswering,
+    "BertForSequenceClassification": lambda config: BertForSequenceClassification(config, 3),
+}
+
+
+def nvidia_keys(kind, layers):
+    """The state dict of NVIDIA's class, key by key."""
+    embeddings = [f"{part}_embeddings.weight" for part in ("word", "position", "token_type")]
+    embeddings += ["LayerNorm.weight", "LayerNorm.bias"]
+    keys = [f"bert.embeddings.{name}" for name in embeddings]
+    keys += [f"bert.encoder.layer.{i}.{name}" for i in range(layers) for name in LAYER]
+    return sorted([*keys, "bert.pooler.dense_act.weight", "bert.pooler.dense_act.bias", *HEADS[kind]])
+
+
+@pytest.mark.parametrize(("layers", "entries"), [(12, 207), (24, 399)])
+def test_the_key_list_has_as_many_entries_as_nvidias_state_dicts(layers, entries):
+    assert len(nvidia_keys("BertForPreTraining", layers)) == entries
+
+
+@pytest.fixture(params=["erf", "tanh"])
+def nvidia_file(tmp_path, vocab, request):
+    """``kind -> (model, path)``: weights under NVIDIA's names in a file that shows no GELU, its base.json beside it."""
+
+    def make(kind, **extra):
+        size = len(vocab.read_text(encoding="utf-8").splitlines())
+        config = BertConfig(
+            vocab_size=padded_vocab(size),
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=48,
+            max_position_embeddings=64,
+            hidden_act=request.param,
+            initializer_range=0.3,
+        )
+        model = initialised(MODELS[kind](config), torch.Generator().manual_seed(1)).eval()
+        state = {
+            name.replace("intermediate.dense.", "intermediate.dense_act.")
+            .replace("pooler.dense.", "pooler.dense_act.")
+            .replace("transform.dense.", "transform.dense_act."): tensor
+            for name, tensor in model.state_dict().items()
+        }
+        if kind == "BertForPreTraining":
+            state["cls.predictions.decoder.weight"] = state["bert.embeddings.word_embeddings.weight"]
+        assert sorted(state) == nvidia_keys(kind, 2)
+        path = tmp_path / "nvidia" / "pytorch_model.bin"
+        path.parent.mkdir()
+        torch.save({"model": state, **extra}, path)
+        values = {name: value for name, value in config.to_dict().items() if name not in ("init", "layer_norm_eps")}
+        (path.parent / "bert_config.json").write_text(json.dumps(values | {"hidden_act": "gelu"}))
+        return model, path
+
+    return make
+
+
+@pytest.fixture
+def called(capsys, monkeypatch):
+    """The command in this process: ``called(*words)`` has returncode, stdout and stderr."""
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["export", *map(str, words)])
+        capsys.readouterr()  # what transformers said before
+        with pytest.raises(SystemExit) as ended:
+            run_command(export.main)
+        out, err = capsys.readouterr()
+        return subprocess.CompletedProcess(words, ended.value.code, out, err)
+
+    return call
+
+
+def outputs_of(kind, folder, ids, segments):
+    theirs, report = getattr(transformers, kind).from_pretrained(folder, output_loading_info=True)
+    assert not any(report[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    with torch.no_grad():
+        out = theirs(input_ids=torch.tensor([ids]), token_type_ids=torch.tensor([segments]))
+    return [tensor[0] for tensor in out.to_tuple()]
+
+
+@pytest.mark.parametrize("kind", list(MODELS))
+def test_every_head_goes_from_nvidia_to_transformers_and_back(tmp_path, vocab, nvidia_file, called, kind):
+    model, path = nvidia_file(kind)
+    act, size = model.config.hidden_act, export.Vocabulary.load(vocab).size
+    done = called(path, "--to", "hf", tmp_path / "hf", "--vocab", vocab, "--gelu", act)
+    assert (done.returncode, done.stderr) == (0, "")
+    ids, segments = [5, 9, 7, 6], [0, 0, 1, 1]
+    batch = pack(ids, [4], [2], 8)
+    with torch.no_grad():
+        ours = model(batch, batch.slot) if kind == "BertForPreTraining" else model(batch)
+    expected = outputs_of(kind, tmp_path / "hf", ids, segments)
+    ours = ours if isinstance(ours, tuple) else (ours,)
+    if kind == "BertForPreTraining":
+        expected[1], ours = expected[1][None], (ours[0][:, :size], ours[1])
+    for own, other in zip(ours, expected, strict=True):
+        torch.testing.assert_close(own, other.reshape(own.shape), rtol=0, atol=1e-4)
+
+    done = called(tmp_path / "hf", "--to", "nvidia", tmp_path / "again.pt")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert ("the exact GELU" in done.stdout) == (act == "erf")
+    again = torch.load(tmp_path / "again.pt", weights_only=True)["model"]
+    pooler = [name for name in nvidia_keys(kind, 2) if name.startswith("bert.pooler.")]
+    left_out = pooler if kind == "BertForQuestionAnswering" else []  # transformers' class has none
+    assert sorted(again) == [name for name in nvidia_keys(kind, 2) if name not in left_out]
+    first = torch.load(path, weights_only=True)["model"]
+    for name, tensor in again.items():
+        assert torch.equal(tensor[:size], first[name][:size]), name
+        assert tensor.shape == first[name].shape
+    base = json.loads((path.parent / "bert_config.json").read_text())
+    assert json.loads((tmp_path / "again_config.json").read_text()) == base
+    source = export.read_source(tmp_path / "again.pt")
+    assert source.config == export.read_source(tmp_path / "hf").config
+    assert source.config.hidden_act == act
+
+
+def test_nvidia_and_back_keeps_every_bit_of_a_checkpoint(tmp_path, trained):
+    model, folder = trained
+    export.write_nvidia_file(tmp_path / "ckpt_100.pt", export.read_source(folder))
+    source = export.read_source(tmp_path / "ckpt_100.pt")
+    assert source.config == model.config
+    assert all(np.array_equal(source.arrays[name], tensor.numpy()) for name, tensor in model.state_dict().items())
+
+
+def test_what_nvidia_files_do_not_tell_is_asked_for(tmp_path, vocab, nvidia_file, called):
+    _, path = nvidia_file("BertForPreTraining", grad_scaler={"scale": 2.0})
+    words = (path, tmp_path / "hf", "--vocab", vocab)
+    assert called(*words, "--gelu", "erf").stderr == f"{path} was trained with the tanh GELU, not erf\n"
+    (path.parent / "bert_config.json").rename(tmp_path / "base.json")
+    asked = called(*words)
+    assert (asked.returncode, "by --config FILE" in asked.stderr) == (2, True)
+    assert called(*words, "--config", tmp_path / "base.json").returncode == 0
+
+
+def test_weights_of_no_whole_model_are_not_exported(tmp_path, vocab, nvidia_file, called):
+    model, path = nvidia_file("BertForSequenceClassification")
+    content = torch.load(path, weights_only=True)
+    del content["model"]["bert.pooler.dense_act.bias"]
+    torch.save(content, path)
+    done = called(path, tmp_path / "hf", "--vocab", vocab, "--gelu", "tanh")
+    assert done.returncode == 4
+    assert done.stderr.endswith("is no whole BertForSequenceClassification: missing bert.pooler.dense.bias\n")
+    assert not (tmp_path / "hf").exists()
+    config = BertConfig(**model.config.to_dict() | {"layer_norm_eps": 1e-6})
+    with pytest.raises(CheckpointError, match=r"layer_norm_eps 1e-06, NVIDIA's code only 1e-12"):
+        export.write_nvidia_file(tmp_path / "x.pt", export.Source(config, {}, "it"))
+    (tmp_path / "x.pt").write_bytes(b"")
+    with pytest.raises(ConfigError, match="exists already: name a file that does not"):
+        export.write_nvidia_file(tmp_path / "x.pt", export.Source(model.config, {}, "it"))
+
+
+def test_class_names_go_with_a_classifier_and_a_run_means_its_model(tmp_path, vocab, nvidia_file, called):
+    model, _ = nvidia_file("BertForSequenceClassification")
+    arrays = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+    names = ("contradiction", "entailment", "neutral")
+    tokenizer = export.Tokenizer(vocab, lowercase=True, strip_accents=True)
+    export.write_model(tmp_path / "run" / "model", export.Source(model.config, arrays, "it", names), tokenizer, card="")
+    assert called(tmp_path / "run", tmp_path / "again").returncode == 0
+    theirs = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "again")
+    assert theirs.config.id2label == dict(enumerate(names))
 
 
 def command(*words):
