@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import BinaryIO, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 from data_prep.fanout import die_with_parent
 from pipeline.errors import exit_code_of
@@ -33,6 +33,7 @@ SUSPENDED_S = 10.0  # this process itself stood still (scontrol suspend): no rea
 PEERS_DUMP_S = 5.0  # for the other ranks to keep their stacks, before they see this one die
 LEAVE_S = 60.0  # for a child that was asked to stop, or whose peers have ended
 STACKS = signal.SIGUSR1
+Facts = dict[str, Any]  # of a health finding: stage, attempt, node, gpu, uuid, verdict, line
 
 
 def supervise(job: Job, work: Callable[[], None]) -> None:
@@ -86,9 +87,9 @@ def _forwarding(pid: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _gpus_watched(job: Job) -> Iterator[list[str]]:
-    """Sample the node's GPUs beside its first rank; the list gets a line when one of them is unfit."""
-    unfit: list[str] = []
+def _gpus_watched(job: Job) -> Iterator[list[Facts]]:
+    """Sample the node's GPUs beside its first rank; the list gets the finding that one of them is unfit."""
+    unfit: list[Facts] = []
     if job.topology.local_rank != 0:
         yield unfit
         return
@@ -99,18 +100,22 @@ def _gpus_watched(job: Job) -> Iterator[list[str]]:
         "node": socket.gethostname(),
     }
 
-    def warn(line: str, facts: dict[str, object]) -> None:
+    def warn(line: str, facts: Facts) -> None:
         job.warn(line)
-        job.run.event("gpu_health", **{**facts, "verdict": "warn", "line": line})
+        job.run.event("gpu_health", **facts)
 
-    with Sampler(job.attempt.path / "gpu", labels, say=job.say, on_warning=warn, on_fatal=unfit.append):
+    def end(line: str) -> None:
+        unfit.append(sampler.fatal or {"line": line})
+
+    sampler = Sampler(job.attempt.path / "gpu", labels, say=job.say, on_warning=warn, on_fatal=end)
+    with sampler:
         yield unfit
 
 
 class Watch:
     """Looks at one child every second until it has ended."""
 
-    def __init__(self, job: Job, pid: int, stacks: BinaryIO, unfit: list[str]) -> None:
+    def __init__(self, job: Job, pid: int, stacks: BinaryIO, unfit: list[Facts]) -> None:
         self.job, self.pid, self.stacks, self.unfit = job, pid, stacks, unfit
         self.host = socket.gethostname()
         self.code: int | None = None  # decided here rather than by the child
@@ -159,9 +164,9 @@ class Watch:
 
     def _stop_for_gpu(self, now: float) -> None:
         """Let training save what it can, then leave this node."""
-        line = f"{self.unfit[0]}; {self.job.stage} stops here and goes on without {self.host}"
-        self.job.run.event("gpu_health", stage=self.job.stage, attempt=self.job.attempt.number, node=self.host,
-                           verdict="fatal", line=self.unfit[0])  # fmt: skip
+        facts = self.unfit[0]
+        line = f"{facts['line']}; {self.job.stage} stops here and goes on without {self.host}"
+        self.job.run.event("gpu_health", **facts)
         self._decide(77, line, bad_nodes=[self.host])
         os.kill(self.pid, signal.SIGUSR2)
         self.leave_by = now + LEAVE_S

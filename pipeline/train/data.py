@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.errors import DataError
-from data_prep.hdf5 import Shard, read_shard
+from data_prep.hdf5 import Shard, read_listed
 from data_prep.manifest import load_verified
 from data_prep.masking import mask_tokens, masked_counts
 from data_prep.splitmix import Ints, derived, key, mix
@@ -106,7 +106,7 @@ class PretrainingData:
         if self.manifest.seq_len != phase.seq_len:
             raise DataError(f"{folder}: samples of length {self.manifest.seq_len}, the phase wants {phase.seq_len}")
         self.phase, self.train = phase, train
-        self.shards = [read_shard(shard.path) for shard in self.manifest.shards]
+        self.shards = [read_listed(self.manifest, shard) for shard in self.manifest.shards]
         rows = [len(shard.offsets) - 1 for shard in self.shards]
         self.first_id = np.append(0, np.cumsum(rows))[:-1].astype(np.int64)
         self.order = SampleOrder(rows, train.seed)
