@@ -9,19 +9,21 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.errors import CheckpointError, StorageError
+from pipeline.errors import CheckpointError, PipelineError, StorageError
 from pipeline.train.checkpoint_folder import (
     MANIFEST,
     Arrays,
     Checkpoint,
     is_whole,
     label,
+    owner_of,
     read,
     read_manifest,
     remove,
@@ -32,15 +34,17 @@ from pipeline.train.checkpoint_folder import (
 
 __all__ = ["Checkpoint", "Saver", "check_identity", "lineage", "listing", "newest_verified", "read", "rotate", "save"]
 
+RETRY_S = 1.0  # between two tries of something that the file system refused
+
 
 class Saver:
     """One writer thread with a reused staging buffer, for the checkpoints of one attempt.
 
     After each checkpoint all but the newest ``keep`` and the permanent ones are deleted. A save that the file
-    system refuses is told to ``warn`` in one line and training goes on; the next save tries again. Any other
-    error (a tensor that is not finite, a newer attempt) is raised by the next call. ``saved`` is called when a
-    checkpoint is safely on disk. ``stall_s`` and ``write_s`` are the seconds that the last save held up the
-    loop, and took.
+    system refuses is tried a second time; then ``warn`` is told in one line, training goes on and the next save
+    tries again (and is silent if it fails too). Any other error (a tensor that is not finite, a newer attempt) is
+    raised by the next call. ``saved`` is called when a checkpoint is safely on disk. ``stall_s`` and ``write_s``
+    are the seconds that the last save held up the loop, and took.
     """
 
     def __init__(
@@ -56,6 +60,9 @@ class Saver:
         self._staging: dict[str, dict[str, NDArray[Any]]] = {"weights": {}, "optimizer": {}}
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+        self._owner = owner_of(attempt_dir)
+        self._failed = 0  # saves in a row that the file system refused
+        self._has_history = False
 
     def save(self, *, step: int, weights: Arrays, optimizer: Arrays, **fields: Any) -> Path:
         """Copy the state and write it in the background; returns the folder where it will be.
@@ -64,12 +71,15 @@ class Saver:
         earlier save that is still writing is waited for.
         """
         begin = time.monotonic()
-        if _resumed_from(self.attempt_dir) is None:
-            raise CheckpointError(f"{self.attempt_dir} has no attempt.json: its checkpoints would never be found")
         self._join()
         if self._error is not None and not isinstance(self._error, StorageError):
             raise self._error
         self._error = None
+        if not self._has_history:
+            with suppress(StorageError):
+                self._has_history = _resumed_from(self.attempt_dir) is not None
+                if not self._has_history:
+                    raise CheckpointError(f"{self.attempt_dir} has no attempt.json: its checkpoints could not be found")
         for kind, arrays in (("weights", weights), ("optimizer", optimizer)):
             self._staging[kind] = _copy(arrays, self._staging[kind])
         self._thread = threading.Thread(target=self._write, args=(step, fields), name="checkpoint", daemon=True)
@@ -95,16 +105,35 @@ class Saver:
     def _write(self, step: int, fields: dict[str, Any]) -> None:
         begin = time.monotonic()
         try:
-            weights, optimizer = self._staging["weights"], self._staging["optimizer"]
-            save(self.attempt_dir, step=step, weights=weights, optimizer=optimizer, **fields)
-            self.saved()
-            rotate(self.attempt_dir, self.keep)
+            self._write_twice(step=step, owner=self._owner, **self._staging, **fields)
+            if self._failed:
+                self._tell(f"checkpoint step {step} is saved, after {self._failed} that were not")
+            self._failed = 0
+            with suppress(OSError):
+                self.saved()
+            try:
+                rotate(self.attempt_dir, self.keep)
+            except (StorageError, OSError) as error:
+                self._tell(f"older checkpoints were not deleted: {error}")
         except StorageError as error:
             self._error = error
-            self.warn(f"{error}; training goes on and the next save tries again")
+            self._failed += 1
+            if self._failed == 1:
+                self._tell(f"{error}; training goes on and the next save tries again")
         except BaseException as error:  # handed to the loop: a thread has nobody to raise to
             self._error = error
         self.write_s = time.monotonic() - begin
+
+    def _write_twice(self, **state: Any) -> None:
+        try:
+            save(self.attempt_dir, **state)
+        except StorageError:
+            time.sleep(RETRY_S)
+            save(self.attempt_dir, **state)
+
+    def _tell(self, line: str) -> None:
+        with suppress(OSError):  # the log may lie on the disk that is full
+            self.warn(line)
 
 
 def newest_verified(
@@ -113,26 +142,52 @@ def newest_verified(
     """The newest checkpoint of the stage's history that verifies, or None where none was ever saved.
 
     What is passed over is named through ``say``. Raises CheckpointError when checkpoints exist and none can be
-    used: a run never starts again from nothing by itself.
+    used: a run never starts again from nothing by itself. A file system that does not answer is asked a second
+    time; then a checkpoint that it does not give is passed over like a bad one, and StorageError is raised where
+    it gives none.
     """
-    tensors, faults = tuple(tensors), []
+    tensors = tuple(tensors)
+    try:
+        found, lines = _newest(stage_dir, tensors, bad=CheckpointError)
+    except (StorageError, OSError):
+        time.sleep(RETRY_S)
+        try:
+            found, lines = _newest(stage_dir, tensors, bad=(CheckpointError, StorageError))
+        except OSError as error:
+            raise StorageError(f"{stage_dir}: its checkpoints cannot be read: {error}") from error
+    for line in lines:
+        say(line)
+    return found
+
+
+def _newest(
+    stage_dir: Path, tensors: tuple[str, ...], bad: type[PipelineError] | tuple[type[PipelineError], ...]
+) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint that reading does not find ``bad``, and what to say about those passed over."""
+    faults: list[tuple[int, PipelineError]] = []
+    lines = []
     for folder in lineage(stage_dir):
         if not (folder / MANIFEST).exists():
-            say(f"{label(folder)} has no manifest (its save was cut short) and is passed over")
+            lines.append(f"{label(folder)} has no manifest (its save was cut short) and is passed over")
             continue
         try:
             found = read(folder, tensors=tensors)
-        except CheckpointError as error:
+        except bad as error:
             faults.append((step_of(folder), error))
             continue
         for step, fault in faults:
             instead = f"using step {found.step} of attempt {found.attempt} instead"
-            say(f"{fault}; {instead} ({step - found.step} steps redone)")
-        return found
+            lines.append(f"{fault}; {instead} ({step - found.step} steps redone)")
+        return found, lines
     if not faults:
         _refuse_orphans(stage_dir)
-        return None
+        return None, lines
     more = f" (and {len(faults) - 1} older)" if len(faults) > 1 else ""
+    unread = [fault for _, fault in faults if isinstance(fault, StorageError)]
+    if unread:
+        raise StorageError(
+            f"{stage_dir.name}: no checkpoint can be read: {unread[0]}{more}; start again when the file system answers"
+        )
     raise CheckpointError(
         f"{stage_dir.name}: no checkpoint can be used: {faults[0][1]}{more}; restore one, or delete "
         f"{stage_dir / 'attempts'} to start this stage again from nothing"
@@ -224,15 +279,18 @@ def rotate(attempt_dir: Path, keep: int) -> None:
     """Delete all but the newest ``keep`` whole checkpoints of this attempt's history and the permanent ones.
 
     Remains of saves that were cut short go too. Nothing happens in an attempt that a newer one has succeeded.
+    Raises StorageError, before anything is deleted, where the file system does not say what is whole.
     """
     stage_dir = attempt_dir.parent.parent
+    mine = int(attempt_dir.name)
+    attempts = _attempts(stage_dir)  # listed once: a newer attempt may begin while this goes on, and is not ours
     history = [folder for folder in lineage(stage_dir) if is_whole(folder)]
-    succeeded = any(int(path.name) > int(attempt_dir.name) for path in _attempts(stage_dir))
+    succeeded = any(int(path.name) > mine for path in attempts)
     if succeeded or not history or history[0].parent != attempt_dir:
         return
-    for folder in (f for path in _attempts(stage_dir) for f in _step_folders(path)):
-        if folder not in history[:keep] and not (is_whole(folder) and read_manifest(folder)["permanent"]):
-            remove(folder)
+    old = [folder for path in attempts for folder in _step_folders(path) if folder not in history[:keep]]
+    for folder in [f for f in old if not (is_whole(f) and read_manifest(f)["permanent"])]:
+        remove(folder)
 
 
 def _attempts(stage_dir: Path) -> list[Path]:
@@ -249,12 +307,17 @@ def step_of(folder: Path) -> int:
 
 
 def _resumed_from(attempt_dir: Path) -> dict[str, int] | None:
-    """Where an attempt went on from; {} for a start from nothing, None where that is not recorded."""
+    """Where an attempt went on from; {} for a start from nothing, None where that is not recorded.
+
+    Raises StorageError where the file system does not say.
+    """
     try:
         record = json.loads((attempt_dir / "attempt.json").read_bytes())["resumed_from"]
         return {} if record is None else {"attempt": int(record["attempt"]), "step": int(record["step"])}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
         return None
+    except OSError as error:
+        raise StorageError(f"{attempt_dir / 'attempt.json'} cannot be read: {error.strerror}") from error
 
 
 def _copy(arrays: Arrays, staging: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:

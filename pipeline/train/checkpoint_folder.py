@@ -10,8 +10,8 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,27 +84,30 @@ def save(
     identity: Mapping[str, Any],
     model: Mapping[str, Any],
     permanent: bool = False,
+    owner: bytes | None = None,
 ) -> Path:
     """Write one checkpoint and return its folder; a kill at any moment leaves the older ones as they were.
 
     ``permanent`` exempts it from rotation. A checkpoint of this step that is there already is kept. Raises
     NumericalError for a tensor that is not finite, StorageError when the file system refuses (what was written
-    is removed), InUseError when a newer attempt has begun.
+    is removed), InUseError when a newer attempt has begun or the attempt's ``owner_of`` is not ``owner`` any more.
     """
     folder = step_folder(attempt_dir, step)
     fields = {"stage": stage, "attempt": attempt, "step": step, "sample_position": sample_position}
     tensors = {WEIGHTS: weights, OPTIMIZER: optimizer}
-    if is_whole(folder):
-        if permanent:
-            _publish_manifest(folder, {**read_manifest(folder), "permanent": True})
-        return folder
     for group in tensors.values():
         _refuse_non_finite(group, f"step {step} of {stage}")
+    whole = True  # nothing to remove yet
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        _fence(attempt_dir, owner)
+        if whole := is_whole(folder):
+            if permanent:
+                _publish_manifest(folder, {**read_manifest(folder), "permanent": True})
+            return folder
+        folder.mkdir(exist_ok=True)
         sync_folder(attempt_dir)
         files = {name: write_safetensors(folder / name, group) for name, group in tensors.items()}
-        _fence(attempt_dir)
+        _fence(attempt_dir, owner)
         manifest = {
             **fields,
             "permanent": permanent,
@@ -115,23 +118,32 @@ def save(
             "saved_unix_s": round(time.time(), 3),
         }
         _publish_manifest(folder, {"format": FORMAT, **manifest})
-    except OSError as error:
-        remove(folder)
+    except (OSError, StorageError) as error:
+        if not whole:
+            remove(folder)
+        with suppress(StorageError):
+            _fence(attempt_dir, owner)  # a newer attempt may have taken the files away
         needed = sum(array.nbytes for group in tensors.values() for array in group.values())
+        why = f"{error.strerror} ({error.filename or folder})" if isinstance(error, OSError) else str(error)
         raise StorageError(
-            f"checkpoint step {step} of {stage} was not saved: {error.strerror or error} ({error.filename or folder}); "
+            f"checkpoint step {step} of {stage} was not saved: {why}; "
             f"it needs {needed / 1e6:.1f} MB, {_free_mb(attempt_dir)} are free; the older checkpoints stay"
         ) from error
     except InUseError:
-        remove(folder)
+        if not whole:
+            remove(folder)
         raise
+    # A newer attempt that began before this line may have looked before the commit: it does not know this step,
+    # and this attempt must not go on. One that begins after this line finds it.
+    _fence(attempt_dir, owner)
     return folder
 
 
 def read(folder: Path, *, tensors: Iterable[str] = ("weights", "optimizer")) -> Checkpoint:
     """Read a checkpoint, loading only the named ``tensors``; their files are verified before they are parsed.
 
-    Raises CheckpointError naming the file and both hashes (or sizes) where disk and manifest disagree.
+    Raises CheckpointError naming the file and both hashes (or sizes) where disk and manifest disagree or a file
+    is missing, StorageError where the file system does not give it.
     """
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
@@ -142,8 +154,9 @@ def read(folder: Path, *, tensors: Iterable[str] = ("weights", "optimizer")) -> 
         name = f"{kind}.safetensors"
         _verify_file(folder, name, manifest)
         try:
-            loaded[kind] = load_file(folder / name)
-        except (OSError, SafetensorError) as error:
+            with _reading(folder, name):
+                loaded[kind] = load_file(folder / name)
+        except SafetensorError as error:
             raise CheckpointError(f"{label(folder)}: {name} cannot be read: {error}") from error
     kept = {key: manifest[key] for key in FIELDS if key not in ("format", "files", "saved_unix_s")}
     return Checkpoint(folder=folder, weights=loaded["weights"], optimizer=loaded["optimizer"], **kept)
@@ -158,10 +171,12 @@ def verify(folder: Path) -> None:
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a checkpoint folder, checked against its own hash, our format and the folder's name."""
+    with _reading(folder, MANIFEST):
+        content = (folder / MANIFEST).read_bytes()
     try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
+        manifest = json.loads(content)
         wanted, actual = str(manifest.pop("manifest_sha256", None)), _self_digest(manifest)
-    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{label(folder)}: {MANIFEST} cannot be read: {error}") from error
     if wanted != actual:
         fault = f"{MANIFEST} has SHA-256 {actual[:8]}.., it says {wanted[:8]}.. of itself"
@@ -176,12 +191,27 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     raise CheckpointError(f"{label(folder)}: {fault}")
 
 
-def is_whole(folder: Path) -> bool:
-    """Manifest sound and files of the right size: enough for the process that wrote and hashed them."""
+@contextmanager
+def _reading(folder: Path, name: str) -> Iterator[None]:
+    """A file that is not there makes a bad checkpoint; one that cannot be read now may be good (StorageError)."""
     try:
-        files = read_manifest(folder)["files"]
-        return all((folder / name).stat().st_size == files[name]["bytes"] for name in files)
-    except (CheckpointError, OSError):
+        yield
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise CheckpointError(f"{label(folder)}: {name} cannot be read: {error.strerror}") from error
+    except OSError as error:
+        raise StorageError(f"{label(folder)}: {name} cannot be read: {error.strerror or error}") from error
+
+
+def is_whole(folder: Path) -> bool:
+    """Manifest sound and files of the right size: enough for the process that wrote and hashed them.
+
+    Raises StorageError where the file system does not say.
+    """
+    try:
+        with _reading(folder, "a file"):
+            files = read_manifest(folder)["files"]
+            return all((folder / name).stat().st_size == files[name]["bytes"] for name in files)
+    except CheckpointError:
         return False
 
 
@@ -214,28 +244,52 @@ def _names_files(files: dict[str, Any]) -> bool:
 
 def _verify_file(folder: Path, name: str, manifest: Mapping[str, Any]) -> None:
     wanted = manifest["files"][name]
-    try:
+    with _reading(folder, name):
         size = (folder / name).stat().st_size
         if size != wanted["bytes"]:
             raise CheckpointError(f"{label(folder)}: {name} has {size} bytes, manifest says {wanted['bytes']}")
         actual = file_sha256(folder / name)
-    except OSError as error:
-        raise CheckpointError(f"{label(folder)}: {name} cannot be read: {error.strerror}") from error
     if actual != wanted["sha256"]:
         raise CheckpointError(
             f"{label(folder)}: {name} has SHA-256 {actual[:8]}.., manifest says {wanted['sha256'][:8]}.."
         )
 
 
-def _fence(attempt_dir: Path) -> None:
-    """Raise InUseError when an attempt with a higher number exists: this process has been succeeded."""
-    if not attempt_dir.name.isdigit():
-        return
-    newest = max((int(p.name) for p in attempt_dir.parent.glob("[0-9]*") if p.name.isdigit()), default=0)
-    if newest > int(attempt_dir.name):
-        raise InUseError(
-            f"attempt {newest} has taken over from attempt {int(attempt_dir.name)}; this one stops without saving"
-        )
+def owner_of(attempt_dir: Path) -> bytes | None:
+    """What the attempt's folder says about who began it; None where it says nothing."""
+    try:
+        return (attempt_dir / "owner.json").read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def _fence(attempt_dir: Path, owner: bytes | None) -> None:
+    """Raise InUseError when an attempt with a higher number exists, or this folder is another start's by now.
+
+    The second happens when the stage's folder was moved aside and begun anew.
+    """
+    mine = int(attempt_dir.name) if attempt_dir.name.isdigit() else None
+    try:
+        numbers = [int(path.name) for path in attempt_dir.parent.glob("[0-9]*") if path.name.isdigit()]
+        newest = max(numbers, default=0)
+        found = owner_of(attempt_dir) if owner is not None else None
+        successor = owner_of(attempt_dir.with_name(f"{newest:04d}"))
+    except OSError as error:
+        raise StorageError(f"{attempt_dir} cannot be read: {error.strerror or error}") from error
+    if mine is not None and newest > mine:
+        raise InUseError(f"attempt {newest} ({told(successor)}) has taken over from attempt {mine}; this one stops")
+    if found != owner:
+        raise InUseError(f"{attempt_dir} was moved aside or belongs to another start ({told(found)}); this one stops")
+
+
+def told(owner: bytes | None) -> str:
+    """An owner for people: process, host and since when."""
+    try:
+        fields = json.loads(owner or b"{}")
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(fields["time"]))
+        return f"process {fields['pid']} on {fields['host']} since {since}"
+    except (ValueError, KeyError, TypeError):
+        return "its owner is not known"
 
 
 def _refuse_non_finite(tensors: Arrays, what: str) -> None:

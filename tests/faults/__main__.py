@@ -7,7 +7,6 @@ import importlib
 import os
 import platform
 import sys
-import tempfile
 import time
 from importlib import metadata
 from pathlib import Path
@@ -16,9 +15,9 @@ from types import ModuleType
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:1] = [str(ROOT), str(ROOT / "tests")]  # instead of this folder, whose names are too common
 
-from faults.table import Row  # noqa: E402
+from faults.table import Row, scratch  # noqa: E402
 
-MODULES = ("checkpoints",)
+MODULES = ("checkpoints", "checkpoints_damage")
 PACKAGES = ("torch", "numpy", "safetensors", "h5py")
 
 
@@ -40,7 +39,7 @@ def main() -> int:
     last: ModuleType | None = None
     for module, name in chosen:
         began = time.monotonic()
-        with tempfile.TemporaryDirectory(prefix="faults-") as folder:
+        with scratch() as folder:
             rows = module.INJECTIONS[name](Path(folder), options.scale)
         failures += sum(row.failures for row in rows)
         print(f"{name}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)

@@ -75,7 +75,8 @@ def history(numbers: traced.Shared, run: str, saves: int = KEEP + 1) -> None:
     checkpoint.threading.Thread = Inline  # type: ignore[attr-defined]
     folder = RunDir(Path(run)).stage(STAGE)
     attempt = folder.new_attempt("trial")
-    found = newest_verified(folder.path, print)
+    lines: list[str] = []
+    found = newest_verified(folder.path, lines.append)
     origin = {"attempt": found.attempt, "step": found.step} if found else None
     publish_json(attempt.path / "attempt.json", {"resumed_from": origin})
     step = found.step if found else 0
@@ -84,12 +85,13 @@ def history(numbers: traced.Shared, run: str, saves: int = KEEP + 1) -> None:
     def saved() -> None:
         numbers[SAVED] = step
 
-    saver = Saver(attempt.path, keep=KEEP, warn=print, saved=saved)
+    saver = Saver(attempt.path, keep=KEEP, warn=lines.append, saved=saved)
     numbers[REACHED] = numbers[SAVED] = step
     for _ in range(saves):
         step += INTERVAL
         numbers[REACHED] = step
         saver.save(**fields(attempt.number, step), **state(step))
+    print("\n".join(lines), flush=True)
     saver.close()
 
 

@@ -7,7 +7,9 @@ A module of faults has ``INJECTIONS = {name: function(folder, scale) -> rows}``:
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -53,6 +55,12 @@ def spread(points: Sequence[T], scale: float) -> list[T]:
     """The share of ``points``, taken evenly over all of them."""
     wanted = share(len(points), scale) if points else 0
     return [points[index * len(points) // wanted] for index in range(wanted)]
+
+
+def scratch() -> AbstractContextManager[str]:
+    """A folder for one injection, in memory where that is possible: thousands of trials wait for no disk."""
+    memory = Path("/dev/shm")
+    return tempfile.TemporaryDirectory(prefix="faults-", dir=memory if os.access(memory, os.W_OK) else None)
 
 
 def passes(rows: Sequence[Row]) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 
 from data_prep.hdf5 import Shard, write_shard
 from data_prep.manifest import publish_manifest
+from data_prep.publish import publish_json
 from pipeline.config import ModelConfig, OptimizerConfig, PhaseConfig, TrainConfig
 from pipeline.job import Job, Topology
 from pipeline.rundir import RunDir
@@ -88,11 +89,15 @@ def train(run: Path, samples: Path, rank: int = 0, world_size: int = 1, launch: 
     assert not changes, f"no configuration has {', '.join(changes)}"
     folder = RunDir(run).stage(STAGE)
     topology = Topology(rank, world_size, rank, launch or f"launch-{os.getpid()}")
+    if rank == 0 and not RunDir(run).exists:
+        run.mkdir(parents=True, exist_ok=True)
+        publish_json(run / "run.json", {})
     attempt = folder.new_attempt(topology.launch) if rank == 0 else folder.join_attempt(topology.launch)
     assert attempt is not None
     job = Job(RunDir(run), STAGE, attempt, topology, workers=1, threads=threads)
     model, train, optimizer, phase = configs
-    result = pretrain.run(job, model=model, train=train, optimizer=optimizer, phase=phase, samples=samples)
+    inputs = {"samples": samples, "vocab": samples / "vocab.txt"}
+    result = pretrain.run(job, model=model, train=train, optimizer=optimizer, phase=phase, **inputs)
     if rank == 0:
         folder.mark_done({"stage": STAGE, "attempt": attempt.number, "result": result})
 

@@ -2,9 +2,7 @@
 
 import json
 import os
-import random
 import resource
-import shutil
 import subprocess
 import sys
 import threading
@@ -155,51 +153,14 @@ def test_a_step_saved_twice_stays_and_can_become_permanent(attempt):
 
 
 def test_a_succeeded_attempt_commits_nothing(stage_dir, attempt):
-    new_attempt(stage_dir, 2)
-    with pytest.raises(InUseError, match="attempt 2 has taken over from attempt 1"):
+    owner = {"process": 1, "host": "there", "pid": 7, "time": 1_750_000_000.0}
+    (new_attempt(stage_dir, 2) / "owner.json").write_text(json.dumps(owner))
+    with pytest.raises(InUseError, match=r"^attempt 2 .process 7 on there since 2.* has taken over from attempt 1"):
         save_step(attempt, 3)
     assert not list(attempt.glob("step-*"))
 
 
 # ---------------------------------------------------------------- corruption
-
-
-def damage_trials(folder):
-    """100 single-bit flips and 40 truncations, over all files of a checkpoint."""
-    dice = random.Random(0)
-    files = sorted(folder.iterdir())
-    for trial in range(140):
-        path = files[trial % 3]
-        content = bytearray(path.read_bytes())
-        if trial < 100:
-            content[dice.randrange(len(content))] ^= 1 << dice.randrange(8)
-        else:
-            del content[dice.randrange(len(content)) :]
-        yield path, bytes(content)
-
-
-def test_no_flip_or_truncation_is_silently_used(attempt):
-    older, newest = save_step(attempt, 1), save_step(attempt, 2)
-    used_older = 0
-    for path, content in damage_trials(newest):
-        good = path.read_bytes()
-        path.write_bytes(content)
-        said = []
-        found = newest_verified(attempt.parent.parent, said.append)
-        if found.step == 1:
-            used_older += 1
-            assert same(found, 1)
-            assert found.folder == older
-            assert len(said) == 1
-            assert said[0].startswith("checkpoint step 2 (attempt 1): ")
-            assert said[0].endswith("; using step 1 of attempt 1 instead (1 steps redone)")
-            assert path.name in said[0]
-        else:  # a flip that JSON reads as the same value
-            assert path.name == "manifest.json"
-            assert same(found, 2)
-            assert (found.identity, found.model, found.sample_position) == (IDENTITY, MODEL, 64)
-        path.write_bytes(good)
-    assert used_older >= 135
 
 
 def test_messages_name_file_and_both_hashes_or_sizes(attempt):
@@ -426,93 +387,8 @@ def test_other_errors_stop_the_loop_at_the_next_call(attempt):
 def test_an_attempt_without_a_history_cannot_save(stage_dir):
     folder = stage_dir / "attempts" / "0001"
     folder.mkdir(parents=True)
-    with pytest.raises(CheckpointError, match="would never be found"):
+    with pytest.raises(CheckpointError, match="could not be found"):
         Saver(folder).save(**fields(folder, 1), **state())
-
-
-# ---------------------------------------------------------------- kills and full disks at every call
-
-SAVE = """
-import sys
-sys.path[:0] = [{root!r}, {here!r}]
-import test_checkpoint as t
-from pathlib import Path
-attempt = Path(sys.argv[1])
-try:
-    t.save_step(attempt, 2)
-    t.rotate(attempt, 1)
-except t.StorageError:
-    sys.exit(6)
-"""
-CALLS = "write,fsync,rename,renameat,renameat2,mkdir,unlink,unlinkat,rmdir"
-
-
-def traced(tmp_path, attempt, *options):
-    """Run a save of step 2 and a rotation under strace; returns the finished process and the traced calls."""
-    log = tmp_path / "strace.log"
-    script = tmp_path / "save.py"
-    script.write_text(SAVE.format(root=str(ROOT), here=str(Path(__file__).parent)))
-    command = ["strace", "-qq", "-o", str(log), "-e", f"trace={CALLS}", *options]
-    done = subprocess.run(
-        [*command, sys.executable, "-B", str(script), str(attempt)], capture_output=True, text=True, timeout=60
-    )
-    return done, [line.split("(")[0] for line in log.read_text().splitlines() if "(" in line]
-
-
-def can_trace():
-    if shutil.which("strace") is None:
-        return False
-    return subprocess.run(["strace", "-qq", "-o", os.devnull, "true"], capture_output=True).returncode == 0
-
-
-needs_strace = pytest.mark.skipif(not can_trace(), reason="strace is missing or not allowed: apt-get install strace")
-
-
-def fault_points(tmp_path):
-    """Every (call, number of that call) of one save and rotation."""
-    attempt = new_attempt(tmp_path / "clean" / "stages" / "phase1", 1)
-    save_step(attempt, 1)
-    done, calls = traced(tmp_path, attempt)
-    assert done.returncode == 0, done.stderr
-    assert [f.name for f in attempt.glob("step-*")] == ["step-00000002"]
-    return [(call, number) for call in sorted(set(calls)) for number in range(1, calls.count(call) + 1)]
-
-
-def check_point(tmp_path, name, fault):
-    """Inject one fault; whatever happens a whole checkpoint is found, and the save can be repeated."""
-    call, number = name
-    stage_dir = tmp_path / f"{call}-{number}-{fault.split('=')[-1].strip('+')}" / "stages" / "phase1"
-    attempt = new_attempt(stage_dir, 1)
-    save_step(attempt, 1)
-    done, _ = traced(tmp_path, attempt, "-e", f"inject={call}:{fault.format(number)}")
-    assert done.returncode in (0, 6, -9), done.stderr
-    found = newest_verified(stage_dir, lambda line: None)
-    assert found is not None, (call, number)
-    assert same(found, found.step)
-    again = save_step(attempt, 2)
-    assert same(read(again), 2)
-    rotate(attempt, 1)
-    assert list(attempt.glob("step-*")) == [again]
-    return done.returncode
-
-
-@needs_strace
-def test_a_kill_at_some_calls_of_a_save_never_costs_the_older_checkpoint(tmp_path):
-    points = fault_points(tmp_path)
-    assert len(points) >= 18, points
-    for name in points[:: -(-len(points) // 8)]:
-        assert check_point(tmp_path, name, "signal=KILL:when={}") == -9
-
-
-@needs_strace
-@pytest.mark.chaos
-@pytest.mark.parametrize(
-    "fault",
-    ["signal=KILL:when={}", "error=ENOSPC:when={}", "error=ENOSPC:when={}+", "error=EIO:when={}", "error=EIO:when={}+"],
-)
-def test_a_fault_at_every_call_of_a_save_never_costs_the_older_checkpoint(tmp_path, fault):
-    for name in fault_points(tmp_path):
-        check_point(tmp_path, name, fault)
 
 
 def test_a_full_disk_names_what_it_needs_and_leaves_no_remains(tmp_path):
