@@ -16,10 +16,10 @@ from slurm import flags
 from slurm.flags import Flag, Setting
 from slurm.profile import Profile
 from slurm.resources import Resources, parse_nodes
-from slurm.script import Need
+from slurm.sending import Need
 
 REPORT_MIN, REPORT_GB = 30, 4.0  # the report reads small files
-REPORT_OWN = ("time", "cpus-per-task", "mem", "exclusive")
+REPORT_OWN = ("time", "cpus-per-task", "mem", "exclusive", "nodes", "ntasks-per-node")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +31,7 @@ class JobPlan:
     stages: tuple[str, ...]
     needs: tuple[Need, ...] = ()
     any_need: bool = False  # one of the needs is enough
+    stands_in_for: str = ""  # the job that this spare one goes on for
     resources: Resources = field(default_factory=Resources)
     left: Mapping[str, Setting] = field(default_factory=dict)  # settings that are no numbers
     settings: Mapping[str, Setting] = field(default_factory=dict)  # all of them, to be shown
@@ -65,6 +66,29 @@ def jobs_of(stages: Mapping[str, Stage], todo: Iterable[str], *, split: bool = F
     return found
 
 
+def with_spares(jobs: Iterable[JobPlan], spares: int) -> list[JobPlan]:
+    """The jobs, each but the report with spare jobs, which start when it and the spares before them ended badly.
+
+    A failed stage then cancels what waits for it, so the report need only wait for the end of the last job. Raises
+    ConfigError where a job waits for two: Slurm takes "all of" or "one of" several jobs, not a mixture.
+    """
+    found: list[JobPlan] = []
+    family: dict[str, list[str]] = {}  # a job and its spares
+    for job in jobs:
+        if len(job.needs) > 1 and job.name != "report":
+            raise ConfigError(f"{job.name} waits for {len(job.needs)} jobs that have spares: leave out --split")
+        kinds = {need.kind for need in job.needs}
+        parents = [Need(job=name, kind=n.kind) for n in job.needs if n.kind != "afternotok" for name in family[n.job]]
+        found.append(dataclasses.replace(job, needs=tuple(parents), any_need="afterok" in kinds))
+        family[job.name] = [job.name]
+        for number in range(2, 2 + spares if job.name != "report" else 2):
+            after = tuple(Need(job=name, kind="afternotok") for name in family[job.name])
+            family[job.name].append(f"{job.name}-{number}")
+            spare = dataclasses.replace(job, name=family[job.name][-1], needs=after, stands_in_for=job.name)
+            found.append(spare)
+    return found
+
+
 def _after_all(jobs: Sequence[JobPlan]) -> tuple[tuple[Need, ...], bool]:
     """Needs of a job that comes last whatever happens: the end of the last job, or the failure of one before it.
 
@@ -94,6 +118,7 @@ def equipped(
 
 def _small(resources: Resources, left: Mapping[str, Setting]) -> Resources:
     """One core for half an hour instead of what a data job asks for."""
+    resources = dataclasses.replace(resources, nodes=(1, 1), tasks_per_node=1)
     mem_gb = None if {"mem-per-cpu", "mem-per-gpu"} & left.keys() else REPORT_GB
     time_min = min(resources.time_min or REPORT_MIN, REPORT_MIN)
     return dataclasses.replace(resources, exclusive=None, cpus_per_task=1, mem_gb=mem_gb, time_min=time_min)
@@ -120,8 +145,8 @@ def request(
     resources, left = flags.apply(start, settings)
     if resources.tasks_per_node < 1:
         resources = dataclasses.replace(resources, tasks_per_node=profile.tasks_per_node)
-    if section != "pretrain" and resources.most_tasks != 1:
+    if section == "finetune" and resources.most_tasks != 1:
         raise ConfigError(
-            f"{section} runs as one process: {resources.most_tasks} tasks were asked for it; leave them out"
+            f"finetune runs as one process: {resources.most_tasks} tasks were asked for it; leave them out"
         )
     return settings, resources, left

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,8 +52,11 @@ class Journal:
         """Job names by id, for messages."""
         return {job.id: job.name for job in self.jobs if job.id}
 
-    def job_of(self, stage: str) -> SentJob | None:
-        return next((job for job in self.jobs if stage in job.stages), None)
+    def job_of(self, stage: str, known: Mapping[str, queue.Job] | None = None) -> SentJob | None:
+        """The job that runs a stage: of a job and its spares the first that has not ended, as far as ``known``."""
+        homes = [job for job in self.jobs if stage in job.stages]
+        live = [job for job in homes if known and job.id in known and not known[job.id].ended]
+        return next(iter([*live, *homes]), None)
 
 
 def sending_of(job: queue.Job) -> str:

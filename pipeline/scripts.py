@@ -15,7 +15,8 @@ from pipeline.rundir import RunDir
 from slurm.flags import Setting
 from slurm.profile import Profile
 from slurm.resources import format_time
-from slurm.script import Need, Script, Sending, render, submit_sh
+from slurm.script import Script, render
+from slurm.sending import Need, Sending, submit_sh
 
 ROOT = Path(pipeline.__file__).parents[1]  # where `python -m pipeline.worker` finds the package
 UNSET = "unset RANK WORLD_SIZE LOCAL_RANK PIPELINE_LAUNCH PIPELINE_PARENT"  # of a launcher that submitted us
@@ -26,8 +27,8 @@ def run_key(run: RunDir) -> str:
     return hashlib.sha256(str(run.path.resolve()).encode()).hexdigest()[:10]
 
 
-def script_text(run: RunDir, profile: Profile, job: JobPlan) -> str:
-    """The batch file of one job."""
+def script_text(run: RunDir, profile: Profile, job: JobPlan, max_gpu_hours: float = 0.0) -> str:
+    """The batch file of one job, and of its spares; ``max_gpu_hours`` is for all jobs of the run, 0 is no limit."""
     place = run.path.resolve()
     left = dict(job.left)
     left.pop("comment", None)  # goes to sbatch behind our tag
@@ -44,8 +45,9 @@ def script_text(run: RunDir, profile: Profile, job: JobPlan) -> str:
             modules=profile.modules,
             setup=[UNSET, *profile.setup],
             env={"OMP_NUM_THREADS": str(profile.threads), **profile.env},
-            srun_args=profile.srun_args,
+            srun_args=[*profile.srun_args, *profile.section(job.section).srun_args],
             wrapper=profile.container,
+            max_gpu_s=round(max_gpu_hours * 3600),
         )
     )
 
@@ -57,10 +59,11 @@ def sendings(
     return [
         Sending(
             name=job.name,
-            file=f"{job.name}.sbatch",
+            file=f"{job.stands_in_for or job.name}.sbatch",
             needs=job.needs or [Need(job=job_id, kind="afterany") for job_id in after],
             any_need=job.any_need,
             held_by_user=job.held_by_user,
+            stands_in_for=job.stands_in_for,
             extra=[f"--comment={comment(run, job, sending)}", *extra],
         )
         for job in jobs
@@ -74,11 +77,17 @@ def comment(run: RunDir, job: JobPlan, sending: str) -> str:
 
 
 def write_scripts(
-    folder: Path, run: RunDir, profile: Profile, jobs: Sequence[JobPlan], extra: Sequence[str] = ()
+    folder: Path,
+    run: RunDir,
+    profile: Profile,
+    jobs: Sequence[JobPlan],
+    extra: Sequence[str] = (),
+    max_gpu_hours: float = 0.0,
 ) -> list[Path]:
     """Write the batch files and a ``submit.sh`` that sends them; returns the paths."""
     folder.mkdir(parents=True, exist_ok=True)
-    texts = {f"{job.name}.sbatch": script_text(run, profile, job) for job in jobs}
+    own = [job for job in jobs if not job.stands_in_for]
+    texts = {f"{job.name}.sbatch": script_text(run, profile, job, max_gpu_hours) for job in own}
     texts["submit.sh"] = submit_sh(sendings(run, jobs, "by-hand", extra))
     for name, text in texts.items():
         publish_text(folder / name, text)
@@ -109,7 +118,13 @@ def explain(settings: Mapping[str, Setting]) -> list[str]:
 
 def gpu_hours(jobs: Sequence[JobPlan]) -> float:
     """Upper bound over all jobs, each started once."""
-    return sum(job.resources.gpu_hours() for job in jobs)
+    return sum(job.resources.gpu_hours() for job in jobs if not job.stands_in_for)
+
+
+def spent_gpu_hours(run: RunDir) -> float:
+    """What all attempts of the run's jobs have spent until now, as their batch scripts note it."""
+    seconds = [path.read_text().strip() for path in (run.path / "jobs").glob("*.gpu_s")]
+    return sum(int(text) for text in seconds if text.isdigit()) / 3600
 
 
 def with_files(folder: Path, found: Sequence[Sending]) -> list[Sending]:

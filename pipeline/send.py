@@ -6,9 +6,10 @@ and every job carries ``run/sending/job`` in its comment.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import secrets
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 import submitit
@@ -20,8 +21,10 @@ from pipeline.journal import Journal, SentJob, live_jobs, name_of, refuse_runnin
 from pipeline.rundir import RunDir
 from pipeline.scripts import comment, script_text, sendings, with_files
 from slurm import queue
+from slurm.errors import Refused, SlurmError
 from slurm.profile import Profile
-from slurm.script import sbatch_args
+from slurm.refusal import blame
+from slurm.sending import Sending, sbatch_args
 
 Say = Callable[[str], None]
 
@@ -37,10 +40,17 @@ class Executor(submitit.SlurmExecutor):
                 "no srun on PATH: this machine has no Slurm; --write-scripts DIR writes what would be sent"
             ) from None
 
-    def send(self, file: Path, words: Sequence[str], tag: str, tasks: int, say: Say) -> submitit.SlurmJob[None]:
+    def send(self, job: JobPlan, call: Sending, ids: Mapping[str, str], tag: str, say: Say) -> submitit.SlurmJob[None]:
         """One job, exactly once whatever the controller does; SlurmError in Slurm's words when it is refused."""
-        job_id = queue.submit(file, words, tag=tag, say=say)
-        return self.job_class(folder=self.folder, job_id=job_id, tasks=list(range(tasks)))
+        words = sbatch_args(call, ids)
+        if not job.needs and "--hold" not in words:
+            words.append("--hold")
+        arguments = [ids[job.stands_in_for]] if job.stands_in_for else []
+        try:
+            job_id = queue.submit(Path(call.file), words, arguments, tag=tag, say=say)
+        except Refused as refused:
+            raise Refused(f"{refused}{blame(str(refused), job.settings, call.extra)}") from None
+        return self.job_class(folder=self.folder, job_id=job_id, tasks=list(range(job.resources.most_tasks)))
 
 
 def settle(run: RunDir, *, replace: bool, say: Say) -> list[queue.Job]:
@@ -66,7 +76,13 @@ def settle(run: RunDir, *, replace: bool, say: Say) -> list[queue.Job]:
 
 
 def send(
-    run: RunDir, profile: Profile, jobs: Sequence[JobPlan], old: Sequence[queue.Job], extra: Sequence[str], say: Say
+    run: RunDir,
+    profile: Profile,
+    jobs: Sequence[JobPlan],
+    old: Sequence[queue.Job],
+    extra: Sequence[str],
+    say: Say,
+    max_gpu_hours: float = 0.0,
 ) -> list[submitit.SlurmJob[None]]:
     """Send ``jobs`` in place of ``old`` and return them as submitit's jobs; the run must be held.
 
@@ -83,19 +99,18 @@ def send(
         calls = with_files(run.path / "jobs", sendings(run, jobs, sending, extra, [job.id for job in old]))
         ids = {job.id: job.id for job in old}
         for job, call in zip(jobs, calls, strict=True):
-            publish_text(Path(call.file), script_text(run, profile, job))
-            words = sbatch_args(call, ids)
-            if not job.needs and "--hold" not in words:
-                words.append("--hold")
-            tag = comment(run, job, sending)
-            sent[job.name] = executor.send(Path(call.file), words, tag, job.resources.most_tasks, say)
+            if not job.stands_in_for:
+                publish_text(Path(call.file), script_text(run, profile, job, max_gpu_hours))
+            sent[job.name] = executor.send(job, call, ids, comment(run, job, sending), say)
             ids[job.name] = sent[job.name].job_id
     except BaseException:
-        queue.cancel(job.job_id for job in sent.values())
-        if before is None:
-            Journal.path(run).unlink()
-        else:
-            before.write(run)
+        # without an answer the jobs stay held, and the journal tells the next submit to take them away
+        with contextlib.suppress(SlurmError):
+            queue.cancel((job.job_id for job in sent.values()), patience_s=0)
+            if before is None:
+                Journal.path(run).unlink()
+            else:
+                before.write(run)
         raise
     journal = _journal(run, jobs, sending, {name: job.job_id for name, job in sent.items()})
     journal.write(run)

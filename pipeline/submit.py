@@ -8,25 +8,26 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from data_prep.publish import publish_json, publish_text
-from pipeline import batch, corpora, groups, scripts
+from pipeline import corpora, groups, scripts
 from pipeline.chain import Chain
-from pipeline.config import Recipe, load_profile, load_recipe, restore
+from pipeline.config import Recipe
+from pipeline.configure import configure, find_data_dir
+from pipeline.configure import micro_batch_limit as micro_batch_limit
 from pipeline.errors import ConfigError, run_command
 from pipeline.groups import JobPlan
 from pipeline.journal import Journal, live_jobs, refuse_running
 from pipeline.local import run_chain
+from pipeline.options import parse
 from pipeline.rundir import RunDir, read_json
 from pipeline.stages import TASKS
 from pipeline.worker import made_with
 from slurm import flags, queue
-from slurm.errors import SlurmError
-from slurm.profile import SECTIONS, Profile
-from slurm.resources import parse_nodes
+from slurm.errors import Refused, SlurmError
+from slurm.profile import Profile
+from slurm.refusal import blame
 
 
 def main() -> int:
@@ -64,55 +65,6 @@ def main() -> int:
     return code
 
 
-def parse(words: Sequence[str]) -> argparse.Namespace:
-    """Our own options by argparse; Slurm's by their own names as ``flags``, what follows ``--`` as ``extra``."""
-    parser = argparse.ArgumentParser(
-        prog="python -m pipeline.submit",
-        description=__doc__,
-        epilog="Slurm's options keep their names and letters (-p gpu -A project -t 2-00:00:00) and mean pretraining; "
-        "-p data=cpu addresses the jobs of one kind (data, pretrain, finetune), --no-qos removes what the profile "
-        "says, and words after -- go to sbatch untouched.",
-    )
-    parser.add_argument(
-        "--recipe", help="what to train: a name in pipeline/recipes or a .toml file (default: the run's)"
-    )
-    parser.add_argument(
-        "--cluster",
-        help="how the site runs jobs: a name in slurm/profiles or a .toml file (default: the run's)",
-    )
-    parser.add_argument("--run", type=Path, required=True, help="run directory: everything of this training")
-    parser.add_argument(
-        "--data", type=Path, help="folder of the corpora that the recipe names (default: the profile's)"
-    )
-    parser.add_argument(
-        "--nodes",
-        "-N",
-        help="nodes for pretraining, as 32 or 16-32; the global batch stays the same (default: the run's, else 1)",
-    )
-    parser.add_argument("--processes", type=int, help="local runner: ranks in training and data workers")
-    parser.add_argument("--stages", help="run only these, separated by commas")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        dest="settings",
-        help="change a recipe value, such as phase1.steps=100",
-    )
-    slurm = parser.add_argument_group("Slurm")
-    slurm.add_argument("--split", action="store_true", help="one job for each stage")
-    slurm.add_argument("--dry-run", action="store_true", help="show the jobs and where each setting comes from")
-    slurm.add_argument(
-        "--write-scripts", type=Path, metavar="DIR", help="write batch files and submit.sh; send nothing"
-    )
-    slurm.add_argument("--test-only", action="store_true", help="ask Slurm when the jobs would start; send nothing")
-    slurm.add_argument("--replace", action="store_true", help="cancel jobs of this run that are at work")
-    line = flags.split(words, sections=SECTIONS, own=("--nodes", "-N"))
-    arguments = parser.parse_args(line.rest)
-    arguments.flags, arguments.extra = list(line.flags), list(line.passthrough)
-    return arguments
-
-
 def selected(chain: Chain, arguments: argparse.Namespace) -> dict[str, str]:
     """The stages to run with the reasons, which are printed."""
     todo = chain.select(arguments.stages.split(",")) if arguments.stages else chain.todo()
@@ -130,6 +82,8 @@ def nothing_to_do(run: RunDir) -> int:
 def plan_jobs(chain: Chain, profile: Profile, todo: dict[str, str], arguments: argparse.Namespace) -> list[JobPlan]:
     """The jobs of ``todo`` with what they ask for."""
     jobs = groups.jobs_of(chain.stages, todo, split=arguments.split)
+    if profile.spares:
+        jobs = groups.with_spares(jobs, profile.spares)
     return groups.equipped(jobs, profile, arguments.nodes, arguments.flags, os.environ)
 
 
@@ -138,15 +92,17 @@ def to_slurm(run: RunDir, recipe: Recipe, profile: Profile, arguments: argparse.
     from pipeline.send import send, settle  # submitit is imported only where jobs are sent
 
     old = settle(run, replace=arguments.replace, say=print)
-    begin(run, recipe, profile, arguments)
-    chain = Chain.of(run)
+    chain = Chain.planned(run, recipe, corpora.identities(run, recipe, find_data_dir(run, profile, arguments)))
     todo = selected(chain, arguments)
+    jobs = plan_jobs(chain, profile, todo, arguments)
+    check_budget(run, jobs, arguments.max_gpu_hours)
+    try_out(run, profile, jobs, arguments)  # before anything of the run is changed
+    begin(run, recipe, profile, arguments)
     if not todo:
         return nothing_to_do(run)
     if ignored := flags.ignored(os.environ):
         print(f"without effect: {', '.join(ignored)}")
-    jobs = plan_jobs(chain, profile, todo, arguments)
-    sent = send(run, profile, jobs, old, arguments.extra, say=print)
+    sent = send(run, profile, jobs, old, arguments.extra, print, arguments.max_gpu_hours)
     for job, handle in zip(jobs, sent, strict=True):
         print(scripts.describe(job, handle.job_id))
     if hours := scripts.gpu_hours(jobs):
@@ -155,19 +111,49 @@ def to_slurm(run: RunDir, recipe: Recipe, profile: Profile, arguments: argparse.
     return 0
 
 
+def check_budget(run: RunDir, jobs: list[JobPlan], max_gpu_hours: float) -> None:
+    """ConfigError when a job needs GPUs and the GPU-hours that the run may spend are spent."""
+    spent = scripts.spent_gpu_hours(run)
+    if max_gpu_hours and any(job.resources.gpus_per_node for job in jobs):
+        if spent >= max_gpu_hours:
+            raise ConfigError(
+                f"{run.path}: {spent:.2f} GPU-hours are spent, --max-gpu-hours allows {max_gpu_hours:g}; allow more"
+            )
+        print(f"{spent:.2f} of {max_gpu_hours:g} GPU-hours are spent; the chain stops when they are used up")
+
+
+def try_out(run: RunDir, profile: Profile, jobs: list[JobPlan], arguments: argparse.Namespace) -> dict[str, str]:
+    """Slurm's estimate for each job by name. Raises Refused where it would never start.
+
+    sbatch checks less of a job that is held or waits: it would be accepted and stay in the queue for ever.
+    """
+    estimates = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for job in (job for job in jobs if not job.stands_in_for):
+            file = Path(folder) / f"{job.name}.sbatch"
+            file.write_text(scripts.script_text(run, profile, job), encoding="utf-8")
+            try:
+                estimates[job.name] = queue.patiently(lambda: queue.estimate_start(file, arguments.extra), say=print)  # noqa: B023
+            except Refused as refused:
+                partition = job.left.get("partition")
+                away = queue.unavailable_nodes(partition.value if partition else "")
+                if "node configuration is not available" not in str(refused) or not away or arguments.test_only:
+                    raise Refused(f"{refused}{blame(str(refused), job.settings, arguments.extra)}") from None
+                print(f"{job.name}: no nodes for it now, {away} are down or reserved; it waits")
+    return estimates
+
+
 def without_sending(chain: Chain, profile: Profile, arguments: argparse.Namespace) -> int:
     """``--write-scripts`` and ``--test-only``."""
     run, jobs = chain.run, plan_jobs(chain, profile, selected(chain, arguments), arguments)
     if arguments.write_scripts:
-        for path in scripts.write_scripts(arguments.write_scripts, run, profile, jobs, arguments.extra):
+        folder, limit = arguments.write_scripts, arguments.max_gpu_hours
+        for path in scripts.write_scripts(folder, run, profile, jobs, arguments.extra, limit):
             print(path)
-        print(f"send them with  bash {arguments.write_scripts / 'submit.sh'}")
+        print(f"send them with  bash {folder / 'submit.sh'}")
     if arguments.test_only:
-        with tempfile.TemporaryDirectory() as folder:
-            for job in jobs:
-                file = Path(folder) / f"{job.name}.sbatch"
-                file.write_text(scripts.script_text(run, profile, job), encoding="utf-8")
-                print(f"{job.name}: {queue.estimate_start(file, arguments.extra)}")
+        for name, estimate in try_out(run, profile, jobs, arguments).items():
+            print(f"{name}: {estimate}")
     return 0
 
 
@@ -181,7 +167,7 @@ def show_plan(chain: Chain, profile: Profile, arguments: argparse.Namespace) -> 
     jobs = plan_jobs(chain, profile, todo, arguments)
     for job in jobs:
         print(scripts.describe(job))
-        for line in scripts.explain(job.settings):
+        for line in [] if job.stands_in_for else scripts.explain(job.settings):
             print(f"    {line}")
     if hours := scripts.gpu_hours(jobs):
         print(f"at most {hours:.0f} GPU-hours if no job is started again")
@@ -195,80 +181,6 @@ def refuse_if_slurm_runs_it(run: RunDir) -> None:
         print(f"{run.path}: whether Slurm runs this is not known ({error})", file=sys.stderr)
         return
     refuse_running(run, found, f"wait for it, or stop it with python -m pipeline.cancel {run.path}")
-
-
-def configure(run: RunDir, arguments: argparse.Namespace) -> tuple[Recipe, Profile]:
-    """Recipe and profile from the command line, else from the run."""
-    stored = read_json(run.path / "run.json")
-    if stored is None and (arguments.recipe is None or arguments.cluster is None):
-        raise ConfigError(f"{run.path} is not a run yet: name a --recipe and a --cluster")
-    origin = str(run.path / "run.json")
-    if arguments.recipe is not None:
-        recipe = load_recipe(arguments.recipe, arguments.settings)
-    else:
-        recipe = restore(Recipe, (stored or {})["recipe"], origin, arguments.settings)
-    if arguments.cluster is not None:
-        profile = load_profile(arguments.cluster)
-    else:
-        profile = restore(Profile, (stored or {})["profile"], origin)
-    if arguments.processes is not None:
-        if arguments.processes < 1:
-            raise ConfigError(f"--processes {arguments.processes}: must be at least 1")
-        profile = dataclasses.replace(profile, processes=arguments.processes)
-    if arguments.nodes is not None:
-        arguments.flags.append(flags.Flag("nodes", arguments.nodes, "pretrain"))
-    arguments.nodes = arguments.nodes or str((stored or {}).get("node_range", "1"))
-    ranks, arguments.most_nodes = world_of(profile, arguments)
-    return choose_micro_batches(recipe, profile, ranks, stored, arguments.settings), profile
-
-
-def world_of(profile: Profile, arguments: argparse.Namespace) -> tuple[int, int]:
-    """Ranks and nodes of pretraining, at most; ConfigError for Slurm's options where there is no Slurm."""
-    if profile.runner == "local":
-        given = [flag.name for flag in arguments.flags if flag.name != "nodes"]
-        given += [name for name in ("test-only", "write-scripts") if getattr(arguments, name.replace("-", "_"))]
-        if given or arguments.extra:
-            named = ", ".join(f"--{name}" for name in given) or " ".join(arguments.extra)
-            raise ConfigError(f"{named}: means nothing to cluster profile {profile.name!r}, which has no Slurm")
-        return profile.ranks(1), parse_nodes(arguments.nodes)[1]
-    _, resources, _ = groups.request(profile, "pretrain", arguments.nodes, arguments.flags, os.environ)
-    return resources.most_tasks, resources.nodes[1]
-
-
-def choose_micro_batches(
-    recipe: Recipe, profile: Profile, ranks: int, stored: dict[str, Any] | None, settings: list[str]
-) -> Recipe:
-    """The recipe with each phase's micro_batch fixed: chosen when the run is created, kept afterwards."""
-    for name in ("phase1", "phase2"):
-        phase = getattr(recipe, name)
-        kept = ((stored or {}).get("recipe", {}).get(name) or {}).get("micro_batch")
-        if kept and not any(s.startswith(f"{name}.micro_batch=") for s in settings):
-            chosen = min(kept, phase.global_batch)
-        else:
-            limit = micro_batch_limit(recipe, profile, name)
-            chosen = batch.plan(phase.global_batch, limit, ranks).micro_batch
-        recipe = dataclasses.replace(recipe, **{name: dataclasses.replace(phase, micro_batch=chosen)})
-    return recipe
-
-
-def micro_batch_limit(recipe: Recipe, profile: Profile, phase_name: str) -> int:
-    """The recipe's micro_batch limited by the profile's; ConfigError when neither names one."""
-    key = f"{recipe.name}.{phase_name}.{recipe.train.precision}"
-    given = [value for value in (getattr(recipe, phase_name).micro_batch, profile.micro_batch.get(key)) if value]
-    if not given:
-        raise ConfigError(
-            f"no micro_batch for {key}: cluster profile {profile.name!r} has no such key in "
-            f"[micro_batch]; add it, or give --set {phase_name}.micro_batch=N"
-        )
-    return min(given)
-
-
-def find_data_dir(run: RunDir, profile: Profile, arguments: argparse.Namespace) -> Path:
-    """--data, else where the run found its corpora, else (a copy from another site) the folder of the profile."""
-    if arguments.data is not None:
-        return Path(arguments.data)
-    known = run.exists and (arguments.cluster is None or run.data_dir.is_dir())
-    return run.data_dir if known else Path(profile.data_dir)
 
 
 def begin(run: RunDir, recipe: Recipe, profile: Profile, arguments: argparse.Namespace) -> None:
@@ -286,6 +198,8 @@ def begin(run: RunDir, recipe: Recipe, profile: Profile, arguments: argparse.Nam
             "profile": dataclasses.asdict(profile),
             "nodes": arguments.most_nodes,
             "node_range": arguments.nodes,
+            "max_gpu_hours": arguments.max_gpu_hours,
+            "allow_mixed": arguments.allow_mixed,
             "corpora": corpora.identities(run, recipe, data_dir),
             "data_dir": os.path.relpath(data_dir.resolve(), run.path.resolve()),
             "versions": made_with(),

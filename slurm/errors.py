@@ -13,6 +13,10 @@ class ControllerDown(SlurmError):
     """slurmctld (or the munge socket before it) did not answer; asking again later may help."""
 
 
+class Refused(SlurmError):
+    """sbatch understood and said no."""
+
+
 class FlagError(SlurmError):
     """A flag, name or value that sbatch would refuse or misread; a configuration error."""
 

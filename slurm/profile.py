@@ -26,6 +26,7 @@ class Section:
     cpus_per_task: int | None = field(default=None, metadata={"low": 1})
     mem_gb: float | None = field(default=None, metadata={"low": 0})  # per node; 0 is all of it
     exclusive: bool = False  # whole nodes
+    srun_args: tuple[str, ...] = ()  # after those of all jobs: --mpi=pmix for [data]
     sbatch: dict[str, str] = field(default_factory=dict)  # any other option by its long name; "" for one without value
 
 
@@ -49,6 +50,7 @@ class Profile:
     container: tuple[str, ...] = ()  # words before the interpreter, as apptainer exec --nv IMAGE
     srun_args: tuple[str, ...] = ()
     requeue: bool = True
+    spares: int = field(default=0, metadata={"low": 0})  # jobs that wait to go on where one ended and was not requeued
     signal_s: int = field(default=120, metadata={"low": 0})  # SIGUSR2 so long before the time limit; 0: none
     sbatch: dict[str, str] = field(default_factory=dict)  # options of every job
     data: Section = Section()
@@ -74,13 +76,19 @@ class Profile:
             gpu_request=self.gpu_request,
         )
 
+    def section(self, name: str) -> Section:
+        found: Section = getattr(self, name)
+        return found
+
     def options(self, section: str) -> dict[str, str]:
         """sbatch options of a section by long name, spelled as on a command line."""
-        part: Section = getattr(self, section)
+        part = self.section(section)
         found = {name: getattr(part, name) for name in ("partition", "account", "qos", "constraint", "time")}
         found["cpus-per-task"] = None if part.cpus_per_task is None else str(part.cpus_per_task)
         found["mem"] = None if part.mem_gb is None else format_memory(part.mem_gb)
         found["exclusive"] = "" if part.exclusive else None
         found["requeue"] = "" if self.requeue else "no"
         found["signal"] = f"USR2@{self.signal_s}" if self.signal_s else None
+        # a spare that is not needed, and what waits for a stage that failed with all its spares, must not wait for ever
+        found["kill-on-invalid-dep"] = "yes" if self.spares else None
         return {**{name: value for name, value in found.items() if value is not None}, **self.sbatch, **part.sbatch}

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from slurm.command import Answer, run, which
-from slurm.errors import ControllerDown, SlurmError
+from slurm.errors import ControllerDown, Refused, SlurmError
 
 Found = TypeVar("Found")
 TIMEOUT_S = 30.0
@@ -219,12 +219,12 @@ def accounted(ids: Iterable[str | int]) -> dict[str, Job]:
     return found
 
 
-def cancel(ids: Iterable[str | int]) -> list[str]:
+def cancel(ids: Iterable[str | int], *, patience_s: float = PATIENCE_S) -> list[str]:
     """Cancel jobs, also held ones; returns the command that was run ([] without ids). Ended jobs are no error."""
     argv = ["scancel", *(str(job_id) for job_id in ids)]
     if len(argv) == 1:
         return []
-    answer = patiently(lambda: ask(argv))
+    answer = patiently(lambda: ask(argv), patience_s=patience_s)
     refused = [line for line in answer.err.splitlines() if "already completing or completed" not in line.lower()]
     refused = [line for line in refused if "Invalid job id" not in line and line.strip()]
     if not answer.ok and refused:
@@ -253,25 +253,34 @@ def set_dependency(job_id: str | int, dependency: str) -> None:
 
 
 def estimate_start(script: Path, extra: Sequence[str] = ()) -> str:
-    """Slurm's own estimate of when and where the script would start; SlurmError when it never would."""
+    """Slurm's own estimate of when and where the script would start. Raises Refused, ControllerDown."""
     answer = ask(["sbatch", "--test-only", *extra, str(script)])
     if not answer.ok:
-        raise SlurmError(f"{script.name}: {_reason(answer)}")
+        raise Refused(f"{script.name}: {_reason(answer)}")
     return answer.said.removeprefix("sbatch: ")
+
+
+def unavailable_nodes(partition: str = "") -> int:
+    """Nodes that are down, drained or reserved, of a partition or of all; 0 when Slurm does not say."""
+    states = "--states=down,drain,drained,draining,fail,failing,unknown,maint,reserved"
+    where = [f"--partition={partition}"] if partition else []
+    answer = ask(["sinfo", "--noheader", "--format=%D", states, *where])
+    return sum(int(word) for word in answer.out.split() if word.isdigit())
 
 
 def submit(
     script: Path,
     extra: Sequence[str] = (),
+    arguments: Sequence[str] = (),
     *,
     tag: str,
     patience_s: float = PATIENCE_S,
     say: Callable[[str], None] | None = None,
 ) -> str:
-    """Send one script and return the job id; exactly one job whatever the controller does.
+    """Send one script, with ``arguments`` of its own, and return the job id: one job whatever the controller does.
 
     ``tag`` is the script's ``--comment``, unique to this sending: after an answer that got lost Slurm is asked for it
-    before anything is sent again. Raises SlurmError (rejected, in Slurm's words) and ControllerDown.
+    before anything is sent again. Raises Refused (in Slurm's words) and ControllerDown.
     """
 
     unsure = False  # whether an earlier sbatch may have reached Slurm
@@ -283,17 +292,19 @@ def submit(
                 if job.comment == tag:
                     return Answer(argv=("squeue",), code=0, out=job.id, err="")
         unsure = True
-        return ask(["sbatch", "--parsable", *extra, str(script)], timeout_s=60)
+        return ask(["sbatch", "--parsable", *extra, str(script), *arguments], timeout_s=60)
 
     answer = patiently(once, patience_s=patience_s, say=say)
     job_id = answer.out.strip().partition(";")[0]
     if not answer.ok or not job_id.isdigit():
-        raise SlurmError(f"{script.name}: {_reason(answer)}")
+        raise Refused(f"{script.name}: {_reason(answer)}")
     return job_id
 
 
 def _reason(answer: Answer) -> str:
     """Slurm's words for a rejection, without its prefixes."""
-    lines = [re.sub(r"^sbatch: (?:error: )?", "", line).strip() for line in answer.err.splitlines()]
+    lines = [
+        re.sub(r"^sbatch: (?:error: )?|^allocation failure: ", "", line).strip() for line in answer.err.splitlines()
+    ]
     lines = [line for line in lines if line and not line.startswith("Batch job submission failed: Unspecified")]
     return "; ".join(lines[-2:]).replace("Batch job submission failed: ", "sbatch refused: ") or answer.said

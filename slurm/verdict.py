@@ -1,6 +1,8 @@
-"""Why an attempt of a job ended, written by the rank that failed first and read by the batch script.
+"""What an attempt of a job tells the batch script: why it ended, and that it made progress.
 
-srun mixes the exit codes of the ranks, so the first rank that knows better leaves a line: ``CODE [NODE …]``.
+srun mixes the exit codes of the ranks, so the first rank that knows better leaves a line: ``CODE [NODE …]``. Every
+attempt notes itself when it starts; progress strikes all notes out, and when ``TRIES_WITHOUT_PROGRESS`` of them have
+come together the job is not started again.
 """
 
 from __future__ import annotations
@@ -10,9 +12,10 @@ import re
 from collections.abc import Iterable, Mapping
 
 VERDICT = "JOB_VERDICT"  # path of the verdict of this attempt
-CRASHES = "JOB_CRASHES"  # path of the list of attempts that ended without a verdict; removed on progress
-DEADLINE = "JOB_DEADLINE"  # end of the allocation, in seconds since 1970; absent when there is no limit
+TRIES = "JOB_TRIES"  # path of the list of attempts since the last progress, one a line
+DEADLINE = "JOB_DEADLINE"  # when this attempt must end, in seconds since 1970; absent when there is no limit
 RESTART = (75, 76, 77)  # stopped cleanly, peer lost, bad node: the batch script asks for a requeue
+TRIES_WITHOUT_PROGRESS = 2
 
 
 def give(code: int, bad_nodes: Iterable[str] = (), environ: Mapping[str, str] | None = None) -> bool:
@@ -33,9 +36,24 @@ def give(code: int, bad_nodes: Iterable[str] = (), environ: Mapping[str, str] | 
     return True
 
 
+def begin_try(name: str, path: str | os.PathLike[str]) -> None:
+    """Note an attempt before it starts; the batch script does the same with ``echo``."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(f"{name}\n")
+
+
+def may_try_again(path: str | os.PathLike[str]) -> bool:
+    """Whether fewer than ``TRIES_WITHOUT_PROGRESS`` attempts have started since the last progress."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return len(file.readlines()) < TRIES_WITHOUT_PROGRESS
+    except FileNotFoundError:
+        return True
+
+
 def made_progress(environ: Mapping[str, str] | None = None) -> None:
-    """Forget earlier crashes: called when something new is safely stored."""
-    path = (os.environ if environ is None else environ).get(CRASHES)
+    """Strike the attempts out: called when something new is safely stored."""
+    path = (os.environ if environ is None else environ).get(TRIES)
     if path:
         try:
             os.unlink(path)
@@ -44,6 +62,6 @@ def made_progress(environ: Mapping[str, str] | None = None) -> None:
 
 
 def deadline(environ: Mapping[str, str] | None = None) -> float | None:
-    """When Slurm will end this job, in seconds since 1970; None without a limit."""
+    """When this attempt must end, in seconds since 1970; None without a limit."""
     text = (os.environ if environ is None else environ).get(DEADLINE, "")
     return float(text) if re.fullmatch(r"\d{1,12}", text, re.ASCII) else None

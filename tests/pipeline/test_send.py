@@ -12,16 +12,16 @@ import pytest
 
 from pipeline import groups, scripts, submit
 from pipeline.config import load_profile, load_recipe
-from pipeline.errors import InUseError
+from pipeline.errors import ConfigError, InUseError
 from pipeline.journal import Journal, SentJob
 from pipeline.preempt import StopRequest
 from pipeline.rundir import RunDir
 from pipeline.stages import table
 from running import SMALL, call
-from slurm import queue
+from slurm import queue, refusal, shell
 from slurm.errors import FlagError
-from slurm.flags import Flag
-from slurm.script import Need
+from slurm.flags import Flag, Setting
+from slurm.sending import Need
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -36,7 +36,7 @@ def test_three_jobs_and_a_report() -> None:
     assert [(job.name, job.stages) for job in found] == [
         ("data", ("extract", "shard", "samples_128", "samples_512")),
         ("pretrain", ("phase1", "phase2")),
-        ("finetune", ("export", "squad", "mrpc", "sst2")),
+        ("finetune", ("export", "squad", "mrpc", "sst2", "inference")),
         ("report", ("report",)),
     ]
     assert [job.needs for job in found[:3]] == [(), (Need(job="data"),), (Need(job="pretrain"),)]
@@ -66,13 +66,15 @@ def test_one_job_for_each_stage() -> None:
     assert [need.job for need in found["phase1"].needs] == ["samples_128"]
     assert {need.job for need in found["phase2"].needs} == {"samples_512", "phase1"}
     assert {(need.job, need.kind) for need in found["report"].needs} == {
-        (name, "afterany") for name in ("squad", "mrpc", "sst2")
+        (name, "afterany") for name in ("squad", "mrpc", "sst2", "inference")
     }
     assert not found["report"].any_need
 
 
 def ready(*flags: Flag, cluster: str = "dgx_a100_80g", nodes: str = "32", **environ: str) -> list[groups.JobPlan]:
-    return groups.equipped(plans(), load_profile(cluster), nodes, flags, environ)
+    profile = load_profile(cluster)
+    jobs = groups.with_spares(plans(), profile.spares) if profile.spares else plans()
+    return groups.equipped(jobs, profile, nodes, flags, environ)
 
 
 def test_what_the_jobs_ask_for() -> None:
@@ -93,8 +95,10 @@ def test_what_the_jobs_ask_for() -> None:
     assert range_.settings["partition"].source == "SBATCH_PARTITION"
     _, none, _, _ = ready(Flag("gpus-per-node", "0", ""))
     assert none.resources.tasks_per_node == 1
-    with pytest.raises(Exception, match="one process"):
-        ready(Flag("nodes", "2", "data"))
+    with pytest.raises(ConfigError, match="one process"):
+        ready(Flag("nodes", "2", "finetune"))
+    many, _, _, small = ready(Flag("nodes", "2", "data"), Flag("ntasks-per-node", "4", "data"))
+    assert (many.resources.most_tasks, small.resources.most_tasks) == (8, 1)  # over MPI; the report is one process
     with pytest.raises(FlagError, match="16-32"):
         ready(nodes="many")
 
@@ -107,6 +111,96 @@ def test_the_text_of_bert_large_on_32_nodes() -> None:
     if os.environ.get("REWRITE_GOLDEN"):
         file.write_text(text)
     assert text == file.read_text(), f"{file}: differs; look at it, then REWRITE_GOLDEN=1 pytest writes it anew"
+
+
+PROFILES = ("generic", "venv_modules", "conda", "pyxis", "apptainer", "preemptible_cancel")
+
+
+@pytest.mark.parametrize("cluster", PROFILES)
+def test_the_text_of_each_kind_of_site(cluster: str) -> None:
+    """Header, environment and srun line of the pretraining job; the shell code around them is the same for all."""
+    pretrain = next(job for job in ready(cluster=cluster, nodes="4") if job.name == "pretrain")
+    text = scripts.script_text(RunDir(Path("/scratch/runs/bert")), load_profile(cluster), pretrain)
+    text = text.replace(sys.executable, "PYTHON").replace(str(scripts.ROOT), "CHECKOUT")
+    assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
+    text = text.replace(shell.BEFORE, "# …\n").replace(shell.AFTER, "# …\n")
+    file = GOLDEN / f"profile_{cluster}.sbatch"
+    if os.environ.get("REWRITE_GOLDEN"):
+        file.write_text(text)
+    assert text == file.read_text(), f"{file}: differs; look at it, then REWRITE_GOLDEN=1 pytest writes it anew"
+
+
+def test_spare_jobs_go_on_where_requeue_is_refused() -> None:
+    jobs = {job.name: job for job in ready(cluster="preemptible_cancel", nodes="4")}
+    assert list(jobs)[5:8] == ["pretrain", "pretrain-2", "pretrain-3"]
+    waits = {
+        name: [f"{need.kind}:{need.job}" for need in jobs[name].needs]
+        for name in ("pretrain", "pretrain-2", "pretrain-3", "finetune", "report")
+    }
+    family = ["", "-2", "-3", "-4", "-5"]
+    assert waits["pretrain"] == [f"afterok:data{n}" for n in family]
+    assert waits["pretrain-2"] == ["afternotok:pretrain"]
+    assert waits["pretrain-3"] == ["afternotok:pretrain", "afternotok:pretrain-2"]
+    assert waits["finetune"] == [f"afterok:pretrain{n}" for n in family]
+    assert waits["report"] == [f"afterany:finetune{n}" for n in family]
+    assert [jobs[name].any_need for name in waits] == [True, False, False, True, False]
+    assert {job.settings["kill-on-invalid-dep"].value for job in jobs.values()} == {"yes"}
+    run = RunDir(Path("/scratch/runs/bert"))
+    calls = {call.name: call for call in scripts.sendings(run, list(jobs.values()), "s")}
+    assert (calls["pretrain-3"].file, calls["pretrain-3"].stands_in_for) == ("pretrain.sbatch", "pretrain")
+    assert len({call.extra[0] for call in calls.values()}) == len(calls)  # the tags by which jobs are told apart
+    assert scripts.gpu_hours(list(jobs.values())) == 4 * 8 * 24 + 8
+    with pytest.raises(ConfigError, match="--split"):
+        groups.with_spares(plans(split=True), 1)
+    alone = groups.with_spares(plans(todo=["phase1"]), 1)
+    assert [(job.name, len(job.needs)) for job in alone] == [("pretrain", 0), ("pretrain-2", 1)]
+
+
+def test_the_job_of_a_stage_is_the_spare_that_lives() -> None:
+    journal = Journal(
+        sending="s", state="released", jobs=(held(101), dataclasses.replace(held(102), name="pretrain-2"))
+    )
+    dead, live = queue.Job(id="101", state="PREEMPTED"), queue.Job(id="102", state="RUNNING")
+    assert journal.job_of("phase1", {"101": dead, "102": live}).id == "102"
+    assert journal.job_of("phase1", {"101": live, "102": live}).id == "101"
+    assert journal.job_of("phase1").id == "101"
+    assert journal.job_of("phase2") is None
+
+
+def test_the_gpu_hours_of_a_run(tmp_path) -> None:
+    run, jobs = RunDir(tmp_path), ready(nodes="2")
+    assert scripts.spent_gpu_hours(run) == 0
+    (tmp_path / "jobs").mkdir()
+    for name, text in (("7.0", "7200\n"), ("7.1", "1800"), ("8.0", "")):  # the last one is just being written
+        (tmp_path / "jobs" / f"{name}.gpu_s").write_text(text)
+    assert scripts.spent_gpu_hours(run) == 2.5
+    submit.check_budget(run, jobs, 0)
+    submit.check_budget(run, jobs, 2.6)
+    submit.check_budget(run, [job for job in jobs if job.name == "report"], 1)
+    with pytest.raises(ConfigError, match=r"2\.50 GPU-hours are spent, --max-gpu-hours allows 2\.5"):
+        submit.check_budget(run, jobs, 2.5)
+    text = scripts.script_text(run, load_profile("generic"), jobs[1], 2.6)
+    assert "\nmax_gpu_s=9360\n" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "blamed"),
+    [
+        ("sbatch refused: Invalid partition name specified", " (--partition=x from flag)"),
+        ("sbatch refused: Invalid feature specification", " (--constraint=c from profile a)"),
+        ("Invalid --begin specification", " (--begin=late after --)"),
+        (
+            "sbatch refused: Requested node configuration is not available",
+            " (--nodes=64 from flag; --mem=9T from flag; --constraint=c from profile a)",
+        ),
+        ("sbatch refused: Invalid qos specification", ""),
+        ("sbatch refused: Unspecified error", ""),
+    ],
+)
+def test_a_refusal_names_the_option_and_where_it_came_from(words: str, blamed: str) -> None:
+    given = {name: Setting(value, "flag") for name, value in (("partition", "x"), ("nodes", "64"), ("mem", "9T"))}
+    given["constraint"] = Setting("c", "profile a")
+    assert refusal.blame(words, given, ["--begin=late"]) == blamed
 
 
 def test_scripts_are_written_without_slurm_and_as_they_are_sent(tmp_path, monkeypatch) -> None:
@@ -147,6 +241,7 @@ def test_a_dry_run_writes_nothing_and_names_sources(tmp_path) -> None:
     [
         (["-p", "gpu"], "--partition: means nothing"),
         (["--test-only"], "--test-only: means nothing"),
+        (["--max-gpu-hours", "5", "--allow-mixed"], "--max-gpu-hours, --allow-mixed: means nothing"),
         (["--nodes", "0"], "--nodes=0"),
         (["--", "--nice"], "--nice: means nothing"),
     ],
@@ -193,7 +288,7 @@ class FakeSlurm:
             raise Killed
         return result
 
-    def submit(self, file, words, *, tag, say) -> str:
+    def submit(self, file, words, arguments=(), *, tag, say) -> str:
         def change() -> str:
             number = str(100 + len(self.all))
             waits = [word for word in words if word.startswith("--dependency=")]
@@ -209,7 +304,7 @@ class FakeSlurm:
             }
         )
 
-    def cancel(self, ids) -> list[str]:
+    def cancel(self, ids, *, patience_s=0) -> list[str]:
         wanted = list(ids)
         self.act(lambda: [self.all[number].update(state="CANCELLED") for number in wanted])
         return ["scancel", *wanted]
@@ -300,7 +395,7 @@ def test_a_refusal_of_slurm_leaves_the_older_chain(fake, tmp_path) -> None:
     send_once(run)
     before, sent = Journal.read(run), list(fake.live())
 
-    def refuse(file, words, *, tag, say):
+    def refuse(file, words, arguments=(), *, tag, say):
         if tag.endswith("finetune"):
             raise FlagError("sbatch refused: Invalid partition")
         return fake.submit(file, words, tag=tag, say=say)

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from slurm import script, verdict
+from slurm import script, sending, shell, verdict
 from slurm.errors import FlagError
 from slurm.flags import Setting
 from slurm.resources import Resources
-from slurm.script import Need, Script, Sending
+from slurm.script import Script
+from slurm.sending import Need, Sending
 
 GOLDEN = Path(__file__).parent / "golden"
 STAGE = Path(script.__file__).parent / "stage.sbatch"
@@ -64,11 +65,16 @@ def test_submit_sh() -> None:
     chain = [
         Sending(name="data", file="1 data.sbatch", extra=["--bbf=my file"]),
         Sending(name="pretrain", file="pretrain.sbatch", needs=[Need(job="data")]),
-        Sending(name="spare", file="pretrain.sbatch", needs=[Need(job="pretrain", kind="afternotok")]),
+        Sending(
+            name="spare",
+            file="pretrain.sbatch",
+            needs=[Need(job="pretrain", kind="afternotok")],
+            stands_in_for="pretrain",
+        ),
         Sending(name="report", file="r.sbatch", needs=[Need(job="pretrain"), Need(job="spare")], any_need=True),
         Sending(name="alone", file="alone.sbatch", held_by_user=True),
     ]
-    golden("submit.sh", script.submit_sh(chain))
+    golden("submit.sh", sending.submit_sh(chain))
 
 
 @pytest.mark.parametrize(
@@ -92,14 +98,16 @@ def test_what_cannot_stand_on_one_line_is_refused(changes: dict[str, object]) ->
 
 def test_hand_written_stage_script_shares_the_logic() -> None:
     text = STAGE.read_text()
-    assert script.BEFORE in text
-    assert script.AFTER in text
+    assert shell.BEFORE in text
+    assert shell.AFTER in text
     subprocess.run(["bash", "-n", str(STAGE)], check=True)
 
 
 SQUEUE = 'case $* in *%T*) echo "${STATE:-RUNNING}" ;; *) echo "${LEFT:-UNLIMITED}" ;; esac'
 SRUN = """\
 echo "srun $*" >>log; printenv JOB_DEADLINE >>log
+if [ -n "$SPEND" ]; then echo 1000 >"$SPEND"; fi
+if [ -n "$WORK" ]; then /bin/sleep "$WORK"; fi
 if [ -n "$SAY" ]; then echo "$SAY" >"$JOB_VERDICT"; fi
 if [ -n "$TERM_PARENT" ]; then kill -TERM $PPID; fi
 exit "${CODE:-0}"
@@ -112,21 +120,32 @@ if [ ! -e asked ] && [ -n "$DOWN" ]; then touch asked; echo "Unable to contact s
 """
 
 
+SLEEP = """\
+if [ "$1" = 30 ]; then exec /bin/sleep "${NOTE_S:-30}"; fi  # between two notes of the GPU time
+"""
+
+
 @pytest.fixture
 def job(tmp_path: Path):
     """Run a batch file with stub commands; returns (exit code, what was called, output)."""
-    for name, body in {"squeue": SQUEUE, "srun": SRUN, "scontrol": SCONTROL, "sleep": ":"}.items():
+    stubs = {"squeue": SQUEUE, "srun": SRUN, "scontrol": SCONTROL, "sleep": SLEEP, "scancel": 'echo "scancel $*" >>log'}
+    for name, body in stubs.items():
         (tmp_path / name).write_text("#!/bin/bash\n" + body)
         (tmp_path / name).chmod(0o755)
     base = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "3"}
     base |= {"SLURM_JOB_NODELIST": "n1,n2,n3", "HOME": str(tmp_path)}
 
-    def run(requeue: bool = True, **env: str) -> tuple[int, list[str], str]:
-        made = plain(state_dir=str(tmp_path / "it's jobs"), settings=settings(requeue="") if requeue else {})
+    def run(requeue: bool = True, *words: str, gpus: int = 0, max_gpu_s: int = 0, **env: str):
+        made = plain(
+            state_dir=str(tmp_path / "it's jobs"),
+            settings=settings(requeue="") if requeue else {},
+            resources=Resources(gpus_per_node=gpus),
+            max_gpu_s=max_gpu_s,
+        )
         (tmp_path / "job.sh").write_text(script.render(made))
-        (tmp_path / "log").unlink(missing_ok=True)
+        (tmp_path / "log").write_text("")
         done = subprocess.run(
-            ["/bin/bash", "job.sh"],
+            ["/bin/bash", "job.sh", *words],
             cwd=tmp_path,
             env=base | env,
             capture_output=True,
@@ -139,8 +158,8 @@ def job(tmp_path: Path):
     return run
 
 
-def asked(calls: list[str]) -> int:
-    return calls.count("scontrol requeue 7")
+def asked(calls: list[str], job_id: int = 7) -> int:
+    return calls.count(f"scontrol requeue {job_id}")
 
 
 def test_a_good_stage_ends_with_0(job) -> None:
@@ -161,7 +180,7 @@ def test_other_codes_never_do(job, verdict_code: int) -> None:
 
 
 def test_sruns_code_counts_without_a_verdict(job) -> None:
-    assert (job(CODE="2")[0], asked(job(CODE="75")[1])) == (2, 1)
+    assert (job(CODE="2")[0], asked(job(CODE="75", SLURM_JOB_ID="8")[1], 8)) == (2, 1)
 
 
 def test_without_requeue_the_code_stays(job) -> None:
@@ -169,13 +188,86 @@ def test_without_requeue_the_code_stays(job) -> None:
     assert (code, asked(calls)) == (75, 0)
 
 
-def test_crashes_without_a_verdict_are_counted(job, tmp_path: Path) -> None:
-    assert [asked(job(CODE="139", SLURM_RESTART_COUNT=str(k))[1]) for k in range(3)] == [1, 1, 0]
-    code, _, said = job(CODE="137")
-    assert code == 137
-    assert "without progress" in said
-    verdict.made_progress({"JOB_CRASHES": str(tmp_path / "it's jobs" / "7.crashes")})
-    assert asked(job(CODE="137")[1]) == 1
+def test_two_attempts_without_progress_are_the_last(job, tmp_path: Path) -> None:
+    """Whatever ended them; an attempt that made progress, or that Slurm ended itself, does not count."""
+    tries = {"JOB_TRIES": str(tmp_path / "it's jobs" / "7.tries")}
+    assert asked(job(CODE="139")[1]) == 1
+    code, calls, said = job(CODE="137", SLURM_RESTART_COUNT="1")
+    assert (code, asked(calls)) == (137, 0)
+    assert "attempt 1: code 76, 2 attempts without progress; not started again" in said
+    for name in ("7.tries", "7.over"):
+        (tmp_path / "it's jobs" / name).unlink()
+    assert asked(job(CODE="75", SLURM_RESTART_COUNT="2")[1]) == 1
+    verdict.made_progress(tries)
+    assert asked(job(CODE="76", SLURM_RESTART_COUNT="3")[1]) == 1
+    assert asked(job(CODE="75", TERM_PARENT="1", SLURM_RESTART_COUNT="4")[1]) == 0  # preempted
+    assert asked(job(CODE="76", SLURM_RESTART_COUNT="5")[1]) == 0
+
+
+def test_the_same_rule_in_python(tmp_path: Path) -> None:
+    path = tmp_path / "tries"
+    assert verdict.may_try_again(path)
+    for expected in (True, False):
+        verdict.begin_try("a", path)
+        assert verdict.may_try_again(path) is expected
+    verdict.made_progress({"JOB_TRIES": str(path)})
+    assert verdict.may_try_again(path)
+
+
+def test_a_spare_job_goes_on_or_ends_at_once(job) -> None:
+    """It shares tries and bad nodes with the job in whose place it runs, and does nothing when that is over."""
+    assert job(False, CODE="75", SAY="77 n2")[0] == 77
+    code, calls, said = job(False, "7", SLURM_JOB_ID="8")
+    assert code == 0
+    assert "without n2" in said
+    assert any("--exclude=n2" in call for call in calls)
+    assert job(False, CODE="5", SLURM_RESTART_COUNT="1")[0] == 5
+    code, calls, said = job(False, "7", SLURM_JOB_ID="9")
+    assert (code, [call for call in calls if call.startswith("srun")]) == (5, [])
+    assert said == "nothing to do in the place of job 7: ended with code 5\n"
+
+
+def test_spares_share_the_tries(job) -> None:
+    assert "not started again" not in job(False, CODE="76")[2]
+    assert "2 attempts without progress" in job(False, "7", CODE="76", SLURM_JOB_ID="8")[2]
+    assert "nothing to do" in job(False, "7", SLURM_JOB_ID="9")[2]
+
+
+def test_gpu_time_is_noted_and_limited(job, tmp_path: Path) -> None:
+    """12 GPUs on 3 nodes; what other jobs of the run noted counts."""
+    state = tmp_path / "it's jobs"
+    code, calls, _ = job(gpus=4, max_gpu_s=12000, LEFT="2:00:00")
+    assert code == 0
+    now = int(subprocess.check_output(["date", "+%s"]))
+    assert int(calls[1]) == pytest.approx(now + 1000, abs=5)
+    assert int((state / "7.0.gpu_s").read_text()) <= 60
+    (state / "3.1.gpu_s").write_text("6000\n")
+    assert int(job(gpus=4, max_gpu_s=12000, LEFT="2:00:00")[1][1]) == pytest.approx(now + 500, abs=8)
+    assert int(job(gpus=4, max_gpu_s=12000, LEFT="1:40")[1][1]) == pytest.approx(now + 100, abs=8)  # the time limit
+    (state / "3.2.gpu_s").write_text("5700\n")
+    code, calls, said = job(gpus=4, max_gpu_s=12000)
+    assert (code, calls) == (2, [])
+    assert "the 200 GPU-minutes that --max-gpu-hours allows are used up; not started again" in said
+    assert said.count("\n") == 1
+    assert job(gpus=0, max_gpu_s=12000, SLURM_JOB_ID="8")[0] == 0  # the report costs no GPU
+
+
+def test_a_job_stopped_by_the_limit_of_gpu_time_is_not_requeued(job, tmp_path: Path) -> None:
+    state = tmp_path / "it's jobs"
+    state.mkdir()
+    (state / "3.gpu_s").write_text("11000")
+    spend = {"SAY": "75", "CODE": "1", "SPEND": f"{state}/4.gpu_s"}
+    code, calls, said = job(gpus=4, max_gpu_s=12000, **spend)
+    assert (code, asked(calls)) == (2, 0)
+    assert "used up" in said
+
+
+def test_a_stage_that_looks_at_no_deadline_is_told_to_stop(job, tmp_path: Path) -> None:
+    state = tmp_path / "it's jobs"
+    state.mkdir()
+    (state / "3.gpu_s").write_text("11000")
+    _, calls, _ = job(gpus=4, max_gpu_s=12000, NOTE_S="0.1", SPEND=f"{state}/4.gpu_s", WORK="2")
+    assert "scancel --signal=TERM 7" in calls
 
 
 def test_a_controller_that_is_down_is_asked_again(job) -> None:
@@ -196,7 +288,7 @@ def test_a_job_that_slurm_ends_does_not_come_back(job) -> None:
     assert asked(job(CODE="75", TERM_PARENT="1", LEFT="10:00")[1]) == 0
     assert asked(job(CODE="75", STATE="COMPLETING")[1]) == 0  # TERM may reach the shell late
     assert asked(job(CODE="75", TERM_PARENT="1", LEFT="0:00")[1]) == 1  # the time limit
-    assert asked(job(CODE="75", STATE="COMPLETING", LEFT="0:00")[1]) == 1
+    assert asked(job(CODE="75", STATE="COMPLETING", LEFT="0:00", SLURM_JOB_ID="8")[1], 8) == 1
 
 
 @pytest.mark.parametrize(

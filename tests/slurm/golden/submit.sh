@@ -14,7 +14,7 @@ job1=${job1%%;*}; sent+=("$job1"); echo "$job1"
 job2=$(sbatch --parsable "--dependency=afterok:$job1" pretrain.sbatch)
 job2=${job2%%;*}; sent+=("$job2"); echo "$job2"
 # spare
-job3=$(sbatch --parsable "--dependency=afternotok:$job2" pretrain.sbatch)
+job3=$(sbatch --parsable "--dependency=afternotok:$job2" pretrain.sbatch "$job2")
 job3=${job3%%;*}; sent+=("$job3"); echo "$job3"
 # report
 job4=$(sbatch --parsable "--dependency=afterok:$job2?afterok:$job3" r.sbatch)

@@ -1,0 +1,176 @@
+"""The shell code around the srun line of every batch file, the same for all of them.
+
+It expects these variables: ``state`` (folder of the run's small files), ``requeue`` (yes, no), ``gpus_per_node``,
+``max_gpu_s`` (GPU-seconds that all attempts of the run may spend; 0: no limit), ``stands_in_for`` (id of the job in
+whose place a spare job runs; empty in all others).
+"""
+
+from __future__ import annotations
+
+from slurm import verdict
+
+LEAST_S = 60  # of the allowed GPU time: with less left nothing is started
+NOTE_S = 30  # between two notes of the GPU time spent
+
+BEFORE = f"""\
+# may be unset when the job was sent with --export=NONE
+export PATH="${{PATH:-/usr/local/bin:/usr/bin:/bin}}"
+
+# signals are for the ranks; this shell lives on to decide what happens next
+ended=no
+trap 'ended=yes' TERM
+trap : USR1 USR2
+
+fail() {{
+  echo "$1" >&2
+  exit "$2"
+}}
+# ends this job for good: no requeue, and spare jobs end at once
+over() {{
+  echo "attempt $attempt: $1; not started again" >&2
+  echo "$2 $1" >"$series.over"
+  exit "$2"
+}}
+
+attempt=${{SLURM_RESTART_COUNT:-0}}
+this=$SLURM_JOB_ID.$attempt
+mkdir -p "$state" || fail "$state: cannot be made" 6
+series=$state/${{stands_in_for:-$SLURM_JOB_ID}}
+if [ -s "$series.over" ]; then
+  read -r code why <"$series.over"
+  fail "nothing to do in the place of job ${{series##*/}}: $why" "$code"
+fi
+export {verdict.VERDICT}="$state/$this.verdict"
+export {verdict.TRIES}="$series.tries"
+bad_nodes="$series.bad_nodes"
+
+# end of the allocation, read once: D-HH:MM:SS, MM:SS, or a word when there is no limit
+began=$(date +%s)
+end=9999999999
+left=$(timeout 60 squeue -h -j "$SLURM_JOB_ID" -o %L 2>/dev/null)
+if [[ $left =~ ^([0-9]+-)?[0-9]+(:[0-9]+){{1,2}}$ ]]; then
+  days=0
+  if [[ $left == *-* ]]; then days=${{left%%-*}}; fi
+  seconds=0
+  IFS=: read -r -a parts <<<"${{left#*-}}"
+  for part in "${{parts[@]}}"; do seconds=$((seconds * 60 + 10#$part)); done
+  end=$((began + 10#$days * 86400 + seconds))
+fi
+deadline=$end
+
+# GPU-seconds: each attempt notes its own in a file; their sum over all attempts and jobs of the run has a limit
+gpus=$((gpus_per_node * SLURM_JOB_NUM_NODES))
+note_gpu_s() {{
+  echo $((gpus * ($(date +%s) - began))) >"$state/$this.gpu_s.new" && mv "$state/$this.gpu_s.new" "$state/$this.gpu_s"
+}}
+left_s() {{
+  local spent=0 one file
+  for file in "$state"/*.gpu_s; do
+    read -r one <"$file"
+    spent=$((spent + one))
+  done
+  echo $(((max_gpu_s - spent) / gpus))
+}}
+check_gpu_s() {{
+  if [ "$gpus" -gt 0 ] && [ "$max_gpu_s" -gt 0 ] && [ "$(left_s)" -lt {LEAST_S} ]; then
+    over "the $((max_gpu_s / 60)) GPU-minutes that --max-gpu-hours allows are used up" 2
+  fi
+}}
+if [ "$gpus" -gt 0 ]; then
+  note_gpu_s
+  check_gpu_s
+  if [ "$max_gpu_s" -gt 0 ] && [ $((began + $(left_s))) -lt "$end" ]; then deadline=$((began + $(left_s))); fi
+  (
+    trap '' TERM
+    while sleep {NOTE_S}; do
+      note_gpu_s
+      # for stages that look at no deadline, and for jobs of the run that spend at the same time
+      if [ "$max_gpu_s" -gt 0 ] && [ "$(left_s)" -le 0 ]; then scancel --signal=TERM "$SLURM_JOB_ID"; fi
+    done
+  ) >/dev/null 2>&1 &
+  noting=$!
+  trap 'kill -9 "$noting" 2>/dev/null; note_gpu_s' EXIT
+fi
+if [ "$deadline" -lt 9999999999 ]; then export {verdict.DEADLINE}=$deadline; fi
+
+# nodes that an earlier attempt found to be bad do not take part
+spared=()
+if [ -s "$bad_nodes" ]; then
+  mapfile -t spared < <(scontrol show hostnames "$SLURM_JOB_NODELIST" | grep -Fxf "$bad_nodes")
+  if [ "${{#spared[@]}}" -ge "$SLURM_JOB_NUM_NODES" ]; then spared=(); fi
+fi
+part=()
+if [ "${{#spared[@]}}" -gt 0 ]; then
+  printf -v list '%s,' "${{spared[@]}}"
+  part=(--exclude="${{list%,}}" --nodes=$((SLURM_JOB_NUM_NODES - ${{#spared[@]}})))
+  echo "attempt $attempt: without ${{spared[*]}}, found bad before"
+fi
+echo "$this" >>"${verdict.TRIES}"
+"""
+
+AFTER = f"""\
+code=$?
+nodes=
+
+# the first rank that failed knows best; srun's own code mixes those of all ranks
+last=$code
+if [ -s "${verdict.VERDICT}" ]; then
+  read -r code nodes <"${verdict.VERDICT}"
+  last=$code
+elif [ "$code" -ge 128 ]; then
+  echo "attempt $attempt: killed (code $code)"
+  code=76
+fi
+for node in $nodes; do echo "$node" >>"$bad_nodes"; done
+
+# a job that Slurm is ending: a cancelled one must not come back, a preempted one comes back by itself unless its
+# script ends first, so wait to be killed; only after the time limit is it ours to ask
+wait_if_ended() {{
+  if [ "$ended" = yes ] && [ "$(date +%s)" -lt "$end" ]; then
+    echo "attempt $attempt: code $code; Slurm is ending this job"
+    sed -i "/^$this\\$/d" "${verdict.TRIES}" 2>/dev/null # no fault of ours
+    if [ "$requeue" != yes ]; then exit "$last"; fi
+    trap - TERM
+    sleep 3600
+    exit "$last"
+  fi
+}}
+ask() {{
+  answer=$(timeout 60 squeue -h -j "$SLURM_JOB_ID" -o %T 2>&1) || return
+  if [ "$answer" = COMPLETING ]; then ended=yes; fi # TERM may reach this shell late, or never
+  wait_if_ended
+  answer=$(timeout 60 scontrol requeue "$SLURM_JOB_ID" 2>&1)
+}}
+
+case $code in
+0) exit 0 ;;
+75 | 76 | 77) ;;
+*) over "ended with code $code" "$code" ;;
+esac
+sleep 2 # ranks hear of a cancel before others do
+wait_if_ended
+if [ -s "${verdict.TRIES}" ] && [ "$(wc -l <"${verdict.TRIES}")" -ge {verdict.TRIES_WITHOUT_PROGRESS} ]; then
+  over "code $code, {verdict.TRIES_WITHOUT_PROGRESS} attempts without progress" "$last"
+fi
+if [ "$gpus" -gt 0 ]; then
+  note_gpu_s
+  check_gpu_s
+fi
+if [ "$requeue" != yes ]; then exit "$last"; fi
+command -v scontrol >/dev/null || fail "attempt $attempt: code $code, but no scontrol here" "$last"
+pause=1
+until ask; do
+  case $answer in
+  *disabled* | *enied* | *"nvalid job id"* | *"not permitted"*)
+    fail "attempt $attempt: requeue refused: $answer" "$last"
+    ;;
+  esac
+  echo "attempt $attempt: requeue not confirmed ($answer); again in $pause s"
+  sleep "$pause"
+  pause=$((pause < 16 ? pause * 2 : 30))
+done
+echo "attempt $attempt: code $code, requeued"
+trap - TERM
+sleep 120 # Slurm ends this shell
+exit "$last"
+"""
