@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.config import restore
 from pipeline.errors import ConfigError, run_command
-from pipeline.finetune.options import DEFAULTS, MODES, FinetuneConfig
+from pipeline.finetune.options import DEFAULTS, MODES, PRECISIONS, FinetuneConfig
 
 if TYPE_CHECKING:
     from pipeline.rundir import Attempt
@@ -55,6 +55,9 @@ def main() -> int:
         if mode in modes and getattr(arguments, name) is None:
             raise ConfigError(f"--mode {arguments.mode} needs --{name} FILE")
 
+    if arguments.eval_mismatched and arguments.task != "mnli":
+        raise ConfigError(f"--eval-mismatched belongs to mnli, not {arguments.task}")
+
     from pipeline.finetune.loop import finetune
     from pipeline.rundir import StageDir
 
@@ -69,9 +72,12 @@ def main() -> int:
         train=arguments.train,
         eval=arguments.eval,
         modes=modes,
+        mismatched=arguments.eval_mismatched,
     )
     scores = ", ".join(f"{name} {value:.2f} %" for name, value in result["scores"].items())
-    print(f"{result['dataset']}: {scores or 'not scored'}; {arguments.out}/scores.json")
+    seeds = result.get("seeds", [])
+    several = f" (seed {result['best_seed']}, the best of {len(seeds)})" if len(seeds) > 1 else ""
+    print(f"{result['dataset']}: {scores or 'not scored'}{several}; {arguments.out}/scores.json")
     return 0
 
 
@@ -86,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="Hugging Face folder to start from")
     parser.add_argument("--train", type=Path, metavar="FILE", help="labelled file to train on")
     parser.add_argument("--eval", type=Path, metavar="FILE", help="file to score on or to predict")
+    parser.add_argument("--eval-mismatched", type=Path, metavar="FILE", help="mnli: a second file to score on, apart")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where results go")
     parser.add_argument("--dataset", metavar="NAME", help="name shown in scores.json (default: name of --eval)")
     parser.add_argument(
@@ -95,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
         help=f"comma-separated, of {', '.join(MODES)} (default: %(default)s); prediction needs no labels",
     )
     parser.add_argument("--seed", type=int, nargs="+", metavar="N", help="one or more; every one is trained")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="default: fp32")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, metavar="N", help="CPU threads")
     parser.add_argument("--version-2", action="store_true", help="squad: questions may have no answer")
     shown = {f.name: f.default for f in fields(FinetuneConfig) if f.default is not MISSING}

@@ -27,7 +27,10 @@ from pipeline.finetune.options import MODES, SQUAD, FinetuneConfig
 from pipeline.finetune.problems import Problem, problem_of
 from pipeline.finetune.samples import Samples
 from pipeline.rundir import Attempt, append_jsonl, read_json
+from pipeline.train.precision import autocast_for
 
+SKIPPED = "skipped_train_examples.json"
+MISMATCHED = "mismatched"
 Record = dict[str, Any]
 
 
@@ -64,16 +67,18 @@ def finetune(
     train: Path | None,
     eval: Path | None,
     modes: tuple[str, ...],
+    mismatched: Path | None = None,
 ) -> Record:
     """As `run`, doing only ``modes``: train, eval (predict and score), prediction (labels are not needed).
 
     Without "train" the folder ``model`` must hold a model of this task; without "eval" nothing is scored.
+    ``mismatched`` is MNLI's second evaluation file: its scores end in ``_mismatched`` and rank nothing.
     """
     folder = ModelFolder(model)
     _check(task, config, folder, job.out, modes)
     torch.set_num_threads(job.threads)
     (job.out / "scores.json").unlink(missing_ok=True)  # those of another start; its seeds are kept
-    task_run = TaskRun(job, task, config, folder, train, eval, modes)
+    task_run = TaskRun(job, task, config, folder, train, {"": eval, MISMATCHED: mismatched}, modes)
     if "train" not in modes:
         scores = task_run.predict_and_publish(job.out, task_run.load(None))
         return task_run.publish({**task_run.facts, "scores": scores})
@@ -84,7 +89,8 @@ def finetune(
     if not task_run.folder_of(best["seed"]).joinpath("model").is_dir():  # it was not the best of other seeds
         best = task_run.seed(best["seed"], again=True)
     task_run.point_to(best["seed"])
-    return task_run.publish({**task_run.facts, **best, **summary(records)})
+    named = {"best_seed": best["seed"], "ranked_by": task_run.problem.metric, "steps": best["steps"]}
+    return task_run.publish({**task_run.facts, "scores": best["scores"], **named, **summary(records)})
 
 
 def summary(records: list[Record]) -> Record:
@@ -119,6 +125,7 @@ def _check(task: str, config: FinetuneConfig, folder: ModelFolder, out: Path, mo
         lines.append(f"{out / 'model'} was not made by this command; choose another output folder")
     if lines:
         raise ConfigError("\n".join(f"{task}: {line}" for line in lines))
+    autocast_for(config.precision, chosen_device())  # EnvironmentFault where this device cannot do it
 
 
 class TaskRun:
@@ -131,35 +138,40 @@ class TaskRun:
         config: FinetuneConfig,
         source: ModelFolder,
         train: Path | None,
-        eval: Path | None,
+        evals: Mapping[str, Path | None],
         modes: tuple[str, ...],
     ) -> None:
         self.job, self.config, self.source, self.modes = job, config, source, modes
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = chosen_device()
         self.problem: Problem = problem_of(task, config, source.tokenizer)
         names = {field.name for field in dataclasses.fields(FinetuneConfig)} - {"dataset", "seeds"}
         settings = {name: value for name, value in dataclasses.asdict(config).items() if name in names}
         self.facts: Record = {"task": task, "dataset": config.dataset, "unit": "percent"}
         self.train_samples: Samples | None = None
-        self.eval_samples: Samples | None = None
+        self.evaluations: dict[str, tuple[Problem, Samples]] = {}  # by the name that their scores end in
         if "train" in modes:
             assert train is not None
-            self.train_samples, counts = self.problem.read_train(train)
+            self.train_samples, counts, skipped = self.problem.read_train(train)
             self.facts |= counts
-            if counts.get("skipped_train_examples"):
+            publish_json(job.out / SKIPPED, skipped)
+            if skipped:
+                more = f" and {len(skipped) - 5} more, all in {SKIPPED}" if len(skipped) > 5 else ""
                 job.say(
-                    f"{train}: {counts['skipped_train_examples']} examples are left out of training: "
-                    f"their answer is not in their context"
+                    f"{train}: {len(skipped)} examples are left out of training, their answer is not in their "
+                    f"context: {', '.join(skipped[:5])}{more}"
                 )
             if not len(self.train_samples):
                 raise DataError(f"{train}: no example is left to train on")
-        if {"eval", "prediction"} & set(modes):
-            assert eval is not None
-            self.eval_samples, counts = self.problem.read_eval(eval, labelled="eval" in modes)
-            self.facts |= counts
+        for name, path in evals.items() if {"eval", "prediction"} & set(modes) else ():
+            if path:
+                problem = problem_of(task, config, source.tokenizer)
+                samples, counts = problem.read_eval(path, labelled="eval" in modes)
+                self.evaluations[name] = problem, samples
+                self.facts |= {_with(key, name): count for key, count in counts.items()}
         self.facts |= settings
         files = {"model": source.sha256}
-        files |= {name: file_sha256(path) for name, path in (("train", train), ("eval", eval)) if path}
+        named = {"train": train, **{_with("eval", name): path for name, path in evals.items()}}
+        files |= {name: file_sha256(path) for name, path in named.items() if path}
         self.identity = {"task": task, "modes": sorted(modes), "config": settings, "files": files}
 
     def folder_of(self, seed: int) -> Path:
@@ -238,18 +250,19 @@ class TaskRun:
             )
 
     def predict_and_publish(self, folder: Path, model: torch.nn.Module) -> dict[str, float]:
-        """Predict the evaluation file, write the predictions into ``folder``, return the scores."""
-        if self.eval_samples is None:
-            return {}
-        began = time.perf_counter()
-        logits = predict(model, self.problem, self.eval_samples, self.config, self.device)
-        took = time.perf_counter() - began
-        files, scores = self.problem.judge(logits)
-        for name, content in files.items():
-            publish_json(folder / name, content)
-        rate = len(self.eval_samples) / took
-        self.job.say(f"predicted {len(self.eval_samples)} samples, {rate:.1f} sequences/s; {_show(scores)}")
-        return scores
+        """Predict every evaluation file, write the predictions into ``folder``, return the scores."""
+        every: dict[str, float] = {}
+        for name, (problem, samples) in self.evaluations.items():
+            began = time.perf_counter()
+            logits = predict(model, problem, samples, self.config, self.device)
+            took = time.perf_counter() - began
+            files, scores = problem.judge(logits)
+            for file, content in files.items():
+                publish_json(folder / (f"{name}_{file}" if name else file), content)
+            rate = len(samples) / took
+            self.job.say(f"predicted {len(samples)} samples, {rate:.1f} sequences/s; {_show(scores)}")
+            every |= {_with(metric, name): value for metric, value in scores.items()}
+        return every
 
     def best(self, records: list[Record]) -> Record:
         """The record with the highest metric, the first on a tie; only its model is kept."""
@@ -273,9 +286,17 @@ class TaskRun:
 
     def publish(self, scores: Record) -> Record:
         """Write scores.json, last of all; returns it."""
-        scores.pop("identity", None)
         publish_json(self.job.out / "scores.json", scores)
         return scores
+
+
+def chosen_device() -> torch.device:
+    """The GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _with(key: str, name: str) -> str:
+    return f"{key}_{name}" if name else key
 
 
 def _show(scores: Mapping[str, float]) -> str:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 SQUAD = "squad"
 MODES = ("train", "eval", "prediction")
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 
 
@@ -43,7 +44,7 @@ class FinetuneConfig:
     version_2: bool = False  # SQuAD 2.0: questions without an answer
     null_threshold: float = 0.0  # answer "" when its score leads the best answer's by more than this
     seeds: tuple[int, ...] = bounded((1,), low=0, high=2**63 - 1)
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
 
 
 @dataclass(frozen=True, kw_only=True)

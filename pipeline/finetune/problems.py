@@ -45,8 +45,8 @@ class Problem(Protocol):
     def new_model(self, config: BertConfig) -> nn.Module:
         """A model whose outputs `loss_sum` and `rows` understand."""
 
-    def read_train(self, path: Path) -> tuple[Samples, dict[str, int]]:
-        """Samples with targets, and counts to report."""
+    def read_train(self, path: Path) -> tuple[Samples, dict[str, int], list[str]]:
+        """Samples with targets, counts to report, and the ids of examples that cannot be trained on."""
 
     def read_eval(self, path: Path, *, labelled: bool) -> tuple[Samples, dict[str, int]]:
         """Samples to predict, and counts to report; `judge` refers to the last file read."""
@@ -78,7 +78,7 @@ class SquadProblem:
         cls, sep = encoder.vocabulary.special["cls"], encoder.vocabulary.special["sep"]
         return squad.build_features(data, encoder.encode, self.config, cls=cls, sep=sep, training=training)
 
-    def read_train(self, path: Path) -> tuple[Samples, dict[str, int]]:
+    def read_train(self, path: Path) -> tuple[Samples, dict[str, int], list[str]]:
         data = squad.read_squad(path, version_2=self.config.version_2)
         features, skipped = self._features(data, training=True)
         counts = {
@@ -86,7 +86,7 @@ class SquadProblem:
             "skipped_train_examples": len(skipped),
             "train_features": len(features),
         }
-        return _samples(features, [(feature.start, feature.end) for feature in features]), counts
+        return _samples(features, [(feature.start, feature.end) for feature in features]), counts, skipped
 
     def read_eval(self, path: Path, *, labelled: bool) -> tuple[Samples, dict[str, int]]:
         self.data = squad.read_squad(path, version_2=self.config.version_2, answers=labelled)
@@ -141,9 +141,9 @@ class GlueProblem:
         cls, sep = encoder.vocabulary.special["cls"], encoder.vocabulary.special["sep"]
         return glue.build_samples(table, encoder.encode, self.config.max_seq_len, cls=cls, sep=sep)
 
-    def read_train(self, path: Path) -> tuple[Samples, dict[str, int]]:
+    def read_train(self, path: Path) -> tuple[Samples, dict[str, int], list[str]]:
         samples = self._samples(glue.read_table(path, self.task))
-        return samples, {"train_examples": len(samples)}
+        return samples, {"train_examples": len(samples)}, []
 
     def read_eval(self, path: Path, *, labelled: bool) -> tuple[Samples, dict[str, int]]:
         self.table = glue.read_table(path, self.task, labelled=labelled)

@@ -109,6 +109,8 @@ def _load(path: Path) -> Any:
         raise DataError(f"{path}: not UTF-8 at byte {error.start}") from None
     except json.JSONDecodeError as error:
         raise DataError(f"{path}:{error.lineno}: not valid JSON at column {error.colno}: {error.msg}") from None
+    except ValueError as error:
+        raise DataError(f"{path}: not valid JSON: {error}") from None  # a number of thousands of digits
     except RecursionError:
         raise DataError(f"{path}: nested too deeply to be SQuAD JSON") from None
 

@@ -69,7 +69,9 @@ def test_from_a_folder_of_transformers_to_scores(folder: Path, tmp_path: Path) -
     assert scores["scores"]["accuracy"] == 100.0
     assert scores["dataset"] == "toy reviews"
     assert [record["seed"] for record in scores["seeds"]] == [1, 2]
-    assert run.stdout.splitlines()[-1].startswith("toy reviews: accuracy 100.00 %, f1 100.00 %; ")
+    assert run.stdout.splitlines()[-1].startswith(
+        "toy reviews: accuracy 100.00 %, f1 100.00 % (seed 1, the best of 2); "
+    )
     assert json.loads((out / "predictions.json").read_text())["3"] == "1"
     theirs = transformers.BertForSequenceClassification.from_pretrained(out / "model")
     tokenizer = transformers.AutoTokenizer.from_pretrained(out / "model")
@@ -107,6 +109,9 @@ def test_bad_values_are_all_named_with_code_2(
     assert not (tmp_path / "out").exists()
     code, said = fails(capsys, monkeypatch, options(folder, tmp_path / "out", "--mode", "train,test"))
     assert (code, said) == (2, "sst2: mode 'test' is unknown; choose from train, eval, prediction\n")
+    mismatched = options(folder, tmp_path / "out", "--eval-mismatched", f"{folder}/train.tsv")
+    code, said = fails(capsys, monkeypatch, mismatched)
+    assert (code, said) == (2, "--eval-mismatched belongs to mnli, not sst2\n")
     only_model = ["mrpc", "--model", f"{folder}/model", "--out", str(tmp_path / "out")]
     code, said = fails(capsys, monkeypatch, only_model)
     assert (code, said) == (2, "--mode train,eval needs --train FILE\n")

@@ -12,14 +12,18 @@ import torch
 import transformers
 
 from data_prep.errors import DataError
-from pipeline.errors import CheckpointError, ConfigError, NumericalError
+from pipeline.bert.packing import Batch
+from pipeline.errors import CheckpointError, ConfigError, EnvironmentFault, NumericalError
+from pipeline.finetune import fit as module
 from pipeline.finetune import loop
 from pipeline.finetune.fit import fit, predict
 from pipeline.finetune.loop import finetune, run
 from pipeline.finetune.model_folder import ModelFolder
 from pipeline.finetune.options import FinetuneConfig, defaults
 from pipeline.finetune.problems import problem_of
+from pipeline.finetune.samples import Samples
 from pipeline.rundir import Attempt, StageDir, read_jsonl
+from pipeline.train.precision import LossScale
 
 NOUNS = ["fox", "dog", "cat", "bird", "fish", "horse", "cow", "ant"]
 VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *NOUNS, *"abcdefghijkl", "who", "good", "bad", ".", "##s"]
@@ -163,7 +167,7 @@ def test_the_result_is_a_model_of_transformers(tmp_path: Path, model: Path, task
 def losses(model: Path, data: Path, config: FinetuneConfig, seed: int = 1) -> list[float]:
     folder = ModelFolder(model)
     problem = problem_of("mrpc", config, folder.tokenizer)
-    samples, _ = problem.read_train(data)
+    samples, _, _ = problem.read_train(data)
     net = problem.new_model(replace(folder.config, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
     folder.load_into(net, problem.head, 1)
     found: list[dict[str, float]] = []
@@ -201,7 +205,8 @@ def test_seeds_are_compared_and_the_best_is_published(tmp_path: Path, model: Pat
     assert result["mean"]["accuracy"] == pytest.approx(np.mean(accuracies))
     assert result["deviation"]["accuracy"] == pytest.approx(np.std(accuracies, ddof=1))
     best = (3, 1, 2)[int(np.argmax(accuracies))]
-    assert (result["seed"], result["scores"]["accuracy"]) == (best, max(accuracies))
+    assert (result["best_seed"], result["ranked_by"]) == (best, "accuracy")
+    assert result["scores"]["accuracy"] == max(accuracies)
     out = tmp_path / "out"
     assert read(out / "predictions.json") == read(out / "seeds" / str(best) / "predictions.json")
     assert (out / "model").resolve() == out.resolve() / "seeds" / str(best) / "model"
@@ -284,12 +289,49 @@ def test_skipped_answers_are_counted_and_said(tmp_path: Path, model: Path) -> No
     result = run(begun, task="squad", config=config, model=model, train=data, eval=data)
     assert (result["train_examples"], result["skipped_train_examples"]) == (3, 1)
     assert (result["examples"], result["eval_features"]) == (4, 4)  # it is asked in the evaluation all the same
-    assert any("1 examples are left out of training" in line for line in begun.lines)
+    assert any("1 examples are left out of training, their answer is not in their" in line for line in begun.lines)
+    assert any(line.endswith("context: q1") for line in begun.lines)
+    assert read(tmp_path / "out" / "skipped_train_examples.json") == ["q1"]
     for paragraph in broken["data"][0]["paragraphs"]:
         paragraph["qas"][0]["answers"][0]["text"] = "whale"
     data.write_text(json.dumps(broken))
     with pytest.raises(DataError, match="no example is left to train on"):
         run(job(tmp_path / "out", "squad"), task="squad", config=config, model=model, train=data, eval=data)
+
+
+def test_many_skipped_examples_are_all_named_in_a_file(tmp_path: Path, model: Path) -> None:
+    data = examples(tmp_path, "squad", count=8)
+    broken = json.loads(data.read_text())
+    for paragraph in broken["data"][0]["paragraphs"][1:]:
+        paragraph["qas"][0]["answers"][0]["answer_start"] = 10_000
+    data.write_text(json.dumps(broken))
+    begun = job(tmp_path / "out", "squad")
+    run(begun, task="squad", config=config_of("squad", epochs=1), model=model, train=data, eval=data)
+    assert any("q1, q2, q3, q4, q5 and 2 more, all in skipped_train_examples.json" in line for line in begun.lines)
+    assert read(tmp_path / "out" / "skipped_train_examples.json") == [f"q{i}" for i in range(1, 8)]
+
+
+def test_mnli_is_scored_on_both_files_apart(tmp_path: Path, model: Path) -> None:
+    data = examples(tmp_path, "mnli")
+    rows = [line.split("\t") for line in data.read_text().splitlines()]
+    swap = {"contradiction": "neutral", "neutral": "contradiction", "gold_label": "gold_label"}
+    other = tmp_path / "dev_mismatched.tsv"
+    other.write_text("".join("\t".join([*row[:3], swap[row[3]]]) + "\n" for row in rows[:9]))
+    result = finetune(
+        job(tmp_path / "out", "mnli"),
+        task="mnli",
+        config=config_of("mnli"),
+        model=model,
+        train=data,
+        eval=data,
+        modes=("train", "eval"),
+        mismatched=other,
+    )
+    assert result["scores"] == {"accuracy": 100.0, "accuracy_mismatched": 0.0}  # the same sentences, other labels
+    assert (result["examples"], result["examples_mismatched"]) == (32, 8)
+    both = [read(tmp_path / "out" / name) for name in ("predictions.json", "mismatched_predictions.json")]
+    assert both[1] == {key: both[0][key] for key in both[1]}
+    assert len(both[1]) == 8
 
 
 def test_a_loss_that_is_not_finite_names_its_step(tmp_path: Path, model: Path) -> None:
@@ -313,6 +355,76 @@ def test_bf16_learns_too(tmp_path: Path, model: Path) -> None:
     data, config = examples(tmp_path, "sst2"), config_of("sst2", precision="bf16")
     result = run(job(tmp_path / "out"), task="sst2", config=config, model=model, train=data, eval=data)
     assert result["scores"]["accuracy"] > 90
+
+
+def test_fp16_scales_its_loss_and_skips_what_overflows(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = examples(tmp_path, "mrpc")
+    lowered: list[float] = []
+
+    def started(scale: float) -> None:
+        class Watched(LossScale):
+            def __init__(self) -> None:
+                super().__init__(scale)
+
+            def lowered(self) -> bool:
+                lowered.append(self.scale)
+                return super().lowered()
+
+        monkeypatch.setattr(module, "LossScale", Watched)
+
+    started(2.0**10)
+    single = losses(model, data, config_of("mrpc", epochs=3))
+    half = losses(model, data, config_of("mrpc", epochs=3, precision="fp16"))
+    assert (half != single, lowered) == (True, [])
+    np.testing.assert_allclose(half, single, atol=5e-3)
+    started(2.0**26)  # the first gradients are beyond fp16
+    still = losses(model, data, config_of("mrpc", epochs=20, precision="fp16", batch=32))
+    assert np.isfinite(still).all()
+    assert lowered[:2] == [2.0**26, 2.0**25]
+    monkeypatch.setattr(LossScale, "LOWEST", 2.0**26)
+    with pytest.raises(NumericalError, match="step 1 of 2"):
+        losses(model, data, config_of("mrpc", epochs=1, precision="fp16"))
+
+
+def test_a_precision_that_the_device_lacks_is_refused_before_anything_is_read(tmp_path: Path, model: Path) -> None:
+    missing = tmp_path / "missing.tsv"
+    with pytest.raises(EnvironmentFault, match="tf32 needs a CUDA device"):
+        run(
+            job(tmp_path / "out"),
+            task="mrpc",
+            config=config_of("mrpc", precision="tf32"),
+            model=model,
+            train=missing,
+            eval=missing,
+        )
+
+
+@pytest.mark.parametrize(
+    ("batch", "capacity", "accumulation"),  # the published recipes on one GPU: MRPC, then SST-2
+    [(128, 256, 1), (128, 128, 1), (128, 64, 2), (1024, 256, 4), (1024, 128, 8), (512, 64, 8)],
+)
+def test_a_batch_is_accumulated_in_as_many_passes_as_the_published_tables_say(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, batch: int, capacity: int, accumulation: int
+) -> None:
+    config = config_of("mrpc", batch=batch, micro_batch=capacity)
+    passes: list[int] = []
+
+    class Counting(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(2))
+
+        def forward(self, packed: Batch) -> torch.Tensor:
+            passes.append(len(packed.length))
+            return self.weight.expand(len(packed.length), 2)
+
+    samples = Samples(np.ones(3 * batch, np.int64), np.arange(batch + 1) * 3, np.full(batch, 3), np.zeros(batch, int))
+    problem = problem_of("mrpc", config, ModelFolder(model).tokenizer)
+    one_epoch = replace(config, epochs=1)
+    fit(Counting(), problem, samples, one_epoch, seed=1, device=torch.device("cpu"), log=lambda line: None)
+    assert passes == [batch // accumulation] * accumulation
 
 
 @pytest.mark.parametrize(

@@ -146,6 +146,7 @@ def test_questions_without_answers_can_be_read_to_predict(tmp_path: Path) -> Non
     [
         (b'{"data": [\n{]}', r"bad\.json:2: not valid JSON at column 2"),
         (b'{"data": "\xff"}', r"bad\.json: not UTF-8 at byte 10"),
+        (b'{"data": ' + b"9" * 5000 + b"}", r"bad\.json: not valid JSON: Exceeds the limit"),
         (b"[" * 100_000, r"bad\.json: nested too deeply"),
         (b"[]", "'data' is missing; found list"),
         (b'{"version": "1.1"}', "'data' is missing; found version"),
