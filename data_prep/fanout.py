@@ -1,4 +1,4 @@
-"""Run a function over many items: over MPI ranks when MPI launched us, else processes, else one by one."""
+"""Run a function over many items: over the tasks of a launch (by MPI, else by files), over processes, or one by one."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -18,11 +19,14 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from data_prep.errors import DataError
+from data_prep.publish import publish_json
 
 Item = TypeVar("Item")
 Progress = Callable[[int, int], None]
 Outcome = list[Any]
 """``["ok", value]`` | ``["data", line]`` | ``["os", errno, text, file]`` | ``["defect", line, traceback]``"""
+EXCHANGE = "FANOUT_DIR"  # names a folder that all tasks of a launch see and no other launch uses
+_calls: dict[Path, int] = {}  # calls of run_all by such folder: every task makes the same ones
 
 
 class Job(Protocol):
@@ -41,63 +45,82 @@ def run_all(
     """Call ``function(item)`` for each item and return the results in the order of the items.
 
     ``function`` is a module-level function (or ``functools.partial`` of one) and returns JSON values; they
-    pass through JSON in every mode, so that all modes give the same. Under MPI every rank calls ``run_all``
-    with the same arguments, gets the same results, and leaves only when all items are done; the single item
-    of a one-item call is run by rank 0 alone. ``progress(done, total)`` is called as results arrive.
+    pass through JSON in every mode, so that all modes give the same. Where several tasks were launched together,
+    each calls ``run_all`` with the same arguments, gets the same results, and leaves only when all items are done;
+    the single item of a one-item call is run by rank 0 alone. They talk over MPI where its launcher started them,
+    else over files in the folder that EXCHANGE names. ``progress(done, total)`` is called as results arrive.
 
     Raises the DataError or OSError of the first item that failed; DataError when a worker process was killed;
     RuntimeError with the worker's traceback for a defect.
     """
-    if mpi_size(os.environ) > 1:
-        return _values(_over_mpi(function, items, progress))
-    if min(workers, len(items)) <= 1:
-        outcomes = []
-        for item in items:
-            outcomes.append(_attempt(function, item))
-            if outcomes[-1][0] != "ok":
-                break
-            if progress:
-                progress(len(outcomes), len(items))
-        return _values(outcomes)
-    return _values(_over_processes(function, items, workers, progress))
+    size = tasks(os.environ)
+    if size > 1 and by_mpi(os.environ):
+        return _values(_over_mpi(function, items, size, progress))
+    if size > 1:
+        return _values(_over_files(function, items, size, workers, progress))
+    return _values(_here(function, items, workers, progress))
 
 
-def mpi_size(environment: Mapping[str, str]) -> int:
-    """Number of MPI ranks that were launched together, 1 without MPI; MPI itself is not touched.
-
-    Raises DataError when srun started several tasks that cannot talk (no PMI, or mpi4py is missing): each of
-    them would do the whole work.
-    """
-    # under mpirun the SLURM_STEP_* variables describe its daemons, so its own count comes first
-    for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
-        if name in environment:
-            size = int(environment[name])
+def _here(
+    function: Callable[[Item], Any], items: Sequence[Item], workers: int, progress: Progress | None
+) -> list[Outcome]:
+    """The outcomes of ``items`` in order, up to the first failure; by processes where that helps."""
+    if min(workers, len(items)) > 1:
+        return _over_processes(function, items, workers, progress)
+    outcomes: list[Outcome] = []
+    for item in items:
+        outcomes.append(_attempt(function, item))
+        if outcomes[-1][0] != "ok":
             break
-    else:
-        size = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
-        if size > 1 and not {"PMIX_RANK", "PMI_RANK"} & environment.keys():
-            raise DataError(
-                f"srun started {size} tasks without MPI, each would do the whole work: start the data stages "
-                "with --ntasks=1 and more --cpus-per-task, or with srun --mpi=pmix"
-            )
-    if size > 1 and importlib.util.find_spec("mpi4py") is None:
+        if progress:
+            progress(len(outcomes), len(items))
+    return outcomes
+
+
+def tasks(environment: Mapping[str, str]) -> int:
+    """Number of tasks that were launched together, by srun or mpirun; 1 without a launcher."""
+    # under mpirun the SLURM_STEP_* variables describe its daemons, so its own count comes first
+    for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"):
+        if name in environment:
+            return int(environment[name])
+    return 1
+
+
+def by_mpi(environment: Mapping[str, str]) -> bool:
+    """Whether the tasks of this launch can talk over MPI: its launcher started them, and mpi4py works.
+
+    Raises DataError when they could not share the work in any way: each of them would do all of it.
+    """
+    launched = not {"PMIX_RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK"}.isdisjoint(environment)
+    missing = "srun has no --mpi=pmi2 or --mpi=pmix" if not launched else _mpi_missing()
+    if missing and not (EXCHANGE in environment and "SLURM_PROCID" in environment):
         raise DataError(
-            f"{size} MPI ranks were launched but mpi4py is not installed in {sys.prefix}: "
-            "pip install mpi4py, or start one task"
+            f"{tasks(environment)} tasks were launched without a working MPI, each would do the whole work "
+            f"({missing}): start one task with more --cpus-per-task"
         )
-    return size
+    return not missing
 
 
-def _over_mpi(function: Callable[[Item], Any], items: Sequence[Item], progress: Progress | None) -> list[Outcome]:
+def _mpi_missing() -> str:
+    """Why mpi4py does not work here; "" when it does."""
+    try:
+        importlib.import_module("mpi4py.MPI")
+    except (ImportError, RuntimeError) as error:  # not installed, or it finds no MPI library
+        return f"mpi4py in {sys.prefix}: {str(error).splitlines()[0]}"
+    return ""
+
+
+def _over_mpi(
+    function: Callable[[Item], Any], items: Sequence[Item], size: int, progress: Progress | None
+) -> list[Outcome]:
     import numpy as np
     from mpi4py import MPI
 
     world = MPI.COMM_WORLD
-    expected = mpi_size(os.environ)
-    if world.size != expected:
+    if world.size != size:
         raise DataError(
-            f"MPI sees {world.size} rank(s) where {expected} were launched: mpi4py in {sys.prefix} was built "
-            "for another MPI; use the launcher it was built for (srun --mpi=pmix or its own mpirun)"
+            f"MPI sees {world.size} rank(s) where {size} were launched, each would do the whole work: mpi4py in "
+            f"{sys.prefix} uses another MPI than the launcher; try srun --mpi=pmix or --mpi=pmi2, or its own mpirun"
         )
     mine: list[Outcome] = []
     for item in items[world.rank :: world.size]:
@@ -113,11 +136,48 @@ def _over_mpi(function: Callable[[Item], Any], items: Sequence[Item], progress: 
     gathered = np.empty(int(sizes.sum()), np.uint8)
     world.Allgatherv(packed, (gathered, sizes))
     parts = np.split(gathered, np.cumsum(sizes)[:-1])
-    by_rank: list[list[Outcome]] = [json.loads(part.tobytes()) for part in parts]
+    return _interleaved([json.loads(part.tobytes()) for part in parts], len(items))
+
+
+def _interleaved(by_rank: list[list[Outcome]], count: int) -> list[Outcome]:
+    """The outcomes in the order of the items, which were dealt to the ranks in turn; or the first failure alone."""
     for outcomes in by_rank:
         if outcomes and outcomes[-1][0] != "ok":
             return [outcomes[-1]]
-    return [by_rank[index % world.size][index // world.size] for index in range(len(items))]
+    return [by_rank[index % len(by_rank)][index // len(by_rank)] for index in range(count)]
+
+
+def _over_files(
+    function: Callable[[Item], Any], items: Sequence[Item], size: int, workers: int, progress: Progress | None
+) -> list[Outcome]:
+    """Rank 0 gathers what each rank leaves in a file and publishes all of it in one.
+
+    A rank that dies takes the others with it (srun --kill-on-bad-exit), so nobody waits for it.
+    """
+    rank, folder = int(os.environ["SLURM_PROCID"]), Path(os.environ[EXCHANGE])
+    call = _calls[folder] = _calls.get(folder, 0) + 1
+    mine = _here(function, items[rank::size], workers, progress if rank == 0 else None)
+    whole = folder / f"shared-{call}.json"
+    if rank > 0:
+        publish_json(folder / f"shared-{call}-{rank}.json", {"outcomes": mine})
+        by_rank = _read_when_there(whole)["by_rank"]
+    else:
+        parts = [folder / f"shared-{call}-{other}.json" for other in range(1, size)]
+        by_rank = [mine, *(_read_when_there(part)["outcomes"] for part in parts)]
+        publish_json(whole, {"by_rank": by_rank})
+        for part in parts:
+            part.unlink()
+    return _interleaved(by_rank, len(items))
+
+
+def _read_when_there(path: Path) -> Any:
+    pause_s = 0.01
+    while True:
+        with suppress(FileNotFoundError):
+            return json.loads(path.read_text(encoding="utf-8"))
+        os.listdir(path.parent)  # makes a network file system look again
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, 2.0)
 
 
 def _over_processes(

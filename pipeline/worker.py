@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.errors import DataError
-from data_prep.fanout import die_with_parent
+from data_prep.fanout import EXCHANGE, die_with_parent
 from data_prep.publish import publish_json
 from pipeline.chain import Chain
 from pipeline.config import restore
@@ -67,9 +67,10 @@ def run_stage(run: RunDir, name: str) -> None:
                 f"{name} needs {', '.join(missing)}, which is not done with the current configuration; "
                 f"run python -m pipeline.submit --run {run.path}"
             )
-    if stage.width != "ranks" and topology.rank > 0 and not under_mpi(os.environ):
+    if stage.job != "data" and stage.width != "ranks" and topology.rank > 0:
         return  # a task too many: rank 0 does the work alone
     attempt = take_attempt(chain, name, topology)
+    os.environ[EXCHANGE] = str(attempt.path)  # where the tasks of a data stage share its work without MPI
     profile = restore(Profile, run.settings["profile"], str(run.path / "run.json"))
     stop = StopRequest(deadline=verdict.deadline() if topology.rank == 0 else None)
     if stage.width == "ranks":
@@ -116,11 +117,6 @@ def execute(chain: Chain, stage: Stage, job: Job) -> None:
         if first:
             raise
         raise SystemExit(code) from None  # another rank said it first: one fault, one line
-
-
-def under_mpi(environment: Mapping[str, str]) -> bool:
-    """Whether an MPI launcher started this process, so that data stages share their work among its ranks."""
-    return not {"PMIX_RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK"}.isdisjoint(environment)
 
 
 def workers_of(profile: Profile, environment: Mapping[str, str]) -> int:

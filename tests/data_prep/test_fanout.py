@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pytest
 
+from data_prep import fanout
 from data_prep.errors import DataError
-from data_prep.fanout import mpi_size, run_all
+from data_prep.fanout import EXCHANGE, by_mpi, run_all, tasks
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -147,19 +148,26 @@ def running(pid: int) -> bool:
     return state != "Z"
 
 
-def test_mpi_is_recognised_by_its_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
-    assert mpi_size({}) == 1
-    assert mpi_size({"SLURM_NTASKS": "8"}) == 1  # a batch shell: one process
-    assert mpi_size({"OMPI_COMM_WORLD_SIZE": "4", "SLURM_STEP_NUM_TASKS": "2"}) == 4
-    assert mpi_size({"PMI_SIZE": "3", "SLURM_STEP_NUM_TASKS": "3"}) == 3
-    assert mpi_size({"PMIX_RANK": "0", "SLURM_STEP_NUM_TASKS": "5"}) == 5
-    with pytest.raises(DataError, match="5 tasks without MPI"):
-        mpi_size({"SLURM_STEP_NUM_TASKS": "5"})
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(DataError, match="mpi4py is not installed"):
-        mpi_size({"PMI_SIZE": "3"})
-    assert mpi_size({"PMI_SIZE": "1"}) == 1
+def test_a_launch_of_several_tasks_is_recognised() -> None:
+    assert tasks({}) == 1
+    assert tasks({"SLURM_NTASKS": "8"}) == 1  # a batch shell: one process
+    assert tasks({"OMPI_COMM_WORLD_SIZE": "4", "SLURM_STEP_NUM_TASKS": "2"}) == 4
+    assert tasks({"PMI_SIZE": "3", "SLURM_STEP_NUM_TASKS": "3"}) == 3
+    assert tasks({"PMIX_RANK": "0", "SLURM_STEP_NUM_TASKS": "5"}) == 5
+
+
+def test_tasks_that_cannot_share_the_work_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """srun without MPI, or a broken mpi4py: over files where that is possible, else no silent N-fold work."""
+    srun, shared = {"SLURM_STEP_NUM_TASKS": "5", "SLURM_PROCID": "2"}, {EXCHANGE: "/x"}
+    monkeypatch.setattr(fanout, "_mpi_missing", lambda: "")
+    assert by_mpi({**srun, "PMIX_RANK": "2"})
+    assert not by_mpi(srun | shared)
+    with pytest.raises(DataError, match=r"5 tasks were launched without a working MPI.*--mpi=pmi2"):
+        by_mpi(srun)
+    monkeypatch.setattr(fanout, "_mpi_missing", lambda: "no libmpi")
+    assert not by_mpi({**srun, **shared, "PMIX_RANK": "2"})
+    with pytest.raises(DataError, match=r"4 tasks .*no libmpi"):
+        by_mpi({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4"})
 
 
 MPI_PROGRAM = """
@@ -177,16 +185,45 @@ except DataError as error:
 """
 
 
+ITEMS = (
+    "import os\nfrom data_prep.errors import DataError\n"
+    "RANK = os.environ.get('OMPI_COMM_WORLD_RANK') or os.environ['SLURM_PROCID']\n"
+    "def square(item):\n    print('RAN', item, RANK, flush=True)\n    return item * item\n"
+    "def fail(item):\n    if item == 4:\n        raise DataError('page 4: broken')\n    return 0\n"
+)
+
+
+def check_shared(lines: list[str]) -> None:
+    assert lines.count("RESULT [0, 1, 4, 9, 16, 25, 36]") == 3
+    assert lines.count("RESULT [25]") == 3
+    assert lines.count("ERROR page 4: broken") == 3
+    ran = [line.split()[1:] for line in lines if line.startswith("RAN")]
+    assert sorted(ran) == sorted([[str(item), str(item % 3)] for item in range(7)] + [["5", "0"]])
+
+
+def test_tasks_of_srun_share_the_work_over_files(tmp_path: Path) -> None:
+    (tmp_path / "mpi_items.py").write_text(ITEMS)
+    (tmp_path / "program.py").write_text(MPI_PROGRAM)
+    (tmp_path / "exchange").mkdir()
+    base = {**os.environ, "PYTHONPATH": str(REPOSITORY), "SLURM_STEP_NUM_TASKS": "3", EXCHANGE: f"{tmp_path}/exchange"}
+    started = [
+        subprocess.Popen(
+            [sys.executable, str(tmp_path / "program.py"), str(tmp_path)],
+            env={**base, "SLURM_PROCID": str(rank)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(3)
+    ]
+    check_shared([line for process in started for line in process.communicate(timeout=60)[0].splitlines()])
+    assert len(list((tmp_path / "exchange").iterdir())) == 3  # one for each call, whatever the number of tasks
+
+
 def test_mpi_ranks_share_the_work_and_all_get_the_results(tmp_path: Path) -> None:
     mpirun = shutil.which("mpirun")
     if mpirun is None or importlib.util.find_spec("mpi4py") is None:
         pytest.skip("MPI is not tested here: mpirun or mpi4py is missing")
-    (tmp_path / "mpi_items.py").write_text(
-        "import os\nfrom data_prep.errors import DataError\n"
-        "def square(item):\n    print('RAN', item, os.environ['OMPI_COMM_WORLD_RANK'], flush=True)\n"
-        "    return item * item\n"
-        "def fail(item):\n    if item == 4:\n        raise DataError('page 4: broken')\n    return 0\n"
-    )
+    (tmp_path / "mpi_items.py").write_text(ITEMS)
     (tmp_path / "program.py").write_text(MPI_PROGRAM)
     launcher = f"{mpirun} --allow-run-as-root --oversubscribe -n 3".split()
     done = subprocess.run(
@@ -197,9 +234,4 @@ def test_mpi_ranks_share_the_work_and_all_get_the_results(tmp_path: Path) -> Non
         timeout=120,
         check=True,
     )
-    lines = done.stdout.splitlines()
-    assert lines.count("RESULT [0, 1, 4, 9, 16, 25, 36]") == 3
-    assert lines.count("RESULT [25]") == 3
-    assert lines.count("ERROR page 4: broken") == 3
-    ran = [line.split()[1:] for line in lines if line.startswith("RAN")]
-    assert sorted(ran) == sorted([[str(item), str(item % 3)] for item in range(7)] + [["5", "0"]])
+    check_shared(done.stdout.splitlines())
