@@ -23,6 +23,7 @@ from torch.nn import Parameter
 from data_prep.publish import file_sha256
 from pipeline.distributed import Group
 from pipeline.errors import EnvironmentFault, NodeFault, PeerLost
+from pipeline.job import Job
 
 RECORD_BYTES = 2048
 MUST_AGREE = ("config", "code", "torch", "numpy", "threads")
@@ -86,6 +87,38 @@ def check_same(ranks: Sequence[Mapping[str, Any]], *, allow_mixed: bool) -> list
         for field in ("python", "cpu", "gpu")
         if len({record[field] for record in ranks}) > 1
     ]
+
+
+class Peers:
+    """The ranks of one attempt, introduced to each other and known to run the same program.
+
+    Raises EnvironmentFault when they do not. ``own`` is this rank's introduction.
+    """
+
+    def __init__(self, job: Job, group: Group, device: torch.device, config: Mapping[str, Any], shares: Sequence[int]):
+        self.job, self.group, self.shares = job, group, shares
+        self.own = introduction(config, job.threads, device)
+        ranks = introduced(self.own, group, device)
+        self.hosts = [str(record["host"]) for record in ranks]
+        self.mixed = bool(job.run.settings.get("allow_mixed"))
+        for line in check_same(ranks, allow_mixed=self.mixed):
+            job.say(line)
+        self._slow = SlowRanks()
+
+    def compare(self, parameters: Iterable[Parameter], step: int) -> None:
+        """Raise NodeFault or PeerLost on every rank when the ranks' parameters differ; mixed GPUs may differ."""
+        if not self.mixed:
+            check_parameters(parameters, step, self.hosts, self.group)
+
+    def put_slow_on_record(self, seconds: Sequence[float], step: int) -> None:
+        """Take the ranks' compute seconds of a step; whoever turns out slow is warned of and goes into the events."""
+        for rank, ratio in self._slow.add(seconds, self.shares):
+            if self.job.rank != 0:
+                continue
+            host, attempt = self.hosts[rank], self.job.attempt.number
+            self.job.warn(f"rank {rank} on {host} is slow: {ratio:.1f} times the others over {WINDOW} steps")
+            facts = {"stage": self.job.stage, "attempt": attempt, "step": step, "rank": rank, "host": host}
+            self.job.run.event("slow_rank", **facts, ratio=round(ratio, 3))
 
 
 class SlowRanks:

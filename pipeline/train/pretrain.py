@@ -28,11 +28,12 @@ from pipeline.config import ModelConfig, OptimizerConfig, PhaseConfig, TrainConf
 from pipeline.distributed import Group, device_of, joined, peers_named
 from pipeline.errors import NumericalError, StoppedCleanly, StorageError
 from pipeline.job import Job
-from pipeline.train import checkpoint, optim, peers
+from pipeline.train import checkpoint, optim
 from pipeline.train.data import MaskedSamples, PretrainingData
 from pipeline.train.diagnose import culprit
 from pipeline.train.evaluate import Evaluation, evaluate, heldout, unigram_loss
 from pipeline.train.metrics import Clock, write_line
+from pipeline.train.peers import Peers
 from pipeline.train.precision import LossScale, autocast_for
 from pipeline.train.reduce import GradientBuffer, Reducer
 from pipeline.train.schedule import learning_rate
@@ -95,12 +96,8 @@ class Trainer:
             )
         science_of = {"model": model, "train": train, "optimizer": optimizer, "phase": phase}
         config = {name: science(part) for name, part in science_of.items()}
-        introduction = peers.introduction(config, job.threads, device)
-        self.ranks = peers.introduced(introduction, group, device)
-        self.mixed = bool(job.run.settings.get("allow_mixed"))
-        for line in peers.check_same(self.ranks, allow_mixed=self.mixed):
-            job.say(line)
-        self.slow_ranks = peers.SlowRanks()
+        shares = [len(self.plan.range_of(rank)) for rank in range(job.world_size)]
+        self.peers = Peers(job, group, device, config, shares)
 
         vocab_size = padded_vocab(self.data.manifest.vocab_size)
         bert = BertForPreTraining(BertConfig(vocab_size=vocab_size, **dataclasses.asdict(model))).to(device)
@@ -117,7 +114,7 @@ class Trainer:
             "vocab": self.data.manifest.vocab_sha256,
             "micro_batch": phase.micro_batch,
             **config,
-            **{key: introduction[key] for key in ("threads", "code", "torch", "cpu")},
+            **{key: self.peers.own[key] for key in ("threads", "code", "torch", "cpu")},
         }
         self.state = TrainingState(
             bert,
@@ -258,7 +255,7 @@ class Trainer:
         beat("working", self.state.step)
         if scale is not None:
             self.gradients.flat.mul_(1 / scale.scale)
-        self.name_slow_ranks(extra[1:])
+        self.peers.put_slow_on_record(extra[1:], self.state.step + 1)
         mlm_total, nsp_total, _ = self.scalars.sum(0).tolist()
         return mlm_total, nsp_total, extra[0] > 0
 
@@ -349,23 +346,6 @@ class Trainer:
         """Digest of the ids of all samples that the ranks read for this step, in order."""
         return hashlib.blake2b(self.scalars[:, SAMPLES].numpy().tobytes(), digest_size=8).hexdigest()
 
-    def name_slow_ranks(self, seconds: list[float]) -> None:
-        """Put ranks that slow the others down on record."""
-        shares = [len(self.plan.range_of(rank)) for rank in range(self.job.world_size)]
-        for rank, ratio in self.slow_ranks.add(seconds, shares):
-            if self.job.rank == 0:
-                host = self.ranks[rank]["host"]
-                self.job.warn(f"rank {rank} on {host} is slow: {ratio:.1f} times the others over {peers.WINDOW} steps")
-                self.job.run.event(
-                    "slow_rank",
-                    stage=self.job.stage,
-                    attempt=self.job.attempt.number,
-                    step=self.state.step + 1,
-                    rank=rank,
-                    host=host,
-                    ratio=round(ratio, 3),
-                )
-
     def evaluate(self, mlm_loss: float) -> Evaluation:
         """Held-out figures, logged beside the unigram loss."""
         with self.clock.spent("evaluation"):
@@ -395,9 +375,7 @@ class Trainer:
         state = self.state
         self.job.heartbeat.beat("waiting", state.step)  # for the others and for the file system
         with self.clock.spent("checkpoint"):
-            if not self.mixed:
-                hosts = [record["host"] for record in self.ranks]
-                peers.check_parameters(state.model.parameters(), state.step, hosts, self.group)
+            self.peers.compare(state.model.parameters(), state.step)
             if self.saver is None:
                 return
             folder = self.saver.save(
