@@ -73,6 +73,8 @@ def identity_of(path: Path) -> dict[str, Any]:
         )
         digest = hashlib.sha256(repr(files).encode()).hexdigest()
         return {"files": len(files), "bytes": sum(size for _, size in files), "digest": digest[:16]}
+    if not path.is_file():
+        raise ConfigError(f"{path}: neither a file nor a folder")  # opening a pipe would wait for ever
     size, mib = path.stat().st_size, 1 << 20
     with open(path, "rb") as file:
         ends = file.read(mib)

@@ -7,10 +7,13 @@ stderr, no traceback unless ``--debug`` (or ``PIPELINE_DEBUG=1``) asks for it.
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 import traceback
 from collections.abc import Callable
+
+from data_prep.errors import escaped
 
 
 class PipelineError(Exception):
@@ -84,16 +87,19 @@ class NodeFault(PipelineError):
 
 
 RESTART_CODES = (75, 76, 77)
-STORAGE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
+STORAGE_ERRNOS = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE),
+    *(errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG),
+)
 
 
 def describe(error: BaseException) -> tuple[str, int]:
     """``(line, exit code)`` of an exception; code 1 marks a defect of ours rather than bad input."""
     code = getattr(error, "exit_code", None)
     if isinstance(code, int):
-        return str(error), code
+        return "\n".join(map(escaped, str(error).split("\n"))), code
     if isinstance(error, OSError) and error.errno in STORAGE_ERRNOS:
-        return f"storage: {error.strerror}: {error.filename or 'unknown file'}", StorageError.exit_code
+        return escaped(f"storage: {error.strerror}: {error.filename or 'unknown file'}"), StorageError.exit_code
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", 130
     return f"{type(error).__name__}: {error}", 1
@@ -118,4 +124,6 @@ def exit_code_of(work: Callable[[], int | None]) -> int:
 
 def run_command(main: Callable[[], int | None]) -> None:
     """Run a command's ``main`` and leave the process with the documented exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold what the terminal's encoding lacks
     sys.exit(exit_code_of(main))
