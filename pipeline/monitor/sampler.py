@@ -111,7 +111,7 @@ class Sampler:
         self._write()
 
     def _watch(self, index: int) -> None:
-        """Read one GPU again and again until the end or until it is lost."""
+        """Read one GPU again and again until the end."""
         from pipeline.monitor import nvml
 
         self._asked[index] = time.monotonic()
@@ -132,8 +132,6 @@ class Sampler:
                 self._lines.append(self._line(now, gpu.index, gpu.uuid, gpu.name, reading))
             found = [finding for code in sorted(codes) for finding in health.of_code(code)]
             self._judge(index, health.of_xids(reading.get("xid", ())) + found + health.of_reading(reading, before))
-            if health.GPU_IS_LOST in codes:
-                break
             before |= reading
             self._stopping.wait(max(0.0, started + self._interval_s - time.monotonic()))
 

@@ -114,11 +114,15 @@ def blocked(folder: Path) -> Any:
     until(lambda: watched.warned)
     others = len(watched.lines(1))
     until(lambda: len(watched.lines(1)) > others + 5)
+    sampler.FLUSH_S = 1000.0
+    others = len(watched.lines(1))
+    time.sleep(0.1)
     seconds = [_seconds(watched.sampler.stop)]
+    last = len(watched.lines(1)) - others
     play("reset;block nvmlInitWithFlags -1 0 30000")
     again = Watched(folder / "again")
     seconds += [_seconds(again.sampler.start), _seconds(again.sampler.stop)]
-    return {**watched.told(), "seconds": seconds, "again": again.told(), "before": len(watched.lines(0))}
+    return {**watched.told(), "seconds": seconds, "again": again.told(), "before": len(watched.lines(0)), "last": last}
 
 
 def _seconds(work: Callable[[], None]) -> float:
@@ -206,6 +210,14 @@ def visible(folder: Path) -> Any:
         "unknown uuid": {"CUDA_VISIBLE_DEVICES": "GPU-ffff"},
     }
     return {name: nvml.visible(environment, 4) for name, environment in cases.items()}
+
+
+def shrunk_package(folder: Path) -> Any:
+    """A pynvml that does not know two of the functions."""
+    import pynvml
+
+    del pynvml.nvmlDeviceGetCurrentClocksEventReasons, pynvml.nvmlDeviceGetPowerUsage
+    return contract(folder)
 
 
 def no_driver(folder: Path) -> Any:
