@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import sys
@@ -69,12 +70,17 @@ class Job:
     def say(self, line: str) -> None:
         """One progress line to rank 0's log and standard output; other ranks are silent."""
         if self.rank == 0:
-            with open(self.attempt.log, "a", encoding="utf-8") as file:
-                file.write(f"{time.strftime('%H:%M:%S')} {line}\n")
-            print(f"  {self.stage}: {line}", flush=True)
+            self._log(line)
+            with contextlib.suppress(OSError):
+                print(f"  {self.stage}: {line}", flush=True)
 
     def warn(self, line: str) -> None:
         """One warning line from any rank."""
-        with open(self.attempt.log, "a", encoding="utf-8") as file:
-            file.write(f"{time.strftime('%H:%M:%S')} warning (rank {self.rank}): {line}\n")
-        print(f"  {self.stage}: warning (rank {self.rank}): {line}", file=sys.stderr, flush=True)
+        self._log(f"warning (rank {self.rank}): {line}")
+        with contextlib.suppress(OSError):
+            print(f"  {self.stage}: warning (rank {self.rank}): {line}", file=sys.stderr, flush=True)
+
+    def _log(self, line: str) -> None:
+        # a full disk costs lines of the log, not the training
+        with contextlib.suppress(OSError), open(self.attempt.log, "a", encoding="utf-8") as file:
+            file.write(f"{time.strftime('%H:%M:%S')} {line}\n")

@@ -6,6 +6,7 @@ A run holds no absolute path. State is files written atomically: a reader sees t
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -30,21 +31,31 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file; a last line that a kill left unfinished is dropped."""
+    """The objects of a JSON-lines file; a line that a kill or a full disk left unfinished is dropped."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         return []
-    complete = text[: text.rfind("\n") + 1]
-    return [json.loads(line) for line in complete.splitlines() if line]
+    found = []
+    for line in text[: text.rfind("\n") + 1].splitlines():
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return found
 
 
 def append_jsonl(path: Path, record: Mapping[str, Any]) -> None:
-    """Append one line with a single write, so that lines of several processes never mix."""
+    """Append one line with a single write, so that lines of several processes never mix.
+
+    What a full disk cut off is ended by a line feed when the next one comes. Raises OSError.
+    """
     line = (json.dumps(record) + "\n").encode()
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
     try:
-        os.write(descriptor, line)
+        size = os.fstat(descriptor).st_size
+        if size and os.pread(descriptor, 1, size - 1) != b"\n":
+            line = b"\n" + line
+        if os.write(descriptor, line) < len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
     finally:
         os.close(descriptor)
 
@@ -76,13 +87,18 @@ class Attempt:
         return self.path / "metrics.jsonl"
 
     def judge(self, code: int, line: str, rank: int) -> bool:
-        """Write the attempt's verdict; False when a rank that failed earlier has done so."""
+        """Write the attempt's verdict; False when a rank that failed earlier has done so.
+
+        On a disk that takes nothing the verdict is the process's exit code alone.
+        """
         record = {"code": code, "line": line, "rank": rank, "host": socket.gethostname(), "time": time.time()}
         try:
             descriptor = os.open(self.path / "verdict.json", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         except FileExistsError:
             return False
-        with os.fdopen(descriptor, "w") as file:
+        except OSError:
+            return True
+        with contextlib.suppress(OSError), os.fdopen(descriptor, "w") as file:
             json.dump(record, file)
         return True
 
@@ -103,7 +119,22 @@ class StageDir:
         return read_json(self.path / "stage.json")
 
     def mark_done(self, record: Mapping[str, Any]) -> None:
+        """Write the done mark. InUseError when its ``attempt`` has been succeeded by a newer one, which will."""
+        attempts = self.attempts
+        if attempts and record.get("attempt", attempts[-1].number) < attempts[-1].number:
+            raise InUseError(
+                f"attempt {attempts[-1].number} ({told(attempts[-1].owner)}) has taken over from attempt "
+                f"{record['attempt']} of {self.path.name}; this one does not mark it done"
+            )
         publish_json(self.path / "done.json", dict(record))
+
+    @contextlib.contextmanager
+    def beginning(self) -> Iterator[None]:
+        """One process at a time moves this folder aside and begins it; where no locks are, nobody waits."""
+        with open(self.path.parent / f".{self.path.name}.lock", "w", encoding="utf-8") as file:
+            with contextlib.suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_EX)
+            yield
 
     @property
     def attempts(self) -> list[Attempt]:
@@ -217,11 +248,10 @@ class RunDir:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise InUseError(
-                    f"{self.path}: {self._holder()} is using this run; wait for it, or stop it with "
+                    f"{self.path}: {told(self._holder())} is using this run; wait for it, or stop it with "
                     f"python -m pipeline.cancel {self.path}"
                 ) from None
-            file.seek(0)
-            file.truncate()
+            file.truncate(0)
             file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}))
             file.flush()
             yield
@@ -242,7 +272,22 @@ class RunDir:
         """When the newest holder took the run, in seconds since 1970."""
         return float((read_json(self.path / "lock") or {}).get("time", 0.0))
 
-    def _holder(self) -> str:
-        owner = read_json(self.path / "lock") or {}
-        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(owner["time"])) if "time" in owner else "unknown"
-        return f"process {owner.get('pid', '?')} on {owner.get('host', '?')} (since {since})"
+    def _holder(self, patience_s: float = 2.0) -> dict[str, Any]:
+        """Who holds the run: what the lock says, once its newest holder has had time to write it."""
+        deadline = time.monotonic() + patience_s
+        while True:
+            owner = read_json(self.path / "lock") or {}
+            gone = owner.get("host") == socket.gethostname() and not Path(f"/proc/{owner.get('pid')}").exists()
+            if (owner and not gone) or time.monotonic() > deadline:
+                return {} if gone else owner
+            time.sleep(0.01)
+
+
+def told(owner: Mapping[str, Any] | None) -> str:
+    """An owner of a run or an attempt for people: process, host and since when."""
+    owner = owner or {}
+    try:
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(owner["time"]))
+        return f"process {owner['pid']} on {owner['host']}, since {since}"
+    except (KeyError, TypeError):
+        return "an unknown process"

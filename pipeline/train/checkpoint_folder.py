@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from data_prep.publish import file_sha256, publish_json, sync_folder
 from pipeline.errors import CheckpointError, InUseError, NumericalError, StorageError
+from pipeline.rundir import read_json, told
 from pipeline.train.tensor_file import write_safetensors
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -84,7 +85,7 @@ def save(
     identity: Mapping[str, Any],
     model: Mapping[str, Any],
     permanent: bool = False,
-    owner: bytes | None = None,
+    owner: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write one checkpoint and return its folder; a kill at any moment leaves the older ones as they were.
 
@@ -255,15 +256,12 @@ def _verify_file(folder: Path, name: str, manifest: Mapping[str, Any]) -> None:
         )
 
 
-def owner_of(attempt_dir: Path) -> bytes | None:
+def owner_of(attempt_dir: Path) -> dict[str, Any] | None:
     """What the attempt's folder says about who began it; None where it says nothing."""
-    try:
-        return (attempt_dir / "owner.json").read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        return None
+    return read_json(attempt_dir / "owner.json")
 
 
-def _fence(attempt_dir: Path, owner: bytes | None) -> None:
+def _fence(attempt_dir: Path, owner: Mapping[str, Any] | None) -> None:
     """Raise InUseError when an attempt with a higher number exists, or this folder is another start's by now.
 
     The second happens when the stage's folder was moved aside and begun anew.
@@ -277,19 +275,9 @@ def _fence(attempt_dir: Path, owner: bytes | None) -> None:
     except OSError as error:
         raise StorageError(f"{attempt_dir} cannot be read: {error.strerror or error}") from error
     if mine is not None and newest > mine:
-        raise InUseError(f"attempt {newest} ({told(successor)}) has taken over from attempt {mine}; this one stops")
+        raise InUseError(f"attempt {newest} ({told(successor)}) has taken over from attempt {mine}")
     if found != owner:
         raise InUseError(f"{attempt_dir} was moved aside or belongs to another start ({told(found)}); this one stops")
-
-
-def told(owner: bytes | None) -> str:
-    """An owner for people: process, host and since when."""
-    try:
-        fields = json.loads(owner or b"{}")
-        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(fields["time"]))
-        return f"process {fields['pid']} on {fields['host']} since {since}"
-    except (ValueError, KeyError, TypeError):
-        return "its owner is not known"
 
 
 def _refuse_non_finite(tensors: Arrays, what: str) -> None:

@@ -24,6 +24,7 @@ class Clock:
         self.since = time.time()
         self._mark = time.perf_counter()
         self._spent: dict[str, float] = dict.fromkeys(PARTS, 0.0)
+        self.unwritten: list[dict[str, Any]] = []  # lines that a full disk did not take yet
 
     @contextlib.contextmanager
     def spent(self, part: Part) -> Iterator[None]:
@@ -52,8 +53,15 @@ class Clock:
 
 
 def write_line(job: Job, clock: Clock, step: int, **figures: Any) -> dict[str, Any]:
-    """Append one line to the attempt's metrics.jsonl, rank 0 only; returns it."""
+    """Append one line to the attempt's metrics.jsonl, rank 0 only; returns it.
+
+    Training does not end because a disk is full: lines wait until it takes them.
+    """
     line = {"stage": job.stage, "attempt": job.attempt.number, "step": step, **clock.take(), **figures}
     if job.rank == 0:
-        append_jsonl(job.attempt.metrics, line)
+        clock.unwritten.append(line)
+        with contextlib.suppress(OSError):
+            while clock.unwritten:
+                append_jsonl(job.attempt.metrics, clock.unwritten[0])
+                del clock.unwritten[0]
     return line

@@ -8,6 +8,7 @@ more steps lost than the interval, or a state whose bits differ.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import shutil
@@ -95,6 +96,18 @@ def history(numbers: traced.Shared, run: str, saves: int = KEEP + 1) -> None:
     saver.close()
 
 
+def after_history(run: Path, saves: int = KEEP + 1) -> traced.Shared:
+    """An undisturbed attempt after a trial, in this process."""
+    numbers = traced.Shared(run.parent / "again")
+    thread = checkpoint.threading.Thread  # type: ignore[attr-defined]
+    try:
+        with contextlib.redirect_stdout(None):
+            history(numbers, str(run), saves)
+    finally:
+        checkpoint.threading.Thread = thread  # type: ignore[attr-defined]
+    return numbers
+
+
 def after(run: Path, code: int, numbers: traced.Shared, fault: str) -> int:
     """Check what a trial left, and that the next attempt goes on from it; the steps that were lost."""
     stage = RunDir(run).stage(STAGE).path
@@ -109,12 +122,7 @@ def after(run: Path, code: int, numbers: traced.Shared, fault: str) -> int:
     assert step >= numbers[SAVED], f"step {numbers[SAVED]} was saved, {step} is found"
     lost = numbers[REACHED] - step if "from then on" not in fault else numbers[SAVED] - min(step, numbers[SAVED])
     assert lost <= INTERVAL, f"{lost} steps lost, the interval is {INTERVAL}"
-    again = traced.Shared(run.parent / "again")
-    thread = checkpoint.threading.Thread  # type: ignore[attr-defined]
-    try:
-        history(again, str(run))
-    finally:
-        checkpoint.threading.Thread = thread  # type: ignore[attr-defined]
+    again = after_history(run)
     assert again[SAVED] == step + (KEEP + 1) * INTERVAL, "the next attempt did not save"
     left = sorted(row["step"] for row in listing(run, check=True) if row["verified"])
     assert left[-KEEP:] == [again[SAVED] - INTERVAL, again[SAVED]], left

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from faults import checkpoints, checkpoints_damage, traced
+from faults import checkpoints, checkpoints_damage, checkpoints_full, traced
 from faults.table import SCALE, passes, scratch
 
-INJECTIONS = {**checkpoints.INJECTIONS, **checkpoints_damage.INJECTIONS}
+INJECTIONS = {**checkpoints.INJECTIONS, **checkpoints_damage.INJECTIONS, **checkpoints_full.INJECTIONS}
 
 
 @pytest.mark.slow

@@ -155,7 +155,7 @@ def test_a_step_saved_twice_stays_and_can_become_permanent(attempt):
 def test_a_succeeded_attempt_commits_nothing(stage_dir, attempt):
     owner = {"process": 1, "host": "there", "pid": 7, "time": 1_750_000_000.0}
     (new_attempt(stage_dir, 2) / "owner.json").write_text(json.dumps(owner))
-    with pytest.raises(InUseError, match=r"^attempt 2 .process 7 on there since 2.* has taken over from attempt 1"):
+    with pytest.raises(InUseError, match=r"^attempt 2 .process 7 on there, since 2.* has taken over from attempt 1"):
         save_step(attempt, 3)
     assert not list(attempt.glob("step-*"))
 
