@@ -124,12 +124,11 @@ class SelfAttention(nn.Module):
 
     def _predict(self, projected: list[Tensor], runs: tuple[int, ...]) -> Tensor:
         """As `_by_samples`, forward only; query, key and value ``[R*S, H]`` in, ``[R*S, H]`` out."""
+        equal = len(set(runs)) == 1
+        rows, width = (len(runs), runs[0]) if equal else (1, -1)
+        split = [part.view(rows, width, self.heads, self.head_size).transpose(1, 2) for part in projected]
+        pieces = [tuple(split)] if equal else zip(*(torch.split(part, list(runs), 2) for part in split), strict=True)
         p = self.p if self.training else 0.0
-        if len(set(runs)) == 1:
-            equal = (part.view(len(runs), runs[0], self.heads, self.head_size).transpose(1, 2) for part in projected)
-            context = functional.scaled_dot_product_attention(*equal, dropout_p=p)
-            return context.transpose(1, 2).reshape(projected[0].shape)
-        whole = (part.view(1, -1, self.heads, self.head_size).transpose(1, 2) for part in projected)
-        pieces = zip(*(part.split(list(runs), dim=2) for part in whole), strict=True)
-        contexts = [functional.scaled_dot_product_attention(*piece, dropout_p=p) for piece in pieces]
-        return torch.cat(contexts, dim=2).transpose(1, 2).reshape(projected[0].shape)
+        contexts = [functional.scaled_dot_product_attention(q, k, v, dropout_p=p) for q, k, v in pieces]
+        context = contexts[0] if equal else torch.cat(contexts, dim=2)
+        return context.transpose(1, 2).reshape(projected[0].shape)

@@ -17,7 +17,7 @@ from data_prep.wordpiece import Encoder
 from pipeline import export
 from pipeline.bert.config import BertConfig, padded_vocab
 from pipeline.bert.encoder import initialise
-from pipeline.bert.weight_files import State
+from pipeline.bert.weight_files import State, read_config
 from pipeline.bert.weights import load_hugging_face, load_into
 from pipeline.errors import CheckpointError
 from pipeline.finetune.problems import Problem, Tokenizer
@@ -37,10 +37,10 @@ class ModelFolder:
         """Configuration and weights; CheckpointError when they are not those of a BERT."""
         return load_hugging_face(self.path)
 
-    @property
+    @cached_property
     def config(self) -> BertConfig:
         """The shape of the model."""
-        return self.loaded[0]
+        return read_config(self.path / "config.json")
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

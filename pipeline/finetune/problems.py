@@ -69,6 +69,7 @@ class SquadProblem:
 
     def __init__(self, config: FinetuneConfig, tokenizer: Tokenizer) -> None:
         self.config, self.tokenizer = config, tokenizer
+        self.references: dict[str, list[str]] | None = None
 
     def new_model(self, config: BertConfig) -> nn.Module:
         return BertForQuestionAnswering(config)
@@ -89,11 +90,18 @@ class SquadProblem:
         return _samples(features, [(feature.start, feature.end) for feature in features]), counts, skipped
 
     def read_eval(self, path: Path, *, labelled: bool) -> tuple[Samples, dict[str, int]]:
-        self.data = squad.read_squad(path, version_2=self.config.version_2, answers=labelled)
-        self.references = self.data.references() if labelled else None
-        self.features, _ = self._features(self.data, training=False)
-        counts = {"examples": len(self.data.questions), "eval_features": len(self.features)}
-        return _samples(self.features, None), counts
+        data = squad.read_squad(path, version_2=self.config.version_2, answers=labelled)
+        samples = self.ask(data)
+        if labelled:
+            self.references = data.references()
+        return samples, {"examples": len(data.questions), "eval_features": len(samples)}
+
+    def ask(self, data: squad.Squad) -> Samples:
+        """Samples of questions to answer, which `judge` then refers to."""
+        self.data = data
+        self.references = None
+        self.features, _ = self._features(data, training=False)
+        return _samples(self.features, None)
 
     def loss_sum(self, outputs: Outputs, targets: Tensor) -> Tensor:
         start, end = outputs
@@ -146,9 +154,13 @@ class GlueProblem:
         return samples, {"train_examples": len(samples)}, []
 
     def read_eval(self, path: Path, *, labelled: bool) -> tuple[Samples, dict[str, int]]:
-        self.table = glue.read_table(path, self.task, labelled=labelled)
-        samples = self._samples(self.table)
+        samples = self.ask(glue.read_table(path, self.task, labelled=labelled))
         return samples, {"examples": len(samples)}
+
+    def ask(self, table: glue.Table) -> Samples:
+        """Samples of rows to classify, which `judge` then refers to."""
+        self.table = table
+        return self._samples(table)
 
     def loss_sum(self, outputs: Outputs, targets: Tensor) -> Tensor:
         return functional.cross_entropy(outputs.float(), targets, reduction="sum")

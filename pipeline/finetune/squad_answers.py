@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -60,7 +61,7 @@ def answer_questions(
     tokens (padding) may take a place among the ``n_best`` but are never answers.
     """
     words = [split_words(context)[0] for context in squad.contexts]
-    plain: dict[str, str] = {w: " ".join(basic(w)) for w in {word for own in words for word in own}}
+    plain = cache(lambda word: " ".join(basic(word)))
     found: dict[str, list[Candidate]] = defaultdict(list)
     nulls: dict[str, Candidate] = {}
     for feature, (start, end) in zip(features, logits, strict=True):
@@ -104,7 +105,7 @@ def _candidates(
     end: Logits,
     config: FinetuneConfig,
     words: list[str],
-    plain: dict[str, str],
+    plain: Callable[[str], str],
     vocabulary: Sequence[str],
 ) -> list[Candidate]:
     """The best valid spans of one window, at most ``n_best``, no text twice."""
@@ -132,14 +133,14 @@ def _text(
     first: int,
     last: int,
     words: list[str],
-    plain: dict[str, str],
+    plain: Callable[[str], str],
     vocabulary: Sequence[str],
 ) -> str:
     pieces = " ".join(vocabulary[token] for token in feature.tokens[first : last + 1].tolist())
     spoken = " ".join(pieces.replace(" ##", "").replace("##", "").split())
     begin, end = (int(feature.word[index - feature.b_start]) for index in (first, last))
     own = words[begin : end + 1]
-    return original_text(spoken, " ".join(own), " ".join(plain[w] for w in own if plain[w]))
+    return original_text(spoken, " ".join(own), " ".join(plain(w) for w in own if plain(w)))
 
 
 def original_text(spoken: str, original: str, plain: str) -> str:
