@@ -128,14 +128,6 @@ class StageDir:
             )
         publish_json(self.path / "done.json", dict(record))
 
-    @contextlib.contextmanager
-    def beginning(self) -> Iterator[None]:
-        """One process at a time moves this folder aside and begins it; where no locks are, nobody waits."""
-        with open(self.path.parent / f".{self.path.name}.lock", "w", encoding="utf-8") as file:
-            with contextlib.suppress(OSError):
-                fcntl.flock(file, fcntl.LOCK_EX)
-            yield
-
     @property
     def attempts(self) -> list[Attempt]:
         """All attempts, oldest first."""

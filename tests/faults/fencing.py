@@ -25,9 +25,11 @@ from pathlib import Path
 from faults import traced, training, zygote
 from faults.checkpoints import INTERVAL, KEEP, SAVED, after_history, history, same
 from faults.checkpoints_full import traced_training, undisturbed
+from faults.starts import begun
 from faults.table import Injection, Row, share, spread, tried
 from faults.training import PHASE, STAGE
 
+from data_prep.publish import publish_json
 from pipeline.errors import InUseError
 from pipeline.rundir import RunDir
 from pipeline.train.checkpoint import lineage, listing, newest_verified
@@ -164,21 +166,26 @@ def overtaken_training(folder: Path, samples: Path, digest: str, point: tuple[st
 
 def double_starts(folder: Path, scale: float) -> list[Row]:
     """Two processes at the same instant, on the lock of a run and as workers of a stage; whole commands."""
-    from faults.starts import begun
-
     rows = []
     for what, number, prepare, start in (
         ("hold the run", 50, lambda run: run.mkdir(), hold),
-        ("work on the stage", 50, begun, work),
+        ("work on a new stage", 25, begun, work),
+        ("work on a stage that was begun with another recipe", 25, begun_otherwise, work),
     ):
         trials = [
-            functools.partial(at_once, folder / f"{start.__name__}-{i}", prepare, start)
-            for i in range(share(number, scale))
+            functools.partial(at_once, folder / f"{len(rows)}-{i}", prepare, start) for i in range(share(number, scale))
         ]
         rows.append(tried(f"two processes at once {what}", trials, "one winner, the other exits 8 and names it"))
     trials = [functools.partial(two_submits, folder / f"submit-{i}") for i in range(share(5, scale))]
     rows.append(tried("two submits at once", trials, "whole commands; one winner, the other exits 8 and names it"))
     return rows
+
+
+def begun_otherwise(run: Path) -> None:
+    begun(run)
+    stage = RunDir(run).stage(STAGE)
+    stage.new_attempt("older")
+    publish_json(stage.path / "stage.json", {"fingerprint": "another"})
 
 
 def at_once(folder: Path, prepare: Callable[[Path], object], start: Callable[..., None]) -> None:
