@@ -36,7 +36,7 @@ PHASE = PhaseConfig(
 )
 
 
-def make_samples(folder: Path, seed: int = 0, rows: int = 64) -> Path:
+def make_samples(folder: Path, seed: int = 0, rows: int = 64, vocab_sha256: str = "00" * 32) -> Path:
     """A samples folder of random tokens with one training and one test shard."""
     folder.mkdir(parents=True)
     entries = []
@@ -55,7 +55,7 @@ def make_samples(folder: Path, seed: int = 0, rows: int = 64) -> Path:
             dice.integers(0, 2, size=rows).astype(np.uint8),
             np.arange(rows, dtype=np.uint32),
             SEQ_LEN,
-            "00" * 32,
+            vocab_sha256,
             seed,
             "11" * 32,
         )
@@ -67,7 +67,7 @@ def make_samples(folder: Path, seed: int = 0, rows: int = 64) -> Path:
             "format": 1,
             "seq_len": SEQ_LEN,
             "vocab_size": VOCAB,
-            "vocab_sha256": "00" * 32,
+            "vocab_sha256": vocab_sha256,
             "seed": seed,
             "special": {"pad": 0, "unk": 1, "cls": 2, "sep": 3, "mask": 4},
             "shards": entries,
