@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from pipeline.bench_inputs import Workload
     from pipeline.finetune.model_folder import ModelFolder
 
-LEAST_ROUNDS = 3  # timed batches of each engine, however long they take
+LEAST_ROUNDS = 5  # timed batches of each engine, however long they take
 MOST_BATCHES = 32  # different ones, prepared before timing
 PERCENTILES = (50, 90, 95, 99)
 Row = dict[str, Any]
@@ -90,7 +90,7 @@ def run(job: Job, *, config: InferenceConfig, model: Path, text: Path | None = N
         "threads": torch.get_num_threads(),
         "text": text.name if text else "words of the vocabulary",
     }
-    for line in table(result):
+    for line in filter(None, table(result)):
         job.say(line)
     return result
 

@@ -2,6 +2,8 @@
 
 import json
 import random
+import subprocess
+import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -297,6 +299,35 @@ def test_skipped_answers_are_counted_and_said(tmp_path: Path, model: Path) -> No
     data.write_text(json.dumps(broken))
     with pytest.raises(DataError, match="no example is left to train on"):
         run(job(tmp_path / "out", "squad"), task="squad", config=config, model=model, train=data, eval=data)
+
+
+def test_the_published_squad_scores_are_the_official_scripts(tmp_path: Path, model: Path, carriers: Path) -> None:
+    data = examples(tmp_path, "squad")
+    config = config_of("squad", epochs=6)
+    result = run(job(tmp_path / "out", "squad"), task="squad", config=config, model=model, train=data, eval=data)
+    assert 0 < result["scores"]["f1"] < 100
+    words = [sys.executable, str(carriers / "squad_v1_evaluate.py"), str(data), str(tmp_path / "out/predictions.json")]
+    said = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    assert json.loads(said) == pytest.approx(result["scores"], abs=1e-12)
+
+
+def test_squad_2_learns_which_questions_have_no_answer(tmp_path: Path, model: Path) -> None:
+    data = examples(tmp_path, "squad")
+    content = json.loads(data.read_text())
+    for paragraph in content["data"][0]["paragraphs"][::2]:
+        answer = paragraph["qas"][0]["answers"][0]
+        paragraph["context"] = paragraph["context"].replace(f"({answer['text']}).", "good")
+        paragraph["qas"][0] |= {"answers": [], "is_impossible": True}
+    data.write_text(json.dumps(content))
+    config = config_of("squad", version_2=True, epochs=40)
+    result = run(job(tmp_path / "out", "squad"), task="squad", config=config, model=model, train=data, eval=data)
+    answers = list(read(tmp_path / "out" / "predictions.json").values())
+    assert result["skipped_train_examples"] == 0
+    assert sum(answer == "" for answer in answers[::2]) >= 15
+    assert sum(answer == "" for answer in answers[1::2]) <= 1
+    assert result["scores"]["f1"] > 90
+    n_best = read(tmp_path / "out" / "nbest_predictions.json")
+    assert all(any(entry["text"] == "" for entry in entries) for entries in n_best.values())
 
 
 def test_many_skipped_examples_are_all_named_in_a_file(tmp_path: Path, model: Path) -> None:

@@ -1,6 +1,7 @@
 """Exact match and F1: equal to the official SQuAD script and to torchmetrics on random texts."""
 
 import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,19 @@ def test_equals_the_official_script(official: Any, drawn: list[tuple[str, list[s
     qas = [{"id": key, "answers": [{"text": t} for t in texts]} for key, texts in references.items()]
     expected = official.evaluate([{"paragraphs": [{"qas": qas}]}], answers)
     assert score(answers, references) == pytest.approx(expected, abs=1e-12)
+
+
+def test_the_golden_answers_score_as_the_official_script_says(official: Any) -> None:
+    golden = json.loads((Path(__file__).parent / "golden" / "squad.json").read_text())
+    articles = golden["dataset"]["data"]
+    questions = [qa for article in articles for paragraph in article["paragraphs"] for qa in paragraph["qas"]]
+    references = {qa["id"]: [answer["text"] for answer in qa["answers"]] for qa in questions}
+    by_rank = [{name: entries[rank]["text"] for name, entries in golden["nbest"].items()} for rank in range(20)]
+    assert by_rank[0] == golden["answers"]
+    found = [score(answers, references) for answers in by_rank]
+    for own, answers in zip(found, by_rank, strict=True):
+        assert own == pytest.approx(official.evaluate(articles, answers), abs=1e-12)
+    assert len({own["f1"] for own in found}) > 2
 
 
 @settings(max_examples=50, deadline=None)
