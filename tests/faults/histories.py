@@ -44,24 +44,41 @@ Facts = dict[str, Any]
 
 
 def facts_of(run: RunDir) -> Facts:
-    """Of a training that is done: ``digest`` of its final state, ``steps`` (figures of each), ``evaluations``.
+    """Of a training that is done: ``digest`` of its final state, ``steps`` (figures of each), ``evaluations``, and
+    the digests of all checkpoints that are left, as ``saved``.
 
     AssertionError when the attempts that it comes from do not hold every step once.
     """
     stage = run.stage(STAGE)
-    done = stage.done or {}
-    folder = stage.path / done["result"]["checkpoint"]
-    checkpoint_folder.verify(folder)
     lines = [line for attempt, end in lineage(stage) for line in journal(attempt) if line["step"] <= end]
     steps = [line for line in lines if "loss" in line]
     numbers = [line["step"] for line in steps]
     assert numbers == list(range(1, STEPS + 1)), f"the surviving attempts hold the steps {numbers}"
     evaluations = {line["step"]: line for line in lines if "eval_mlm_loss" in line}
     return {
-        "digest": checkpoint_folder.read_manifest(folder)["digest"],
+        "digest": final_digest(run),
         "steps": [figures(line) for line in steps],
         "evaluations": [[line[name] for name in EVALUATION] for _, line in sorted(evaluations.items())],
+        "saved": saved(run),
     }
+
+
+def final_digest(run: RunDir) -> str:
+    """Digest of the weights and moments with which a training ended, verified."""
+    stage = run.stage(STAGE)
+    folder = stage.path / (stage.done or {})["result"]["checkpoint"]
+    checkpoint_folder.verify(folder)
+    return str(checkpoint_folder.read_manifest(folder)["digest"])
+
+
+def saved(run: RunDir) -> dict[str, str]:
+    """Digests of all checkpoints of a run that are there, verified, by step; AssertionError where two differ."""
+    found: dict[str, str] = {}
+    for path in run.stage(STAGE).path.glob("attempts/*/*/manifest.json"):
+        checkpoint_folder.verify(path.parent)
+        manifest = checkpoint_folder.read_manifest(path.parent)
+        assert found.setdefault(str(manifest["step"]), manifest["digest"]) == manifest["digest"], path
+    return found
 
 
 def journal(attempt: Attempt) -> list[Facts]:
@@ -254,7 +271,7 @@ class History:
         check_reads(self.run)
         if not self.case["exact"]:
             found, wanted = ({"samples": [line["samples"] for line in facts["steps"]]} for facts in (found, wanted))
-        for name in found:
+        for name in set(found) - {"saved"}:
             assert found[name] == wanted[name], f"{name}: {differing(found[name], wanted[name])}"
         if self.case["exact"]:
             for attempt in self.stage.attempts:  # also what was computed and thrown away

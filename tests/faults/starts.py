@@ -115,16 +115,18 @@ def _fork(run: RunDir, rank: int, world: int, launch: str, before: Callable[[int
     os._exit(code)
 
 
-def in_lanes(function: Callable[[Any, Path], Any], cases: Sequence[Any], folder: Path, timeout_s: float) -> list[Any]:
-    """``function(case, own folder)`` of each case, in lanes forked from the warm parent; JSON results in order.
+def in_lanes(
+    function: Callable[[Any, Path], Any], cases: Sequence[Any], folder: Path, timeout_s: float, count: int = LANES
+) -> list[Any]:
+    """``function(case, own folder)`` of each case, in ``count`` lanes forked from the warm parent; JSON, in order.
 
     AssertionError with the traceback of a case that failed, or when it takes longer than ``timeout_s``.
     """
     deadline = time.monotonic() + timeout_s
     log = folder / "lanes.log"
     lanes = [
-        zygote.start(_lane, function, cases[number::LANES], range(number, len(cases), LANES), folder, output=log)
-        for number in range(min(LANES, len(cases)))
+        zygote.start(_lane, function, cases[number::count], range(number, len(cases), count), folder, output=log)
+        for number in range(min(count, len(cases)))
     ]
     with zygote.ended(*lanes):
         for lane in lanes:
