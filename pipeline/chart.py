@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from pipeline.page import Html, tag
@@ -36,12 +37,18 @@ svg circle { fill: var(--page); stroke-width: 1.8; }
 
 @dataclass(frozen=True)
 class Line:
-    """``points`` (x, y), x not descending; ``dots`` marks each of them. A level is one point drawn over all x."""
+    """``points`` (x, y), x not descending; ``dots`` marks each of them. A level is one point drawn over all x.
+
+    ``legend`` stands in the legend instead of ``name``; the empty text leaves the line out of it. The line breaks
+    where x jumps by more than ``gap``.
+    """
 
     name: str
     points: Sequence[Point]
     look: Look = "main"
     dots: bool = False
+    legend: str | None = None
+    gap: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -137,7 +144,7 @@ def draw(chart: Chart, *, key: str, width: int = 460, height: int = 250) -> Html
 
     Values that are not finite are left out, and the chart says how many.
     """
-    lines = [Line(line.name, [p for p in line.points if drawable(p)], line.look, line.dots) for line in chart.lines]
+    lines = [replace(line, points=[p for p in line.points if drawable(p)]) for line in chart.lines]
     dropped = sum(len(line.points) for line in chart.lines) - sum(len(line.points) for line in lines)
     lines = [line for line in lines if line.points]
     missing = f"{dropped} value{'s are' if dropped > 1 else ' is'} not finite and not drawn" if dropped else ""
@@ -224,13 +231,16 @@ def _legend(lines: Sequence[Line], width: int) -> tuple[list[Html], float]:
     """One entry a line, from left to right and wrapped, above everything else; and where it ends."""
     pieces, x, y = [], 0.0, FONT
     for line in lines:
-        needed = 30 + WIDEST * len(line.name) + 14
+        name = line.name if line.legend is None else line.legend
+        if not name:
+            continue
+        needed = 30 + WIDEST * len(name) + 14
         if x and x + needed > width:
             x, y = 0.0, y + FONT + 6
         pieces.append(_segment(line.look, x + 1, y - 4, x + 23, y - 4))
         if line.dots:
             pieces.append(tag("circle", class_=line.look, cx=x + 12, cy=y - 4, r=2.8))
-        pieces.append(tag("text", line.name, class_="key", x=round(x + 30, 1), y=y))
+        pieces.append(tag("text", name, class_="key", x=round(x + 30, 1), y=y))
         x += needed
     return pieces, y
 
@@ -254,8 +264,10 @@ def _line(frame: _Frame, line: Line) -> list[Html]:
         return [_segment("level", frame.left, at, frame.right, at)]
     kept = thin(line.points, frame.x.low, frame.x.high, int(frame.right - frame.left) // 2)
     spots = [(frame.across(x), frame.up(y)) for x, y in kept]
-    path = "M" + "L".join(f"{x:g} {y:g}" for x, y in spots)
-    pieces = [tag("path", d=path, class_=line.look)]
+    after = [False, *(b[0] - a[0] <= line.gap for a, b in itertools.pairwise(kept))]
+    path = "".join(f"{'L' if joined else 'M'}{x:g} {y:g}" for joined, (x, y) in zip(after, spots, strict=True))
+    hover = tag("title", line.name) if line.legend is not None else None
+    pieces = [tag("path", hover, d=path, class_=line.look)]
     if len(spots) == 1 or (line.dots and len(spots) <= MOST_DOTS):
         for (x, y), (at, value) in zip(spots, kept, strict=True):
             shown = tag("title", f"{at:,.6g}: {value:.4g}")

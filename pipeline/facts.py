@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import statistics
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline import account, gpu_samples
+from pipeline.account import RunAccount
 from pipeline.chain import Chain
 from pipeline.config import Recipe, restore
 from pipeline.curves import Phase
+from pipeline.gpu_samples import GpuSamples
+from pipeline.page import is_number
 from pipeline.rundir import RunDir, read_json
 from pipeline.stages import TASKS
-from pipeline.status import state_of
+from pipeline.status import events_of, state_of
 from slurm.profile import Profile
 
 PHASES = ("phase1", "phase2")
@@ -30,6 +36,9 @@ class Facts:
     phases: list[Phase]
     scores: dict[str, dict[str, Any]]  # scores.json of the fine-tuning stages
     events: list[dict[str, Any]]
+    account: RunAccount | None
+    gpus: GpuSamples | None
+    throughput: dict[str, float | None]  # median sequences/s of training, by stage
 
     @property
     def name(self) -> str:
@@ -46,14 +55,15 @@ def gather(run: RunDir, *, held: bool) -> Facts:
     origin = str(run.path / "run.json")
     recipe, profile = restore(Recipe, settings["recipe"], origin), restore(Profile, settings["profile"], origin)
     todo = chain.todo()
-    try:
-        events = [event for event in run.events if isinstance(event, dict)]
-    except (OSError, ValueError):
-        events = []
+    events = events_of(run)
     names = [name for name, stage in chain.stages.items() if not stage.always]
     rows = {name: ended(state_of(chain, name, todo, held), events) for name in names}
     done = [name for name in names if rows[name]["state"] == "done"]
     results = {name: (run.stage(name).done or {}).get("result") for name in done}
+    live = [name for name, row in rows.items() if row["state"] == "running"]
+    phases = [Phase.read(name, getattr(recipe, name), run.stage(name)) for name in PHASES if name in names]
+    throughput = {phase.name: phase.median("sequences_per_s") for phase in phases}
+    throughput |= {name: median_rate(run, name) for name in TASKS if name in done}
     scores = {name: read_json(run.stage(name).path / "scores.json") or {} for name in TASKS if name in done}
     return Facts(
         chain,
@@ -62,10 +72,23 @@ def gather(run: RunDir, *, held: bool) -> Facts:
         profile,
         list(rows.values()),
         {name: found for name, found in results.items() if isinstance(found, dict)},
-        [Phase.read(name, getattr(recipe, name), run.stage(name)) for name in PHASES],
+        phases,
         {name: found for name, found in scores.items() if isinstance(found.get("scores"), dict)},
         events,
+        account.read(run, chain.stages, events, live, time.time()),
+        gpu_samples.read(run, names),
+        throughput,
     )
+
+
+def median_rate(run: RunDir, name: str) -> float | None:
+    """Median training sequences/s of a fine-tuning stage; None where its lines tell none."""
+    try:
+        rates = [line.get("sequences_per_s") for line in run.stage(name).metrics()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    known = [rate for rate in rates if is_number(rate)]
+    return statistics.median(known) if known else None
 
 
 def ended(row: dict[str, Any], events: list[dict[str, Any]]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import sys
 import time
 import unicodedata
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 VOID = {"meta", "br"}
 
@@ -130,7 +130,12 @@ def text(value: Any) -> Html:
     """A value as text of a page: markup characters as entities, control characters as visible escapes."""
     if isinstance(value, Html):
         return value
-    return Html(html.escape("".join(map(_visible, str(value)))))
+    return Html(html.escape(visible(str(value))))
+
+
+def visible(words: str) -> str:
+    """A text whose control characters are written out, fit for a page and for a terminal."""
+    return "".join(map(_visible, words))
 
 
 def _visible(character: str) -> str:
@@ -185,7 +190,7 @@ def document(title: str, style: str, *body: Any) -> str:
 # -------------------------------------------------------------------- numbers for people
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[int | float]:
     """Whether a value out of a JSON file is a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
@@ -197,6 +202,11 @@ def number(value: Any, digits: int = 4) -> str:
     if isinstance(value, int) or abs(value) >= 1000:
         return f"{value:,.0f}"
     return f"{value:.{digits}g}"
+
+
+def spoken(name: str) -> str:
+    """A key as words."""
+    return name.replace("_", " ").strip()
 
 
 def percent(share: Any) -> str:

@@ -1,14 +1,19 @@
-"""``python -m pipeline.plan``: what any number of nodes means in micro-batches and accumulation. Sends nothing."""
+"""``python -m pipeline.plan``: what any number of nodes means in micro-batches and accumulation, and how often to save.
+
+Sends nothing. With ``--rate`` or ``--preempt-hours`` it also says what interruptions will cost.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 from typing import Any
 
-from pipeline import batch
+from pipeline import batch, published
 from pipeline.config import Recipe, load_profile, load_recipe
 from pipeline.errors import ConfigError, run_command
+from pipeline.goodput import advise, chance_of_none, expected_restarts, young_s
 from pipeline.submit import micro_batch_limit
 from slurm.profile import Profile
 
@@ -31,17 +36,35 @@ def main() -> int:
     parser.add_argument("--nodes", default="1", help="node counts: 1,2,4 or 1-64 (default 1)")
     parser.add_argument("--precision", help="short for --set train.precision=…")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="settings")
+    parser.add_argument("--rate", type=positive, metavar="R", help="failures per 1,000 node-days (seen: 2 to 16)")
+    parser.add_argument("--preempt-hours", type=positive, metavar="H", help="mean hours between preemptions, unwarned")
+    parser.add_argument("--save-seconds", type=positive, default=0.5, metavar="S", help="steps stand still (0.5)")
+    parser.add_argument("--restart-seconds", type=positive, default=180.0, metavar="S", help="to the first step (180)")
+    parser.add_argument("--hours", type=positive, help="of training (default: by NVIDIA's published throughput)")
     parser.add_argument("--json", action="store_true", help="rows as JSON")
     parser.add_argument("--ranks", action="store_true", help="with --json: the batch of every rank")
     arguments = parser.parse_args()
     settings = arguments.settings + ([f'train.precision="{arguments.precision}"'] if arguments.precision else [])
     recipe, profile = load_recipe(arguments.recipe, settings), load_profile(arguments.cluster)
-    found = rows(recipe, profile, node_counts(arguments.nodes), arguments.ranks)
+    counts = node_counts(arguments.nodes)
+    found = rows(recipe, profile, counts, arguments.ranks)
+    asked = arguments.rate or arguments.preempt_hours
+    saving = [checkpoint_row(recipe, profile, count, arguments) for count in counts] if asked else []
     if arguments.json:
-        print(json.dumps({"rows": found}))
+        print(json.dumps({"rows": found, **({"checkpoints": saving} if asked else {})}))
     else:
         show(found)
+        if asked:
+            show_saving(saving, arguments)
     return 0
+
+
+def positive(text: str) -> float:
+    """A finite number above 0, for argparse."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} must be above 0")
+    return value
 
 
 def node_counts(text: str) -> list[int]:
@@ -80,6 +103,70 @@ def rows(recipe: Recipe, profile: Profile, nodes: list[int], with_ranks: bool = 
                 row["rank_batches"] = plan.rank_batches
             found.append(row)
     return found
+
+
+def checkpoint_row(recipe: Recipe, profile: Profile, nodes: int, asked: argparse.Namespace) -> dict[str, Any]:
+    """How often to save on ``nodes`` nodes, and what is lost; steps, restarts and chances where the hours are known."""
+    preempt_s = asked.preempt_hours * 3600 if asked.preempt_hours else math.inf
+    save_s, restart_s = asked.save_seconds, asked.restart_seconds
+    advice = advise(asked.rate or 0.0, nodes, save_s=save_s, restart_s=restart_s, preempt_s=preempt_s)
+    row: dict[str, Any] = {
+        "nodes": nodes,
+        "between_s": advice.between_s,
+        "young_s": young_s(save_s, advice.between_s),
+        "interval_s": advice.interval_s,
+        "lost": advice.lost,
+        "restart_lost": advice.restart_lost,
+    }
+    steps = {name: getattr(recipe, name).steps for name in ("phase1", "phase2")}
+    step_s = published.step_seconds(recipe, profile.name, nodes)
+    if asked.hours:
+        step_s = dict.fromkeys(steps, asked.hours * 3600 / sum(steps.values()))
+    if step_s:
+        hours = sum(steps[name] * step_s[name] for name in steps) / 3600
+        row["hours"] = hours
+        row["checkpoint_every"] = max(1, int(advice.interval_s / max(step_s.values())))
+        row["restarts"] = expected_restarts(advice, hours)
+        row["chance_of_none"] = chance_of_none(advice, hours)
+    return row
+
+
+def show_saving(found: list[dict[str, Any]], asked: argparse.Namespace) -> None:
+    """The checkpoint advice as a table, and in words what it rests on."""
+    causes = [f"{asked.rate:g} failures per 1,000 node-days"] if asked.rate else []
+    causes += [f"an unwarned preemption every {asked.preempt_hours:g} h"] if asked.preempt_hours else []
+    print(
+        f"\nInterruptions by {' and '.join(causes)};\na checkpoint holds the steps up for {asked.save_seconds:g} s, "
+        f"a restart takes {asked.restart_seconds:g} s:"
+    )
+    titles = ("nodes", "mean between", "save every", "in steps", "time lost", "hours", "restarts", "none at all")
+    print("  ".join(f"{title:>12s}" for title in titles))
+    for row in found:
+        known = "hours" in row
+        cells = [
+            str(row["nodes"]),
+            f"{row['between_s'] / 3600:.3g} h",
+            f"{row['interval_s']:,.0f} s",
+            f"{row['checkpoint_every']:,}" if known else "-",
+            f"{100 * row['lost']:.2f} %",
+            f"{row['hours']:.3g}" if known else "-",
+            f"{row['restarts']:.2g}" if known else "-",
+            f"{100 * row['chance_of_none']:.1f} %" if known else "-",
+        ]
+        print("  ".join(f"{cell:>12s}" for cell in cells))
+    print(
+        "save every: Daly 2006, which refines Young 1974; time lost: saving, doing again, restarting; "
+        "--set train.checkpoint_every takes steps\n"
+        "a job that is warned before it is stopped (the profile's signal_s) saves first and loses only the restart"
+    )
+    last = found[-1]
+    if "hours" not in last:
+        print("give --hours to see steps, restarts and chances: no throughput is published for this")
+    elif last["chance_of_none"] > 0.95:
+        print(
+            f"on {last['nodes']} nodes for {last['hours']:.1f} h the chance of any interruption is "
+            f"{100 * (1 - last['chance_of_none']):.1f} %: time limits and bad input will stop you sooner"
+        )
 
 
 def show(found: list[dict[str, Any]]) -> None:

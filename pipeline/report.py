@@ -11,25 +11,25 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.publish import publish_text
-from pipeline import chart, page
+from pipeline import chart, page, time_panel
 from pipeline.curves import Phase, phase_section
 from pipeline.errors import run_command
 from pipeline.facts import Facts, gather
+from pipeline.gpu_panel import gpu_section, incident_section
 from pipeline.job import Job
 from pipeline.page import Html, document, duration, is_number, moment, note, number, percent, tag
 from pipeline.rundir import RunDir
+from pipeline.score_panel import dataset, inference_section, score_section, shown_scores
 from pipeline.sections import (
     badge,
     data_section,
-    dataset,
     origin_section,
     plan_section,
     published_section,
-    score_section,
-    shown_scores,
     stage_section,
     verdict,
 )
+from pipeline.time_panel import time_section
 
 
 def main() -> int:
@@ -56,14 +56,18 @@ def render(facts: Facts) -> str:
     body = [
         head(facts),
         *(phase_section(phase, remark(facts, phase.name)) for phase in facts.phases),
+        incident_section(facts),
+        time_section(facts),
+        gpu_section(facts),
         stage_section(facts),
         data_section(facts),
         score_section(facts),
+        inference_section(facts),
         plan_section(facts),
         published_section(facts),
         origin_section(facts),
     ]
-    return document(f"{facts.name}: BERT training report", page.STYLE + chart.STYLE, *body)
+    return document(f"{facts.name}: BERT training report", page.STYLE + chart.STYLE + time_panel.STYLE, *body)
 
 
 # -------------------------------------------------------------------- head

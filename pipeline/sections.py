@@ -1,4 +1,4 @@
-"""The sections of a report: stages, data, scores, batch plan, published results, where it comes from."""
+"""The sections of a report: stages, data, batch plan, published results, where it comes from."""
 
 from __future__ import annotations
 
@@ -8,8 +8,23 @@ from typing import Any
 
 from pipeline.batch import BatchPlan
 from pipeline.facts import Facts
-from pipeline.page import Html, duration, folded, is_number, join, note, number, percent, section, size, table, tag
-from pipeline.published import Measured, compare
+from pipeline.page import (
+    Html,
+    duration,
+    folded,
+    is_number,
+    join,
+    note,
+    number,
+    percent,
+    section,
+    size,
+    spoken,
+    table,
+    tag,
+)
+from pipeline.published import Measured, compare, published
+from pipeline.score_panel import dataset, shown_scores
 
 
 def badge(state: str) -> Html:
@@ -74,10 +89,6 @@ def in_words(value: Any, name: str = "") -> str:
         return f"{number(value)} {spoken(name)}"
     shown = value[:12] + "…" if isinstance(value, str) and len(value) > 32 and value.isalnum() else number(value)
     return f"{spoken(name)} {shown}".strip()
-
-
-def spoken(name: str) -> str:
-    return name.replace("_", " ").strip()
 
 
 def data_section(facts: Facts) -> Html:
@@ -160,44 +171,6 @@ def samples_table(facts: Facts) -> Html | None:
     return table(head, rows, numeric=range(2, 8)) if rows else None
 
 
-def dataset(found: Mapping[str, Any]) -> str:
-    """The name that a task's data go by; the stage's name says nothing about them."""
-    return str(found.get("dataset") or "data set without a name")
-
-
-def shown_scores(found: Mapping[str, Any]) -> str:
-    """``accuracy 71.2, F1 70.4`` of a scores.json: means over the seeds where there are several."""
-    several = len(found.get("seeds") or []) > 1
-    values = found.get("mean") if several else found["scores"]
-    spread = (found.get("deviation") or {}) if several else {}
-    parts = []
-    for key, value in (values or {}).items():
-        shown = f"{value:.2f}" if is_number(value) else number(value)
-        deviation = f" ± {spread[key]:.2f}" if is_number(spread.get(key)) else ""
-        parts.append(f"{'F1' if key == 'f1' else spoken(key)} {shown}{deviation}\N{NO-BREAK SPACE}%")
-    return ", ".join(parts) or "not scored"
-
-
-def score_section(facts: Facts) -> Html:
-    if not facts.scores:
-        return section("Scores", note("No fine-tuning task has been scored yet."))
-    rows = [
-        (
-            dataset(found),
-            shown_scores(found),
-            number(found.get("examples")),
-            number(found.get("train_examples")),
-            ", ".join(number(s.get("seed")) for s in found.get("seeds") or [found] if isinstance(s, Mapping)),
-            number(found.get("epochs")),
-        )
-        for found in facts.scores.values()
-    ]
-    head_ = ("Data set", "Score", "Evaluated on", "Trained on", "Seeds", "Epochs")
-    several = any(len(found.get("seeds") or []) > 1 for found in facts.scores.values())
-    more = " With several seeds: mean ± standard deviation (n − 1)." if several else " One seed: no deviation."
-    return section("Scores", table(head_, rows, numeric=(2, 3, 4, 5)), note("Scores on held-out examples." + more))
-
-
 def plan_section(facts: Facts) -> Html:
     """How each step's global batch was shared: by the ranks that really started, else as planned."""
     rows = []
@@ -240,17 +213,37 @@ def plan_section(facts: Facts) -> Html:
 def published_section(facts: Facts) -> Html:
     last = facts.phases[-1]
     finished = last.last("step") == last.config.steps
+    allocated = [facts.account.stages[p.name].allocated_s for p in facts.phases if p.name in facts.account.stages] \
+        if facts.account else []  # fmt: skip
     measured = Measured(
-        last.last("loss") if finished else None,
-        {p.name: median for p in facts.phases if (median := p.median("sequences_per_s")) is not None},
-        facts.scores,
-        facts.profile.name,
-        facts.nodes,
+        final_loss=last.last("loss") if finished else None,
+        hours=sum(allocated) / 3600 if finished and len(allocated) == len(facts.phases) else None,
+        throughput={name: rate for name, rate in facts.throughput.items() if rate is not None},
+        scores=facts.scores,
+        inference=facts.results.get("inference") or {},
+        cluster=facts.profile.name,
+        nodes=facts.nodes,
     )
     found = compare(facts.recipe, measured)
     head_ = ("Measured", "This run", "NVIDIA published", "On")
     said = [table(head_, found.rows, numeric=(1, 2))] if found.rows else []
-    return section("Beside NVIDIA's published results", *said, *[note(line) for line in found.sentences])
+    return section(
+        "Beside NVIDIA's published results", *said, *[note(line) for line in found.sentences], published_table()
+    )
+
+
+def published_table() -> Html:
+    """All published values, for whoever compares by hand; none of this run's stands among them."""
+    rows = []
+    for row in published():
+        where = "machine not stated"
+        if row["hardware"]:
+            where = f"{row['nodes']} × {row['gpus_per_node']} GPUs, {row['hardware']}, {row['precision']}"
+        shape = f"{row['micro_batch']} × {row['accumulation'] or 1}" if row["micro_batch"] else "–"
+        what = f"{row['measured']}, {spoken(row['metric'])}"
+        rows.append((what, f"{row['value']} {row['unit']}", row["statistic"], where, shape))
+    head = ("Measured", "Value", "Statistic", "On", "micro_batch × accumulation")
+    return folded("All published values", table(head, rows, numeric=(1,)))
 
 
 def origin_section(facts: Facts) -> Html:

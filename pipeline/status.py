@@ -5,18 +5,23 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline import account
 from pipeline.chain import Chain
 from pipeline.errors import RESTART_CODES, ConfigError, run_command
+from pipeline.incidents import incidents
 from pipeline.journal import Journal
 from pipeline.rundir import Attempt, RunDir, read_jsonl
 from pipeline.watch import follow_log, goes_on, in_short, print_log, short_line, watch
 from slurm import queue
 from slurm.errors import SlurmError
 from slurm.states import in_words
+
+MOST_INCIDENTS = 5  # shown below the table; the report has all
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,10 @@ def main() -> int:
     elif arguments.json:
         sent = Sent.of(run)
         silent = sent.silent if sent else ""
-        print(json.dumps({"stages": survey(run, sent), **({"slurm": silent} if silent else {})}))
+        rows = survey(run, sent)
+        found, said = account_of(run, rows), incidents(events_of(run))
+        told = {"account": found.to_dict() if found else None, "incidents": said}
+        print(json.dumps({"stages": rows, **told, **({"slurm": silent} if silent else {})}))
     else:
         print("\n".join(look(run, arguments.short)[0]))
     return 0
@@ -79,9 +87,35 @@ def look(run: RunDir, short: bool) -> tuple[list[str], bool]:
         duration = f"{row['duration_s']:.1f} s" if "duration_s" in row else ""
         job = f"{row.get('job', ''):>9s}  " if sent else ""
         lines.append(f"{row['name']:12s} {row['state']:10s} {job}{duration:>10s}  {row.get('reason', '')}".rstrip())
+    lines += [f"! {line}" for line in incidents(events_of(run))[-MOST_INCIDENTS:]]
+    if found := account_of(run, rows):
+        lines.append(time_line(found))
     if silent:
         lines.append(f"Slurm does not answer, states are from the run's own files: {silent}")
     return lines, more
+
+
+def events_of(run: RunDir) -> list[dict[str, Any]]:
+    """The run's events; none where their file is damaged."""
+    try:
+        return [event for event in run.events if isinstance(event, dict)]
+    except (OSError, ValueError):
+        return []
+
+
+def account_of(run: RunDir, rows: list[dict[str, Any]]) -> account.RunAccount | None:
+    """Where the run's time went so far."""
+    live = [row["name"] for row in rows if row["state"] == "running"]
+    return account.read(run, Chain.of(run).stages, events_of(run), live, time.time())
+
+
+def time_line(found: account.RunAccount) -> str:
+    """The chain's time in a line: the whole, goodput, and every part above one per cent, the largest first."""
+    chain, whole = found.chain, found.chain.wall_s or 1.0
+    shares = sorted(((seconds / whole, part) for part, seconds in chain.parts.items()), reverse=True)
+    parts = [f"{account.PARTS[part]} {100 * share:.0f} %" for share, part in shares if share >= 0.01]
+    goodput = f", goodput {100 * chain.goodput:.0f} %" if chain.goodput is not None else ""
+    return f"{in_short(chain.wall_s)}{goodput}: {', '.join(parts) or 'nothing has run yet'}"
 
 
 def show_log(run: RunDir, name: str, follow: bool) -> None:

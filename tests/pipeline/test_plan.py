@@ -113,3 +113,39 @@ def test_an_unknown_precision_key_in_the_profile_is_refused():
     done = plan("--recipe", "bert_large", "--cluster", "dgx1_32g", "--precision", "bf16")
     assert done.returncode == 2
     assert "bert_large.phase1.bf16" in done.stderr
+
+
+LARGE = ("--recipe", "bert_large", "--cluster", "dgx_a100_80g", "--precision", "fp16")
+
+
+def test_checkpoint_advice_for_people():
+    done = plan(*LARGE, "--nodes", "32,1024", "--rate", "6.5", "--hours", "1.2")
+    assert done.returncode == 0, done.stderr
+    assert "6.5 failures per 1,000 node-days" in done.stdout
+    cells = [line.split() for line in done.stdout.splitlines() if " h  " in line]
+    assert cells[0] == ["32", "115", "h", "644", "s", "1,282", "0.20", "%", "1.2", "0.01", "99.0", "%"]
+    assert cells[1][:5] == ["1024", "3.61", "h", "114", "s"]
+    one = plan(*LARGE, "--nodes", "32", "--rate", "6.5", "--hours", "1.2").stdout
+    assert "on 32 nodes for 1.2 h the chance of any interruption is 1.0 %" in one
+    assert "chance of any interruption" not in done.stdout  # 1,024 nodes are another matter
+
+
+def test_published_throughput_gives_hours_and_steps():
+    done = plan(*LARGE, "--nodes", "32,33", "--rate", "6.5", "--preempt-hours", "6", "--save-seconds", "8", "--json")
+    known, unknown = json.loads(done.stdout)["checkpoints"]
+    assert known["hours"] == pytest.approx(7038 * 65536 / 138294 / 3600 + 1563 * 32768 / 49663 / 3600)  # 1.213 h
+    assert known["interval_s"] == pytest.approx(566, abs=2)
+    assert known["checkpoint_every"] == int(known["interval_s"] / (32768 / 49663))
+    assert known["restarts"] == pytest.approx(known["hours"] * 3600 / known["between_s"] * (1 + known["lost"]))
+    assert known["young_s"] > known["interval_s"]
+    assert "hours" not in unknown
+    assert "give --hours" in plan(*LARGE, "--nodes", "33", "--rate", "6.5").stdout
+    assert "checkpoints" not in json.loads(plan(*LARGE, "--json").stdout)
+
+
+@pytest.mark.parametrize("words", [("--rate", "0"), ("--rate", "nan"), ("--hours", "-1"), ("--save-seconds", "inf")])
+def test_impossible_rates_are_refused(words):
+    done = plan(*LARGE, *words)
+    assert done.returncode == 2
+    assert words[0] in done.stderr
+    assert "Traceback" not in done.stderr

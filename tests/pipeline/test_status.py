@@ -14,6 +14,7 @@ from pipeline.config import load_profile, load_recipe
 from pipeline.errors import ConfigError
 from pipeline.journal import Journal, SentJob
 from pipeline.rundir import Attempt, RunDir, append_jsonl
+from pipeline.stages import table
 from pipeline.status import Sent, look, show_log, survey
 from pipeline.watch import follow_log, goes_on, in_short, short_line, watch
 from running import call, command
@@ -28,6 +29,9 @@ def run(tmp_path: Path) -> RunDir:
     made.path.mkdir()
     (made.path / "run.json").write_text(json.dumps({**settings, "data_dir": "."}))
     return made
+
+
+STAGES = len(table(load_recipe("tiny")))
 
 
 def states(run: RunDir) -> dict[str, str]:
@@ -91,12 +95,12 @@ def test_short_is_one_line_for_a_phone(run):
         at_work(run, range(5, 351, 5))
         (line,), more = look(run, short=True)
         assert more
-        assert line == "demo  phase1 350/700  loss 6.41  201 seq/s  ETA 3 min  0/12 done"
+        assert line == f"demo  phase1 350/700  loss 6.41  201 seq/s  ETA 3 min  0/{STAGES} done"
         at_work(run, range(0)).judge(3, "a bad file " * 20, 0)
         (line,), _ = look(run, short=True)
         assert len(line) == 80
         assert "failed phase1: exit 3: a bad file" in line
-        assert line.endswith("…  0/12 done")
+        assert line.endswith(f"…  0/{STAGES} done")
 
 
 @pytest.mark.parametrize(
@@ -202,13 +206,39 @@ def append(attempt: Attempt, text: str) -> None:
         file.write(text)
 
 
+def test_where_the_time_went_and_what_stood_out(run):
+    run.event("submitted")
+    attempt = run.stage("phase1").new_attempt("x")
+    began = attempt.owner["time"]
+    spent = {"compute": 70.0, "communication": 10.0, "data": 20.0}
+    append_jsonl(attempt.metrics, {"step": 5, "loss": 1.0, "since": began, "time": began + 100, "spent_s": spent})
+    for step in (40, 60):
+        run.event("slow_rank", stage="phase1", attempt=1, step=step, rank=5, host="node3.site", ratio=step / 25)
+    run.event("rolled_back", stage="phase1", attempt=1, step=70, to_step=50, line="loss is not finite\x1b[31m")
+    lines, _ = look(run, short=False)
+    assert lines[STAGES:] == [
+        "! phase1, steps 40 to 60: rank 5 on node3 took 2.4 times as long as the others at worst, in 2 reports",
+        r"! phase1, attempt 1: back from step 70 to 50: loss is not finite\x1b[31m",
+        "2 min, goodput 80 %: computing 70 %, waiting for data 20 %, communication 10 %",
+    ]
+    told = json.loads(call("status", run.path, "--json").stdout)
+    assert told["account"]["stages"]["phase1"]["parts_s"]["data"] == pytest.approx(20.0, abs=0.01)
+    assert len(told["incidents"]) == 2
+
+
+def test_a_run_that_has_not_begun_has_no_account(run):
+    assert len(look(run, short=False)[0]) == STAGES
+    assert json.loads(call("status", run.path, "--json").stdout)["account"] is None
+
+
 def test_the_commands(run):
     """Ctrl-C leaves with 130, an impossible pair of flags with 2."""
     for words in (["--watch", "--log", "extract"], ["-f"], ["--short", "--json"], ["--watch", "--json"]):
         assert call("status", run.path, *words).returncode == 2
     with run.held(), subprocess.Popen(command("status", run.path, "--watch", "--short"), stdout=-1, stderr=-1) as shown:
         assert shown.stdout is not None
-        assert b"extract starts next  0/12 done" in shown.stdout.readline()
+        line = shown.stdout.readline()
         shown.send_signal(signal.SIGINT)
         assert shown.wait(10) == 130
-    assert call("status", run.path, "--watch").stdout.count("\n") == 12  # nothing runs: once
+    assert f"extract starts next  0/{STAGES} done" in line.decode()
+    assert call("status", run.path, "--watch").stdout.count("\n") == STAGES  # nothing runs: once
