@@ -4,46 +4,62 @@ from __future__ import annotations
 
 import mmap
 import struct
+import threading
 import time
 from typing import Literal, NamedTuple
 
 Where = Literal["starting", "working", "waiting"]
 PLACES: tuple[Where, ...] = ("starting", "working", "waiting")
 FIELDS = struct.Struct("<dqqd")
+PULSE = struct.Struct("<d")  # behind the fields: another thread writes it
+PULSE_S = 1.0
 
 
 class Beat(NamedTuple):
-    """The last sign of life: ``time_s`` is monotonic, ``longest_s`` the longest time between two beats of work."""
+    """The last sign of life: ``time_s`` is monotonic, ``longest_s`` the longest time between two beats of work,
+    ``pulse_s`` when a thread of the process could last run at all."""
 
     time_s: float
     where: Where
     step: int
     longest_s: float
+    pulse_s: float
 
 
 class Heartbeat:
     """Beaten once per micro-batch and around every wait for other ranks; made before the process forks.
 
-    A rank that waits is never the one that hangs: it says so, and the watcher looks for another.
+    A rank that waits is not the one that hangs, as long as its pulse goes: it says so, and the watcher looks for
+    another. The pulse ends when the process is stopped or a thread keeps the interpreter's lock.
     """
 
     def __init__(self) -> None:
-        self._memory = mmap.mmap(-1, FIELDS.size)
-        self._last = Beat(time.monotonic(), "starting", 0, 0.0)
+        self._memory = mmap.mmap(-1, FIELDS.size + PULSE.size)
+        self._last = Beat(time.monotonic(), "starting", 0, 0.0, 0.0)
         self._write()
 
     def beat(self, where: Where, step: int) -> None:
         """Say that this process is alive, and what it is about to do."""
         now, last = time.monotonic(), self._last
         took = now - last.time_s if last.where == "working" else 0.0
-        self._last = Beat(now, where, step, max(took, last.longest_s))
+        self._last = Beat(now, where, step, max(took, last.longest_s), 0.0)
         self._write()
+
+    def pulsate(self) -> None:
+        """From now on show every second, from a thread, that threads of this process can run."""
+
+        def pulse() -> None:
+            while True:
+                PULSE.pack_into(self._memory, FIELDS.size, time.monotonic())
+                time.sleep(PULSE_S)
+
+        threading.Thread(target=pulse, name="pulse", daemon=True).start()
 
     def read(self) -> Beat:
         """What the other process said last."""
         time_s, place, step, longest_s = FIELDS.unpack_from(self._memory)
-        return Beat(time_s, PLACES[place], step, longest_s)
+        return Beat(time_s, PLACES[place], step, longest_s, *PULSE.unpack_from(self._memory, FIELDS.size))
 
     def _write(self) -> None:
-        time_s, where, step, longest_s = self._last
+        time_s, where, step, longest_s, _ = self._last
         FIELDS.pack_into(self._memory, 0, time_s, PLACES.index(where), step, longest_s)

@@ -49,19 +49,20 @@ def supervise(job: Job, work: Callable[[], None]) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # none may come between fork and forwarding
         pid = os.fork()
         if pid == 0:
-            _be_child(parent, stacks, work)
+            _be_child(parent, stacks, job, work)
         with _forwarding(pid), _gpus_watched(job) as unfit:
             code = Watch(job, pid, stacks, unfit).to_the_end()
     if code:
         raise SystemExit(code)
 
 
-def _be_child(parent: int, stacks: BinaryIO, work: Callable[[], None]) -> NoReturn:
+def _be_child(parent: int, stacks: BinaryIO, job: Job, work: Callable[[], None]) -> NoReturn:
     code = 1
     try:
         die_with_parent(parent)
         faulthandler.register(STACKS, file=stacks)  # in C: works whatever holds the interpreter's lock
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        job.heartbeat.pulsate()
         code = exit_code_of(work)
         sys.stdout.flush()
         sys.stderr.flush()
@@ -144,22 +145,25 @@ class Watch:
         still_s = now - max(beat.time_s, resumed)
         if self.leave_by is not None:
             if now > self.leave_by:
+                if self.code == 76:  # not before the peers have kept theirs: a stopped child must go on for it
+                    self._keep_stacks()
                 os.kill(self.pid, signal.SIGKILL)
         elif self.unfit:
             self._stop_for_gpu(now)
         elif beat.where != "waiting" and still_s > limit_s(beat.where, beat.longest_s):
             self._hung(still_s, beat.where, beat.step, now)
+        elif beat.where != "working" and (silent_s := now - max(beat.pulse_s, resumed)) > HANG_S:
+            self._hung(silent_s, beat.where, beat.step, now)
         elif beat.where != "working" and still_s > PEERS_DUMP_S - LOOK_S:
             self._ask_peers(now)
 
     def _hung(self, still_s: float, where: str, step: int, now: float) -> None:
-        """This rank is the one that hangs: say so, keep its stacks, give the peers time for theirs, and end it."""
+        """This rank is the one that hangs: say so, give the peers time to keep their stacks, and end it."""
         line = (
             f"rank {self.job.rank} on {self.host} hung: no sign of life for {still_s:.0f} s while {where}, after step "
             f"{step}; the stacks of all ranks are in attempts/{self.job.attempt.path.name}/stacks.txt"
         )
         self._decide(76, line)
-        self._keep_stacks()
         self.leave_by = now + PEERS_DUMP_S
 
     def _stop_for_gpu(self, now: float) -> None:

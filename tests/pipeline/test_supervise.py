@@ -175,3 +175,10 @@ def test_a_heartbeat_is_read_by_the_process_that_forked(tmp_path):
     found = beat.read()
     assert (found.where, found.step) == ("waiting", 6)
     assert 0.05 <= found.longest_s < 5
+
+
+def test_a_rank_that_is_stopped_while_it_waits_is_found_by_its_pulse(tmp_path):
+    code, _, errors = end(start(tmp_path, "os.kill(os.getpid(), 19)\ntime.sleep(60)", "waiting"))
+    assert code == 76
+    assert "hung" in errors
+    assert "while waiting" in errors
