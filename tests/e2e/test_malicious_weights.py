@@ -150,7 +150,8 @@ def test_whole_commands_refuse_a_malicious_model(entrance: str, model_folder: Pa
     folder, marker = tmp_path / "model", tmp_path / "executed"
     shutil.copytree(model_folder, folder)
     (folder / "pytorch_model.bin").write_bytes(PICKLES["torch.save"](marker))
-    (folder / "vocab.txt").write_text("".join(f"{t}\n" for t in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a")))
+    tokens = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijk")
+    (folder / "vocab.txt").write_text("".join(f"{token}\n" for token in tokens))
     (folder / "tokenizer_config.json").write_text("{}")
     (tmp_path / "t.tsv").write_text("sentence\tlabel\na\t1\na a\t0\n")
     words = {
