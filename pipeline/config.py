@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pipeline.finetune.options import FinetuneConfig
+from pipeline.finetune.options import FinetuneConfig, InferenceConfig
 from pipeline.strict_toml import Source, apply_settings, build, raise_all, read_toml
 from slurm.profile import PROFILES, Profile
 
@@ -139,6 +139,7 @@ class Recipe:
     squad: TaskConfig | None = None
     mrpc: TaskConfig | None = None
     sst2: TaskConfig | None = None
+    inference: InferenceConfig | None = None
 
 
 def load_recipe(name: str, settings: Iterable[str] = ()) -> Recipe:
@@ -204,6 +205,12 @@ def _contradictions(recipe: Recipe) -> list[str]:
         if task is not None and task.max_seq_len > model.max_position_embeddings:
             lines.append(
                 f"{name}.max_seq_len = {task.max_seq_len} exceeds "
+                f"model.max_position_embeddings = {model.max_position_embeddings}"
+            )
+    for key in ("squad_seq_len", "glue_seq_len") if recipe.inference else ():
+        if getattr(recipe.inference, key) > model.max_position_embeddings:
+            lines.append(
+                f"inference.{key} = {getattr(recipe.inference, key)} exceeds "
                 f"model.max_position_embeddings = {model.max_position_embeddings}"
             )
     if not (data.wikipedia or data.books or data.jsonl):

@@ -1,8 +1,7 @@
 """THE chain: every stage from raw text to the report, in order. Read this file first.
 
-extract -> shard (-> vocab) -> samples_128, samples_512 -> phase1 -> phase2 -> export -> squad, mrpc, sst2 -> report
-
-A phase 2 that starts from weights of its own (``phase2.start``) needs no phase 1, and the chain has none.
+extract -> shard (-> vocab) -> samples_128, samples_512 -> phase1 -> phase2 -> export -> squad, mrpc, sst2, inference
+-> report. A phase 2 that starts from weights of its own (``phase2.start``) needs no phase 1, and the chain has none.
 """
 
 from __future__ import annotations
@@ -102,6 +101,18 @@ def table(recipe: Recipe) -> dict[str, Stage]:
                     "train": f"data:{config.train}",
                     "eval": f"data:{config.eval}",
                 },
+            )
+        )
+    if recipe.inference is not None:
+        text = {"text": f"data:{recipe.squad.eval}"} if recipe.squad else {}
+        chain.append(
+            Stage(
+                name="inference",
+                run="pipeline.bench:run",
+                job="finetune",
+                width="workers",  # the whole machine: what measures time runs alone
+                config={"config": recipe.inference},
+                inputs={"model": "export:model", **text},
             )
         )
     chain.append(

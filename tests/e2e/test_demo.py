@@ -51,6 +51,7 @@ def test_every_stage_is_done(demo):
         "squad",
         "mrpc",
         "sst2",
+        "inference",
         "report",
     ]
     assert set(found.values()) == {"done"}

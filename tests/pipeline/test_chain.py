@@ -29,9 +29,10 @@ ALL = [
     "squad",
     "mrpc",
     "sst2",
+    "inference",
     "report",
 ]
-AFTER_PHASE1 = ["phase1", "phase2", "export", "squad", "mrpc", "sst2", "report"]
+AFTER_PHASE1 = ["phase1", "phase2", "export", "squad", "mrpc", "sst2", "inference", "report"]
 
 
 def chain_of(path: Path, *settings: str, corpora: dict | None = None) -> Chain:
@@ -86,7 +87,7 @@ def test_every_stage_function_takes_what_its_stage_gives(name):
     ("setting", "redone"),
     [
         ("phase1.learning_rate=0.5", AFTER_PHASE1),
-        ("phase2.steps=9", ["phase2", "export", "squad", "mrpc", "sst2", "report"]),
+        ("phase2.steps=9", ["phase2", "export", "squad", "mrpc", "sst2", "inference", "report"]),
         ("train.seed=7", AFTER_PHASE1),
         ("data.dupe_factor=2", ["samples_128", "samples_512", *AFTER_PHASE1]),
         ("data.vocab_size=4096", ["vocab", "samples_128", "samples_512", *AFTER_PHASE1]),
