@@ -2,13 +2,14 @@
 
 A stage's wall time begins when its last need ended (a first stage's: with the run's first submission) and ends with
 its last sign of life. Stages that run side by side each have their own account. The chain's is the sum over its
-critical path: the stage that ended last, before it the need that it waited for longest, and so on; what ran beside
-these cost no time. It is time, not node-hours. Processes that Slurm starts are seen once they are at work: the start
-of a job's script and interpreter counts as waiting.
+critical path: the stage that ended last, before it the one that had ended last when it started, be it a need or one
+that held the machine, and so on; what ran beside these cost no time. It is time, not node-hours. Processes that Slurm
+starts are seen once they are at work: the start of a job's script and interpreter counts as waiting.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -40,9 +41,10 @@ Line = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Account:
-    """Seconds by part, of Unix time ``began`` to ``ended``."""
+    """Seconds by part, of Unix time ``began`` to ``ended``; ``started`` is when the first attempt began."""
 
     began: float
+    started: float
     ended: float
     parts: Mapping[str, float]
 
@@ -118,7 +120,7 @@ def stage_account(attempts: Sequence[Times], ready: float, submissions: Sequence
         cursor = max(began, attempt.ended)
         for part, seconds in attempt_parts(attempt, attempts[index + 1 :], began, cursor).items():
             parts[part] += seconds
-    return Account(ready, cursor, parts)
+    return Account(ready, attempts[0].began, cursor, parts)
 
 
 def attempt_parts(attempt: Times, later: Sequence[Times], began: float, ended: float) -> dict[str, float]:
@@ -186,10 +188,21 @@ def chain_account(stages: Mapping[str, Account], needs: Mapping[str, Sequence[st
     if not stages:
         return None
     path = [max(stages, key=lambda name: stages[name].ended)]
-    while before := [need for need in needs.get(path[0], ()) if need in stages]:
+    while before := [
+        name
+        for name, account in stages.items()
+        if name not in path and (account.ended <= stages[path[0]].started or name in needs.get(path[0], ()))
+    ]:
         path.insert(0, max(before, key=lambda name: stages[name].ended))
     parts = {part: sum(stages[name].parts[part] for name in path) for part in PARTS}
-    return RunAccount(Account(stages[path[0]].began, stages[path[-1]].ended, parts), path, stages)
+    for earlier, name in itertools.pairwise(path):
+        covered = max(0.0, stages[earlier].ended - stages[name].began)  # it waited while the earlier one worked
+        for part in ("stopped", "queue"):
+            taken = min(covered, stages[name].parts[part])
+            parts[part] -= taken
+            covered -= taken
+    first, last = stages[path[0]], stages[path[-1]]
+    return RunAccount(Account(first.began, first.started, last.ended, parts), path, stages)
 
 
 # -------------------------------------------------------------------- from a run's files

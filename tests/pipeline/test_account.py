@@ -131,15 +131,17 @@ def test_older_lines_count_as_compute_and_what_follows_the_last_as_evaluation():
     assert attempt_parts(killed, [later], 90.0, 110.0)["rework"] == 1.0  # step 2 of seed 1 only
 
 
-def test_the_chain_is_its_critical_path():
-    def account(began: float, ended: float, **parts: float) -> Account:
-        return Account(began, ended, {**dict.fromkeys(PARTS, 0.0), **parts})
+def account(began: float, started: float, ended: float, **parts: float) -> Account:
+    queue = started - began
+    return Account(began, started, ended, {**dict.fromkeys(PARTS, 0.0), "queue": queue, **parts})
 
+
+def test_the_chain_is_its_critical_path():
     stages = {
-        "export": account(0, 10, compute=10),
-        "squad": account(10, 50, queue=5, compute=35),
-        "mrpc": account(10, 30, compute=20),
-        "sst2": account(10, 48, compute=38),
+        "export": account(0, 0, 10, compute=10),
+        "squad": account(10, 15, 50, compute=35),
+        "mrpc": account(10, 10, 30, compute=20),
+        "sst2": account(10, 10, 48, compute=38),
     }
     found = chain_account(stages, {"squad": ["export", "data"], "mrpc": ["export"], "sst2": ["export"]})
     assert found is not None
@@ -147,6 +149,35 @@ def test_the_chain_is_its_critical_path():
     assert found.chain.wall_s == 50
     assert found.chain.parts["compute"] == 45
     assert chain_account({}, {}) is None
+
+
+def test_a_stage_that_waits_for_the_machine_comes_after_the_one_that_held_it():
+    stages = {
+        "export": account(0, 0, 10, compute=10),
+        "squad": account(10, 10, 30, compute=20),
+        "mrpc": account(10, 12, 14, compute=2),
+        "inference": account(10, 33, 40, compute=7),  # it waited 20 s for squad and 3 s for nobody
+    }
+    found = chain_account(stages, {name: ["export"] for name in stages})
+    assert found is not None
+    assert found.path == ["export", "squad", "inference"]
+    assert found.chain.wall_s == 40
+    assert (found.chain.parts["compute"], found.chain.parts["queue"]) == (37, 3)
+
+
+@settings(deadline=None)
+@given(
+    spans=st.lists(st.tuples(*[st.floats(0, 100)] * 3), min_size=1, max_size=6),
+    needs=st.lists(st.sets(st.integers(0, 5)), min_size=6, max_size=6),
+)
+def test_any_chain_has_an_end(spans, needs):
+    stages = {}
+    for index, (began, waited, took) in enumerate(spans):
+        stages[str(index)] = account(began, began + waited, began + waited + took, compute=took)
+    found = chain_account(stages, {str(i): [str(need) for need in needs[i] if need < i] for i in range(len(spans))})
+    assert found is not None
+    assert len(set(found.path)) == len(found.path)
+    assert all(seconds >= -1e-9 for seconds in found.chain.parts.values())
 
 
 # -------------------------------------------------------------------- from files
@@ -208,7 +239,7 @@ def test_the_time_of_a_killed_and_resumed_run_is_accounted_for(small_data, tmp_p
     metrics = run / "stages" / "phase1" / "attempts" / "0001" / "metrics.jsonl"
     disturbed.wait_until(lambda: metrics.exists() and '"step": 13' in metrics.read_text())
     disturbed.send(signal.SIGKILL)
-    disturbed.process.wait()
+    disturbed.end()
     time.sleep(2.0)
     done = call("submit", "--run", run)
     assert done.returncode == 0, done.stdout + done.stderr
