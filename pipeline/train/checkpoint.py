@@ -64,6 +64,21 @@ class Saver:
         self._failed = 0  # saves in a row that the file system refused
         self._has_history = False
 
+    def prepare(self, *, weights: Arrays, optimizer: Arrays) -> None:
+        """Take the memory for copies of this state, in the background: else the first save would wait for it.
+
+        Only shapes and dtypes count.
+        """
+
+        def take() -> None:
+            with suppress(MemoryError):  # the first save tries again, and says so
+                for kind, arrays in (("weights", weights), ("optimizer", optimizer)):
+                    self._staging[kind] = {name: np.full(array.shape, 0, array.dtype) for name, array in arrays.items()}
+
+        self._join()
+        self._thread = threading.Thread(target=take, name="checkpoint", daemon=True)
+        self._thread.start()
+
     def save(self, *, step: int, weights: Arrays, optimizer: Arrays, **fields: Any) -> Path:
         """Copy the state and write it in the background; returns the folder where it will be.
 
@@ -80,8 +95,7 @@ class Saver:
                 self._has_history = _resumed_from(self.attempt_dir) is not None
                 if not self._has_history:
                     raise CheckpointError(f"{self.attempt_dir} has no attempt.json: its checkpoints could not be found")
-        for kind, arrays in (("weights", weights), ("optimizer", optimizer)):
-            self._staging[kind] = _copy(arrays, self._staging[kind])
+        self._copy({"weights": weights, "optimizer": optimizer})
         self._thread = threading.Thread(target=self._write, args=(step, fields), name="checkpoint", daemon=True)
         self._thread.start()
         self.stall_s = time.monotonic() - begin
@@ -101,6 +115,18 @@ class Saver:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+
+    def _copy(self, state: Mapping[str, Arrays]) -> None:
+        """``state`` into the staging buffers; those of the last save are used again, which spares page faults."""
+        for kind, arrays in state.items():
+            buffers = {}
+            for name, array in arrays.items():
+                buffer = self._staging[kind].get(name)
+                if buffer is None or buffer.shape != array.shape or buffer.dtype != array.dtype:
+                    buffer = np.empty(array.shape, array.dtype)
+                np.copyto(buffer, array)
+                buffers[name] = buffer
+            self._staging[kind] = buffers
 
     def _write(self, step: int, fields: dict[str, Any]) -> None:
         begin = time.monotonic()
@@ -318,15 +344,3 @@ def _resumed_from(attempt_dir: Path) -> dict[str, int] | None:
         return None
     except OSError as error:
         raise StorageError(f"{attempt_dir / 'attempt.json'} cannot be read: {error.strerror}") from error
-
-
-def _copy(arrays: Arrays, staging: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-    """``arrays`` copied into the buffers of ``staging`` where they fit, which spares the page faults."""
-    copies = {}
-    for name, array in arrays.items():
-        buffer = staging.get(name)
-        if buffer is None or buffer.shape != array.shape or buffer.dtype != array.dtype:
-            buffer = np.empty_like(array)
-        np.copyto(buffer, array)
-        copies[name] = buffer
-    return copies

@@ -52,7 +52,8 @@ def to_its_end(trial: zygote.ForkServerProcess, timeout_s: float = 60.0) -> int:
     """Continue a paused trial as often as it takes (strace pauses each of its threads once)."""
     deadline = time.monotonic() + timeout_s
     while trial.exitcode is None and time.monotonic() < deadline:
-        os.kill(trial.pid or 0, signal.SIGCONT)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(trial.pid or 0, signal.SIGCONT)
         trial.join(0.01)
     return zygote.code_of(trial, 0.1)
 

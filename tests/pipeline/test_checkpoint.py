@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import threading
@@ -17,7 +18,7 @@ from hypothesis.extra import numpy as hnp
 from safetensors.numpy import load_file
 
 from pipeline.errors import CheckpointError, InUseError, NumericalError, StorageError
-from pipeline.train import checkpoint, checkpoint_folder
+from pipeline.train import checkpoint, checkpoint_folder, storage
 from pipeline.train.checkpoint import Saver, check_identity, lineage, listing, newest_verified, read, rotate, save
 from pipeline.train.tensor_file import write_safetensors
 
@@ -371,6 +372,115 @@ def test_a_refusing_file_system_costs_one_warning_and_the_next_save_tries_again(
     saver.save(**fields(attempt, 3), **state(3))
     saver.close()
     assert same(newest_verified(attempt.parent.parent, print), 3)
+
+
+def test_a_disk_that_stays_full_is_told_once_and_its_end_too(attempt):
+    said = []
+    saver = Saver(attempt, warn=said.append)
+    undo = limited(1000)
+    try:
+        for step in (1, 2, 3):
+            saver.save(**fields(attempt, step), **state(step))
+            with pytest.raises(StorageError, match=f"step {step} of phase1 was not saved"):
+                saver.wait()
+    finally:
+        undo()
+    assert len(said) == 1
+    saver.save(**fields(attempt, 4), **state(4))
+    saver.close()
+    assert said[1:] == ["checkpoint step 4 is saved, after 3 that were not"]
+
+
+def test_a_save_that_fails_once_is_tried_again_at_once(attempt, monkeypatch):
+    faults = [OSError(5, "Input/output error")]
+    written = write_safetensors
+
+    def failing(path, tensors):
+        if faults:
+            raise faults.pop()
+        return written(path, tensors)
+
+    monkeypatch.setattr(checkpoint_folder, "write_safetensors", failing)
+    said = []
+    saver = Saver(attempt, warn=said.append)
+    saver.save(**fields(attempt, 1), **state(1))
+    saver.close()
+    assert said == []
+    assert same(newest_verified(attempt.parent.parent, print), 1)
+
+
+def test_memory_prepared_for_a_state_is_what_its_saves_use(attempt):
+    saver = Saver(attempt, keep=2)
+    saver.prepare(**state(1))
+    saver.wait()
+    prepared = saver._staging["weights"]["a.weight"]
+    saver.save(**fields(attempt, 1), **state(1))
+    assert saver._staging["weights"]["a.weight"] is prepared
+    saver.prepare(weights={"other": np.zeros(3)}, optimizer={})  # of another shape: taken anew
+    saver.save(**fields(attempt, 2), **state(2))
+    saver.close()
+    assert same(read(attempt / "step-00000002"), 2)
+
+
+def test_an_attempt_whose_folder_was_moved_aside_touches_nothing_of_the_next(stage_dir, attempt):
+    (attempt / "owner.json").write_text('{"host": "here", "pid": 1, "time": 1.0}')
+    saver = Saver(attempt, keep=2)
+    saver.save(**fields(attempt, 1), **state(1))
+    saver.wait()
+    stage_dir.rename(stage_dir.with_name("old"))
+    saver.save(**fields(attempt, 2), **state(2))
+    with pytest.raises(InUseError, match="moved aside"):  # before anyone begins it again
+        saver.close()
+    again = new_attempt(stage_dir, 1)
+    (again / "owner.json").write_text('{"host": "there", "pid": 2, "time": 2.0}')
+    before = sorted(stage_dir.rglob("*"))
+    late = Saver(attempt, keep=2)
+    late._owner = {"host": "here", "pid": 1, "time": 1.0}
+    late.save(**fields(attempt, 3), **state(3))
+    with pytest.raises(InUseError, match=r"belongs to another start \(process 2 on there, since 19"):
+        late.close()
+    assert sorted(stage_dir.rglob("*")) == before
+
+
+def test_rotation_does_not_see_an_attempt_that_begins_meanwhile(stage_dir, attempt, monkeypatch):
+    for step in (1, 2, 3):
+        save_step(attempt, step)
+    whole = checkpoint.is_whole
+
+    def is_whole(folder):
+        if not (stage_dir / "attempts" / "0002").exists():
+            save_step(new_attempt(stage_dir, 2, {"attempt": 1, "step": 3}), 4)
+        return whole(folder)
+
+    monkeypatch.setattr(checkpoint, "is_whole", is_whole)
+    rotate(attempt, 2)
+    assert (stage_dir / "attempts" / "0002" / "step-00000004" / "manifest.json").exists()
+
+
+def test_room_for_checkpoints_is_asked_for_before_training(stage_dir, attempt, tmp_path, monkeypatch):
+    save_step(attempt, 1)
+    line = storage.preflight(stage_dir, 10**6, keep=2)
+    assert line.startswith("3 checkpoints of 1.0 MB need 3.0 MB more, ")
+    free = shutil.disk_usage(stage_dir).free
+    with pytest.raises(StorageError, match=r"need .* GB more, .* GB are free, quota .*; free some space"):
+        storage.preflight(stage_dir, free, keep=2)
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    monkeypatch.setenv("PATH", str(programs))
+    assert storage.preflight(stage_dir, 10**6, keep=2).endswith("quota not known")
+    answer = "     Filesystem  blocks   quota   limit   grace   files   quota   limit   grace\n"
+    for use, limit, told in (("13", "8000", "8.2 MB left"), ("9000*", "8000", None), ("13", "0", "none")):
+        (programs / "quota").write_text(
+            f"#!/bin/sh\necho '{answer}  /dev/loop0  {use}  1000  {limit}  0  2  0  0  0'\n"
+        )
+        (programs / "quota").chmod(0o755)
+        if told is not None:
+            assert storage.preflight(stage_dir, 10**6, keep=2).endswith(f"quota {told}")
+        else:
+            with pytest.raises(StorageError, match=r"quota 0\.0 MB left"):
+                storage.preflight(stage_dir, 10**6, keep=2)
+    (programs / "quota").write_text("#!/bin/sh\necho 'not found or has no quota enabled' >&2; exit 1\n")
+    assert storage.preflight(stage_dir, 10**6, keep=2).endswith("quota not known")
 
 
 def test_other_errors_stop_the_loop_at_the_next_call(attempt):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
+import resource
 import subprocess
 import sys
 import threading
@@ -97,3 +99,40 @@ def test_lines_of_several_processes_never_mix(tmp_path):
     found = read_jsonl(path)
     assert len(found) == 900
     assert all(json.dumps(line) for line in found)
+
+
+def test_a_line_that_a_full_disk_cut_off_is_dropped_and_the_next_one_whole(tmp_path):
+    path = tmp_path / "events.jsonl"
+    append_jsonl(path, {"step": 1})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 7, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"No space left on device: .*events\.jsonl"):
+            append_jsonl(path, {"step": 2})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    append_jsonl(path, {"step": 3})
+    assert [line["step"] for line in read_jsonl(path)] == [1, 3]
+
+
+def test_an_attempt_that_was_succeeded_does_not_mark_its_stage_done(tmp_path):
+    stage = StageDir(tmp_path / "phase1")
+    old, new = stage.new_attempt("old"), stage.new_attempt("new")
+    with pytest.raises(InUseError, match=r"attempt 2 \(process \d+ on .*, since 2.*\) has taken over from attempt 1"):
+        stage.mark_done({"attempt": old.number})
+    assert stage.done is None
+    stage.mark_done({"attempt": new.number})
+    assert stage.done == {"attempt": 2}
+
+
+def test_a_lock_that_still_names_a_dead_holder_is_looked_at_again(tmp_path):
+    run = RunDir(tmp_path)
+    with run.held():
+        own = (tmp_path / "lock").read_text()
+        gone = {**json.loads(own), "pid": 2**22 + 1}  # no process has a number that high
+        (tmp_path / "lock").write_text(json.dumps(gone))
+        timer = threading.Timer(0.3, (tmp_path / "lock").write_text, [own])
+        timer.start()
+        with pytest.raises(InUseError, match=f"process {os.getpid()} on .*, since 2"), RunDir(tmp_path).held():
+            pass
+        timer.join()
