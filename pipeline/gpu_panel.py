@@ -21,10 +21,10 @@ CHARTS = {
     "power_w": ("GPU power", "W", 1.0),
     "temperature_c": ("GPU temperature", "°C", 1.0),
 }
-BAND: tuple[tuple[str, Callable[[Iterable[float]], float], Look], ...] = (
-    ("highest", max, "thin"),
-    ("median", statistics.median, "main"),
-    ("lowest", min, "thin"),
+BAND: tuple[tuple[str, str, Callable[[Iterable[float]], float], Look], ...] = (
+    ("highest", "highest and lowest", max, "thin"),
+    ("median", "median", statistics.median, "main"),
+    ("lowest", "", min, "thin"),
 )
 JOULES_PER_KWH = 3.6e6
 
@@ -139,8 +139,8 @@ def band(series: Mapping[str, list[Point]], flagged: set[str]) -> list[Line]:
         for x, y in points:
             at.setdefault(x, []).append(y)
     lines = [
-        Line(f"{name} of {len(series)} GPUs", [(x, of(at[x])) for x in sorted(at)], look, legend=name)
-        for name, of, look in BAND
+        Line(f"{name} of {len(series)} GPUs", [(x, of(at[x])) for x in sorted(at)], look, legend=legend)
+        for name, legend, of, look in BAND
     ]
     shown = [label for label in series if label in flagged][:3]
     return lines + [Line(label, series[label], "second", legend=label) for label in shown]

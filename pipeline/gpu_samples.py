@@ -19,7 +19,7 @@ from pipeline.rundir import RunDir
 
 METRICS = ("utilization_pct", "memory_used_mb", "power_w", "temperature_c", "sm_clock_mhz")
 MOST_BINS = 240  # points of time that a chart shows
-MOST_BYTES = 200_000_000
+MOST_BYTES = 50_000_000
 STRIDES = (1, 11, 101, 1009, 10007)  # primes, so that the GPUs of a node, which take turns, are all met
 END_BYTES = 65536
 PAUSE_S = 60.0  # power between two samples further apart is not counted where the energy counter is missing

@@ -32,8 +32,10 @@ def _slow(events: list[Event]) -> str:
     first = events[0]
     steps = f"steps {_span(events)}" if len(events) > 1 else f"step {number(first.get('step'))}"
     worst = max((event["ratio"] for event in events if is_number(event.get("ratio"))), default=None)
-    said = f"took {number(worst, 2)} times as long as the others" if worst is not None else "was slow"
-    more = f" at worst, in {len(events)} reports" if len(events) > 1 else ""
+    often = len(events) > 1
+    took = f"took {'at worst ' if often else ''}{number(worst, 2)} times as long as the others"
+    said = took if worst is not None else "was slow"
+    more = f", in {len(events)} reports" if often else ""
     host = short_host(first.get("host", "?"))
     return f"{first.get('stage', '?')}, {steps}: rank {first.get('rank', '?')} on {host} {said}{more}"
 

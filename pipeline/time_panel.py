@@ -20,7 +20,8 @@ STYLE = (
     + "".join(f".part-{part} {{ fill: var(--{part.replace('_', '-')}); }}\n" for part in PARTS)
     + ".bars p { margin: .9rem 0 .3rem; max-width: none; font-size: .95rem; }\n"
     ".bars p span { color: var(--quiet); font-size: .9rem; }\n"
-    ".bars svg { border-radius: .25rem; }\n"
+    ".bars svg { height: 1.4rem; border-radius: .25rem; }\n"
+    ".parts td:first-child { white-space: nowrap; }\n"
     "td svg.swatch { display: inline-block; width: .8rem; height: .8rem; margin-right: .5rem; }\n"
 )
 
@@ -67,11 +68,12 @@ def parts_table(shown: Mapping[str, Account]) -> Html:
                 f"{duration(a.parts[part])} · {percent(a.parts[part] / (a.wall_s or 1.0))}" for a in shown.values()
             ]
             rows.append((join(swatch, words), *cells))
-    return table(("", *shown), rows, numeric=range(1, len(shown) + 1))
+    return table(("", *shown), rows, numeric=range(1, len(shown) + 1), class_="parts")
 
 
 def seconds_and_share(account: Account, part: str) -> str:
-    return f"{duration(account.parts[part])} · {percent(account.parts[part] / (account.wall_s or 1.0))}"
+    seconds = account.parts[part]
+    return f"{duration(seconds)} · {percent(seconds / account.wall_s)}" if seconds > 0 else "–"
 
 
 def remarks(found: RunAccount) -> list[Html]:

@@ -217,7 +217,7 @@ def test_where_the_time_went_and_what_stood_out(run):
     run.event("rolled_back", stage="phase1", attempt=1, step=70, to_step=50, line="loss is not finite\x1b[31m")
     lines, _ = look(run, short=False)
     assert lines[STAGES:] == [
-        "! phase1, steps 40 to 60: rank 5 on node3 took 2.4 times as long as the others at worst, in 2 reports",
+        "! phase1, steps 40 to 60: rank 5 on node3 took at worst 2.4 times as long as the others, in 2 reports",
         r"! phase1, attempt 1: back from step 70 to 50: loss is not finite\x1b[31m",
         "2 min, goodput 80 %: computing 70 %, waiting for data 20 %, communication 10 %",
     ]
