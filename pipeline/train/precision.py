@@ -17,10 +17,10 @@ def autocast_for(precision: str, device: torch.device) -> torch.autocast:
     Raises EnvironmentFault where the device cannot do it.
     """
     if precision == "tf32" and device.type != "cuda":
-        raise EnvironmentFault("train.precision = tf32 needs a CUDA device; use fp32 or bf16 on a CPU")
+        raise EnvironmentFault("precision = tf32 needs a CUDA device; use fp32 or bf16 on a CPU")
     if device.type == "cuda":
         if precision == "tf32" and torch.cuda.get_device_capability(device) < (8, 0):
-            raise EnvironmentFault("train.precision = tf32 needs an Ampere GPU or newer; use fp16 or fp32")
+            raise EnvironmentFault("precision = tf32 needs an Ampere GPU or newer; use fp16 or fp32")
         torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     return torch.autocast(device.type, dtype=AUTOCAST.get(precision, torch.bfloat16), enabled=precision in AUTOCAST)
 
