@@ -273,9 +273,9 @@ def not_finite(folder: Path, scale: float) -> list[Row]:
     """Each step once for each kind."""
     reference, rows = undisturbed(folder), []
     for once, said in ((True, "once: rolled back, and done"), (False, "again: code 5 names the samples")):
-        for what in ("loss", "gradient"):
+        for what, steps in (("loss", range(1, STEPS + 1)), ("gradient", range(STEPS, 0, -1))):
             cases = []
-            for step in spread(range(1, STEPS + 1), scale):
+            for step in spread(steps, scale):
                 rank = step % WORLD
                 index = rank * MICRO_BATCHES // WORLD  # the first of the rank's
                 case = {"once": once, "what": what, "step": step, "rank": rank, "index": index}
