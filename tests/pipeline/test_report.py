@@ -281,7 +281,10 @@ def large_run(path: Path, examples: int = 10570, *settings: str, device: str = "
     for name in chain.stages:
         finish(chain, name, {})
     same = {"task": "squad", "seq_len": 384, "batch": 32, "part": "forward", "precision": "bf16"}
-    rows = [{**same, "engine": "pipeline", "sequences_per_s": 700}, {**same, "engine": "transformers"}]
+    rows = [
+        {**same, "engine": "pipeline", "sequences_per_s": 700},
+        {**same, "engine": "transformers", "sequences_per_s": 423},
+    ]
     finish(chain, "inference", {"device": device, "rows": rows})
     record = {"dataset": "SQuAD v1.1", "scores": {"f1": 90.1, "exact_match": 83.0}, "examples": examples}
     (chain.run.stage("squad").path / "scores.json").write_text(json.dumps(record))
@@ -306,7 +309,7 @@ def test_a_large_run_stands_beside_the_published_rows(tmp_path):
     assert "SQuAD v1.1, f1 in percent 90.1 (1 seed) 90.68 ± 0.160 over 10 seeds, best 90.96" in text
     assert "SQuAD v1.1, exact match in percent 83 (1 seed) 83.96 ± 0.266 over 10 seeds, best 84.51" in text
     assert "SQuAD inference, sequences/s, forward 700 312 one NVIDIA A100-SXM4-80GB, batch 32, fp16" in text
-    assert "transformers" not in text
+    assert "423" not in text  # transformers' own rate
     assert len(render(gather(chain.run, held=False))) < 200_000
     assert "squad, inference 312 sequences/s single run 1 × 1 GPUs, DGX A100 80GB, fp16 32 × 1" in page.text
 
