@@ -136,8 +136,10 @@ def jobs(ids: Iterable[str | int] | None = None) -> dict[str, Job]:
     wanted = None if ids is None else {str(job_id) for job_id in ids}
     if wanted is not None and not wanted:
         return {}
-    # squeue refuses a single id that it does not know; asked for all ids of the user it never does
-    answer = ask([*argv, f"--user={os.geteuid()}"])
+    # by id also what belongs to others: a colleague may look at a run
+    answer = ask([*argv, f"--user={os.geteuid()}" if wanted is None else f"--jobs={','.join(sorted(wanted))}"])
+    if not answer.ok and "Invalid job id" in answer.err:  # of a single id that it does not know
+        return {}
     if not answer.ok:
         raise SlurmError(f"squeue: {answer.said}")
     found = (_job(line) for line in answer.out.split("\n") if line)
@@ -261,11 +263,12 @@ def estimate_start(script: Path, extra: Sequence[str] = ()) -> str:
 
 
 def unavailable_nodes(partition: str = "") -> int:
-    """Nodes that are down, drained or reserved, of a partition or of all; 0 when Slurm does not say."""
-    states = "--states=down,drain,drained,draining,fail,failing,unknown,maint,reserved"
+    """Nodes that are down, drained, reserved or silent now, of a partition or of all; 0 when Slurm does not say."""
     where = [f"--partition={partition}"] if partition else []
-    answer = ask(["sinfo", "--noheader", "--format=%D", states, *where])
-    return sum(int(word) for word in answer.out.split() if word.isdigit())
+    answer = ask(["sinfo", "--noheader", "--Node", "--format=%N|%T", *where])
+    states = dict(line.partition("|")[::2] for line in answer.out.splitlines())  # one line for each partition of a node
+    usable = re.compile(r"(idle|mixed|allocated|completing|planned)[^*]*")  # "*": it does not respond
+    return sum(usable.fullmatch(state) is None for state in states.values())
 
 
 def submit(

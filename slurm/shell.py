@@ -89,6 +89,7 @@ if [ "$gpus" -gt 0 ]; then
     done
   ) >/dev/null 2>&1 &
   noting=$!
+  disown # its end is no news
   trap 'kill -9 "$noting" 2>/dev/null; note_gpu_s' EXIT
 fi
 if [ "$deadline" -lt 9999999999 ]; then export {verdict.DEADLINE}=$deadline; fi

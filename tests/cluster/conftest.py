@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import os
+import pwd
 import re
+import shutil
 import subprocess
+import sys
+import sysconfig
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from running import ROOT
 from slurm.command import which
 from slurm.devcluster import cluster, network, registry
 from slurm.devcluster.layout import Layout
+from slurm.profile import PROFILES
 
 SETTINGS = (("KillWait", "2"), ("SlurmdTimeout", "5"), ("MessageTimeout", "4"))
 
@@ -160,6 +167,64 @@ def idle(devcluster: DevCluster) -> Iterator[DevCluster]:
 def make_cluster(base: Path, devcluster: DevCluster) -> Callable[..., DevCluster]:
     """Another cluster beside the shared one; the test takes it down, the session does it otherwise."""
     return lambda name, nodes, **more: make(base, name, nodes, **more)
+
+
+@dataclass(frozen=True)
+class User:
+    """Who sends jobs, and the Python that this user may run; uid 0 where ordinary users can run none."""
+
+    uid: int
+    home: Path
+    python: str = sys.executable
+    packages: str = ""  # PYTHONPATH
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """For subprocess.run."""
+        return {"user": self.uid, "group": self.uid, "extra_groups": []} if self.uid else {}
+
+    @property
+    def profile(self) -> Path:
+        """The developer cluster as this user describes it."""
+        file = self.home / "site.toml"
+        text = (PROFILES / "devcluster.toml").read_text()
+        file.write_text(text + (f'[env]\nPYTHONPATH = "{self.packages}"\n' if self.packages else ""))
+        file.chmod(0o644)
+        return file
+
+    def give(self, path: Path) -> None:
+        """Make a file or folder theirs."""
+        for each in (path, *path.rglob("*")):
+            os.chown(each, self.uid, self.uid, follow_symlinks=False)
+
+    def can_run(self) -> bool:
+        command = [self.python, "-c", "import pipeline.submit, h5py"]
+        try:
+            return not subprocess.run(
+                command, cwd=ROOT, env={"PYTHONPATH": self.packages}, capture_output=True, check=False, **self.options
+            ).returncode
+        except OSError:
+            return False
+
+
+@pytest.fixture(scope="session")
+def user() -> Iterator[User]:
+    """An ordinary user, made for this session; where this checkout's Python is not for everybody, the system's."""
+    name, home = f"bert{os.getpid()}", Path(f"/tmp/bert-user-{os.getpid()}")
+    home.mkdir(mode=0o755)
+    subprocess.run(["useradd", "--no-create-home", "--user-group", "--home-dir", home, name], check=True)
+    uid = pwd.getpwnam(name).pw_uid
+    system = f"/usr/bin/python{sys.version_info[0]}.{sys.version_info[1]}"
+    tried = [User(uid, home), User(uid, home, system, sysconfig.get_path("purelib"))]
+    made = next((one for one in tried if one.can_run()), User(0, home))
+    if not made.uid:
+        print(f"jobs are sent by root: ordinary users can run no Python that imports from {ROOT}", file=sys.stderr)
+    try:
+        made.give(home)
+        yield made
+    finally:
+        subprocess.run(["userdel", name], check=True, capture_output=True)
+        shutil.rmtree(home)
 
 
 @pytest.fixture
