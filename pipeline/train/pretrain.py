@@ -38,6 +38,7 @@ from pipeline.train.precision import LossScale, autocast_for
 from pipeline.train.reduce import GradientBuffer, Reducer
 from pipeline.train.schedule import learning_rate
 from pipeline.train.state import TrainingState, begin
+from pipeline.train.storage import preflight
 from pipeline.train.tensorboard import Board
 from slurm.verdict import made_progress
 
@@ -224,6 +225,8 @@ class Trainer:
             again=again,
         )
         if self.job.rank == 0:
+            checkpoint_bytes = 3 * sum(p.nbytes for p in self.state.model.parameters())  # weights and two moments
+            self.job.say(preflight(self.job.out, checkpoint_bytes, self.train.keep_checkpoints))
             self.board = Board(self.job.out, after_step=self.state.step, warn=self.job.warn)
 
     def accumulate(self, positions: Ints, lengths: Ints) -> tuple[float, float, bool]:
