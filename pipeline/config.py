@@ -7,11 +7,13 @@ making finished stages stale. Imported by the login-node commands, so nothing he
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from data_prep.sentences import language_fault
 from pipeline.finetune.options import FinetuneConfig, InferenceConfig
 from pipeline.strict_toml import Source, apply_settings, build, raise_all, read_toml
 from slurm.profile import PROFILES, Profile
@@ -217,6 +219,16 @@ def _contradictions(recipe: Recipe) -> list[str]:
         lines.append("[data] names no corpus: give at least one of wikipedia, books, jsonl")
     if data.vocab is None and (recipe.phase1.start or recipe.phase2.start):
         lines.append("data.vocab is missing: weights to start from are worth nothing without their own vocab.txt")
-    if not recipe.name.replace("_", "").replace("-", "").isalnum():
-        lines.append(f"name = {recipe.name!r}: use letters, digits, '-' and '_' only")
+    if fault := language_fault(data.language):
+        lines.append(fault)
+    tasks = [task for task in (recipe.squad, recipe.mrpc, recipe.sst2) if task is not None]
+    single = [name for name in (data.vocab, recipe.phase1.start, recipe.phase2.start) if name is not None]
+    named = [*data.wikipedia, *data.books, *data.jsonl, *single]
+    for name in [*named, *(file for task in tasks for file in (task.train, task.eval))]:
+        if not name.strip(". /") or name.startswith("/") or ".." in name.split("/"):
+            lines.append(f"{name[:40]!r} is no name of a file below --data DIR")
+    if not all(0 <= beta < 1 for beta in recipe.optimizer.betas):
+        lines.append(f"optimizer.betas = {list(recipe.optimizer.betas)}: each must be at least 0 and below 1")
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", recipe.name):
+        lines.append(f"name = {recipe.name[:40]!r}: use at most 64 letters, digits, '-' and '_'")
     return lines

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 import tomllib
 import types
 import typing
@@ -19,6 +20,10 @@ from typing import Any, Literal, TypeVar
 from pipeline.errors import ConfigError
 
 T = TypeVar("T")
+
+MAX_BYTES = 1_000_000
+# Of a key of n names tomllib remembers all n beginnings: 100,000 names are 200 kB of text and 40 GB of memory.
+LONG_KEY = re.compile(r"""(?<![\w-])(?:(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*\.[ \t]*){20}""")
 
 
 @dataclass(frozen=True)
@@ -54,10 +59,12 @@ def read_toml(cls: type[T], name: str, folder: Path, kind: str, settings: Iterab
     if not path.is_file():
         known = sorted(p.stem for p in folder.glob("*.toml"))
         raise ConfigError(f"no {kind} {name!r}: {_hint(name, known)}; a path to a .toml file works too")
+    if path.stat().st_size > MAX_BYTES:
+        raise ConfigError(f"{path}: {path.stat().st_size / 1e6:.1f} MB; a {kind} has at most {MAX_BYTES / 1e6:.0f} MB")
     try:
         text = path.read_text(encoding="utf-8")
-        table = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        table = parsed(text)
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not valid TOML: {error or type(error).__name__}") from None
     errors: list[str] = []
     table, keys = apply_settings(table, settings, errors)
@@ -65,6 +72,13 @@ def read_toml(cls: type[T], name: str, folder: Path, kind: str, settings: Iterab
     raise_all(errors)
     assert made is not None
     return made
+
+
+def parsed(text: str) -> dict[str, Any]:
+    """The tables of a TOML text, in bounded time and memory; ValueError or RecursionError when it is none."""
+    if LONG_KEY.search(text):
+        raise ValueError("a key of over 20 names")
+    return tomllib.loads(text)
 
 
 def apply_settings(
@@ -77,8 +91,8 @@ def apply_settings(
             errors.append(f"--set {setting}: write it as key=value, for example --set phase1.steps=100")
             continue
         try:
-            value = tomllib.loads(f"value = {text}")["value"]
-        except (tomllib.TOMLDecodeError, RecursionError):
+            (value,) = parsed(f"value = {text}").values()  # not a second key behind a line end
+        except (ValueError, RecursionError):
             value = text  # a bare word is a string
         *parents, last = dotted.strip().split(".")
         inner = table = dict(table)
@@ -173,7 +187,9 @@ def _check_bounds(value: Any, spec: dataclasses.Field[Any], where: str, errors: 
         errors.append(f"{where} = {value}: must be at most {high}")
     elif above is not None and value <= above:
         errors.append(f"{where} = {value}: must be greater than {above}")
-    elif isinstance(value, str) and any(ord(char) < 32 for char in value):
+    elif isinstance(value, int) and abs(value) >= 1 << 63:
+        errors.append(f"{where}: must be below 2^63")
+    elif isinstance(value, str) and not value.isprintable():
         errors.append(f"{where}: control characters are not allowed")
 
 

@@ -337,6 +337,22 @@ TINY = (RECIPES / "tiny.toml").read_text(encoding="utf-8")
 TOML = {
     "arrays": "a = " + "[" * DEEP + "]" * DEEP,
     "tables": "a = " + "{a=" * DEEP + "1" + "}" * DEEP,
+    "a section of many names": TINY + "\n[x" + ".a" * DEEP + "]\n",
+    "a key of many names": TINY + "\nx" + ".a" * DEEP + " = 1\n",
+    "a field of many names": TINY.replace('name = "tiny"', "name" + ".a" * DEEP + " = 1", 1),
+    "many names in quotes": TINY + "\nx" + " . 'a b'" * DEEP + " = 1\n",
+    "many names in a table": TINY + "\nx = {y" + ".a" * DEEP + " = 1}\n",
+    "a number of 5000 digits": TINY.replace("steps = 700", "steps = " + "9" * 5000, 1),
+    "a number of 300 digits": TINY.replace("steps = 700", "steps = " + "9" * 300, 1),
+    "3 MB": TINY + "# comment\n" * 300_000,
+    "betas of a diverging mean": TINY.replace("[optimizer]", "[optimizer]\nbetas = [2.0, -1.0]"),
+    "an unknown language": TINY.replace("[data]", '[data]\nlanguage = "xq"'),
+    "a file of the machine": TINY.replace('books = ["books"]', 'books = ["/etc"]'),
+    "a file above the data": TINY.replace('books = ["books"]', 'books = ["a/../../x"]'),
+    "no file": TINY.replace('books = ["books"]', 'books = [""]'),
+    "the whole folder": TINY.replace('books = ["books"]', 'books = ["."]'),
+    "an escape of eight bits": TINY.replace('books = ["books"]', 'books = ["\\u009b31m"]'),
+    "a name of 5000 letters": TINY.replace('name = "tiny"', f'name = "{"a" * 5000}"', 1),
     "an array in a field": TINY.replace("steps = 700", "steps = " + "[" * 300 + "]" * 300, 1),
     "two of one name": TINY.replace("steps = 700", "steps = 700\nsteps = 7", 1),
     "two of one section": TINY + "\n[model]\n",
@@ -378,3 +394,11 @@ def test_a_recipe_that_is_none_is_refused_at_once(kind: str, tmp_path: Path) -> 
     assert "my.toml" in str(caught.value)
     assert harmless(str(caught.value))
     assert all(len(line) < 500 for line in str(caught.value).splitlines())
+
+
+@pytest.mark.parametrize(
+    "text", ["phase1.steps=1\n[model]", 'data.books=["a"]\nname="x"', "phase1.steps=" + "9" * 5000]
+)
+def test_a_setting_holds_one_value(text: str) -> None:
+    with pytest.raises(ConfigError):
+        load_recipe("tiny", [text])
