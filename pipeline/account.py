@@ -9,7 +9,6 @@ starts are seen once they are at work: the start of a job's script and interpret
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -41,10 +40,9 @@ Line = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Account:
-    """Seconds by part, of Unix time ``began`` to ``ended``; ``started`` is when the first attempt began."""
+    """Seconds by part, of Unix time ``began`` to ``ended``."""
 
     began: float
-    started: float
     ended: float
     parts: Mapping[str, float]
 
@@ -120,7 +118,7 @@ def stage_account(attempts: Sequence[Times], ready: float, submissions: Sequence
         cursor = max(began, attempt.ended)
         for part, seconds in attempt_parts(attempt, attempts[index + 1 :], began, cursor).items():
             parts[part] += seconds
-    return Account(ready, attempts[0].began, cursor, parts)
+    return Account(ready, cursor, parts)
 
 
 def attempt_parts(attempt: Times, later: Sequence[Times], began: float, ended: float) -> dict[str, float]:
@@ -183,26 +181,31 @@ def _redone(attempt: Times, lines: Sequence[Line], later: Sequence[Times]) -> li
     return shares
 
 
-def chain_account(stages: Mapping[str, Account], needs: Mapping[str, Sequence[str]]) -> RunAccount | None:
-    """The chain's account over its critical path; None when no stage has begun. ``needs`` by stage."""
-    if not stages:
+def run_account(
+    histories: Mapping[str, Sequence[Times]], needs: Mapping[str, Sequence[str]], submissions: Sequence[float]
+) -> RunAccount | None:
+    """The accounts of stages by their attempts (at least one each, needs first); None when no stage has begun."""
+    if not histories:
         return None
+    stages: dict[str, Account] = {}
+    for name, attempts in histories.items():
+        first = min([time for time in submissions if time <= attempts[0].began], default=attempts[0].began)
+        ready = max([stages[need].ended for need in needs[name] if need in stages], default=first)
+        stages[name] = stage_account(attempts, ready, submissions)
     path = [max(stages, key=lambda name: stages[name].ended)]
     while before := [
         name
         for name, account in stages.items()
-        if name not in path and (account.ended <= stages[path[0]].started or name in needs.get(path[0], ()))
+        if name not in path and (account.ended <= histories[path[0]][0].began or name in needs[path[0]])
     ]:
         path.insert(0, max(before, key=lambda name: stages[name].ended))
-    parts = {part: sum(stages[name].parts[part] for name in path) for part in PARTS}
-    for earlier, name in itertools.pairwise(path):
-        covered = max(0.0, stages[earlier].ended - stages[name].began)  # it waited while the earlier one worked
-        for part in ("stopped", "queue"):
-            taken = min(covered, stages[name].parts[part])
-            parts[part] -= taken
-            covered -= taken
-    first, last = stages[path[0]], stages[path[-1]]
-    return RunAccount(Account(first.began, first.started, last.ended, parts), path, stages)
+    began = ended = stages[path[0]].began
+    parts = dict.fromkeys(PARTS, 0.0)
+    for name in path:  # each from where the one before it ended: until then, that one was at work
+        account = stage_account(histories[name], ended, submissions)
+        parts = {part: parts[part] + account.parts[part] for part in PARTS}
+        ended = account.ended
+    return RunAccount(Account(began, ended, parts), path, stages)
 
 
 # -------------------------------------------------------------------- from a run's files
@@ -212,16 +215,13 @@ def read(run: RunDir, stages: Mapping[str, Stage], events: Sequence[Line], live:
          ) -> RunAccount | None:  # fmt: skip
     """The account of a run in whatever state; ``live`` are the stages at work. Damaged files cost their own figures."""
     submissions = [e["time"] for e in events if e.get("event") == "submitted" and is_number(e.get("time"))]
-    accounts: dict[str, Account] = {}
-    for name, stage in stages.items():
-        attempts = [] if stage.always else _attempts(run.stage(name), stage, events, now if name in live else None)
-        if not attempts:
-            continue
-        first = attempts[0].began
-        ends = [accounts[need].ended for need in stage.needs if need in accounts]
-        ready = max(ends, default=min([time for time in submissions if time <= first], default=first))
-        accounts[name] = stage_account(attempts, ready, submissions)
-    return chain_account(accounts, {name: stages[name].needs for name in accounts})
+    found = {
+        name: _attempts(run.stage(name), stage, events, now if name in live else None)
+        for name, stage in stages.items()
+        if not stage.always
+    }
+    histories = {name: attempts for name, attempts in found.items() if attempts}
+    return run_account(histories, {name: stages[name].needs for name in histories}, submissions)
 
 
 def _attempts(folder: StageDir, stage: Stage, events: Sequence[Line], now: float | None) -> list[Times]:

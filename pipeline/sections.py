@@ -55,6 +55,7 @@ MADE = {
     "phase1": (("samples", "{} samples"), ("eval_mlm_loss", "held-out MLM loss {}"), ("checkpoint", "{}")),
     "phase2": (("samples", "{} samples"), ("eval_mlm_loss", "held-out MLM loss {}"), ("checkpoint", "{}")),
     "export": (("parameters", "model of {} parameters"),),
+    "inference": (("device", "measured on {}"),),
 }
 """What the stage table says of a result: dotted keys and how their values are put."""
 

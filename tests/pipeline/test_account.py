@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import signal
 import time
@@ -13,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.account import PARTS, Account, Times, attempt_parts, chain_account, read, stage_account
+from pipeline.account import PARTS, Times, attempt_parts, read, run_account, stage_account
 from pipeline.chain import Chain
 from pipeline.config import load_profile, load_recipe
 from pipeline.rundir import RunDir, append_jsonl
@@ -131,53 +132,47 @@ def test_older_lines_count_as_compute_and_what_follows_the_last_as_evaluation():
     assert attempt_parts(killed, [later], 90.0, 110.0)["rework"] == 1.0  # step 2 of seed 1 only
 
 
-def account(began: float, started: float, ended: float, **parts: float) -> Account:
-    queue = started - began
-    return Account(began, started, ended, {**dict.fromkeys(PARTS, 0.0), "queue": queue, **parts})
-
-
 def test_the_chain_is_its_critical_path():
-    stages = {
-        "export": account(0, 0, 10, compute=10),
-        "squad": account(10, 15, 50, compute=35),
-        "mrpc": account(10, 10, 30, compute=20),
-        "sst2": account(10, 10, 48, compute=38),
+    histories = {
+        "export": [Times(0, 10)],
+        "squad": [Times(15, 50)],
+        "mrpc": [Times(10, 30)],
+        "sst2": [Times(10, 48)],
     }
-    found = chain_account(stages, {"squad": ["export", "data"], "mrpc": ["export"], "sst2": ["export"]})
+    found = run_account(histories, {"export": [], **{name: ["export"] for name in ("squad", "mrpc", "sst2")}}, [])
     assert found is not None
     assert found.path == ["export", "squad"]
     assert found.chain.wall_s == 50
-    assert found.chain.parts["compute"] == 45
-    assert chain_account({}, {}) is None
+    assert (found.chain.parts["compute"], found.chain.parts["queue"]) == (45, 5)
+    assert run_account({}, {}, []) is None
 
 
 def test_a_stage_that_waits_for_the_machine_comes_after_the_one_that_held_it():
-    stages = {
-        "export": account(0, 0, 10, compute=10),
-        "squad": account(10, 10, 30, compute=20),
-        "mrpc": account(10, 12, 14, compute=2),
-        "inference": account(10, 33, 40, compute=7),  # it waited 20 s for squad and 3 s for nobody
-    }
-    found = chain_account(stages, {name: ["export"] for name in stages})
+    killed = [Times(33, 40), Times(50, 60)]  # it waited 20 s for squad, 3 s for nobody; then 8 s until submitted again
+    histories = {"export": [Times(0, 10)], "squad": [Times(10, 30)], "mrpc": [Times(12, 14)], "inference": killed}
+    found = run_account(histories, {"export": [], **{name: ["export"] for name in histories if name != "export"}}, [48])
     assert found is not None
     assert found.path == ["export", "squad", "inference"]
-    assert found.chain.wall_s == 40
-    assert (found.chain.parts["compute"], found.chain.parts["queue"]) == (37, 3)
+    assert found.chain.wall_s == 60
+    assert {part: s for part, s in found.chain.parts.items() if s} == {"compute": 47, "queue": 5, "stopped": 8}
+    assert found.stages["inference"].parts["queue"] == 25
 
 
 @settings(deadline=None)
 @given(
-    spans=st.lists(st.tuples(*[st.floats(0, 100)] * 3), min_size=1, max_size=6),
+    spans=st.lists(st.tuples(st.floats(0, 100), st.floats(0, 100)), min_size=1, max_size=6),
     needs=st.lists(st.sets(st.integers(0, 5)), min_size=6, max_size=6),
+    submissions=st.lists(st.floats(0, 200), max_size=3),
 )
-def test_any_chain_has_an_end(spans, needs):
-    stages = {}
-    for index, (began, waited, took) in enumerate(spans):
-        stages[str(index)] = account(began, began + waited, began + waited + took, compute=took)
-    found = chain_account(stages, {str(i): [str(need) for need in needs[i] if need < i] for i in range(len(spans))})
+def test_any_chain_has_an_end_and_its_parts_are_its_wall_time(spans, needs, submissions):
+    histories = {str(index): [Times(began, began + took)] for index, (began, took) in enumerate(spans)}
+    found = run_account(histories, {str(i): [str(n) for n in needs[i] if n < i] for i in range(6)}, submissions)
     assert found is not None
     assert len(set(found.path)) == len(found.path)
     assert all(seconds >= -1e-9 for seconds in found.chain.parts.values())
+    ended = max(began + took for began, took in spans)
+    if all(found.stages[b].ended >= found.stages[a].ended for a, b in itertools.pairwise(found.path)):
+        assert found.chain.ended == ended
 
 
 # -------------------------------------------------------------------- from files
