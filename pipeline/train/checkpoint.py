@@ -21,6 +21,7 @@ from pipeline.train.checkpoint_folder import (
     MANIFEST,
     Arrays,
     Checkpoint,
+    is_permanent,
     is_whole,
     label,
     owner_of,
@@ -315,7 +316,7 @@ def rotate(attempt_dir: Path, keep: int) -> None:
     if succeeded or not history or history[0].parent != attempt_dir:
         return
     old = [folder for path in attempts for folder in _step_folders(path) if folder not in history[:keep]]
-    for folder in [f for f in old if not (is_whole(f) and read_manifest(f)["permanent"])]:
+    for folder in [folder for folder in old if not is_permanent(folder)]:
         remove(folder)
 
 

@@ -119,7 +119,7 @@ def save(
             "saved_unix_s": round(time.time(), 3),
         }
         _publish_manifest(folder, {"format": FORMAT, **manifest})
-    except (OSError, StorageError) as error:
+    except (OSError, StorageError, CheckpointError) as error:
         if not whole:
             remove(folder)
         with suppress(StorageError):
@@ -213,6 +213,14 @@ def is_whole(folder: Path) -> bool:
             files = read_manifest(folder)["files"]
             return all((folder / name).stat().st_size == files[name]["bytes"] for name in files)
     except CheckpointError:
+        return False
+
+
+def is_permanent(folder: Path) -> bool:
+    """Whether this is a whole checkpoint that rotation leaves alone."""
+    try:
+        return is_whole(folder) and bool(read_manifest(folder)["permanent"])
+    except CheckpointError:  # a newer attempt has just deleted it
         return False
 
 

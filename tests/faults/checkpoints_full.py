@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import mmap
 import os
 import shutil
 import subprocess
@@ -80,6 +81,9 @@ def starved(run: str, samples: Path, full_at: int, free_at: int, left_kb: int) -
 
     def disturbed(trainer: pretrain.Trainer, *, permanent: bool) -> None:
         if trainer.state.step == full_at:
+            for path in (trainer.job.attempt.log, trainer.job.attempt.metrics):  # so that no page has room for a line
+                with open(path, "a") as file:
+                    file.write("\n" * (-file.tell() % mmap.PAGESIZE))
             free = shutil.disk_usage(filler.parent).free - left_kb * 1024
             with open(filler, "wb") as file:
                 os.posix_fallocate(file.fileno(), 0, free)
