@@ -145,7 +145,10 @@ class Watch:
         still_s = now - max(beat.time_s, resumed)
         if self.leave_by is not None:
             if now > self.leave_by:
-                if self.code == 76:  # not before the peers have kept theirs: a stopped child must go on for it
+                if (
+                    self.code == 76 and not self.dumped
+                ):  # not before the peers have kept theirs: a stopped child must go on for it
+                    self.dumped = True  # a child may take seconds to die on a busy machine
                     self._keep_stacks()
                 os.kill(self.pid, signal.SIGKILL)
         elif self.unfit:
