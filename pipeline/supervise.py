@@ -145,10 +145,8 @@ class Watch:
         still_s = now - max(beat.time_s, resumed)
         if self.leave_by is not None:
             if now > self.leave_by:
-                if (
-                    self.code == 76 and not self.dumped
-                ):  # not before the peers have kept theirs: a stopped child must go on for it
-                    self.dumped = True  # a child may take seconds to die on a busy machine
+                if self.code == 76 and not self.dumped:  # once: on a busy machine a child takes seconds to die
+                    self.dumped = True  # and only now: a stopped child goes on for it, and so would its peers
                     self._keep_stacks()
                 os.kill(self.pid, signal.SIGKILL)
         elif self.unfit:
