@@ -86,6 +86,7 @@ def inference_section(facts: Facts) -> Html | None:
                     number(row.get("batch")),
                     str(row.get("engine")),
                     spoken(str(row.get("part"))),
+                    str(row.get("lengths", "–")),
                     str(row.get("precision")),
                     number(row.get("sequences_per_s")),
                     *(number(latency.get(key), 3) for key in ("p50", "p90", "p95", "p99")),
@@ -93,8 +94,11 @@ def inference_section(facts: Facts) -> Html | None:
             )
     if not rows:
         return None
-    head = ("Task", "Batch", "Engine", "Part", "Precision", "Sequences/s", "p50, ms", "p90", "p95", "p99")
+    head = ("Task", "Batch", "Engine", "Part", "Lengths", "Precision", "Sequences/s", "p50, ms", "p90", "p95", "p99")
     threads = found.get("threads")
     where = f"On {found.get('device')}" + (f" with {number(threads)} threads" if is_number(threads) else "")
-    said = note(f"{where}; latency of a whole batch. Forward: the model alone; end to end: from text to answer.")
-    return section("Inference", table(head, rows, numeric=(1, 5, 6, 7, 8, 9)), said)
+    said = note(
+        f"{where}; latency of a whole batch. Forward: the model alone; end to end: from text to answer. "
+        f"Real lengths are those of text, full ones all of the longest."
+    )
+    return section("Inference", table(head, rows, numeric=(1, 6, 7, 8, 9, 10)), said)

@@ -6,12 +6,20 @@ Measured at 12.6 million elements, one thread, bf16: 19 ms against 99 ms for
 
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 LEVELS = 1 << 16
+
+
+def keyed(*key: object) -> None:
+    """Let all dropout from here on follow from ``key`` alone (seed, stage, batch, micro-batch), never from the rank."""
+    digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
+    torch.manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 def keep_factors(count: int, p: float, dtype: torch.dtype) -> Tensor:

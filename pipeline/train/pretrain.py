@@ -22,6 +22,7 @@ from torch import Tensor
 
 from pipeline.batch import BatchPlan
 from pipeline.bert.config import BertConfig, padded_vocab
+from pipeline.bert.dropout import keyed
 from pipeline.bert.heads import BertForPreTraining, pretraining_loss_sums
 from pipeline.bert.packing import pack
 from pipeline.config import ModelConfig, OptimizerConfig, PhaseConfig, TrainConfig, science
@@ -128,6 +129,7 @@ class Trainer:
         self.unigram = unigram_loss(self.data, self.heldout)
         self.evaluation: Evaluation | None = None
         self.rolled_back = False
+        self.board: Board | None = None
         self.saver = (
             checkpoint.Saver(job.attempt.path, keep=train.keep_checkpoints, warn=job.warn, saved=made_progress)
             if job.rank == 0
@@ -194,6 +196,7 @@ class Trainer:
                 if self.group is not None:
                     self.job.heartbeat.beat("waiting", state.step)
                     dist.barrier(self.group)  # srun kills all when one leaves, and rank 0 may still be writing
+                write_line(self.job, self.clock, state.step)  # where the time of the last save went
                 raise StoppedCleanly(
                     f"asked to stop ({self.job.stop.reason or 'by another rank'}); "
                     f"step {state.step} of {phase.steps} is saved"
@@ -203,6 +206,8 @@ class Trainer:
         self.finish_saving()
         final = self.evaluation or self.evaluate(math.nan)
         write_line(self.job, self.clock, state.step)  # where the time after the last step went
+        if self.board is not None:
+            self.board.close()
         return {
             "checkpoint": state.saved,
             "step": state.step,
@@ -225,6 +230,8 @@ class Trainer:
             again=again,
         )
         if self.job.rank == 0:
+            if self.board is not None:
+                self.board.close()
             checkpoint_bytes = 3 * sum(p.nbytes for p in self.state.model.parameters())  # weights and two moments
             self.job.say(preflight(self.job.out, checkpoint_bytes, self.train.keep_checkpoints))
             self.board = Board(self.job.out, after_step=self.state.step, warn=self.job.warn)
@@ -246,7 +253,7 @@ class Trainer:
                 mlm_loss, nsp_loss = self.losses(found, index, lengths)
                 loss = mlm_loss + nsp_loss
                 torch.autograd.backward(loss if scale is None else loss * scale.scale)
-                scalars[MLM], scalars[NSP], scalars[SAMPLES] = mlm_loss.detach(), nsp_loss.detach(), digest48(found.ids)
+                scalars[MLM], scalars[NSP], scalars[SAMPLES] = mlm_loss.detach(), nsp_loss.detach(), found.digest48()
         with clock.spent("compute"):
             if self.device.type == "cuda":
                 torch.cuda.current_stream(self.device).synchronize()  # what is left is waiting for others
@@ -272,7 +279,7 @@ class Trainer:
 
         ``lengths`` are those of all samples of the step, from which the divisors follow.
         """
-        torch.manual_seed(dropout_seed(self.train.seed, self.job.stage, self.state.batches, index))
+        keyed(self.train.seed, self.job.stage, self.state.batches, index)
         batch = pack(found.tokens, found.lengths, found.b_start, self.phase.seq_len).to(self.device)
         slots = batch.row_position(torch.from_numpy(found.positions).to(self.device))
         labels, nsp_labels = (torch.from_numpy(values).to(self.device) for values in (found.labels, found.nsp))
@@ -337,7 +344,7 @@ class Trainer:
         if self.state.scale is not None:
             figures |= {"loss_scale": self.state.scale.scale, "skipped": self.state.skipped}
         line = write_line(self.job, self.clock, step, **figures)
-        if self.job.rank == 0:
+        if self.board is not None:
             self.board.add(step, line, line["time"])
         if "loss" in figures and (step % (10 * self.train.log_every) == 0 or step == steps):
             self.job.say(
@@ -399,14 +406,3 @@ class Trainer:
             self.job.heartbeat.beat("waiting", self.state.step)
             with self.clock.spent("checkpoint"):
                 self.saver.close()
-
-
-def digest48(ids: Ints) -> int:
-    """48 bits of a hash of sample ids: exact in a float64, so that ranks can exchange it with the losses."""
-    return int.from_bytes(hashlib.blake2b(ids.tobytes(), digest_size=6).digest(), "little")
-
-
-def dropout_seed(seed: int, stage: str, batch: int, micro_batch: int) -> int:
-    """A 63-bit seed for one micro-batch's dropout."""
-    digest = hashlib.blake2b(f"{seed}/{stage}/{batch}/{micro_batch}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
