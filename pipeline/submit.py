@@ -28,6 +28,7 @@ from slurm import flags, queue
 from slurm.errors import Refused, SlurmError
 from slurm.profile import Profile
 from slurm.refusal import blame
+from slurm.shell import LEAST_S
 
 
 def main() -> int:
@@ -113,9 +114,9 @@ def to_slurm(run: RunDir, recipe: Recipe, profile: Profile, arguments: argparse.
 
 def check_budget(run: RunDir, jobs: list[JobPlan], max_gpu_hours: float) -> None:
     """ConfigError when a job needs GPUs and the GPU-hours that the run may spend are spent."""
-    spent = scripts.spent_gpu_hours(run)
-    if max_gpu_hours and any(job.resources.gpus_per_node for job in jobs):
-        if spent >= max_gpu_hours:
+    spent, gpus = scripts.spent_gpu_hours(run), [job.resources.nodes[0] * job.resources.gpus_per_node for job in jobs]
+    if max_gpu_hours and any(gpus):
+        if (max_gpu_hours - spent) * 3600 < LEAST_S * max(gpus):
             raise ConfigError(
                 f"{run.path}: {spent:.2f} GPU-hours are spent, --max-gpu-hours allows {max_gpu_hours:g}; allow more"
             )

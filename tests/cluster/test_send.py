@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,7 +16,9 @@ from typing import Any
 import pytest
 
 import running
+from pipeline.rundir import RunDir
 from running import ROOT, SMALL, command, digests, states
+from slurm import queue
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
 DATA_STAGES = "extract,shard,vocab,samples_64"
@@ -256,6 +260,107 @@ def test_a_failure_is_reported_and_not_tried_again(slurm, prepared) -> None:
     assert len(list((prepared / "stages/phase1/attempts").iterdir())) == 1
     again = sent(prepared, "--hold", "--set", "phase1.learning_rate=1e-2", "--set", "phase1.warmup=0.1")
     assert sorted(live(slurm)) == sorted(again.values())
+
+
+def site(user, changes: str) -> Path:
+    """A profile like devcluster's with other lines."""
+    file = user.home / f"site-{len(list(user.home.iterdir()))}.toml"
+    text = user.profile.read_text()
+    for line in changes.splitlines():
+        text = re.sub(rf"^{line.split()[0]} = .*\n", "", text, flags=re.MULTILINE)
+    file.write_text(text.replace("[data]", f"{changes}\n[data]", 1))
+    return file
+
+
+def test_spare_jobs_go_on_where_preemption_cancels(slurm, prepared, reference, user, tmp_path) -> None:
+    cluster = site(user, "requeue = false\nspares = 2")
+    words = ["--nodes", 2, "--stages", "phase1", "-p", "spot"]
+    jobs = sent(prepared, *words, cluster=cluster)
+    assert list(jobs) == ["pretrain", "pretrain-2", "pretrain-3"]
+    slurm.wait(lambda: len(metrics(prepared, 1)) >= 20, "phase 1 trains", 60)
+    slurm.sbatch("sleep 2", tmp_path, "--partition=high", "--nodes=4", "--exclusive")
+    wait_done(slurm, prepared, jobs["pretrain-2"])
+    assert slurm.state(jobs["pretrain"]) in ("FAILED", "PREEMPTED")
+    slurm.wait_state(jobs["pretrain-3"], "CANCELLED")
+    assert resumed_at(prepared, 2) == metrics(prepared, 1)[-1]["step"]
+    assert digests(prepared)[LAST] == digests(reference)[LAST]
+
+
+def test_a_range_of_nodes_takes_what_there_is(slurm, prepared, reference, tmp_path) -> None:
+    """Starts on four; a job of higher priority takes two of them and keeps them; goes on with the other two."""
+    job = sent(prepared, "--nodes", "2-4", "--stages", "phase1")["pretrain"]
+    slurm.wait(lambda: len(metrics(prepared, 1)) >= 20, "phase 1 trains", 60)
+    other = slurm.sbatch("sleep 300", tmp_path, "--partition=high", "--nodes=2", "--exclusive")
+    wait_done(slurm, prepared, job)
+    slurm.call("scancel", other)
+    started = [event["world_size"] for event in RunDir(prepared).events if event["event"] == "started"]
+    assert started[-2:] == [4, 2]
+    losses = {line["step"]: line["loss"] for attempt in (1, 2) for line in metrics(prepared, attempt)}
+    for line in metrics(reference, 1)[:100]:
+        assert losses[line["step"]] == pytest.approx(line["loss"], rel=1e-5)
+
+
+def test_stages_by_hand(slurm, prepared, reference, user) -> None:
+    """Begun by ``sbatch slurm/stage.sbatch RUN STAGE``, ended by ``srun`` inside ``salloc``."""
+    who = {"user": user.uid, "SLURM_CONF": str(slurm.layout.conf), "PYTHON": user.python}
+    words = ["--parsable", "--nodes=2", f"--output={prepared}/%j.out", f"--chdir={ROOT}", "slurm/stage.sbatch"]
+    job = slurm.call("sbatch", *words, str(prepared), "phase1", **who)
+    slurm.wait(lambda: len(metrics(prepared, 1)) >= 20, "phase 1 trains", 60)
+    slurm.call("scancel", job)
+    slurm.wait_state(job, "CANCELLED")
+    alloc = ["salloc", "--nodes=2", "srun", "--ntasks-per-node=1", "--overcommit", f"--chdir={ROOT}"]
+    slurm.call(*alloc, user.python, "-m", "pipeline.worker", str(prepared), "phase1", timeout_s=90, **who)
+    assert resumed_at(prepared, 2) == metrics(prepared, 1)[-1]["step"]
+    assert digests(prepared)[LAST] == digests(reference)[LAST]
+
+
+@pytest.mark.parametrize("way", ["files", "MPI"])
+def test_data_stages_over_the_tasks_of_srun(slurm, folder, data, reference, user, way) -> None:
+    """The same bytes from 2 x 2 tasks as from one process."""
+    if way == "MPI" and not importlib.util.find_spec("mpi4py"):
+        pytest.skip("NO MPI TEST: mpi4py is not installed (pip install mpi4py mpich)")
+    run = folder / f"over {way}"
+    cluster = site(user, "")
+    if way == "MPI":
+        cluster.write_text(cluster.read_text().replace("[data]", '[data]\nsrun_args = ["--mpi=pmi2"]', 1))
+    many = ["--nodes", "data=2", "--ntasks-per-node", "data=2", "--stages", DATA_STAGES]
+    job = sent(run, "--recipe", SMALL, "--data", data, *many, cluster=cluster)["data"]
+    wait_done(slurm, run, job)
+    for stage in ("extract", "shard", "samples_64"):
+        mine, theirs = (
+            {file.name: file.read_bytes() for file in (path / "stages" / stage).glob("*") if is_data(file)}
+            for path in (run, reference)
+        )
+        assert mine == theirs, stage
+    assert {event["world_size"] for event in RunDir(run).events if event["event"] == "started"} == {4}
+    assert len([event for event in RunDir(run).events if event["event"] == "started"]) == 4
+
+
+def is_data(file: Path) -> bool:
+    return (
+        file.is_file()
+        and file.suffix in (".hdf5", ".h5", ".jsonl", ".txt", ".json")
+        and file.name
+        not in (
+            "done.json",
+            "stage.json",
+        )
+    )
+
+
+@pytest.mark.chaos
+def test_stops_when_its_gpu_hours_are_spent(slurm, prepared, user) -> None:
+    """0.05 GPU-hours are 90 s of two GPUs: saved half a minute before, ended with 2, refused when sent again."""
+    cluster = site(user, "gpus_per_node = 1")
+    words = ["--nodes", 2, "--stages", "phase1", "--set", "phase1.steps=100000", "--set", "phase1.warmup=0.01"]
+    job = sent(prepared, *words, "--max-gpu-hours", "0.05", cluster=cluster)["pretrain"]
+    slurm.wait(lambda: slurm.state(job) in ("FAILED", "COMPLETED"), "the job has ended", 120)
+    assert queue.details(job)["ExitCode"] == "2:0"
+    assert "the 3 GPU-minutes that --max-gpu-hours allows are used up; not started again" in said(prepared)
+    assert ("phase1", metrics(prepared, 1)[-1]["step"]) in digests(prepared)
+    again = send(prepared, *words, cluster=cluster)
+    assert again.returncode == 2
+    assert "GPU-hours are spent, --max-gpu-hours allows 0.05" in again.stderr
 
 
 @pytest.mark.chaos

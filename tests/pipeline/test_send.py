@@ -175,10 +175,10 @@ def test_the_gpu_hours_of_a_run(tmp_path) -> None:
         (tmp_path / "jobs" / f"{name}.gpu_s").write_text(text)
     assert scripts.spent_gpu_hours(run) == 2.5
     submit.check_budget(run, jobs, 0)
-    submit.check_budget(run, jobs, 2.6)
+    submit.check_budget(run, jobs, 2.8)
     submit.check_budget(run, [job for job in jobs if job.name == "report"], 1)
-    with pytest.raises(ConfigError, match=r"2\.50 GPU-hours are spent, --max-gpu-hours allows 2\.5"):
-        submit.check_budget(run, jobs, 2.5)
+    with pytest.raises(ConfigError, match=r"2\.50 GPU-hours are spent, --max-gpu-hours allows 2\.7"):
+        submit.check_budget(run, jobs, 2.7)  # less than a minute on 16 GPUs is left
     text = scripts.script_text(run, load_profile("generic"), jobs[1], 2.6)
     assert "\nmax_gpu_s=9360\n" in text
 
