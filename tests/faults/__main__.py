@@ -17,24 +17,24 @@ sys.path[:1] = [str(ROOT), str(ROOT / "tests")]  # instead of this folder, whose
 
 from faults.table import Row, scratch  # noqa: E402
 
-MODULES = ("checkpoints", "checkpoints_damage", "checkpoints_full", "fencing", "identity")
+MODULES = ("checkpoints", "checkpoints_damage", "checkpoints_full", "fencing", "identity", "histories", "ranks")
 PACKAGES = ("torch", "numpy", "safetensors", "h5py")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python tests/faults", description=__doc__)
     parser.add_argument("--scale", type=float, default=1.0, metavar="X", help="share of the full counts (default 1.0)")
-    parser.add_argument("--only", metavar="NAME", help="one injection, or all of one module")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these injections or modules")
     parser.add_argument("--to", type=Path, metavar="FILE", help="also write the table there as Markdown")
     options = parser.parse_args()
     chosen = [
         (module, name)
         for module in (importlib.import_module(f"faults.{name}") for name in MODULES)
         for name in module.INJECTIONS
-        if options.only in (None, name, module.__name__.removeprefix("faults."))
+        if options.only is None or {name, module.__name__.removeprefix("faults.")} & set(options.only)
     ]
     if not chosen:
-        parser.error(f"--only {options.only}: there is no such injection or module")
+        parser.error(f"--only {' '.join(options.only)}: there is no such injection or module")
     text, failures, begun = [heading()], 0, time.monotonic()
     last: ModuleType | None = None
     for module, name in chosen:
