@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sent_runs import DATA_STAGES, LONG, SENDER
 
-from running import ROOT
+import running
+from running import ROOT, SMALL
 from slurm.command import which
 from slurm.devcluster import cluster, network, registry
 from slurm.devcluster.layout import Layout
@@ -230,3 +232,51 @@ def user() -> Iterator[User]:
 @pytest.fixture
 def machine(base: Path) -> Callable[[], dict[str, set[str]]]:
     return lambda: snapshot(base)
+
+
+@pytest.fixture
+def slurm(idle, user, monkeypatch: pytest.MonkeyPatch):
+    """The cluster, and every command that a test starts talking to it, sent by an ordinary user."""
+    monkeypatch.setenv("SLURM_CONF", str(idle.layout.conf))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("HOME", str(user.home))
+    monkeypatch.setenv("PYTHONPATH", user.packages)
+    monkeypatch.setitem(SENDER, "python", user.python)
+    monkeypatch.setitem(SENDER, "options", user.options)
+    monkeypatch.setitem(SENDER, "cluster", user.profile)
+    return idle
+
+
+@pytest.fixture(scope="session")
+def folder(user) -> Path:
+    made = user.home / "sent"
+    made.mkdir()
+    user.give(made)
+    return made
+
+
+@pytest.fixture(scope="session")
+def data(folder: Path, small_data: Path, user) -> Path:
+    """The small corpora where an ordinary user may read them."""
+    shutil.copytree(small_data, folder / "data")
+    user.give(folder / "data")
+    return folder / "data"
+
+
+@pytest.fixture(scope="session")
+def reference(folder: Path, data: Path) -> Path:
+    """A longer phase 1, undisturbed, on this machine with two processes."""
+    run = folder / "reference"
+    words = ["--recipe", SMALL, "--cluster", "local", "--run", run, "--data", data]
+    done = running.call("submit", *words, *LONG, "--stages", f"{DATA_STAGES},phase1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return run
+
+
+@pytest.fixture
+def prepared(reference: Path, user, request: pytest.FixtureRequest) -> Path:
+    """A run whose data stages are done."""
+    run = reference.parent / request.node.name
+    shutil.copytree(reference, run, symlinks=True, ignore=lambda _, names: [n for n in names if n == "phase1"])
+    user.give(run)
+    return run

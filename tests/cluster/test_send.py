@@ -5,113 +5,17 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import re
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
+from sent_runs import DATA_STAGES, LAST, SENDER, call, metrics, rank_pid, resumed_at, said, send, sent, site, wait_done
 
-import running
 from pipeline.rundir import RunDir
-from running import ROOT, SMALL, command, digests, states
-from slurm import queue
+from running import ROOT, SMALL, digests, states
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
-DATA_STAGES = "extract,shard,vocab,samples_64"
-LONG = [
-    w for value in ("phase1.steps=400", "train.eval_every=400", "train.checkpoint_every=20") for w in ("--set", value)
-]
-LAST = ("phase1", 400)
-SENDER: dict[str, Any] = {"python": sys.executable, "options": {}}  # who runs our commands, and by which Python
-
-
-def call(module: str, *words: object, **options: Any) -> subprocess.CompletedProcess[str]:
-    argv = [SENDER["python"], *command(module, *words)[1:]]
-    options = {"cwd": ROOT, "capture_output": True, "text": True, "check": False} | SENDER["options"] | options
-    return subprocess.run(argv, **options)
-
-
-@pytest.fixture
-def slurm(idle, user, monkeypatch: pytest.MonkeyPatch):
-    """The cluster, and every command that a test starts talking to it, sent by an ordinary user."""
-    monkeypatch.setenv("SLURM_CONF", str(idle.layout.conf))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("HOME", str(user.home))
-    monkeypatch.setenv("PYTHONPATH", user.packages)
-    monkeypatch.setitem(SENDER, "python", user.python)
-    monkeypatch.setitem(SENDER, "options", user.options)
-    monkeypatch.setitem(SENDER, "cluster", user.profile)
-    return idle
-
-
-@pytest.fixture(scope="module")
-def folder(user) -> Path:
-    made = user.home / "sent"
-    made.mkdir()
-    user.give(made)
-    return made
-
-
-@pytest.fixture(scope="module")
-def data(folder: Path, small_data: Path, user) -> Path:
-    """The small corpora where an ordinary user may read them."""
-    shutil.copytree(small_data, folder / "data")
-    user.give(folder / "data")
-    return folder / "data"
-
-
-@pytest.fixture(scope="module")
-def reference(folder: Path, data: Path) -> Path:
-    """A longer phase 1, undisturbed, on this machine with two processes."""
-    run = folder / "reference"
-    words = ["--recipe", SMALL, "--cluster", "local", "--run", run, "--data", data]
-    done = running.call("submit", *words, *LONG, "--stages", f"{DATA_STAGES},phase1")
-    assert done.returncode == 0, done.stdout + done.stderr
-    return run
-
-
-@pytest.fixture
-def prepared(reference: Path, user, request: pytest.FixtureRequest) -> Path:
-    """A run whose data stages are done."""
-    run = reference.parent / request.node.name
-    shutil.copytree(reference, run, symlinks=True, ignore=lambda _, names: [n for n in names if n == "phase1"])
-    user.give(run)
-    return run
-
-
-def send(run: Path, *words: object, cluster: object = None) -> subprocess.CompletedProcess[str]:
-    return call("submit", "--run", run, "--cluster", cluster or SENDER["cluster"], *words)
-
-
-def sent(run: Path, *words: object, cluster: object = None) -> dict[str, str]:
-    """Submit; job ids by name."""
-    done = send(run, *words, cluster=cluster)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return {job["name"]: job["id"] for job in json.loads((run / "jobs.json").read_text())["jobs"]}
-
-
-def metrics(run: Path, attempt: int) -> list[dict]:
-    path = run / "stages" / "phase1" / "attempts" / f"{attempt:04d}" / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [line for line in map(json.loads, lines) if "loss" in line]
-
-
-def said(run: Path) -> str:
-    return "".join(path.read_text() for path in sorted((run / "logs").glob("*.out")))
-
-
-def wait_done(slurm, run: Path, job: str, limit_s: float = 90) -> None:
-    slurm.wait(lambda: slurm.state(job) in ("COMPLETED", "FAILED", "CANCELLED"), f"{job} has ended", limit_s)
-    assert slurm.state(job) == "COMPLETED", said(run)
-
-
-def resumed_at(run: Path, attempt: int) -> int:
-    found = json.loads((run / "stages/phase1/attempts" / f"{attempt:04d}" / "attempt.json").read_text())
-    return found["resumed_from"]["step"]
 
 
 def live(slurm) -> list[str]:
@@ -156,21 +60,6 @@ def test_a_killed_rank_is_started_again_by_itself(slurm, prepared, reference) ->
     wait_done(slurm, prepared, job)
     assert digests(prepared)[LAST] == digests(reference)[LAST]
     assert "requeued" in said(prepared)
-
-
-def rank_pid(run: Path, rank: int) -> int:
-    """Process id of a rank of the run's training: the child that trains, not its parent that watches it."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            words, environ = (entry / "cmdline").read_bytes().split(b"\0"), (entry / "environ").read_bytes()
-        except OSError:
-            continue
-        mine = b"pipeline.worker" in words and str(run).encode() in words
-        if mine and b"python" in words[0] and f"SLURM_PROCID={rank}".encode() in environ.split(b"\0"):
-            found.append(int(entry.name))
-    assert found, f"no rank {rank} of {run}"
-    return max(found)
 
 
 def test_four_nodes_then_three_while_the_old_job_is_pending(slurm, prepared, reference) -> None:
@@ -262,16 +151,6 @@ def test_a_failure_is_reported_and_not_tried_again(slurm, prepared) -> None:
     assert sorted(live(slurm)) == sorted(again.values())
 
 
-def site(user, changes: str) -> Path:
-    """A profile like devcluster's with other lines."""
-    file = user.home / f"site-{len(list(user.home.iterdir()))}.toml"
-    text = user.profile.read_text()
-    for line in changes.splitlines():
-        text = re.sub(rf"^{line.split()[0]} = .*\n", "", text, flags=re.MULTILINE)
-    file.write_text(text.replace("[data]", f"{changes}\n[data]", 1))
-    return file
-
-
 def test_spare_jobs_go_on_where_preemption_cancels(slurm, prepared, reference, user, tmp_path) -> None:
     cluster = site(user, "requeue = false\nspares = 2")
     words = ["--nodes", 2, "--stages", "phase1", "-p", "spot"]
@@ -346,40 +225,3 @@ def is_data(file: Path) -> bool:
             "stage.json",
         )
     )
-
-
-@pytest.mark.chaos
-def test_stops_when_its_gpu_hours_are_spent(slurm, prepared, user) -> None:
-    """0.05 GPU-hours are 90 s of two GPUs: saved half a minute before, ended with 2, refused when sent again."""
-    cluster = site(user, "gpus_per_node = 1")
-    words = ["--nodes", 2, "--stages", "phase1", "--set", "phase1.steps=100000", "--set", "phase1.warmup=0.01"]
-    job = sent(prepared, *words, "--max-gpu-hours", "0.05", cluster=cluster)["pretrain"]
-    slurm.wait(lambda: slurm.state(job) in ("FAILED", "COMPLETED"), "the job has ended", 120)
-    assert queue.details(job)["ExitCode"] == "2:0"
-    assert "the 3 GPU-minutes that --max-gpu-hours allows are used up; not started again" in said(prepared)
-    assert ("phase1", metrics(prepared, 1)[-1]["step"]) in digests(prepared)
-    again = send(prepared, *words, cluster=cluster)
-    assert again.returncode == 2
-    assert "GPU-hours are spent, --max-gpu-hours allows 0.05" in again.stderr
-
-
-@pytest.mark.chaos
-def test_stops_before_the_time_limit_and_goes_on(slurm, prepared) -> None:
-    """A limit of one minute: each attempt saves half a minute before it and asks for the next one."""
-    words = [
-        "--nodes",
-        2,
-        "--stages",
-        "phase1",
-        "-t",
-        "1",
-        "--set",
-        "phase1.steps=100000",
-        "--set",
-        "phase1.warmup=0.01",
-    ]
-    job = sent(prepared, *words)["pretrain"]
-    slurm.wait(lambda: len(metrics(prepared, 2)) >= 5, "the second attempt trains", 110)
-    assert "before the time limit" in said(prepared) or "by another rank" in said(prepared)
-    assert resumed_at(prepared, 2) == metrics(prepared, 1)[-1]["step"]
-    assert slurm.state(job) == "RUNNING"

@@ -1,0 +1,89 @@
+"""What takes longer on a real Slurm: limits of time and GPU-hours, a node cut off, a controller that is down."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import pytest
+from sent_runs import LAST, metrics, rank_pid, resumed_at, said, send, sent, site, wait_done
+
+from running import digests
+from slurm import queue
+from slurm.devcluster import cluster, processes
+
+pytestmark = [pytest.mark.cluster, pytest.mark.chaos, pytest.mark.timeout(400)]
+
+
+def test_stops_when_its_gpu_hours_are_spent(slurm, prepared, user) -> None:
+    """0.05 GPU-hours are 90 s of two GPUs: saved half a minute before, ended with 2, refused when sent again."""
+    cluster = site(user, "gpus_per_node = 1")
+    words = ["--nodes", 2, "--stages", "phase1", "--set", "phase1.steps=100000", "--set", "phase1.warmup=0.01"]
+    job = sent(prepared, *words, "--max-gpu-hours", "0.05", cluster=cluster)["pretrain"]
+    slurm.wait(lambda: slurm.state(job) in ("FAILED", "COMPLETED"), "the job has ended", 120)
+    assert queue.details(job)["ExitCode"] == "2:0"
+    assert "the 3 GPU-minutes that --max-gpu-hours allows are used up; not started again" in said(prepared)
+    assert ("phase1", metrics(prepared, 1)[-1]["step"]) in digests(prepared)
+    again = send(prepared, *words, cluster=cluster)
+    assert again.returncode == 2
+    assert "GPU-hours are spent, --max-gpu-hours allows 0.05" in again.stderr
+
+
+def test_stops_before_the_time_limit_and_goes_on(slurm, prepared) -> None:
+    """A limit of one minute: each attempt saves half a minute before it and asks for the next one."""
+    words = [
+        "--nodes",
+        2,
+        "--stages",
+        "phase1",
+        "-t",
+        "1",
+        "--set",
+        "phase1.steps=100000",
+        "--set",
+        "phase1.warmup=0.01",
+    ]
+    job = sent(prepared, *words)["pretrain"]
+    slurm.wait(lambda: len(metrics(prepared, 2)) >= 5, "the second attempt trains", 110)
+    assert "before the time limit" in said(prepared) or "by another rank" in said(prepared)
+    assert resumed_at(prepared, 2) == metrics(prepared, 1)[-1]["step"]
+    assert slurm.state(job) == "RUNNING"
+
+
+def test_a_node_that_is_cut_off_writes_nothing_that_counts(slurm, prepared, reference) -> None:
+    """Rank 0's node loses its network; the old rank lives on beside the next attempt, which others run."""
+    job = sent(prepared, "--nodes", 2, "--stages", "phase1")["pretrain"]
+    slurm.wait(lambda: len(metrics(prepared, 1)) >= 20, "phase 1 trains", 60)
+    pid = rank_pid(prepared, 0)
+    node = processes.variable(pid, "SLURMD_NODENAME")
+    assert node
+    cluster.cut(slurm.layout, node)
+    try:
+        slurm.wait(lambda: len(metrics(prepared, 2)) >= 5, "the second attempt trains", 90)
+        wait_done(slurm, prepared, job, 120)
+        first = metrics(prepared, 1)
+        assert resumed_at(prepared, 2) <= first[-1]["step"]
+        assert digests(prepared)[LAST] == digests(reference)[LAST]
+        done = (prepared / "stages/phase1/done.json").read_bytes()
+    finally:
+        cluster.heal(slurm.layout, node)
+    slurm.wait(lambda: not processes.alive(pid), "the old rank has ended", 150)
+    assert metrics(prepared, 1) == first
+    assert (prepared / "stages/phase1/done.json").read_bytes() == done
+    assert digests(prepared)[LAST] == digests(reference)[LAST]
+
+
+def test_a_controller_that_is_down_when_a_rank_dies(slurm, prepared, reference) -> None:
+    """For a minute nobody confirms the requeue: the batch script asks until somebody does."""
+    job = sent(prepared, "--nodes", 2, "--stages", "phase1")["pretrain"]
+    slurm.wait(lambda: len(metrics(prepared, 1)) >= 20, "phase 1 trains", 60)
+    controller = processes.recorded(slurm.layout)["slurmctld"]
+    os.kill(rank_pid(prepared, 1), signal.SIGKILL)
+    processes.kill_all(lambda: [controller] if processes.alive(controller) else [])
+    time.sleep(60)
+    processes.start(slurm.layout, "slurmctld", ["slurmctld", "-D", "-f", str(slurm.layout.conf)])
+    cluster.wait_for_nodes(slurm.layout, slurm.layout.node_names)
+    wait_done(slurm, prepared, job, 150)
+    assert "requeue not confirmed" in said(prepared)
+    assert digests(prepared)[LAST] == digests(reference)[LAST]
