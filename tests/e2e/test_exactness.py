@@ -15,7 +15,7 @@ import pytest
 import torch
 import transformers
 from faults import training
-from faults.histories import STEPS
+from faults.outcome import STEPS
 from faults.starts import SAMPLES, Start, begun, in_lanes
 from safetensors.torch import load_file
 

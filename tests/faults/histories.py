@@ -9,165 +9,40 @@ figures of each step in the journal of the attempts that survive, each step once
 from __future__ import annotations
 
 import functools
-import hashlib
-import itertools
 import os
 import random
 import shutil
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import h5py
-from faults.starts import SAMPLES, Start, begun, in_lanes
+from faults.outcome import (
+    BATCH,
+    EVERY,
+    STEPS,
+    Facts,
+    check_reads,
+    facts_of,
+    figures,
+    journal,
+    lineage,
+    lost_steps,
+    noting_reads,
+)
+from faults.starts import Start, begun, in_lanes
 from faults.table import Injection, Row, share, tried
 from faults.training import STAGE
 
-from pipeline.rundir import Attempt, RunDir, StageDir, read_json, read_jsonl
 from pipeline.train import checkpoint_folder
 
-STEPS, BATCH, EVERY = 24, 9, 2  # of a training; samples in a step; steps between checkpoints
 SHAPE = {"steps": STEPS, "global_batch": BATCH, "micro_batch": 2, "eval_every": 8, "checkpoint_every": EVERY}
 WORLDS, FEW = (1, 2, 3, 4, 5, 7, 8), (1, 2, 3, 5)  # where all take too long, the few
 CHAIN = (1, 2, 3, 4, 8, 5, 7, 1)
-STEP_FIGURES = ("samples", "loss", "mlm_loss", "nsp_loss", "grad_norm", "learning_rate")
-EVALUATION = ("eval_mlm_loss", "eval_mlm_accuracy", "eval_nsp_accuracy")
 COMPARED = 20  # steps whose losses may differ by rounding only
 PEERS_LEAVE_S = 10.0
-Facts = dict[str, Any]
-
-
-# ---------------------------------------------------------------- what a training left behind
-
-
-def facts_of(run: RunDir) -> Facts:
-    """Of a training that is done: ``digest`` of its final state, ``steps`` (figures of each), ``evaluations``, and
-    the digests of all checkpoints that are left, as ``saved``.
-
-    AssertionError when the attempts that it comes from do not hold every step once.
-    """
-    stage = run.stage(STAGE)
-    lines = [line for attempt, end in lineage(stage) for line in journal(attempt) if line["step"] <= end]
-    steps = [line for line in lines if "loss" in line]
-    numbers = [line["step"] for line in steps]
-    assert numbers == list(range(1, STEPS + 1)), f"the surviving attempts hold the steps {numbers}"
-    evaluations = {line["step"]: line for line in lines if "eval_mlm_loss" in line}
-    return {
-        "digest": final_digest(run),
-        "steps": [figures(line) for line in steps],
-        "evaluations": [[line[name] for name in EVALUATION] for _, line in sorted(evaluations.items())],
-        "saved": saved(run),
-    }
-
-
-def final_digest(run: RunDir) -> str:
-    """Digest of the weights and moments with which a training ended, verified."""
-    stage = run.stage(STAGE)
-    folder = stage.path / (stage.done or {})["result"]["checkpoint"]
-    checkpoint_folder.verify(folder)
-    return str(checkpoint_folder.read_manifest(folder)["digest"])
-
-
-def saved(run: RunDir) -> dict[str, str]:
-    """Digests of all checkpoints of a run that are there, verified, by step; AssertionError where two differ."""
-    found: dict[str, str] = {}
-    for path in run.stage(STAGE).path.glob("attempts/*/*/manifest.json"):
-        checkpoint_folder.verify(path.parent)
-        manifest = checkpoint_folder.read_manifest(path.parent)
-        assert found.setdefault(str(manifest["step"]), manifest["digest"]) == manifest["digest"], path
-    return found
-
-
-def journal(attempt: Attempt) -> list[Facts]:
-    return read_jsonl(attempt.metrics)
-
-
-def figures(line: Mapping[str, Any]) -> Facts:
-    return {name: line[name] for name in STEP_FIGURES}
-
-
-def lineage(stage: StageDir) -> list[tuple[Attempt, int]]:
-    """The attempts that the final state comes from, oldest first, each with the step at which the next went on."""
-    attempts = {attempt.number: attempt for attempt in stage.attempts}
-    found: list[tuple[Attempt, int]] = []
-    number, end = int((stage.done or {})["attempt"]), STEPS
-    while number:
-        found.insert(0, (attempts[number], end))
-        number, end = resumed_from(attempts[number])
-    return found
-
-
-def resumed_from(attempt: Attempt) -> tuple[int, int]:
-    """Attempt and step from which it went on; zeros for a start from nothing."""
-    origin = (read_json(attempt.path / "attempt.json") or {})["resumed_from"]
-    return (origin["attempt"], origin["step"]) if origin else (0, 0)
-
-
-def lost_steps(stage: StageDir) -> int:
-    """The most steps that any start had to compute again."""
-    lost = reached = 0
-    for attempt in stage.attempts:
-        if (attempt.path / "attempt.json").exists():
-            _, begins = resumed_from(attempt)
-            lost = max(lost, reached - begins)
-            reached = max([begins, *(line["step"] for line in journal(attempt))])
-    return lost
-
-
-# ---------------------------------------------------------------- what was really read
-
-
-def noting_reads(run: RunDir) -> Callable[[int], None]:
-    """For each rank: have it note the content of every training sample that it reads, by position in the order."""
-
-    def before(rank: int) -> None:
-        from pipeline.train.data import PretrainingData
-
-        read = PretrainingData.read
-
-        def noted(self: PretrainingData, positions: Any) -> Any:
-            found = read(self, positions)
-            if self.train.masking == "dynamic":  # the held-out samples are masked statically
-                tokens = found.tokens.copy()
-                tokens[found.positions] = found.labels
-                ends = found.lengths.cumsum()
-                parts = [tokens[end - length : end] for end, length in zip(ends, found.lengths, strict=True)]
-                lines = [f"{position} {content(part)}\n" for position, part in zip(positions, parts, strict=True)]
-                with open(run.stage(STAGE).attempts[-1].path / f"reads-{rank}", "a", encoding="utf-8") as file:
-                    file.write("".join(lines))
-            return found
-
-        PretrainingData.read = noted  # type: ignore[method-assign]
-
-    return before
-
-
-def content(tokens: Any) -> str:
-    return hashlib.sha256(tokens.astype("<i8").tobytes()).hexdigest()[:16]
-
-
-def check_reads(run: RunDir) -> None:
-    """AssertionError unless the surviving attempts read each position once, and each epoch all samples once."""
-    with h5py.File(run.stage(SAMPLES).path / "train-00000.hdf5") as file:
-        tokens, offsets = file["tokens"][:], file["offsets"][:]
-    every = sorted(content(tokens[a:b]) for a, b in itertools.pairwise(offsets))
-    read: dict[int, str] = {}
-    for attempt, end in lineage(run.stage(STAGE)):
-        own: dict[int, str] = {}
-        for path in attempt.path.glob("reads-*"):
-            for line in path.read_text(encoding="utf-8").splitlines():
-                position, _, found = line.partition(" ")
-                assert int(position) not in own, f"attempt {attempt.number} read position {position} twice"
-                own[int(position)] = found
-        first = len(read)
-        read |= {position: found for position, found in own.items() if first <= position < end * BATCH}
-    assert sorted(read) == list(range(STEPS * BATCH)), f"{len(read)} of {STEPS * BATCH} positions were read"
-    for epoch in range(STEPS * BATCH // len(every)):
-        positions = range(epoch * len(every), (epoch + 1) * len(every))
-        assert sorted(read[position] for position in positions) == every, f"epoch {epoch}"
 
 
 # ---------------------------------------------------------------- trainings
@@ -186,10 +61,11 @@ def undisturbed(case: Facts, folder: Path) -> Facts:
 
 def disturbed(case: Facts, folder: Path) -> list[Facts]:
     """Trainings one after the other until ``case["disturbances"]`` have come; see ``History``."""
-    dice, found = random.Random(case["seed"]), []
-    while sum(facts.get("disturbances", 0) for facts in found) < case["disturbances"]:
+    dice, found, left = random.Random(case["seed"]), [], case["disturbances"]
+    while left > 0:
         own = folder / str(len(found))
-        found.append(History(case, own, dice).to_the_end())
+        found.append(History(case, own, dice, left).to_the_end())
+        left -= found[-1].get("disturbances", 0)
         if found[-1]["problems"]:
             break
         shutil.rmtree(own)
@@ -204,8 +80,8 @@ class History:
     configuration, and ``reference``: facts of which ``exact`` says whether all must be equal or the samples alone.
     """
 
-    def __init__(self, case: Facts, folder: Path, dice: random.Random) -> None:
-        self.case, self.dice = case, dice
+    def __init__(self, case: Facts, folder: Path, dice: random.Random, most: int) -> None:
+        self.case, self.dice, self.most = case, dice, most
         self.run = begun(folder, **SHAPE, **case["changes"])
         self.stage = self.run.stage(STAGE)
         self.count: Counter[str] = Counter()
@@ -218,7 +94,8 @@ class History:
             if self.count["starts"] > 1 and self.case["resized"]:
                 self.world = self.dice.choice(self.case["worlds"])
             start = Start(self.run, self.world, noting_reads(self.run))
-            if not start.wait(self.dice.uniform(0, self.longest_s())):
+            left_alone = self.count["disturbances"] >= self.most
+            if not start.wait(120 if left_alone else self.dice.uniform(0, self.longest_s())):
                 self.disturb(start)
             elif set(start.codes.values()) != {0}:
                 self.problems.append(f"nobody disturbed it and it ended with {start.codes}")
@@ -239,25 +116,29 @@ class History:
 
     def disturb(self, start: Start) -> None:
         """A stop for all, or a kill of one rank after which the rest is killed, or left alone to see what it does."""
+        alive = start.alive
+        if not alive:
+            return  # it came too late
         self.count["disturbances"] += 1
         attempt = self.stage.attempts[-1] if self.stage.attempts else None
-        lines = len(journal(attempt)) if attempt else 0
+        in_training = attempt is not None and bool(journal(attempt))
         if self.dice.random() < self.case["stops"]:
             start.send(signal.SIGTERM)
             self.count["stops"] += start.wait(5.0) and set(start.codes.values()) == {75}
         else:
-            rank = self.dice.choice(start.alive)
+            rank = self.dice.choice(alive)
             watcher = self.dice.random() < 0.3
             os.kill(start.pids[rank] if watcher else start.trainer(rank), signal.SIGKILL)
             self.count["kills"] += 1
             self.count["of the watching process"] += watcher
-            self.count["while starting"] += lines == 0
+            self.count["while starting"] += not in_training
             self.count["in a save"] += bool(attempt) and any(
                 not (folder / checkpoint_folder.MANIFEST).exists() for folder in attempt.path.glob("step-*")
             )
-            if self.dice.random() < 0.25 and lines and lines < STEPS:
+            if self.dice.random() < 0.25 and in_training:
                 self.count["left alone"] += 1
-                if not start.wait(PEERS_LEAVE_S):
+                # after the last step the others have nothing left to do but to wait for rank 0's mark
+                if not start.wait(PEERS_LEAVE_S) and journal(self.stage.attempts[-1])[-1]["step"] < STEPS:
                     self.problems.append(f"ranks {start.alive} did not leave in {PEERS_LEAVE_S:.0f} s")
                 elif not set(start.codes.values()) <= {0, 76, 128 + signal.SIGKILL, -signal.SIGKILL}:
                     self.problems.append(f"ranks that lost a peer ended with {start.codes}")
@@ -279,6 +160,9 @@ class History:
                     if "loss" in line:
                         assert figures(line) == wanted["steps"][line["step"] - 1], f"{attempt}: {line}"
         assert lost_steps(self.stage) <= 2 * EVERY, f"{lost_steps(self.stage)} steps lost"
+        lines = [str((attempt.verdict or {}).get("line")) for attempt in self.stage.attempts]
+        assert not [line for line in lines if "hung" in line], f"false alarm: {lines}"
+        self.count["named slow"] = [event["event"] for event in self.run.events].count("slow_rank")
 
 
 def differing(found: Any, wanted: Any) -> str:
@@ -314,6 +198,7 @@ def histories(cases: Sequence[Facts], folder: Path, fault: str, trials: str, tim
         "of the watching process",
         "left alone",
         "stops",
+        "named slow",
     )
     note = ", ".join(f"{count[name]} {name}" for name in said if name != trials and count[name])
     return Row(fault, count[trials], len(failed), max(facts["lost"] for facts in found), note, failed)

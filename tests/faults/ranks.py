@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from faults import training
-from faults.histories import EVERY, SHAPE, STEPS, Facts, final_digest, references, saved
+from faults.histories import SHAPE, references
+from faults.outcome import EVERY, STEPS, Facts, final_digest, saved
 from faults.starts import LANES, SAMPLES, Start, begun, in_lanes
 from faults.table import Injection, Row, share, spread
 from faults.training import STAGE
