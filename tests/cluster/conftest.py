@@ -119,7 +119,7 @@ def describe(process: Path) -> str:
     except OSError:
         return ""
     text = words.replace(b"\0", b" ").decode(errors="replace")
-    mine = re.findall(r"\S*(?:slurm|munge|SLURM_CONF)\S*", text)
+    mine = re.findall(r"\S*(?:(?<!bert_)slurm|munge|SLURM_CONF)\S*", text)
     return f"{process.name} {' '.join(mine)}" if mine and state not in "ZX" and "pytest" not in text else ""
 
 
