@@ -200,7 +200,8 @@ def test_two_attempts_without_progress_are_the_last(job, tmp_path: Path) -> None
     assert asked(job(CODE="75", SLURM_RESTART_COUNT="2")[1]) == 1
     verdict.made_progress(tries)
     assert asked(job(CODE="76", SLURM_RESTART_COUNT="3")[1]) == 1
-    assert asked(job(CODE="75", TERM_PARENT="1", SLURM_RESTART_COUNT="4")[1]) == 0  # preempted
+    _, calls, said = job(CODE="75", TERM_PARENT="1", SLURM_RESTART_COUNT="4")  # preempted
+    assert (asked(calls), "without progress" in said) == (0, False)
     assert asked(job(CODE="76", SLURM_RESTART_COUNT="5")[1]) == 0
 
 
