@@ -132,26 +132,26 @@ def wait_for(condition: Callable[[], bool], timeout_s: float) -> None:
 def hangs(folder: Path, scale: float) -> list[Row]:
     """Three ways to hang. With the product's own limits at full scale, else with ones that need less patience."""
     limits = {} if scale >= 1 else {"HANG_S": 4.0, "PEERS_DUMP_S": 2.0}
-    reference = undisturbed(folder)
-    rows = []
-    for number, how in enumerate(("stopped", "reader sleeps", "a thread holds the interpreter's lock")):
-        dice = random.Random(number)
-        cases = [
-            {
-                "how": how,
-                "rank": dice.randrange(WORLD),
-                "step": dice.randint(2, STEPS - 8),
-                "after_s": dice.uniform(0, 0.03),
-                "limits": limits,
-                "reference": reference,
-            }
-            for _ in range(share(10, scale))
-        ]
-        # threads that hold a lock compute all the time: not more at once than the ranks of other trials
-        found = trials(hung, cases, folder / str(number), LANES if "holds" in how else WAITING_LANES)
-        longest_s = max(facts["took_s"] for facts in found)
+    reference, dice = undisturbed(folder), random.Random(1)
+    ways = ("stopped", "reader sleeps", "a thread holds the interpreter's lock")
+    cases = [
+        {
+            "how": how,
+            "rank": dice.randrange(WORLD),
+            "step": dice.randint(2, STEPS - 8),
+            "after_s": dice.uniform(0, 0.03),
+            "limits": limits,
+            "reference": reference,
+        }
+        for _ in range(share(10, scale))
+        for how in ways
+    ]
+    found, rows = trials(hung, cases, folder / "hangs", WAITING_LANES), []
+    for number, how in enumerate(ways):
+        own = found[number :: len(ways)]
+        longest_s = max(facts["took_s"] for facts in own)
         note = f"found after {longest_s:.0f} s at most" + (f", limit {limits['HANG_S']:g} s" if limits else "")
-        rows.append(row(f"a rank hangs: {how}", found, note))
+        rows.append(row(f"a rank hangs: {how}", own, note))
     return rows
 
 
@@ -196,11 +196,11 @@ def at_half_speed(victim: int | None) -> Before:
 def slow_ranks(folder: Path, scale: float) -> list[Row]:
     """A rank at half speed, and as many trainings without one."""
     reference = undisturbed(folder)
-    rows = []
-    for fault, victims in (("a rank at half speed is named after 20 steps", range(WORLD)), ("no rank is slow", [None])):
-        cases = [{"rank": victims[n % len(victims)], "reference": reference} for n in range(share(20, scale))]
-        rows.append(row(fault, trials(slowed, cases, folder / str(len(rows)))))
-    return rows
+    victims = [victim for n in range(share(20, scale)) for victim in (n % WORLD, None)]
+    cases = [{"rank": victim, "reference": reference} for victim in victims]
+    found = trials(slowed, cases, folder / "slow", WAITING_LANES)
+    faults = ("a rank at half speed is named after 20 steps", "no rank is slow, none is named")
+    return [row(fault, found[number::2]) for number, fault in enumerate(faults)]
 
 
 # ---------------------------------------------------------------- numbers that are not finite
@@ -283,7 +283,7 @@ def not_finite(folder: Path, scale: float) -> list[Row]:
                 case = {"once": once, "what": what, "step": step, "rank": rank, "index": index}
                 cases.append({**case, "reference": reference})
             fault = f"a {what} is not finite {said}"
-            rows.append(row(fault, trials(poisoned, cases, folder / str(len(rows)), LANES)))
+            rows.append(row(fault, trials(poisoned, cases, folder / str(len(rows)))))
     return rows
 
 
@@ -357,7 +357,7 @@ def flipped_bits(folder: Path, scale: float) -> list[Row]:
             }
             for bit in spread(range(32), scale)
         ]
-        found = trials(flipped, cases, folder / f"flips-{world}", LANES)
+        found = trials(flipped, cases, folder / f"flips-{world}")
         note = f"{sum(facts['rolled_back'] for facts in found)} made the loss infinite and were rolled back"
         rows.append(
             row(f"a bit of a parameter of one of {world} ranks flips: caught before the next save", found, note)
@@ -372,7 +372,7 @@ def undisturbed(folder: Path, world: int = WORLD) -> Facts:
     return references([world], folder / f"reference-{world}", keep_checkpoints=STEPS)[world]
 
 
-def trials(function: Any, cases: Sequence[Facts], folder: Path, lanes: int = WAITING_LANES) -> list[Facts]:
+def trials(function: Any, cases: Sequence[Facts], folder: Path, lanes: int = LANES) -> list[Facts]:
     folder.mkdir()
     return in_lanes(function, cases, folder, 550, lanes)
 
