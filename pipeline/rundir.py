@@ -20,6 +20,8 @@ from typing import Any
 from data_prep.publish import publish_json
 from pipeline.errors import ConfigError, InUseError
 
+BEGINNING_S = 30.0  # a stage's folder is begun in milliseconds
+
 
 def read_json(path: Path) -> dict[str, Any] | None:
     """The object in a JSON file; None when there is no such file or it holds something else."""
@@ -127,6 +129,24 @@ class StageDir:
                 f"{record['attempt']} of {self.path.name}; this one does not mark it done"
             )
         publish_json(self.path / "done.json", dict(record))
+
+    @contextlib.contextmanager
+    def beginning(self) -> Iterator[None]:
+        """One process at a time looks whether this folder is current, moves it aside and begins it anew.
+
+        A process that stopped in there, or a file system without locks, keeps nobody longer than 30 seconds.
+        """
+        with open(self.path.parent.parent / "begin.lock", "w", encoding="utf-8") as file:
+            deadline = time.monotonic() + BEGINNING_S
+            while time.monotonic() < deadline:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    time.sleep(0.02)
+                except OSError:  # no locks here
+                    break
+            yield
 
     @property
     def attempts(self) -> list[Attempt]:

@@ -139,11 +139,12 @@ def take_attempt(chain: Chain, name: str, topology: Topology) -> Attempt:
     """Rank 0 begins the stage's folder and takes the next attempt; the other ranks of its launch join it."""
     folder = chain.run.stage(name)
     if topology.rank == 0:
-        if not chain.is_current(name):
-            folder.move_aside()
-        folder.path.mkdir(parents=True, exist_ok=True)
-        publish_json(folder.path / "stage.json", chain.record(name))
-        attempt = folder.new_attempt(topology.launch)
+        with folder.beginning():
+            if not chain.is_current(name):
+                folder.move_aside()
+            folder.path.mkdir(parents=True, exist_ok=True)
+            publish_json(folder.path / "stage.json", chain.record(name))
+            attempt = folder.new_attempt(topology.launch)
         chain.run.event("started", stage=name, attempt=attempt.number, world_size=topology.world_size)
         return attempt
     joined = folder.join_attempt(topology.launch, PATIENCE_S)

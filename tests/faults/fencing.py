@@ -202,6 +202,8 @@ def at_once(folder: Path, prepare: Callable[[Path], object], start: Callable[...
         numbers[7] = 1
         codes = [zygote.code_of(trial) for trial in trials]
     texts = [path.read_text() if path.exists() else "" for path in outputs]
+    if start is work and codes == [0, 0] and "" in texts and len(list(run.glob("old/*"))) <= 1:
+        return  # the machine was so slow that one began when the other was done
     assert sorted(codes) == [0, InUseError.exit_code], f"exit codes {codes}: {texts}"
     winner, loser = codes.index(0), codes.index(InUseError.exit_code)
     said = texts[loser]
