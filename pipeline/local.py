@@ -14,13 +14,14 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 
 from pipeline.chain import Chain
 from pipeline.errors import RESTART_CODES
 from pipeline.rundir import RunDir
+from slurm.verdict import TRIES, begin_try, may_try_again
 
-TRIES_WITHOUT_PROGRESS = 3
 STOP_GRACE_S = 120.0
 
 
@@ -61,7 +62,9 @@ class LocalRunner:
         self.waiting = list(todo)
         self.running: list[Running] = []
         self.failed: dict[str, int] = {}
-        self.tries: dict[str, tuple[int, list[str]]] = {}
+        (self.run.path / "jobs").mkdir(exist_ok=True)
+        for name in todo:  # whoever starts the chain may try again
+            self._tries(name).unlink(missing_ok=True)
         self.interrupted = False
 
     def loop(self) -> int:
@@ -124,8 +127,10 @@ class LocalRunner:
             "WORLD_SIZE": str(world),
             "OMP_NUM_THREADS": str(self.threads),
             "PYTHONUNBUFFERED": "1",
+            TRIES: str(self._tries(name)),
         }
         command = [sys.executable, "-m", "pipeline.worker", str(self.run.path), name]
+        begin_try(environment["PIPELINE_LAUNCH"], self._tries(name))
         print(f"{name}", flush=True)
         return Running(
             name,
@@ -151,7 +156,7 @@ class LocalRunner:
         code = int(verdict["code"]) if verdict else (76 if code <= 0 or code > 128 else code)
         if self._stopping():
             return
-        if code in RESTART_CODES and self._may_try_again(name):
+        if code in RESTART_CODES and may_try_again(self._tries(name)):
             print(
                 f"{name}: attempt ended with {code} ({(verdict or {}).get('line', 'killed')}); starting it again",
                 file=sys.stderr,
@@ -161,12 +166,9 @@ class LocalRunner:
         self.failed[name] = code
         self.run.event("failed", stage=name, code=code, line=(verdict or {}).get("line", "killed"))
 
-    def _may_try_again(self, name: str) -> bool:
-        made = sorted(str(path) for path in self.run.stage(name).path.glob("attempts/*/step-*/manifest.json"))
-        count, before = self.tries.get(name, (0, []))
-        count = 1 if made != before else count + 1
-        self.tries[name] = (count, made)
-        return count < TRIES_WITHOUT_PROGRESS
+    def _tries(self, name: str) -> Path:
+        """Where attempts since the last progress are noted; the rule is that of the batch scripts."""
+        return self.run.path / "jobs" / f"local-{name}.tries"
 
 
 def run_chain(run: RunDir, todo: Mapping[str, str], processes: int, threads: int) -> int:

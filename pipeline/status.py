@@ -145,7 +145,7 @@ def survey(run: RunDir, sent: Sent | None = None) -> list[dict[str, Any]]:
     todo, held = chain.todo(), run.is_held()
     rows = []
     for name in chain.stages:
-        job = sent.journal.job_of(name) if sent and name in todo else None
+        job = sent.journal.job_of(name, sent.jobs) if sent and name in todo else None
         if sent and job is not None and job.id:
             rows.append({**sent_state(chain, name, todo, sent), "job": job.id})
         else:
@@ -155,7 +155,7 @@ def survey(run: RunDir, sent: Sent | None = None) -> list[dict[str, Any]]:
 
 def sent_state(chain: Chain, name: str, todo: dict[str, str], sent: Sent) -> dict[str, Any]:
     """State of a stage that was sent and is not done."""
-    job = sent.journal.job_of(name)
+    job = sent.journal.job_of(name, sent.jobs)
     assert job is not None
     found = sent.jobs.get(job.id)
     row = state_of(chain, name, todo, held=False)

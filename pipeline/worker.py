@@ -21,7 +21,7 @@ from data_prep.fanout import EXCHANGE, die_with_parent
 from data_prep.publish import publish_json
 from pipeline.chain import Chain
 from pipeline.config import restore
-from pipeline.errors import PeerLost, describe, run_command
+from pipeline.errors import PeerLost, StoppedCleanly, describe, run_command
 from pipeline.job import Job, Topology
 from pipeline.preempt import StopRequest, stop_at_once
 from pipeline.rundir import Attempt, RunDir
@@ -87,9 +87,8 @@ def run_stage(run: RunDir, name: str) -> None:
 
 def execute(chain: Chain, stage: Stage, job: Job) -> None:
     """Do a stage's work and mark it done; raises what stopped it, after the attempt's verdict is written."""
-    name, attempt = stage.name, job.attempt
+    name, attempt, started = stage.name, job.attempt, time.time()
     try:
-        started = time.time()
         result = function_of(stage)(job, **stage.config, **resolve(chain, stage))
         if job.rank == 0:
             finished = time.time()
@@ -112,11 +111,19 @@ def execute(chain: Chain, stage: Stage, job: Job) -> None:
         line, code = describe(error)
         if isinstance(error, PeerLost):
             time.sleep(1.0)  # the peer may know better what happened, and its verdict comes first
+        if isinstance(error, StoppedCleanly) and newer_than(job.out, started):
+            verdict.made_progress()
         first = attempt.judge(code, line, job.rank)
         _tell_script(error)
         if first:
             raise
         raise SystemExit(code) from None  # another rank said it first: one fault, one line
+
+
+def newer_than(folder: Path, started: float) -> bool:
+    """Whether the stage has finished any file since ``started`` (Unix s); what it says of itself does not count."""
+    own = (path for path in folder.rglob("*") if folder / "attempts" not in path.parents and path.is_file())
+    return any(path.stat().st_mtime > started for path in own)
 
 
 def workers_of(profile: Profile, environment: Mapping[str, str]) -> int:
