@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sent_runs import DATA_STAGES, LONG, SENDER
 
 import running
 from running import ROOT, SMALL
+from sent_runs import DATA_STAGES, LONG, SENDER
 from slurm.command import which
 from slurm.devcluster import cluster, network, registry
 from slurm.devcluster.layout import Layout

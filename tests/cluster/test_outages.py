@@ -7,9 +7,9 @@ import signal
 import time
 
 import pytest
-from sent_runs import LAST, metrics, rank_pid, resumed_at, said, send, sent, site, wait_done
 
 from running import digests
+from sent_runs import LAST, metrics, rank_pid, resumed_at, said, send, sent, site, wait_done
 from slurm import queue
 from slurm.devcluster import cluster, processes
 

@@ -10,10 +10,10 @@ import signal
 from pathlib import Path
 
 import pytest
-from sent_runs import DATA_STAGES, LAST, SENDER, call, metrics, rank_pid, resumed_at, said, send, sent, site, wait_done
 
 from pipeline.rundir import RunDir
 from running import ROOT, SMALL, digests, states
+from sent_runs import DATA_STAGES, LAST, SENDER, call, metrics, rank_pid, resumed_at, said, send, sent, site, wait_done
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
 

@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from reporting import HOSTILE, RESULTS, SCORES, UNIGRAM, Page, begin, finish, finished_run, page_of, start, train
 
 from pipeline.chain import Chain
 from pipeline.curves import loss_chart, small_charts
@@ -18,6 +17,7 @@ from pipeline.errors import ConfigError
 from pipeline.facts import gather
 from pipeline.report import render
 from pipeline.rundir import RunDir, append_jsonl
+from reporting import HOSTILE, RESULTS, SCORES, UNIGRAM, Page, begin, finish, finished_run, page_of, start, train
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from reporting import HOSTILE, begin, finished_run, page_of, start, train
 
 from pipeline import gpu_samples
 from pipeline.account import PARTS
@@ -18,6 +17,7 @@ from pipeline.facts import gather
 from pipeline.gpu_panel import MOST_LINES, band, few_lines
 from pipeline.report import render
 from pipeline.rundir import Attempt
+from reporting import HOSTILE, begin, finished_run, page_of, start, train
 
 BEGAN = 1_000_000.0
 
