@@ -235,5 +235,5 @@ def test_inference_stands_beside_transformers(tmp_path):
     text = part_of(text, "On Example CPU with 2 threads", "Batch plan")
     assert "latency of a whole batch" in text
     whole = page_of(finished_run(tmp_path / "again")).text
-    assert "squad, 384 tokens 32 pipeline forward bf16 61.5 520 537 553 not known" in whole
-    assert "squad, 384 tokens 32 transformers forward bf16 40.25" in whole
+    assert "squad, 384 tokens 32 pipeline forward real bf16 61.5 520 537 553 not known" in whole
+    assert "squad, 384 tokens 32 transformers forward real bf16 40.25" in whole
