@@ -93,12 +93,15 @@ class History:
             self.count["starts"] += 1
             if self.count["starts"] > 1 and self.case["resized"]:
                 self.world = self.dice.choice(self.case["worlds"])
+            part, began = self.part_left(), time.monotonic()
             start = Start(self.run, self.world, noting_reads(self.run))
             left_alone = self.count["disturbances"] >= self.most
-            if not start.wait(120 if left_alone else self.dice.uniform(0, self.longest_s())):
+            if not start.wait(120 if left_alone else self.dice.uniform(0, self.case["took_s"] * part)):
                 self.disturb(start)
             elif set(start.codes.values()) != {0}:
                 self.problems.append(f"nobody disturbed it and it ended with {start.codes}")
+            else:
+                self.case["took_s"] = (time.monotonic() - began) / part  # as busy as the machine now is
         if not self.problems:
             try:
                 self.compare()
@@ -106,13 +109,11 @@ class History:
                 self.problems.append(str(error))
         return {**self.count, "problems": self.problems, "lost": lost_steps(self.stage)}
 
-    def longest_s(self) -> float:
-        """How long the coming start may take: beginning, what is left to train, ending."""
-        saved = max(
-            (int(path.parent.name[-8:]) for path in self.stage.path.glob("attempts/*/*/manifest.json")), default=0
-        )
-        took_s: float = self.case["took_s"] * (0.8 + 0.2 * self.world)
-        return took_s * (0.2 + 0.8 * (1 - saved / STEPS))
+    def part_left(self) -> float:
+        """How long the coming start may take, as a part of a whole training on one rank."""
+        manifests = self.stage.path.glob("attempts/*/*/manifest.json")
+        reached = max((int(path.parent.name.removeprefix("step-")) for path in manifests), default=0)
+        return (0.8 + 0.2 * self.world) * (0.2 + 0.8 * (1 - reached / STEPS))
 
     def disturb(self, start: Start) -> None:
         """A stop for all, or a kill of one rank after which the rest is killed, or left alone to see what it does."""
