@@ -105,8 +105,8 @@ def execute(chain: Chain, stage: Stage, job: Job) -> None:
             )
             job.run.event("done", stage=name, attempt=attempt.number, duration_s=round(finished - started, 3))
             verdict.made_progress()
-        elif not done_soon(chain, name):
-            raise PeerLost(f"{name}: rank {job.rank} waited {PATIENCE_S:.0f} s for rank 0 to mark it done")
+        elif not done_soon(chain, job):
+            raise PeerLost(f"{name}: rank {job.rank} waited for rank 0, which did not mark the stage done")
     except (Exception, KeyboardInterrupt) as error:
         line, code = describe(error)
         if isinstance(error, PeerLost):
@@ -132,11 +132,11 @@ def workers_of(profile: Profile, environment: Mapping[str, str]) -> int:
     return int(cores) if profile.runner == "slurm" and cores.isdigit() else profile.processes
 
 
-def done_soon(chain: Chain, name: str) -> bool:
+def done_soon(chain: Chain, job: Job) -> bool:
     """Whether rank 0 marks the stage done, as it does right after its peers have left the training loop."""
     deadline = time.monotonic() + PATIENCE_S
-    while not chain.is_done(name):
-        if time.monotonic() > deadline:
+    while not chain.is_done(job.stage):
+        if time.monotonic() > deadline or job.stop.reason is not None:  # rank 0 may have been killed
             return False
         time.sleep(0.05)
     return True

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn import Parameter
 
 from data_prep.publish import file_sha256
 from pipeline.distributed import Group
@@ -105,10 +104,10 @@ class Peers:
             job.say(line)
         self._slow = SlowRanks()
 
-    def compare(self, parameters: Iterable[Parameter], step: int) -> None:
-        """Raise NodeFault or PeerLost on every rank when the ranks' parameters differ; mixed GPUs may differ."""
+    def compare(self, state: Iterable[Tensor], step: int) -> None:
+        """Raise NodeFault or PeerLost on every rank when the ranks' ``state`` differs; that of mixed GPUs may."""
         if not self.mixed:
-            check_parameters(parameters, step, self.hosts, self.group)
+            check_state(state, step, self.hosts, self.group)
 
     def put_slow_on_record(self, seconds: Sequence[float], step: int) -> None:
         """Take the ranks' compute seconds of a step; whoever turns out slow is warned of and goes into the events."""
@@ -149,20 +148,20 @@ class SlowRanks:
         return found
 
 
-def parameter_digest(parameters: Iterable[Parameter]) -> Tensor:
-    """One int64 [] over all float32 parameters: the sum of their bit patterns, which any flipped bit changes."""
-    sums = [parameter.detach().view(torch.int32).sum(dtype=torch.int64) for parameter in parameters]
+def digest(tensors: Iterable[Tensor]) -> Tensor:
+    """One int64 [] over float32 tensors: the sum of their bit patterns, which any single flipped bit changes."""
+    sums = [tensor.detach().view(torch.int32).sum(dtype=torch.int64) for tensor in tensors]
     return torch.stack(sums).sum()
 
 
-def check_parameters(parameters: Iterable[Parameter], step: int, hosts: Sequence[str], group: Group) -> None:
-    """Compare the parameters of all ranks; every rank raises when they are not the same.
+def check_state(state: Iterable[Tensor], step: int, hosts: Sequence[str], group: Group) -> None:
+    """Compare parameters and moments of all ranks; every rank raises when they are not the same.
 
     NodeFault (77) names the ranks and hosts that differ from the majority; PeerLost (76) when there is none.
     """
     if group is None:
         return
-    own = parameter_digest(parameters)
+    own = digest(state)
     found = [torch.empty_like(own) for _ in hosts]
     dist.all_gather(found, own, group=group)
     digests = [int(value) for value in found]
@@ -172,11 +171,11 @@ def check_parameters(parameters: Iterable[Parameter], step: int, hosts: Sequence
     others = [rank for rank, digest in enumerate(digests) if digest != usual]
     again = "nothing of it was saved; training starts again from the last checkpoint"
     if 2 * len(others) >= len(digests):
-        raise PeerLost(f"step {step}: the ranks' parameters differ and no majority agrees; {again}")
+        raise PeerLost(f"step {step}: the ranks' parameters or moments differ and no majority agrees; {again}")
     named = ", ".join(f"{rank} on {hosts[rank]}" for rank in others)
     raise NodeFault(
-        f"step {step}: the parameters of rank {named} differ from those of the {len(digests) - len(others)} others; "
-        f"{again}",
+        f"step {step}: parameters or moments of rank {named} differ from those of the "
+        f"{len(digests) - len(others)} others; {again}",
         tuple(sorted({hosts[rank] for rank in others})),
     )
 

@@ -378,14 +378,14 @@ class Trainer:
         return self.evaluation
 
     def save(self, *, permanent: bool) -> None:
-        """Compare the ranks' parameters, then hand the state to rank 0's writer.
+        """Compare the ranks' states, then hand the state to rank 0's writer.
 
         Raises NodeFault or PeerLost when they differ, InUseError when a newer attempt has begun.
         """
         state = self.state
         self.job.heartbeat.beat("waiting", state.step)  # for the others and for the file system
         with self.clock.spent("checkpoint"):
-            self.peers.compare(state.model.parameters(), state.step)
+            self.peers.compare(state.tensors(), state.step)
             if self.saver is None:
                 return
             folder = self.saver.save(

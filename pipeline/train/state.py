@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,12 @@ class TrainingState:
     def batches(self) -> int:
         """Global batches consumed so far: the position in the data."""
         return self.step + self.skipped
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Parameters and moments: what must be the same on every rank, bit for bit."""
+        yield from self.model.parameters()
+        yield from self.optimizer.exp_avg.values()
+        yield from self.optimizer.exp_avg_sq.values()
 
     def arrays(self) -> dict[str, dict[str, NDArray[Any]]]:
         """``weights`` and ``optimizer`` by name, sharing memory with the tensors on a CPU."""

@@ -42,12 +42,12 @@ def test_the_introduction_of_this_process_is_complete_and_fits():
 
 def test_every_single_flipped_bit_of_a_parameter_changes_the_digest():
     parameters = [Parameter(torch.randn(3, 5)), Parameter(torch.randn(7))]
-    whole = int(peers.parameter_digest(parameters))
+    whole = int(peers.digest(parameters))
     for bit in range(32):
         (old,) = struct.unpack("<i", struct.pack("<f", float(parameters[1].detach()[3])))
         flipped = parameters[1].detach().clone().view(torch.int32)
         flipped[3] = old ^ (1 << bit) if bit < 31 else old ^ -(1 << 31)
-        assert int(peers.parameter_digest([parameters[0], flipped.view(torch.float32)])) != whole, bit
+        assert int(peers.digest([parameters[0], flipped.view(torch.float32)])) != whole, bit
 
 
 def test_a_rank_at_half_speed_is_named_once_within_twenty_steps():
