@@ -23,6 +23,7 @@ test: install  ## installs what is missing and runs every test but the long ones
 chaos: install  ## the long proofs
 	$(PY) -m data_prep.sample_text --to data --tests
 	CHAOS=1 $(PY) -m pytest -m chaos
+	$(PY) tests/faults --to docs/faults.md
 
 check: install  ## style, types and architecture
 	$(PY) -m ruff check .
