@@ -234,7 +234,7 @@ class Trainer:
                 self.board.close()
             checkpoint_bytes = 3 * sum(p.nbytes for p in self.state.model.parameters())  # weights and two moments
             self.job.say(preflight(self.job.out, checkpoint_bytes, self.train.keep_checkpoints))
-            if self.saver is not None and self.device.type == "cpu":
+            if self.saver is not None and self.device.type == "cpu" and not again:
                 self.saver.prepare(**self.state.arrays())
             self.board = Board(self.job.out, after_step=self.state.step, warn=self.job.warn)
 
