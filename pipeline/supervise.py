@@ -39,8 +39,8 @@ Facts = dict[str, Any]  # of a health finding: stage, attempt, node, gpu, uuid, 
 def supervise(job: Job, work: Callable[[], None]) -> None:
     """Run ``work`` in a child process. Raises SystemExit with the child's exit code unless it is 0.
 
-    The child prints its own error line. 76: it hung, and the attempt's ``stacks.txt`` shows where every rank was;
-    77: a GPU of this node is unfit; 128 + N: it was killed by signal N.
+    The child prints its own error line. 76: it was killed, or hung, and then the attempt's ``stacks.txt`` shows where
+    every rank was; 77: a GPU of this node is unfit.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -138,7 +138,10 @@ class Watch:
         os.close(handle)
         _, status = os.waitpid(self.pid, 0)
         own = os.waitstatus_to_exitcode(status)
-        return self.code if self.code is not None else own if own >= 0 else 128 - own
+        if self.code is None and own < 0:
+            what = f"rank {self.job.rank} on {self.host} was killed by signal {-own}"
+            self._decide(76, f"{what} ({signal.Signals(-own).name}) after step {self.job.heartbeat.read().step}")
+        return own if self.code is None else self.code
 
     def _look(self, now: float, resumed: float) -> None:
         beat = self.job.heartbeat.read()
@@ -156,7 +159,7 @@ class Watch:
         elif beat.where != "working" and (silent_s := now - max(beat.pulse_s, resumed)) > HANG_S:
             self._hung(silent_s, beat.where, beat.step, now)
         elif beat.where != "working" and still_s > PEERS_DUMP_S - LOOK_S:
-            self._ask_peers(now)
+            self._ask_peers(beat.where, now)
 
     def _hung(self, still_s: float, where: str, step: int, now: float) -> None:
         """This rank is the one that hangs: say so, give the peers time to keep their stacks, and end it."""
@@ -176,14 +179,14 @@ class Watch:
         os.kill(self.pid, signal.SIGUSR2)
         self.leave_by = now + LEAVE_S
 
-    def _ask_peers(self, now: float) -> None:
+    def _ask_peers(self, where: str, now: float) -> None:
         """While the child waits for others: when one of them has ended the attempt, this rank leaves too."""
         ended = self.job.attempt.verdict
         if ended is None or ended["rank"] == self.job.rank:
             return
         if ended["code"] == 76:
             self._keep_stacks()
-        self.leave_by = now + LEAVE_S
+        self.leave_by = now + (PEERS_DUMP_S if where == "starting" else LEAVE_S)  # nothing to save before a step
 
     def _decide(self, code: int, line: str, bad_nodes: list[str] | None = None) -> None:
         self.code = code

@@ -204,6 +204,9 @@ class Trainer:
             if self.saver is not None:
                 self.job.stop.after_step(time.perf_counter() - began, self.saver.stall_s + self.saver.write_s)
         self.finish_saving()
+        if self.group is not None:
+            self.job.heartbeat.beat("waiting", state.step)
+            dist.barrier(self.group)  # should rank 0 die while it saves, the others notice here
         final = self.evaluation or self.evaluate(math.nan)
         write_line(self.job, self.clock, state.step)  # where the time after the last step went
         if self.board is not None:

@@ -88,7 +88,8 @@ def run_out_of_space(
         if done.returncode == 6:
             failed += 1
             assert "Traceback" not in done.stderr
-            lines = [line for line in done.stderr.splitlines() if "No space left" in line and "warning" not in line]
+            said = [line for line in done.stderr.splitlines() if "warning" not in line]
+            lines = [line for line in said if "No space left" in line or "are free, quota" in line]
             assert len(lines) == 1, done.stderr
             assert not (run / "stages" / stage / "done.json").exists()
         assert contents(run, stage, "events.jsonl", "run.json", "model", "old") == others

@@ -30,7 +30,7 @@ from pipeline.rundir import RunDir, read_json
 WORLD = 3
 TRAINING = {**SHAPE, "keep_checkpoints": STEPS}
 MICRO_BATCHES = -(-SHAPE["global_batch"] // SHAPE["micro_batch"])
-MICRO_BATCH_S = 0.06  # twenty steps at half speed cost more than a second: less is noise to the product
+MICRO_BATCH_S = 0.15  # far more than a busy machine adds to a micro-batch of this size
 FOUND_S = 60.0
 WAITING_LANES = 8  # at once, of trials that mostly wait
 Before = Callable[[int], None]

@@ -74,8 +74,11 @@ def test_a_refusal_is_one_line_and_its_code(tmp_path):
     assert (code, output, errors) == (5, "", "step 3 is not finite\n")
 
 
-def test_a_killed_child_shows_its_signal(tmp_path):
-    assert end(start(tmp_path, "os.kill(os.getpid(), 9)"))[0] == 128 + 9
+def test_a_killed_child_is_named_with_its_signal(tmp_path):
+    code, _, errors = end(start(tmp_path, "os.kill(os.getpid(), 9)"))
+    assert code == verdict(tmp_path)["code"] == 76
+    assert "rank 3 on " in errors
+    assert "was killed by signal 9 (SIGKILL) after step 7" in errors
 
 
 def test_a_stop_signal_reaches_the_child(tmp_path):
@@ -131,7 +134,8 @@ def test_a_rank_that_waits_keeps_its_stacks_and_leaves_when_a_peer_hangs(tmp_pat
     process.stdout.readline()
     attempt = tmp_path / "stages/phase1/attempts/0001"
     (attempt / "verdict.json").write_text(json.dumps({"code": 76, "line": "rank 1 hung", "rank": 1}))
-    assert end(process)[0] == 128 + 9
+    assert end(process)[0] == 76
+    assert json.loads((attempt / "verdict.json").read_text())["line"] == "rank 1 hung"
     assert "in work" in (attempt / "stacks.txt").read_text()
 
 
