@@ -222,7 +222,7 @@ def test_after_the_end_of_a_rank(slurm, tmp_path: Path) -> None:
     hosts = re.findall(r"^test-n\d+$", log(tmp_path, spared), re.MULTILINE)
     assert sorted(hosts) == ["test-n01", "test-n03", "test-n04"]
     assert "again" in log(tmp_path, back)
-    assert queue.details(killed)["Restarts"] == "1"
+    assert "2 attempts without progress; not started again" in log(tmp_path, killed)
     details = queue.details(dying)
     assert (details["JobState"], details["Restarts"]) == ("CANCELLED", "0"), log(tmp_path, dying)
     assert (queue.details(back)["Restarts"], queue.details(wrong)["Restarts"]) == ("1", "0")

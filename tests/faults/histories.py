@@ -94,6 +94,7 @@ class History:
             if self.count["starts"] > 1 and self.case["resized"]:
                 self.world = self.dice.choice(self.case["worlds"])
             part, began = self.part_left(), time.monotonic()
+            self.attempts_before = len(self.stage.attempts)
             start = Start(self.run, self.world, noting_reads(self.run))
             left_alone = self.count["disturbances"] >= self.most
             if not start.wait(120 if left_alone else self.dice.uniform(0, self.case["took_s"] * part)):
@@ -121,7 +122,8 @@ class History:
         if not alive:
             return  # it came too late
         self.count["disturbances"] += 1
-        attempt = self.stage.attempts[-1] if self.stage.attempts else None
+        attempts = self.stage.attempts
+        attempt = attempts[-1] if len(attempts) > self.attempts_before else None  # of this start
         in_training = attempt is not None and bool(journal(attempt))
         if self.dice.random() < self.case["stops"]:
             start.send(signal.SIGTERM)
