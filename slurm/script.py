@@ -56,7 +56,7 @@ def render(script: Script) -> str:
     lines += [f"requeue={'yes' if script.requeues else 'no'}", f"gpus_per_node={script.resources.gpus_per_node}"]
     lines += [f"max_gpu_s={script.max_gpu_s}", "stands_in_for=${1-}", "", BEFORE]
     lines += _environment(script)
-    lines += [srun_line(script), AFTER]
+    lines += [starts_line(script), srun_line(script), AFTER]
     return "\n".join(lines)
 
 
@@ -86,6 +86,14 @@ def srun_line(script: Script) -> str:
     before = " ".join([*words, *(quote("srun argument", word) for word in script.srun_args)])
     after = " ".join(quote("command", word) for word in [*script.wrapper, *script.command])
     return f'{before} "${{part[@]}}" {after}'
+
+
+def starts_line(script: Script) -> str:
+    """A shell function: whether the job's program starts at all on one of its nodes."""
+    words = ["timeout 60 srun", "--nodes=1", "--ntasks=1", '--nodelist="$1"', "--export=ALL"]
+    words += [quote("srun argument", word) for word in script.srun_args]
+    words += [quote("command", word) for word in [*script.wrapper, script.command[0], "--version"]]
+    return f"starts() {{\n  {' '.join(words)}\n}} >/dev/null 2>&1 </dev/null"
 
 
 def quote(what: str, text: str) -> str:

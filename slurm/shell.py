@@ -2,7 +2,7 @@
 
 It expects these variables: ``state`` (folder of the run's small files), ``requeue`` (yes, no), ``gpus_per_node``,
 ``max_gpu_s`` (GPU-seconds that all attempts of the run may spend; 0: no limit), ``stands_in_for`` (id of the job in
-whose place a spare job runs; empty in all others).
+whose place a spare job runs; empty in all others). The function ``starts`` says whether the program starts on a node.
 """
 
 from __future__ import annotations
@@ -115,14 +115,15 @@ nodes=
 
 # the first rank that failed knows best; srun's own code mixes those of all ranks
 last=$code
+silent=no
 if [ -s "${verdict.VERDICT}" ]; then
   read -r code nodes <"${verdict.VERDICT}"
   last=$code
-elif [ "$code" -ge 128 ]; then
-  echo "attempt $attempt: killed (code $code)"
+elif ! [[ $code =~ ^([03-9]|7[5-7])$ ]]; then # killed, or it did not start
+  echo "attempt $attempt: no rank said why it ended (code $code)"
+  silent=yes
   code=76
 fi
-for node in $nodes; do echo "$node" >>"$bad_nodes"; done
 
 # a job that Slurm is ending: a cancelled one must not come back, a preempted one comes back by itself unless its
 # script ends first, so wait to be killed; only after the time limit is it ours to ask
@@ -150,6 +151,17 @@ case $code in
 esac
 sleep 2 # ranks hear of a cancel before others do
 wait_if_ended
+if [ $silent = yes ]; then
+  all=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+  good=$(
+    for node in $all; do starts "$node" && echo "$node" & done
+    wait
+  )
+  # on none: no fault of a node
+  if [ -n "$good" ]; then nodes=$(grep -vxF "$good" <<<"$all"); fi
+  for node in $nodes; do echo "attempt $attempt: the program does not start on $node"; done
+fi
+for node in $nodes; do echo "$node" >>"$bad_nodes"; done
 if [ -s "${verdict.TRIES}" ] && [ "$(wc -l <"${verdict.TRIES}")" -ge {verdict.TRIES_WITHOUT_PROGRESS} ]; then
   over "code $code, {verdict.TRIES_WITHOUT_PROGRESS} attempts without progress" "$last"
 fi

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.rundir import RunDir
-from running import ROOT, SMALL, digests, states
+from running import SMALL, digests, states
 from sent_runs import DATA_STAGES, LAST, SENDER, call, metrics, rank_pid, resumed_at, said, send, sent, site, wait_done
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
@@ -177,20 +177,6 @@ def test_a_range_of_nodes_takes_what_there_is(slurm, prepared, reference, tmp_pa
     losses = {line["step"]: line["loss"] for attempt in (1, 2) for line in metrics(prepared, attempt)}
     for line in metrics(reference, 1)[:100]:
         assert losses[line["step"]] == pytest.approx(line["loss"], rel=1e-5)
-
-
-def test_stages_by_hand(slurm, prepared, reference, user) -> None:
-    """Begun by ``sbatch slurm/stage.sbatch RUN STAGE``, ended by ``srun`` inside ``salloc``."""
-    who = {"user": user.uid, "SLURM_CONF": str(slurm.layout.conf), "PYTHON": user.python}
-    words = ["--parsable", "--nodes=2", f"--output={prepared}/%j.out", f"--chdir={ROOT}", "slurm/stage.sbatch"]
-    job = slurm.call("sbatch", *words, str(prepared), "phase1", **who)
-    slurm.wait(lambda: len(metrics(prepared, 1)) >= 20, "phase 1 trains", 60)
-    slurm.call("scancel", job)
-    slurm.wait_state(job, "CANCELLED")
-    alloc = ["salloc", "--nodes=2", "srun", "--ntasks-per-node=1", "--overcommit", f"--chdir={ROOT}"]
-    slurm.call(*alloc, user.python, "-m", "pipeline.worker", str(prepared), "phase1", timeout_s=90, **who)
-    assert resumed_at(prepared, 2) == metrics(prepared, 1)[-1]["step"]
-    assert digests(prepared)[LAST] == digests(reference)[LAST]
 
 
 @pytest.mark.parametrize("way", ["files", "MPI"])

@@ -105,6 +105,7 @@ def test_hand_written_stage_script_shares_the_logic() -> None:
 
 SQUEUE = 'case $* in *%T*) echo "${STATE:-RUNNING}" ;; *) echo "${LEFT:-UNLIMITED}" ;; esac'
 SRUN = """\
+case $* in *--nodelist=*--version) [[ $* != *--nodelist=n[$DUMB]* ]]; exit ;; esac
 echo "srun $*" >>log; printenv JOB_DEADLINE >>log
 if [ -n "$SPEND" ]; then echo 1000 >"$SPEND"; fi
 if [ -n "$WORK" ]; then /bin/sleep "$WORK"; fi
@@ -180,7 +181,22 @@ def test_other_codes_never_do(job, verdict_code: int) -> None:
 
 
 def test_sruns_code_counts_without_a_verdict(job) -> None:
-    assert (job(CODE="2")[0], asked(job(CODE="75", SLURM_JOB_ID="8")[1], 8)) == (2, 1)
+    assert (job(CODE="6")[0], asked(job(CODE="75", SLURM_JOB_ID="8")[1], 8)) == (6, 1)
+
+
+@pytest.mark.parametrize("code", ["1", "2", "127", "135", "213"])
+def test_nodes_on_which_nothing_starts_are_left_out(job, code: str) -> None:
+    """No rank said a word: the next attempt is for the nodes that can start the program; on none: no node's fault."""
+    _, calls, said = job(CODE=code, DUMB="2")
+    assert asked(calls) == 1
+    assert [line for line in said.splitlines() if "does not start" in line] == [
+        "attempt 0: the program does not start on n2"
+    ]
+    _, calls, said = job(SLURM_RESTART_COUNT="1")
+    assert "without n2, found bad before" in said
+    for other in ({"DUMB": "123"}, {"DUMB": "0"}, {"DUMB": "2", "SAY": "76"}):
+        (_, calls, said) = job(CODE=code, **other, SLURM_JOB_ID="8")
+        assert "does not start" not in said, other
 
 
 def test_without_requeue_the_code_stays(job) -> None:
