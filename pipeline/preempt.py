@@ -9,7 +9,7 @@ from types import FrameType
 
 from pipeline.errors import StoppedCleanly
 
-RESERVE_S = 30.0  # before the time limit: leaving, and what cannot be measured
+RESERVE_S = 30.0  # before the deadline: leaving, and what cannot be measured
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 
 
@@ -35,7 +35,7 @@ class StopRequest:
         self.longest_step_s = max(self.longest_step_s, step_s)
         needed_s = 2 * save_s + self.longest_step_s + RESERVE_S
         if self.reason is None and self.deadline is not None and time.time() > self.deadline - needed_s:
-            self.reason = f"{max(0.0, self.deadline - time.time()):.0f} s before the time limit"
+            self.reason = f"{max(0.0, self.deadline - time.time()):.0f} s before its time or GPU-hours are used up"
 
 
 def stop_at_once() -> None:

@@ -68,7 +68,9 @@ def in_words(job: Job, names: Mapping[str, str] | None = None) -> str:
     if limit := LIMIT.match(reason):
         whose = "QOS" if limit["whose"] == "QOS" else "account"
         return f"waits: the {whose}'s limit is reached ({reason})"
-    return REASONS.get(reason.replace(" ", "_"), REASONS.get(reason, f"waits ({reason or 'no reason given'})"))
+    if not reason:
+        return "queued; the scheduler has not looked at it yet"
+    return REASONS.get(reason.replace(" ", "_"), REASONS.get(reason, f"waits ({reason})"))
 
 
 def _needs(job: Job, names: Mapping[str, str]) -> str:

@@ -261,7 +261,7 @@ def test_a_stop_is_asked_for_before_the_time_limit(monkeypatch) -> None:
     assert stop.reason is None
     now = 1031.0
     stop.after_step(step_s=1.0, save_s=10.0)  # the longest step counts
-    assert stop.reason == "69 s before the time limit"
+    assert stop.reason == "69 s before its time or GPU-hours are used up"
     without = StopRequest()
     without.after_step(step_s=1e9, save_s=0)
     assert without.reason is None

@@ -169,6 +169,7 @@ def test_users_habits_do_not_change_the_answers() -> None:
         ),
         (Job(id="1", state="PENDING", reason="launch failed requeued held"), "held by Slurm after a failed launch"),
         (Job(id="1", state="PENDING", reason="SomethingNew"), "waits (SomethingNew)"),
+        (Job(id="1", state="PENDING"), "queued; the scheduler has not looked at it yet"),
         (Job(id="1", state="SOME_NEW"), "some new"),
     ],
 )
