@@ -15,7 +15,7 @@ from pipeline.chain import Chain
 from pipeline.errors import RESTART_CODES, ConfigError, run_command
 from pipeline.incidents import incidents
 from pipeline.journal import Journal
-from pipeline.rundir import Attempt, RunDir, read_jsonl
+from pipeline.rundir import Attempt, RunDir, read_json, read_jsonl
 from pipeline.watch import follow_log, goes_on, in_short, print_log, short_line, watch
 from slurm import queue
 from slurm.errors import SlurmError
@@ -26,7 +26,10 @@ MOST_INCIDENTS = 5  # shown below the table; the report has all
 
 @dataclass(frozen=True)
 class Sent:
-    """The run's last sending to Slurm and what squeue says of its jobs; ``silent`` is why squeue says nothing."""
+    """The run's last sending to Slurm and what Slurm says of its jobs; ``silent`` is why it says nothing.
+
+    Jobs that squeue has forgotten are looked up in the accounting database, where there is one.
+    """
 
     journal: Journal
     jobs: dict[str, queue.Job]
@@ -38,8 +41,10 @@ class Sent:
         journal = Journal.read(run)
         if journal is None:
             return None
+        ids = [job.id for job in journal.jobs if job.id]
         try:
-            return cls(journal, queue.jobs(job.id for job in journal.jobs if job.id))
+            known = queue.jobs(ids)
+            return cls(journal, {**queue.accounted(one for one in ids if one not in known), **known})
         except SlurmError as error:
             return cls(journal, {}, str(error))
 
@@ -167,14 +172,16 @@ def sent_state(chain: Chain, name: str, todo: dict[str, str], sent: Sent) -> dic
         return row
     if found.waiting:
         stopped = chain.run.stage(name).attempts and chain.is_current(name)
-        again = f"attempt {len(chain.run.stage(name).attempts)} ended; " if stopped else ""
-        stuck = {"stuck": True} if found.stuck else {}
-        return {**row, "state": "waiting", "reason": again + in_words(found, sent.journal.names), **stuck}
+        again = f"{history(chain.run.stage(name).attempts, job.id)}; " if stopped else ""
+        row.update(state="waiting", reason=again + in_words(found, sent.journal.names))
+        if found.start is not None:
+            row["expected_start"] = found.start
+        return {**row, "stuck": True} if found.stuck else row
     current = next(stage for stage in job.stages if stage in todo)
     if name != current:
         return {**row, "state": "waiting", "reason": f"waits for {current} in the same job"}
     last = chain.run.stage(name).attempts[-1:] if chain.is_current(name) else []
-    mine = [one for one in last if one.verdict is None and str(one.owner.get("launch", "")).startswith(f"{job.id}-")]
+    mine = [one for one in last if one.verdict is None and job_id(one) == job.id]
     if not mine or found.state != "RUNNING":
         starting = "starts" if found.state == "RUNNING" else in_words(found)
         return {**row, "state": "running", "reason": starting}
@@ -198,8 +205,31 @@ def progress(chain: Chain, name: str, attempt: Attempt) -> dict[str, Any]:
             row["eta_s"] = statistics.median(times) * (phase.steps - row["step"])
             words.append(f"ETA {in_short(row['eta_s'])}")
     if attempt.number > 1:
-        words.append(f"attempt {attempt.number}")
+        origin = (read_json(attempt.path / "attempt.json") or {}).get("resumed_from")
+        words.append(history(chain.run.stage(name).attempts[: attempt.number - 1], job_id(attempt)))
+        words.append(f"resumed at step {origin['step']}" if origin else f"attempt {attempt.number}")
     return {**row, "reason": ", ".join(words)}
+
+
+def history(attempts: list[Attempt], job: str) -> str:
+    """How the attempts of a stage ended, in the order of first mention: "preempted twice, lost a rank".
+
+    A job that was cancelled never comes back: what was stopped and is ``job`` again was preempted.
+    """
+    counts: dict[str, int] = {}
+    for attempt in attempts:
+        verdict = attempt.verdict or {"code": None, "line": ""}
+        asked = "out of time" if "used up" in verdict["line"] else "preempted" if job_id(attempt) == job else "stopped"
+        ended = {75: asked, 76: "lost a rank", 77: "met a bad node", 130: "interrupted", None: "killed"}
+        word = ended.get(verdict["code"], f"failed with code {verdict['code']}")
+        counts[word] = counts.get(word, 0) + 1
+    often = {1: "", 2: " twice"}
+    return ", ".join(f"{word}{often.get(count, f' {count} times')}" for word, count in counts.items())
+
+
+def job_id(attempt: Attempt) -> str:
+    """The Slurm job that made an attempt; for the local runner nothing that is the id of a job."""
+    return str(attempt.owner.get("launch", "")).partition("-")[0]
 
 
 def ended_for_good(chain: Chain, verdict: dict[str, Any]) -> bool:

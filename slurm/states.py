@@ -61,16 +61,23 @@ def in_words(job: Job, names: Mapping[str, str] | None = None) -> str:
     if state != "PENDING":
         return STATES.get(state, state.lower().replace("_", " "))
     reason = job.reason.split(",")[0].strip()
+    if reason in ("Resources", "Priority") and job.start is not None:
+        return f"{REASONS[reason]}, expected to start {_clock(job.start)}"
     if reason == "Dependency" and (waits := _needs(job, names or {})):
         return f"waits for {waits}"
     if reason == "BeginTime" and job.start is not None:
-        return f"may begin at {datetime.fromtimestamp(job.start):%H:%M:%S}"
+        return f"may begin {_clock(job.start)}"
     if limit := LIMIT.match(reason):
         whose = "QOS" if limit["whose"] == "QOS" else "account"
         return f"waits: the {whose}'s limit is reached ({reason})"
     if not reason:
         return "queued; the scheduler has not looked at it yet"
     return REASONS.get(reason.replace(" ", "_"), REASONS.get(reason, f"waits ({reason})"))
+
+
+def _clock(time_s: float) -> str:
+    when, now = datetime.fromtimestamp(time_s), datetime.now()
+    return f"at {when:%H:%M:%S}" if when.date() == now.date() else f"on {when:%d %b at %H:%M}"
 
 
 def _needs(job: Job, names: Mapping[str, str]) -> str:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import signal
 import time
 
 import pytest
 
-from running import digests
-from sent_runs import LAST, metrics, rank_pid, resumed_at, said, send, sent, site, wait_done
+from running import digests, states
+from sent_runs import LAST, call, metrics, rank_pid, resumed_at, said, send, sent, site, wait_done
 from slurm import queue
 from slurm.devcluster import cluster, processes
 
@@ -78,12 +80,43 @@ def test_a_controller_that_is_down_when_a_rank_dies(slurm, prepared, reference) 
     """For a minute nobody confirms the requeue: the batch script asks until somebody does."""
     job = sent(prepared, "--nodes", 2, "--stages", "phase1")["pretrain"]
     slurm.wait(lambda: len(metrics(prepared, 1)) >= 20, "phase 1 trains", 60)
-    controller = processes.recorded(slurm.layout)["slurmctld"]
     os.kill(rank_pid(prepared, 1), signal.SIGKILL)
-    processes.kill_all(lambda: [controller] if processes.alive(controller) else [])
+    stop_controller(slurm)
     time.sleep(60)
-    processes.start(slurm.layout, "slurmctld", ["slurmctld", "-D", "-f", str(slurm.layout.conf)])
-    cluster.wait_for_nodes(slurm.layout, slurm.layout.node_names)
+    start_controller(slurm)
     wait_done(slurm, prepared, job, 150)
     assert "requeue not confirmed" in said(prepared)
     assert digests(prepared)[LAST] == digests(reference)[LAST]
+
+
+def test_a_controller_that_has_lost_its_memory(slurm, prepared) -> None:
+    """Slurm ends the job that it no longer knows; status tells from the run's files, and submit goes on."""
+    words = ["--nodes", 2, "--stages", "phase1", "--set", "phase1.steps=100000", "--set", "phase1.warmup=0.01"]
+    old = sent(prepared, *words)["pretrain"]
+    slurm.wait(lambda: len(metrics(prepared, 1)) >= 20, "phase 1 trains", 60)
+    pid = rank_pid(prepared, 0)
+    stop_controller(slurm)
+    assert call("status", prepared, "--short").stdout.startswith(f"{prepared.name}  Slurm does not answer")
+    for kept in (slurm.layout.state / "controller").iterdir():
+        shutil.rmtree(kept) if kept.is_dir() else kept.unlink()
+    conf = slurm.layout.conf.read_text()  # job ids are counted from another number: no folder of an old job is met
+    slurm.layout.conf.write_text(re.sub(r"(FirstJobId=)\d+", rf"\g<1>{int(old) + 1000}", conf))
+    start_controller(slurm)
+    slurm.wait(lambda: not processes.alive(pid), "the job that nobody knows has ended", 60)
+    assert not queue.jobs([old])
+    assert states(prepared)["phase1"] in ("todo", "cancelled", "failed")
+    sent(prepared, *words)
+    slurm.wait(lambda: len(metrics(prepared, 2)) >= 5, "the second attempt trains", 60)
+    assert resumed_at(prepared, 2) >= metrics(prepared, 1)[-1]["step"] - 40  # the interval, and a save in progress
+
+
+def stop_controller(slurm) -> None:
+    """As a site does it: with its state saved. (Killed, it forgets the jobs of its last seconds.)"""
+    controller = processes.recorded(slurm.layout)["slurmctld"]
+    os.kill(controller, signal.SIGTERM)
+    slurm.wait(lambda: not processes.alive(controller), "the controller has ended")
+
+
+def start_controller(slurm) -> None:
+    processes.start(slurm.layout, "slurmctld", ["slurmctld", "-D", "-f", str(slurm.layout.conf)])
+    cluster.wait_for_nodes(slurm.layout, slurm.layout.node_names)

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import signal
 import subprocess
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from pipeline.stages import table
 from pipeline.status import Sent, look, show_log, survey
 from pipeline.watch import follow_log, goes_on, in_short, short_line, watch
 from running import call, command
+from slurm import queue
 from slurm.queue import Job
 
 
@@ -160,6 +162,39 @@ def test_a_job_in_slurm_that_can_never_start_ends_the_watching(run, reason, more
     journal = Journal(sending="s", state="released", jobs=(sent,))
     rows = survey(run, Sent(journal, {"7": Job(id="7", state="PENDING", reason=reason)}))
     assert any(goes_on(row) for row in rows) is more
+
+
+def sent_as(job: Job) -> Sent:
+    one = SentJob(name="pretrain", stages=("phase1", "phase2"), needs=(), ours=False, id="7")
+    return Sent(Journal(sending="s", state="released", jobs=(one,)), {"7": job})
+
+
+def test_what_became_of_earlier_attempts(run):
+    """Stopped in this job: preempted; in another job, which never comes back: stopped by whoever cancelled it."""
+    ends = [("5-0-0", 75, "asked"), ("7-0-0", 75, "asked"), ("7-1-0", 75, "asked"), ("7-2-0", 76, "lost")]
+    for launch, code, line in [*ends, ("7-3-0", 75, "28 s before its time or GPU-hours are used up")]:
+        run.stage("phase1").new_attempt(launch).judge(code, line, 0)
+    start = datetime.now().replace(hour=23, minute=59, second=58, microsecond=0).timestamp()
+    waiting = sent_as(Job(id="7", state="PENDING", reason="Resources", start=start))
+    row = next(row for row in survey(run, waiting) if row["name"] == "phase1")
+    assert row["expected_start"] == start
+    assert row["reason"] == (
+        "stopped, preempted twice, lost a rank, out of time; "
+        "next in line, waits for free nodes, expected to start at 23:59:58"
+    )
+    attempt = run.stage("phase1").new_attempt("7-4-0")
+    (attempt.path / "attempt.json").write_text('{"resumed_from": {"attempt": 5, "step": 1200}}')
+    row = next(row for row in survey(run, sent_as(Job(id="7", state="RUNNING"))) if row["name"] == "phase1")
+    assert row["reason"].endswith("stopped, preempted twice, lost a rank, out of time, resumed at step 1200")
+
+
+@pytest.mark.parametrize(("state", "words"), [("OUT_OF_MEMORY", "ran out of memory"), ("TIMEOUT", "its time limit")])
+def test_a_job_that_only_the_accounting_remembers(run, monkeypatch, state, words):
+    sent_as(Job(id="7", state="PENDING")).journal.write(run)
+    monkeypatch.setattr(queue, "jobs", lambda ids: {})
+    monkeypatch.setattr(queue, "accounted", lambda ids: {one: Job(id=one, state=state) for one in ids})
+    row = next(row for row in survey(run, Sent.of(run)) if row["name"] == "phase1")
+    assert (row["state"], words in row["reason"]) == ("failed", True)
 
 
 def test_log_of_the_newest_attempt(run, capsys):
