@@ -10,6 +10,7 @@ from types import FrameType
 from pipeline.errors import StoppedCleanly
 
 RESERVE_S = 30.0  # before the deadline: leaving, and what cannot be measured
+EARLY_S = 60.0  # Slurm's warning signals may come so much too early (sbatch(1), --signal)
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 
 
@@ -19,13 +20,16 @@ class StopRequest:
 
     reason: str | None = None
     deadline: float | None = None  # when Slurm ends this job, in seconds since 1970
+    warning_s: float = 0.0  # Slurm sends a signal so long before
     longest_step_s: float = 0.0
 
     def listen(self) -> None:
         """Note the first stop signal and go on working."""
 
         def note(number: int, frame: FrameType | None) -> None:
-            self.reason = self.reason or signal.Signals(number).name
+            name = signal.Signals(number).name
+            warned = self.deadline is not None and time.time() > self.deadline - self.warning_s - EARLY_S
+            self.reason = self.reason or (f"{name}, {self._left()}" if warned else name)
 
         for number in STOP_SIGNALS:
             signal.signal(number, note)
@@ -35,7 +39,11 @@ class StopRequest:
         self.longest_step_s = max(self.longest_step_s, step_s)
         needed_s = 2 * save_s + self.longest_step_s + RESERVE_S
         if self.reason is None and self.deadline is not None and time.time() > self.deadline - needed_s:
-            self.reason = f"{max(0.0, self.deadline - time.time()):.0f} s before its time or GPU-hours are used up"
+            self.reason = self._left()
+
+    def _left(self) -> str:
+        left_s = max(0.0, (self.deadline or 0.0) - time.time())
+        return f"{left_s:.0f} s before its time or GPU-hours are used up"
 
 
 def stop_at_once() -> None:

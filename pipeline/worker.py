@@ -72,7 +72,7 @@ def run_stage(run: RunDir, name: str) -> None:
     attempt = take_attempt(chain, name, topology)
     os.environ[EXCHANGE] = str(attempt.path)  # where the tasks of a data stage share its work without MPI
     profile = restore(Profile, run.settings["profile"], str(run.path / "run.json"))
-    stop = StopRequest(deadline=verdict.deadline() if topology.rank == 0 else None)
+    stop = StopRequest(deadline=verdict.deadline() if topology.rank == 0 else None, warning_s=profile.signal_s)
     if stage.width == "ranks":
         stop.listen()
     else:

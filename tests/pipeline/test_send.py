@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from pipeline import groups, scripts, submit
 from pipeline.config import load_profile, load_recipe
 from pipeline.errors import ConfigError, InUseError
 from pipeline.journal import Journal, SentJob
-from pipeline.preempt import StopRequest
+from pipeline.preempt import STOP_SIGNALS, StopRequest
 from pipeline.rundir import RunDir
 from pipeline.stages import table
 from running import SMALL, call
@@ -265,6 +266,22 @@ def test_a_stop_is_asked_for_before_the_time_limit(monkeypatch) -> None:
     without = StopRequest()
     without.after_step(step_s=1e9, save_s=0)
     assert without.reason is None
+
+
+@pytest.mark.parametrize(("left_s", "said"), [(179, "SIGUSR2, 179 s before its time"), (181, "SIGUSR2")])
+def test_slurms_warning_of_the_time_limit_is_no_preemption(monkeypatch, left_s: int, said: str) -> None:
+    """The signal asked for 120 s before the end may come 60 s too early."""
+    monkeypatch.setattr("pipeline.preempt.time.time", lambda: 1000.0)
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    try:
+        stop = StopRequest(deadline=1000.0 + left_s, warning_s=120)
+        stop.listen()
+        signal.raise_signal(signal.SIGUSR2)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert stop.reason is not None
+    assert stop.reason.removesuffix(" or GPU-hours are used up") == said
 
 
 class Killed(BaseException):
