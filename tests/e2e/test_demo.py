@@ -155,6 +155,7 @@ def test_the_commands_of_the_readme(demo):
     """Every line of its command blocks runs, in order, as it stands there; last, for it changes runs/demo."""
     assert "make demo" in COMMANDS
     assert len(COMMANDS) >= 7
+    (ROOT / "runs/my-bert.pt").unlink(missing_ok=True)
     for name in ("my-bert", "my-sentiment", "large", "scripts"):
         shutil.rmtree(ROOT / "runs" / name, ignore_errors=True)
     for command in COMMANDS:
