@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from pipeline.bert.config import BertConfig, padded_vocab
 from pipeline.bert.heads import BertForPreTraining
 from pipeline.config import load_recipe
-from pipeline.train.checkpoint import Saver
+from pipeline.engine.checkpoint import Saver
 
 FIELDS = {"stage": "phase1", "attempt": 1, "identity": {}, "model": {}}
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from data_prep.publish import publish_text
 from pipeline.errors import ConfigError, run_command
-from pipeline.journal import Journal, SentJob, live_jobs, name_of
-from pipeline.rundir import RunDir
+from pipeline.run.journal import Journal, SentJob, live_jobs, name_of
+from pipeline.run.rundir import RunDir
 from slurm import queue
 
 

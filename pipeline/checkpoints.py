@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from pipeline.engine.checkpoint import listing
 from pipeline.errors import run_command
-from pipeline.rundir import RunDir
-from pipeline.train.checkpoint import listing
+from pipeline.run.rundir import RunDir
 
 COLUMNS = ("stage", "attempt", "step", "verified", "digest")
 

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from data_prep.sentences import language_fault
-from pipeline.finetune.options import FinetuneConfig, InferenceConfig
 from pipeline.strict_toml import Source, apply_settings, build, raise_all, read_toml
 from slurm.profile import PROFILES, Profile
 
 RECIPES = Path(__file__).parent / "recipes"
 T = TypeVar("T")
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
+Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 
 
 def limited(
@@ -78,7 +79,7 @@ class DataConfig:
 class TrainConfig:
     """[train]: what both pretraining phases share."""
 
-    precision: Literal["fp32", "tf32", "bf16", "fp16"] = "bf16"
+    precision: Precision = "bf16"
     reduction: Literal["fast", "tree"] = "fast"
     loss_mean: Literal["global", "micro"] = "global"
     masking: Literal["dynamic", "static"] = "dynamic"
@@ -117,6 +118,49 @@ class PhaseConfig:
     schedule: Literal["poly", "linear", "constant", "cosine"] = "poly"
     steps: int = limited(low=1)
     start: str | None = None  # weights to begin with, under --data: a Hugging Face folder or NVIDIA's .pt
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig:
+    """One task: what it is called, how it is trained, how long its inputs and answers may be.
+
+    ``batch`` sequences make one optimizer step, computed ``micro_batch`` at a time. ``learning_rate`` rises
+    over the share ``warmup`` of all steps and falls linearly to 0. ``doc_stride`` to ``null_threshold`` are
+    used by squad only. Every one of ``seeds`` is trained from the same weights.
+    """
+
+    dataset: str  # the name shown to people
+    epochs: int = limited(low=1, high=1000)
+    batch: int = limited(low=1)
+    micro_batch: int = limited(32, low=1)
+    learning_rate: float = limited(above=0)
+    warmup: float = limited(low=0, high=0.99)  # share of all steps
+    weight_decay: float = limited(0.01, low=0)
+    max_seq_len: int = limited(low=8)  # tokens
+    doc_stride: int = limited(128, low=1)  # tokens from one window of a context to the next
+    max_query_length: int = limited(64, low=1)  # tokens
+    n_best: int = limited(20, low=1)
+    max_answer_length: int = limited(30, low=1)  # tokens
+    version_2: bool = False  # SQuAD 2.0: questions without an answer
+    null_threshold: float = 0.0  # answer "" when its score leads the best answer's by more than this
+    seeds: tuple[int, ...] = limited((1,), low=0, high=2**63 - 1)
+    precision: Precision = "fp32"
+
+
+@dataclass(frozen=True, kw_only=True)
+class InferenceConfig:
+    """The inference benchmark: answers and labels per second, and how long one batch takes.
+
+    Every measurement lasts about ``seconds`` at each of ``batches`` (sequences). ``compare`` also measures
+    transformers, in turn with ours, where it is installed.
+    """
+
+    batches: tuple[int, ...] = limited((1, 8, 32), low=1, high=4096)
+    seconds: float = limited(1.0, above=0, high=600)
+    precision: Precision = "fp32"
+    squad_seq_len: int = limited(384, low=16)  # tokens
+    glue_seq_len: int = limited(128, low=16)  # tokens
+    compare: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)

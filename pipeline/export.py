@@ -23,7 +23,7 @@ from pipeline.bert.config import ACTIVATIONS, VOCAB_ROWS, BertConfig, padded_voc
 from pipeline.errors import CheckpointError, ConfigError, run_command
 
 if TYPE_CHECKING:
-    from pipeline.train.checkpoint import Checkpoint
+    from pipeline.engine.checkpoint import Checkpoint
 
 # Which class of Hugging Face a set of weights belongs to, by the key that only this class has.
 ARCHITECTURES = {
@@ -84,7 +84,7 @@ def read_source(path: Path, config_file: Path | None = None, hidden_act: str | N
     """
     if path.is_file() or (path / "config.json").is_file():
         return _of_others(path, config_file, hidden_act)
-    from pipeline.train import checkpoint
+    from pipeline.engine import checkpoint
 
     if (path / "manifest.json").is_file():
         return _of_checkpoint(checkpoint.read(path, tensors=("weights",)))
@@ -166,7 +166,7 @@ def write_model(to: Path, source: Source, tokenizer: Tokenizer, *, card: str, re
     The padding rows of the vocabulary are left out, and a pooler that question answering does not read.
     ConfigError when ``to`` exists and ``replace`` is not set, CheckpointError when the vocabulary is not the model's.
     """
-    from pipeline.train.tensor_file import write_safetensors
+    from pipeline.engine.tensor_file import write_safetensors
 
     vocabulary = Vocabulary.load(tokenizer.vocab)
     config, size = source.config, vocabulary.size

@@ -108,7 +108,7 @@ def table(recipe: Recipe) -> dict[str, Stage]:
         chain.append(
             Stage(
                 name="inference",
-                run="pipeline.bench:run",
+                run="pipeline.bench.infer:run",
                 job="finetune",
                 width="workers",  # the whole machine: what measures time runs alone
                 config={"config": recipe.inference},
@@ -118,7 +118,7 @@ def table(recipe: Recipe) -> dict[str, Stage]:
     chain.append(
         Stage(
             name="report",
-            run="pipeline.report:run",
+            run="pipeline.report.render:run",
             job="finetune",
             width="one",
             after=tuple(stage.name for stage in chain),
@@ -136,7 +136,7 @@ def phase_stage(recipe: Recipe, name: str, phase: PhaseConfig, before: str | Non
     start = f"data:{phase.start}" if phase.start else before
     return Stage(
         name=name,
-        run="pipeline.train.pretrain:run",
+        run="pipeline.pretrain.loop:run",
         job="pretrain",
         width="ranks",
         config={"model": recipe.model, "train": recipe.train, "optimizer": recipe.optimizer, "phase": phase},

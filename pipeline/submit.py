@@ -11,17 +11,18 @@ import tempfile
 from pathlib import Path
 
 from data_prep.publish import publish_json, publish_text
-from pipeline import corpora, groups, scripts
-from pipeline.chain import Chain
 from pipeline.config import Recipe
-from pipeline.configure import configure, find_data_dir
-from pipeline.configure import micro_batch_limit as micro_batch_limit
 from pipeline.errors import ConfigError, run_command
-from pipeline.groups import JobPlan
-from pipeline.journal import Journal, live_jobs, refuse_running
-from pipeline.local import run_chain
-from pipeline.options import parse
-from pipeline.rundir import RunDir, read_json
+from pipeline.launch import corpora, scripts
+from pipeline.launch import jobs as groups
+from pipeline.launch.configure import configure, find_data_dir
+from pipeline.launch.configure import micro_batch_limit as micro_batch_limit
+from pipeline.launch.jobs import JobPlan
+from pipeline.launch.local import run_chain
+from pipeline.launch.options import parse
+from pipeline.run.chain import Chain
+from pipeline.run.journal import Journal, live_jobs, refuse_running
+from pipeline.run.rundir import RunDir, read_json
 from pipeline.stages import TASKS
 from pipeline.worker import made_with
 from slurm import flags, queue
@@ -90,7 +91,7 @@ def plan_jobs(chain: Chain, profile: Profile, todo: dict[str, str], arguments: a
 
 def to_slurm(run: RunDir, recipe: Recipe, profile: Profile, arguments: argparse.Namespace) -> int:
     """Send what is missing; returns at once."""
-    from pipeline.send import send, settle  # submitit is imported only where jobs are sent
+    from pipeline.launch.send import send, settle  # submitit is imported only where jobs are sent
 
     old = settle(run, replace=arguments.replace, say=print)
     chain = Chain.planned(run, recipe, corpora.identities(run, recipe, find_data_dir(run, profile, arguments)))

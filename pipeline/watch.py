@@ -12,7 +12,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from pipeline.rundir import Attempt, StageDir
+from pipeline.run.rundir import Attempt, StageDir
+from pipeline.words import in_short
 
 INTERVAL_S = 2.0  # between two questions to squeue
 LOG_INTERVAL_S = 0.25
@@ -23,14 +24,6 @@ CHUNK = 1 << 20
 def goes_on(row: dict[str, Any]) -> bool:
     """Whether a stage runs or can still start without anybody's help."""
     return row["state"] in ("running", "waiting", "unknown") and not row.get("stuck")
-
-
-def in_short(seconds: float) -> str:
-    """A duration in one unit: 40 s, 2 min, 3.4 h, 2.1 d."""
-    for unit, size, digits in (("s", 1, 0), ("min", 60, 0), ("h", 3600, 1)):
-        if seconds < size * {"s": 90, "min": 90, "h": 48}[unit]:
-            return f"{seconds / size:.{digits}f} {unit}"
-    return f"{seconds / 86400:.1f} d"
 
 
 def short_line(name: str, rows: Sequence[dict[str, Any]], silent: str = "") -> str:

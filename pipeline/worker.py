@@ -19,14 +19,14 @@ from typing import Any
 from data_prep.errors import DataError
 from data_prep.fanout import EXCHANGE, die_with_parent
 from data_prep.publish import publish_json
-from pipeline.chain import Chain
 from pipeline.config import restore
 from pipeline.errors import PeerLost, StoppedCleanly, describe, run_command
-from pipeline.job import Job, Topology
-from pipeline.preempt import StopRequest, stop_at_once
-from pipeline.rundir import Attempt, RunDir
+from pipeline.node.job import Job, Topology
+from pipeline.node.preempt import StopRequest, stop_at_once
+from pipeline.node.supervise import supervise
+from pipeline.run.chain import Chain
+from pipeline.run.rundir import Attempt, RunDir
 from pipeline.stage import Stage
-from pipeline.supervise import supervise
 from slurm import verdict
 from slurm.profile import Profile
 

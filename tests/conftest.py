@@ -10,7 +10,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-from running import submit
+from support.running import submit
 
 # The same examples each time where a change is judged; new ones at every developer's desk. No deadline: a busy
 # machine is no defect.

@@ -6,7 +6,9 @@ for bin packing"; for BERT: Krell et al. 2021, arXiv 2107.02027). Attention stay
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +22,7 @@ ROW_MULTIPLE = 8  # rows are as long as the fullest one, rounded up to this: a s
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch of N samples with T tokens in R rows of S slots; all tensors int64.
+    """One micro-batch of N samples with T tokens in R rows of S slots; all tensors int32.
 
     ``tokens, positions, segments, block`` are ``[R, S]``: token id, position inside the sample, 0 for A and 1
     for B, and the number of the sample inside its row (-1 at a pad). ``first [N]`` is the flat slot of each
@@ -45,6 +47,11 @@ class Batch:
         """Flat slots ``[K]`` (as in ``hidden.flatten(0, 1)``) of the flat token positions ``[K]``."""
         return self.slot[token_position]
 
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> Batch:
+        """The batch whose `layout` these tensors are; others beside them are left alone."""
+        return cls(**{field.name: tensors[field.name] for field in fields(cls)})
+
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
         """The same batch on another device."""
         moved = (getattr(self, field.name).to(device, non_blocking=non_blocking) for field in fields(self))
@@ -60,11 +67,26 @@ def pack(
     one_per_row: bool = False,
     pad_id: int = 0,
 ) -> Batch:
+    """The `layout` of samples as a `Batch` of tensors on the CPU."""
+    arrays = layout(tokens, lengths, b_start, seq_len, one_per_row=one_per_row, pad_id=pad_id)
+    return Batch.of({name: torch.from_numpy(values) for name, values in arrays.items()})
+
+
+def layout(
+    tokens: ArrayLike,
+    lengths: ArrayLike,
+    b_start: ArrayLike,
+    seq_len: int,
+    *,
+    one_per_row: bool = False,
+    pad_id: int = 0,
+) -> dict[str, NDArray[np.int32]]:
     """Lay whole samples into as few rows of at most ``seq_len`` slots as best fit finds; deterministic.
 
     ``tokens [T]`` holds the samples end to end, ``lengths [N]`` their token counts, ``b_start [N]`` the index
     inside the sample where segment B begins (the length itself when there is no B). ``one_per_row`` keeps the
-    classic padded layout, row i = sample i. DataError when a sample is empty or longer than ``seq_len``.
+    classic padded layout, row i = sample i. Returns the fields of `Batch` as arrays, by name. DataError when a
+    sample is empty or longer than ``seq_len``.
     """
     flat = np.asarray(tokens).astype(np.int64)
     length = np.asarray(lengths).astype(np.int64)
@@ -81,20 +103,20 @@ def pack(
     slot = np.repeat(first, length) + position
     segment = position >= np.repeat(np.asarray(b_start).astype(np.int64), length)
 
-    def rows(values: NDArray[np.int64], empty: int) -> Tensor:
-        laid = np.full(shape, empty, dtype=np.int64)
+    def rows(values: NDArray[Any], empty: int) -> NDArray[np.int32]:
+        laid = np.full(shape, empty, dtype=np.int32)
         laid.reshape(-1)[slot] = values
-        return torch.from_numpy(laid)
+        return laid
 
-    return Batch(
-        tokens=rows(flat, pad_id),
-        positions=rows(position, 0),
-        segments=rows(segment.astype(np.int64), 0),
-        block=rows(np.repeat(ordinal, length), -1),
-        first=torch.from_numpy(first),
-        length=torch.from_numpy(length),
-        slot=torch.from_numpy(slot),
-    )
+    return {
+        "tokens": rows(flat, pad_id),
+        "positions": rows(position, 0),
+        "segments": rows(segment, 0),
+        "block": rows(np.repeat(ordinal, length), -1),
+        "first": first.astype(np.int32),
+        "length": length.astype(np.int32),
+        "slot": slot.astype(np.int32),
+    }
 
 
 def _check(tokens: NDArray[np.int64], length: NDArray[np.int64], seq_len: int) -> None:

@@ -8,12 +8,12 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.config import restore
+from pipeline.config import PRECISIONS, FinetuneConfig, restore
 from pipeline.errors import ConfigError, run_command
-from pipeline.finetune.options import DEFAULTS, MODES, PRECISIONS, FinetuneConfig
+from pipeline.finetune.options import DEFAULTS, MODES
 
 if TYPE_CHECKING:
-    from pipeline.rundir import Attempt
+    from pipeline.run.rundir import Attempt
 
 HELP = {
     "epochs": "passes over the training file",
@@ -59,7 +59,7 @@ def main() -> int:
         raise ConfigError(f"--eval-mismatched belongs to mnli, not {arguments.task}")
 
     from pipeline.finetune.loop import finetune
-    from pipeline.rundir import StageDir
+    from pipeline.run.rundir import StageDir
 
     arguments.out.mkdir(parents=True, exist_ok=True)
     attempt = StageDir(arguments.out).new_attempt(f"{os.getpid()}")

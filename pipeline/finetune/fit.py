@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from pipeline.bert.packing import Batch, pack
+from pipeline.config import FinetuneConfig
+from pipeline.engine.optim import AdamW, global_norm
+from pipeline.engine.precision import LossScale, autocast_for
+from pipeline.engine.schedule import learning_rate
 from pipeline.errors import NumericalError
-from pipeline.finetune.options import FinetuneConfig
 from pipeline.finetune.problems import Logits, Problem
 from pipeline.finetune.samples import Samples
-from pipeline.train.optim import AdamW, global_norm
-from pipeline.train.precision import LossScale, autocast_for
-from pipeline.train.schedule import learning_rate
 
 MAX_GRAD_NORM = 1.0
 EPS = 1e-6  # BERT's Adam

@@ -20,14 +20,15 @@ import torch
 
 from data_prep.errors import DataError
 from data_prep.publish import file_sha256, publish_json, sync_folder
+from pipeline.config import FinetuneConfig
+from pipeline.engine.precision import autocast_for
 from pipeline.errors import ConfigError
 from pipeline.finetune.fit import fit, predict, total_steps
 from pipeline.finetune.model_folder import ModelFolder
-from pipeline.finetune.options import MODES, SQUAD, FinetuneConfig
+from pipeline.finetune.options import MODES, SQUAD
 from pipeline.finetune.problems import Problem, problem_of
 from pipeline.finetune.samples import Samples
-from pipeline.rundir import Attempt, append_jsonl, read_json
-from pipeline.train.precision import autocast_for
+from pipeline.run.rundir import Attempt, append_jsonl, read_json
 
 SKIPPED = "skipped_train_examples.json"
 MISMATCHED = "mismatched"
@@ -35,7 +36,7 @@ Record = dict[str, Any]
 
 
 class Job(Protocol):
-    """What the loop needs of its caller; `pipeline.job.Job` has it."""
+    """What the loop needs of its caller; `pipeline.node.job.Job` has it."""
 
     @property
     def out(self) -> Path: ...

@@ -16,8 +16,9 @@ from torch.nn import functional
 from data_prep.wordpiece import Encoder
 from pipeline.bert.config import BertConfig
 from pipeline.bert.heads import BertForQuestionAnswering, BertForSequenceClassification
+from pipeline.config import FinetuneConfig
 from pipeline.finetune import glue, squad
-from pipeline.finetune.options import SQUAD, FinetuneConfig
+from pipeline.finetune.options import SQUAD
 from pipeline.finetune.samples import Samples
 from pipeline.finetune.squad_answers import answer_questions, basic_tokenizer
 from pipeline.finetune.squad_metric import score

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.errors import DataError
-from pipeline.finetune.options import FinetuneConfig
+from pipeline.config import FinetuneConfig
 
 BLANKS = " \t\r\n\u202f"
 FIRST_ID = 1_000_000_000

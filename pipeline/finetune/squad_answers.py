@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.finetune.options import FinetuneConfig
+from pipeline.config import FinetuneConfig
 from pipeline.finetune.squad import Feature, Squad, split_words
 
 NO_PREDICTION = "empty"  # what is answered when no window offers any valid span

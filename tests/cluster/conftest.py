@@ -17,13 +17,13 @@ from typing import Any
 
 import pytest
 
-import running
-from running import ROOT, SMALL
-from sent_runs import DATA_STAGES, LONG, SENDER
 from slurm.command import which
 from slurm.devcluster import cluster, network, registry
 from slurm.devcluster.layout import Layout
 from slurm.profile import PROFILES
+from support import running
+from support.running import ROOT, SMALL
+from support.sent_runs import DATA_STAGES, LONG, SENDER
 
 SETTINGS = (("KillWait", "2"), ("SlurmdTimeout", "5"), ("MessageTimeout", "4"))
 

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from running import states
-from sent_runs import call, said, sent, wait_done
 from slurm import queue, script
 from slurm.devcluster import cluster, processes
 from slurm.flags import Setting
 from slurm.resources import Resources
 from slurm.script import Script
+from support.running import states
+from support.sent_runs import call, said, sent, wait_done
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from running import ROOT, SMALL, digests, states
-from sent_runs import LAST, call, metrics, resumed_at, said
+from support.running import ROOT, SMALL, digests, states
+from support.sent_runs import LAST, call, metrics, resumed_at, said
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
 

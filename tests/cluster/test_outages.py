@@ -10,10 +10,10 @@ import time
 
 import pytest
 
-from running import digests, states
-from sent_runs import LAST, call, metrics, rank_pid, resumed_at, said, send, sent, site, wait_done
 from slurm import queue
 from slurm.devcluster import cluster, processes
+from support.running import digests, states
+from support.sent_runs import LAST, call, metrics, rank_pid, resumed_at, said, send, sent, site, wait_done
 
 pytestmark = [pytest.mark.cluster, pytest.mark.chaos, pytest.mark.timeout(400)]
 

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 
 from pipeline import submit
-from pipeline.journal import live_jobs
-from pipeline.rundir import RunDir
-from running import SMALL, call
+from pipeline.run.journal import live_jobs
+from pipeline.run.rundir import RunDir
 from slurm import queue
 from slurm.devcluster import cluster, processes
 from slurm.errors import ControllerDown
+from support.running import SMALL, call
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from running import ROOT, SMALL, call
 from slurm.devcluster import cluster
 from slurm.profile import PROFILES
+from support.running import ROOT, SMALL, call
 
 pytestmark = [pytest.mark.cluster, pytest.mark.chaos, pytest.mark.timeout(1800)]
 MOST = int(os.environ.get("SCALE_NODES", "32"))  # fewer, to try the tests themselves
@@ -24,7 +24,7 @@ import json, os, sys
 from pathlib import Path
 sys.path.insert(0, {root!r})
 from pipeline.batch import BatchPlan
-from pipeline.job import Topology
+from pipeline.node.job import Topology
 run, phases = Path(sys.argv[3]), sys.argv[4:]
 mine = Topology.of(os.environ)
 recipe = json.loads((run / "run.json").read_text())["recipe"]

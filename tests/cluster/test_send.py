@@ -11,9 +11,22 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.rundir import RunDir
-from running import SMALL, digests, states
-from sent_runs import DATA_STAGES, LAST, SENDER, call, metrics, rank_pid, resumed_at, said, send, sent, site, wait_done
+from pipeline.run.rundir import RunDir
+from support.running import SMALL, digests, states
+from support.sent_runs import (
+    DATA_STAGES,
+    LAST,
+    SENDER,
+    call,
+    metrics,
+    rank_pid,
+    resumed_at,
+    said,
+    send,
+    sent,
+    site,
+    wait_done,
+)
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from running import digests, states
-from sent_runs import LAST, call, metrics, resumed_at, sent, wait_done
 from slurm import queue
 from slurm.devcluster import cluster
+from support.running import digests, states
+from support.sent_runs import LAST, call, metrics, resumed_at, sent, wait_done
 
 pytestmark = [pytest.mark.cluster, pytest.mark.chaos, pytest.mark.timeout(400)]
 WORDS = ["--nodes", 2, "--stages", "phase1"]

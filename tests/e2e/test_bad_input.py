@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from running import call, digests, one_line, states, submit
+from support.running import call, digests, one_line, states, submit
 
 pytestmark = [pytest.mark.slow]
 

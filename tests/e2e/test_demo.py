@@ -15,10 +15,10 @@ import torch
 import transformers
 
 from pipeline.config import load_recipe
-from pipeline.rundir import RunDir
-from pipeline.train.data import PretrainingData
-from pipeline.train.evaluate import heldout, unigram_loss
-from running import ROOT, call, digests, states
+from pipeline.pretrain.data import PretrainingData
+from pipeline.pretrain.evaluate import heldout, unigram_loss
+from pipeline.run.rundir import RunDir
+from support.running import ROOT, call, digests, states
 
 BLOCKS = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
 COMMANDS = [line for block in BLOCKS for line in block.strip().splitlines()]

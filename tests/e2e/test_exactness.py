@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
+
 from faults import training
 from faults.outcome import STEPS
 from faults.starts import SAMPLES, Start, begun, in_lanes
-from safetensors.torch import load_file
-
-from pipeline.rundir import RunDir
-from pipeline.train.data import PretrainingData
-from running import digests, submit
+from pipeline.pretrain.data import PretrainingData
+from pipeline.run.rundir import RunDir
+from support.running import digests, submit
 
 pytestmark = [pytest.mark.slow]
 

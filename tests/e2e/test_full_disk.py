@@ -13,7 +13,7 @@ import pytest
 
 from pipeline.config import load_recipe
 from pipeline.stages import table
-from running import SMALL, call
+from support.running import SMALL, call
 
 pytestmark = [pytest.mark.slow]
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.rundir import read_jsonl
-from running import ROOT
+from pipeline.run.rundir import read_jsonl
+from support.running import ROOT
 
 pytestmark = [pytest.mark.slow]
 

@@ -20,8 +20,8 @@ from data_prep.errors import DataError
 from data_prep.manifest import publish_manifest
 from pipeline.config import RECIPES, load_recipe
 from pipeline.errors import ConfigError
-from pipeline.train.data import PretrainingData
-from running import ROOT, SMALL, command, one_line, submit
+from pipeline.pretrain.data import PretrainingData
+from support.running import ROOT, SMALL, command, one_line, submit
 
 pytestmark = [pytest.mark.slow]
 

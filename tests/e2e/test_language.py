@@ -19,7 +19,7 @@ from data_prep.wordpiece import Encoder, Vocabulary
 from pipeline.config import load_recipe
 from pipeline.stage import fingerprints
 from pipeline.stages import table
-from running import SMALL, call, one_line, states, submit
+from support.running import SMALL, call, one_line, states, submit
 
 pytestmark = [pytest.mark.slow]
 

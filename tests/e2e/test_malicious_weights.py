@@ -20,10 +20,10 @@ import torch
 from pipeline.bert.config import BertConfig
 from pipeline.bert.heads import BertForPreTraining
 from pipeline.bert.weights import load_hugging_face, load_nvidia
+from pipeline.engine.checkpoint_folder import read
 from pipeline.errors import CheckpointError
 from pipeline.export import read_source
-from pipeline.train.checkpoint_folder import read
-from running import call, one_line
+from support.running import call, one_line
 
 pytestmark = [pytest.mark.slow]
 

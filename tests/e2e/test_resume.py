@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from running import Background, call, children_of, digests, states, submit
+from support.running import Background, call, children_of, digests, states, submit
 
 STAGES = [
     "extract",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from running import call, digests, states, submit
+from support.running import call, digests, states, submit
 
 pytestmark = [pytest.mark.slow]
 

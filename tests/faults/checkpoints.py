@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from faults import traced, zygote
-from faults.table import Injection, Row, spread, tried
 
 from data_prep.publish import publish_json
+from faults import traced, zygote
+from faults.table import Injection, Row, spread, tried
+from pipeline.engine import checkpoint
+from pipeline.engine.checkpoint import Saver, listing, newest_verified
 from pipeline.errors import StorageError
-from pipeline.rundir import RunDir
-from pipeline.train import checkpoint
-from pipeline.train.checkpoint import Saver, listing, newest_verified
+from pipeline.run.rundir import RunDir
 
 STAGE, INTERVAL, KEEP = "phase1", 2, 2
 REACHED, SAVED = 0, 1  # shared numbers: the last step computed, the last step known to be saved

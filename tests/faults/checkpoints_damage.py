@@ -13,14 +13,13 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from data_prep.publish import publish_json
 from faults import training, zygote
 from faults.checkpoints import STAGE, fields, same, state
 from faults.table import Injection, Row, share, tried
-
-from data_prep.publish import publish_json
+from pipeline.engine.checkpoint import newest_verified, save
 from pipeline.errors import CheckpointError
-from pipeline.rundir import RunDir
-from pipeline.train.checkpoint import newest_verified, save
+from pipeline.run.rundir import RunDir
 
 Damage = Callable[[bytes, random.Random], bytes]
 

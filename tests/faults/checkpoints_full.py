@@ -22,8 +22,7 @@ from typing import Any
 from faults import traced, training, zygote
 from faults.table import Injection, Row, spread, tried
 from faults.training import PHASE, STAGE, TRAIN
-
-from pipeline.rundir import RunDir, read_jsonl
+from pipeline.run.rundir import RunDir, read_jsonl
 
 STEPS, EVERY = PHASE.steps, TRAIN.checkpoint_every
 DISK_MB = 8
@@ -74,7 +73,7 @@ def small_disk(folder: Path) -> Iterator[Path]:
 
 def starved(run: str, samples: Path, full_at: int, free_at: int, left_kb: int) -> None:
     """In the trial: train, filling and emptying the disk right before the saves of two steps."""
-    from pipeline.train import pretrain
+    from pipeline.pretrain import loop as pretrain
 
     filler = Path(run).parent / "filler"
     save: Any = pretrain.Trainer.save

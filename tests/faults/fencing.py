@@ -22,18 +22,17 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from data_prep.publish import publish_json
 from faults import traced, training, zygote
 from faults.checkpoints import INTERVAL, KEEP, SAVED, after_history, history, same
 from faults.checkpoints_full import traced_training, undisturbed
 from faults.starts import begun
 from faults.table import Injection, Row, share, spread, tried
 from faults.training import PHASE, STAGE
-
-from data_prep.publish import publish_json
+from pipeline.engine.checkpoint import lineage, listing, newest_verified
 from pipeline.errors import InUseError
-from pipeline.rundir import RunDir
-from pipeline.train.checkpoint import lineage, listing, newest_verified
-from running import command
+from pipeline.run.rundir import RunDir
+from support.running import command
 
 NAMED = re.compile(r"process \d+ on \S+, since \d{4}-\d\d-\d\d \d\d:\d\d:\d\d")
 COMMITS = {"mkdir": 3, "fsync": 7, "rename": 3, "unlinkat": 2, "write": 8, "openat": 12}  # last number tried of each

@@ -35,8 +35,7 @@ from faults.outcome import (
 from faults.starts import Start, begun, in_lanes
 from faults.table import Injection, Row, share, tried
 from faults.training import STAGE
-
-from pipeline.train import checkpoint_folder
+from pipeline.engine import checkpoint_folder
 
 SHAPE = {"steps": STEPS, "global_batch": BATCH, "micro_batch": 2, "eval_every": 8, "checkpoint_every": EVERY}
 WORLDS, FEW = (1, 2, 3, 4, 5, 7, 8), (1, 2, 3, 5)  # where all take too long, the few
@@ -300,7 +299,7 @@ def stopping_after(steps: int) -> Callable[[int], None]:
     """For each rank: have rank 0 ask for a stop, so that the start ends after this number of steps."""
 
     def before(rank: int) -> None:
-        from pipeline.preempt import StopRequest
+        from pipeline.node.preempt import StopRequest
 
         finished: list[float] = []
 

@@ -17,10 +17,9 @@ from typing import Any
 
 from faults import training, zygote
 from faults.table import Injection, Row, tried
-
+from pipeline.engine import checkpoint_folder
+from pipeline.engine.checkpoint_folder import MANIFEST
 from pipeline.errors import CheckpointError
-from pipeline.train import checkpoint_folder
-from pipeline.train.checkpoint_folder import MANIFEST
 
 REFUSED, SAID, SILENT = "refused, exit 4", "said, training goes on", "not asked"
 

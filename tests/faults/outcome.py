@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import h5py
+
 from faults.starts import SAMPLES
 from faults.training import STAGE
-
-from pipeline.rundir import Attempt, RunDir, StageDir, read_json, read_jsonl
-from pipeline.train import checkpoint_folder
+from pipeline.engine import checkpoint_folder
+from pipeline.run.rundir import Attempt, RunDir, StageDir, read_json, read_jsonl
 
 STEPS, BATCH, EVERY = 24, 9, 2  # of a training; samples in a step; steps between checkpoints
 STEP_FIGURES = ("samples", "loss", "mlm_loss", "nsp_loss", "grad_norm", "learning_rate")
@@ -101,7 +101,7 @@ def noting_reads(run: RunDir) -> Callable[[int], None]:
     """For each rank: have it note the content of every training sample that it reads, by position in the order."""
 
     def before(rank: int) -> None:
-        from pipeline.train.data import PretrainingData
+        from pipeline.pretrain.data import PretrainingData
 
         read = PretrainingData.read
 

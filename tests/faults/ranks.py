@@ -24,8 +24,7 @@ from faults.outcome import EVERY, STEPS, Facts, final_digest, saved
 from faults.starts import LANES, SAMPLES, Start, begun, in_lanes
 from faults.table import Injection, Row, share, spread
 from faults.training import STAGE
-
-from pipeline.rundir import RunDir, read_json
+from pipeline.run.rundir import RunDir, read_json
 
 WORLD = 3
 TRAINING = {**SHAPE, "keep_checkpoints": STEPS}
@@ -81,8 +80,8 @@ def hanging(mark: Path, case: Facts) -> Before:
     """For each rank: have the victim hang in the given way in the given step."""
 
     def before(rank: int) -> None:
-        from pipeline import supervise
-        from pipeline.train.data import PretrainingData
+        from pipeline.node import supervise
+        from pipeline.pretrain.data import PretrainingData
 
         for name, value in case["limits"].items():
             setattr(supervise, name, value)
@@ -171,7 +170,7 @@ def slowed(case: Facts, folder: Path) -> Facts:
 
 
 def peers_window() -> int:
-    from pipeline.train import peers
+    from pipeline.engine import peers
 
     return peers.WINDOW
 
@@ -180,7 +179,7 @@ def at_half_speed(victim: int | None) -> Before:
     """For each rank: add seconds to each micro-batch, twice as many where it is the victim."""
 
     def before(rank: int) -> None:
-        from pipeline.train.pretrain import Trainer
+        from pipeline.pretrain.loop import Trainer
 
         losses = Trainer.losses
 
@@ -232,7 +231,7 @@ def ids_of(run: RunDir, step: int, micro_batch: int) -> list[int]:
     """Ids of the samples of one micro-batch, from the order alone."""
     import numpy as np
 
-    from pipeline.train.data import SampleOrder
+    from pipeline.pretrain.data import SampleOrder
 
     rows = read_json(run.stage(SAMPLES).path / "manifest.json")["shards"][0]["rows"]
     first = (step - 1) * TRAINING["global_batch"] + micro_batch * TRAINING["micro_batch"]
@@ -246,7 +245,7 @@ def poisoning(case: Facts) -> Before:
     def before(rank: int) -> None:
         import torch
 
-        from pipeline.train.pretrain import Trainer
+        from pipeline.pretrain.loop import Trainer
 
         losses, left = Trainer.losses, [1 if case["once"] else 10]
 
@@ -312,7 +311,7 @@ def flipping(case: Facts) -> Before:
     def before(rank: int) -> None:
         import torch
 
-        from pipeline.train.pretrain import Trainer
+        from pipeline.pretrain.loop import Trainer
 
         if rank != case["rank"]:
             return

@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from faults import training, zygote
-
-from pipeline.chain import Chain
 from pipeline.config import DataConfig, Recipe, load_profile
-from pipeline.rundir import RunDir
+from pipeline.run.chain import Chain
+from pipeline.run.rundir import RunDir
 
 LANES = 3  # at once: more than this machine's cores, because a start also waits for disk and peers
 SAMPLES = f"samples_{training.SEQ_LEN}"

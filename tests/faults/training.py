@@ -13,9 +13,9 @@ from data_prep.hdf5 import Shard, write_shard
 from data_prep.manifest import publish_manifest
 from data_prep.publish import publish_json
 from pipeline.config import ModelConfig, OptimizerConfig, PhaseConfig, TrainConfig
-from pipeline.job import Job, Topology
-from pipeline.rundir import RunDir
-from pipeline.train.checkpoint import Checkpoint, newest_verified
+from pipeline.engine.checkpoint import Checkpoint, newest_verified
+from pipeline.node.job import Job, Topology
+from pipeline.run.rundir import RunDir
 
 STAGE, VOCAB, SEQ_LEN = "phase1", 64, 24
 MODEL = ModelConfig(
@@ -81,7 +81,7 @@ def train(run: Path, samples: Path, rank: int = 0, world_size: int = 1, launch: 
 
     Raises what ends the training; marks the stage done at its end.
     """
-    from pipeline.train import pretrain
+    from pipeline.pretrain import loop as pretrain
 
     threads = changes.pop("threads", 1)
     configs = [changed(config, changes) for config in (MODEL, TRAIN, OPTIMIZER, PHASE)]

@@ -9,9 +9,9 @@ import threading
 from pathlib import Path
 
 import torch
-from faults import checkpoints, traced, training
 
-from pipeline.train import checkpoint
+from faults import checkpoints, traced, training
+from pipeline.engine import checkpoint
 
 torch.set_num_threads(1)
 checkpoint.RETRY_S = 0.01

@@ -22,8 +22,8 @@ from pipeline.bert.heads import (
 )
 from pipeline.bert.packing import pack
 from pipeline.bert.weights import load_hugging_face, load_into
+from pipeline.engine import checkpoint
 from pipeline.errors import CheckpointError, ConfigError, run_command
-from pipeline.train import checkpoint
 
 SENTENCES = ["Über den Wolken, Café!", "the quick brown fox jumps over [MASK] lazy dogs", "naïve 2024-05-01 日本"]
 FILES = ["README.md", "config.json", "model.safetensors", "tokenizer_config.json", "vocab.txt"]

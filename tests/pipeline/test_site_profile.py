@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from pipeline.config import load_profile
-from running import ROOT, call
+from support.running import ROOT, call
 
 RECORDED = ROOT / "tests" / "slurm" / "golden" / "probe"
 SCONTROL = f"""#!/bin/sh

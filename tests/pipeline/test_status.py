@@ -13,14 +13,16 @@ import pytest
 
 from pipeline.config import load_profile, load_recipe
 from pipeline.errors import ConfigError
-from pipeline.journal import Journal, SentJob
-from pipeline.rundir import Attempt, RunDir, append_jsonl
+from pipeline.run.journal import Journal, SentJob
+from pipeline.run.rundir import Attempt, RunDir, append_jsonl
+from pipeline.run.state import Sent, survey
 from pipeline.stages import table
-from pipeline.status import Sent, look, show_log, survey
-from pipeline.watch import follow_log, goes_on, in_short, short_line, watch
-from running import call, command
+from pipeline.status import look, show_log
+from pipeline.watch import follow_log, goes_on, short_line, watch
+from pipeline.words import in_short
 from slurm import queue
 from slurm.queue import Job
+from support.running import call, command
 
 
 @pytest.fixture

@@ -1,0 +1,173 @@
+"""The two that the inference benchmark times: this product's forward and post-processing, and transformers'.
+
+Both compute the same model: the weights of ours are copied into theirs.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pipeline.bench.inputs import Pairs, settings_of, squad_of
+from pipeline.bert.heads import BertForQuestionAnswering, BertForSequenceClassification, initialised
+from pipeline.bert.packing import Batch
+from pipeline.bert.weights import load_into
+from pipeline.engine.precision import AUTOCAST
+from pipeline.finetune.fit import packed
+from pipeline.finetune.glue import TASKS, Table
+from pipeline.finetune.model_folder import HEADS, POOLER, ModelFolder
+from pipeline.finetune.options import SQUAD
+from pipeline.finetune.problems import GlueProblem, SquadProblem
+from pipeline.finetune.samples import Samples
+
+PAIR_TASK = TASKS["mrpc"]  # two texts, two classes
+N_BEST, LONGEST_ANSWER = 20, 30
+
+
+class Engine(Protocol):
+    """One way from text to answers, for sequences of one task."""
+
+    name: str
+
+    def inputs(self, samples: Samples) -> Any:
+        """Tokenised samples as this engine's forward wants them, on the device."""
+
+    def forward(self, inputs: Any) -> tuple[Tensor, ...]:
+        """Logits: ``(start [N, L], end [N, L])`` or ``(classes [N, 2],)``; computed when it returns."""
+
+    def answers(self, pairs: Pairs) -> list[str]:
+        """The whole way: an answer or a class for each pair of texts."""
+
+
+class Pipeline:
+    """This product: WordPiece, packing without pads, our model, the post-processing of `pipeline.finetune`."""
+
+    name = "pipeline"
+
+    def __init__(self, task: str, folder: ModelFolder, seq_len: int, device: torch.device, precision: str) -> None:
+        self.device, self.seq_len = device, seq_len
+        settings = settings_of(seq_len)
+        self.squad = SquadProblem(settings, folder.tokenizer) if task == SQUAD else None
+        self.glue = GlueProblem(PAIR_TASK, settings, folder.tokenizer)
+        self.model = model_of(task, folder).to(device, AUTOCAST.get(precision, torch.float32))
+
+    def ask(self, pairs: Pairs) -> Samples:
+        """The pairs as samples, one each, which the next judgement refers to."""
+        if self.squad:
+            return self.squad.ask(squad_of(pairs))
+        columns = ([first for first, _ in pairs], [second for _, second in pairs])
+        return self.glue.ask(Table(columns, None, list(range(len(pairs)))))
+
+    def inputs(self, samples: Samples) -> Batch:
+        return packed(samples, self.device, self.seq_len, predicting=True)
+
+    def forward(self, inputs: Batch) -> tuple[Tensor, ...]:
+        outputs = self.model(inputs)
+        _wait_for(self.device)
+        return outputs if isinstance(outputs, tuple) else (outputs,)
+
+    def answers(self, pairs: Pairs) -> list[str]:
+        logits = [values.float().cpu().numpy() for values in self.forward(self.inputs(self.ask(pairs)))]
+        if self.squad:
+            files, _ = self.squad.judge([np.stack(row, axis=-1) for row in zip(*logits, strict=True)])
+        else:
+            files, _ = self.glue.judge(list(logits[0]))
+        return list(files["predictions.json"].values())
+
+
+class Transformers:
+    """Hugging Face's tokenizer, model and the n-best decoding of its examples; padded to the longest of a batch."""
+
+    name = "transformers"
+
+    def __init__(self, ours: Pipeline, folder: ModelFolder) -> None:
+        import transformers
+
+        self.device, self.seq_len = ours.device, ours.seq_len
+        kind = transformers.BertForQuestionAnswering if ours.squad else transformers.BertForSequenceClassification
+        described = folder.config.to_hugging_face(vocab_size=folder.config.vocab_size)
+        model: nn.Module = kind(transformers.BertConfig(**described))
+        state = ours.model.state_dict()
+        own = model.state_dict().keys()
+        model.load_state_dict({name: tensor for name, tensor in state.items() if name in own})
+        self.model = model.to(ours.device, next(ours.model.parameters()).dtype).eval()
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder.path, local_files_only=True)
+        self.cut = "only_second" if ours.squad else "longest_first"
+
+    def inputs(self, samples: Samples) -> dict[str, Tensor]:
+        lengths = samples.lengths
+        real = np.arange(lengths.max()) < lengths[:, None]
+        ids = np.zeros(real.shape, np.int64)
+        ids[real] = samples.tokens
+        segments = (np.arange(lengths.max()) >= samples.b_start[:, None]) & real
+        made = {"input_ids": ids, "attention_mask": real.astype(np.int64), "token_type_ids": segments.astype(np.int64)}
+        return {name: torch.from_numpy(values).to(self.device) for name, values in made.items()}
+
+    def forward(self, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        outputs: tuple[Tensor, ...] = self.model(**inputs).to_tuple()
+        _wait_for(self.device)
+        return outputs
+
+    def answers(self, pairs: Pairs) -> list[str]:
+        encoded = self.tokenizer(
+            *map(list, zip(*pairs, strict=True)),
+            truncation=self.cut,
+            max_length=self.seq_len,
+            padding="longest",
+            return_tensors="pt",
+            return_offsets_mapping=self.cut == "only_second",
+        )
+        names = ("input_ids", "attention_mask", "token_type_ids")
+        outputs = self.forward({name: encoded[name].to(self.device) for name in names})
+        logits = [values.float().cpu().numpy() for values in outputs]
+        if self.cut != "only_second":
+            return [PAIR_TASK.labels[i] for i in logits[0].argmax(1).tolist()]
+        offsets = encoded["offset_mapping"].numpy()
+        inside = (encoded["token_type_ids"] * encoded["attention_mask"]).numpy().astype(bool)
+        return [
+            _best_text(start, end, offsets[i], inside[i], pairs[i][1])
+            for i, (start, end) in enumerate(zip(*logits, strict=True))
+        ]
+
+
+def _best_text(start: Any, end: Any, offsets: Any, inside: Any, context: str) -> str:
+    """The n-best answer of transformers' question answering examples: 20 starts, 20 ends, softmax, the best text."""
+    found = []
+    ends = [j for j in np.argsort(-end)[:N_BEST].tolist() if inside[j]]
+    for i in (i for i in np.argsort(-start)[:N_BEST].tolist() if inside[i]):
+        found += [(start[i] + end[j], i, j) for j in ends if i <= j < i + LONGEST_ANSWER]
+    best = sorted(found, reverse=True)[:N_BEST]
+    texts = [context[offsets[i][0] : offsets[j][1]] for _, i, j in best]
+    weights = np.exp([score - best[0][0] for score, _, _ in best])
+    answers = [{"text": text, "probability": p} for text, p in zip(texts, weights / weights.sum(), strict=True)]
+    return answers[0]["text"] if answers else ""
+
+
+def model_of(task: str, folder: ModelFolder) -> nn.Module:
+    """The task's model with the folder's encoder and a random head; all of it random when the folder has no weights."""
+    config = folder.config
+    generator = torch.Generator().manual_seed(0)
+    model: BertForQuestionAnswering | BertForSequenceClassification
+    if task == SQUAD:
+        model = initialised(BertForQuestionAnswering(config), generator)
+    else:
+        model = initialised(BertForSequenceClassification(config, len(PAIR_TASK.labels)), generator)
+    if any((folder.path / name).is_file() for name in ("model.safetensors", "pytorch_model.bin")):
+        _, state = folder.loaded
+        new = HEADS if any(name.startswith(POOLER) for name in state) else (*HEADS, POOLER)
+        load_into(model, state, origin=str(folder.path), new=new, drop=HEADS)
+    return model.eval()
+
+
+def transformers_is_there() -> bool:
+    """Whether the other engine can be timed here."""
+    return importlib.util.find_spec("transformers") is not None
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

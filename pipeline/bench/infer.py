@@ -1,0 +1,259 @@
+"""How fast a model answers: sequences per second and latency for SQuAD and GLUE inputs, beside transformers.
+
+The command ``python -m pipeline.bench infer`` and the stage ``inference``. The engines take turns within each
+measurement, so that what disturbs the machine disturbs both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from pipeline.config import PRECISIONS, InferenceConfig, restore
+from pipeline.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+    from pipeline.bench.engines import Engine
+    from pipeline.bench.inputs import Workload
+    from pipeline.finetune.model_folder import ModelFolder
+
+LEAST_ROUNDS = 5  # timed batches of each engine, however long they take
+MOST_BATCHES = 32  # different ones, prepared before timing
+PERCENTILES = (50, 90, 95, 99)
+Row = dict[str, Any]
+Timed = Mapping[str, Callable[[int], object]]  # by engine: what is timed, given the number of the round
+
+
+class Job(Protocol):
+    """What the benchmark needs of its caller; `pipeline.node.job.Job` has it."""
+
+    @property
+    def threads(self) -> int: ...
+    def say(self, line: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class CommandJob:
+    """A job without a run; lines go nowhere: the command prints the table itself."""
+
+    threads: int
+
+    def say(self, line: str) -> None:
+        """Nothing."""
+
+
+def run(job: Job, *, config: InferenceConfig, model: Path, text: Path | None = None) -> dict[str, Any]:
+    """Stage ``inference``: time the Hugging Face folder ``model`` on ``text``, a file in SQuAD's format.
+
+    Returns ``rows``, ``device``, ``threads`` and ``text``. A row has task, seq_len, batch, engine, part
+    ("forward": prepared tokens to logits; "end_to_end": text to answers or labels), lengths ("real", or "full":
+    every sequence is seq_len long), mean_tokens, precision, sequences_per_s, latency_ms of one batch, and rounds,
+    how many were timed. Without transformers its rows are left out and one line says so. Raises ConfigError,
+    DataError, CheckpointError and EnvironmentFault.
+    """
+    import torch
+
+    from pipeline.bench.engines import transformers_is_there
+    from pipeline.bench.inputs import workloads
+    from pipeline.engine.precision import autocast_for
+    from pipeline.finetune.loop import chosen_device
+    from pipeline.finetune.model_folder import ModelFolder
+
+    folder, device = ModelFolder(model), chosen_device()
+    longest = folder.config.max_position_embeddings
+    for key in ("squad_seq_len", "glue_seq_len"):
+        if getattr(config, key) > longest:
+            raise ConfigError(f"inference.{key} = {getattr(config, key)} exceeds the model's {longest} positions")
+    autocast_for(config.precision, device)  # refuses, or sets the matmuls of tf32
+    torch.set_num_threads(job.threads)
+    compare = config.compare and transformers_is_there()
+    if config.compare and not compare:
+        job.say("transformers is not installed, so its rows are left out (pip install transformers)")
+    found: list[Row] = []
+    with torch.inference_mode():
+        for workload in workloads(config, text, folder.tokenizer):
+            found += rows_of(workload, folder, config, device, compare=compare)
+    result = {
+        "rows": found,
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "text": text.name if text else "words of the vocabulary",
+    }
+    for line in filter(None, table(result)):
+        job.say(line)
+    return result
+
+
+def rows_of(
+    workload: Workload, folder: ModelFolder, config: InferenceConfig, device: torch.device, *, compare: bool
+) -> Iterator[Row]:
+    """All rows of one task: real and full lengths, forward and end to end, every batch size, both engines."""
+    import numpy as np
+
+    from pipeline.bench.engines import Pipeline, Transformers
+    from pipeline.bench.inputs import full_samples
+
+    ours = Pipeline(workload.task, folder, workload.seq_len, device, config.precision)
+    engines: list[Engine] = [ours, Transformers(ours, folder)] if compare else [ours]
+    samples = ours.ask(workload.pairs)
+    order = np.random.default_rng(0).permutation(len(workload.pairs))
+    for batch in config.batches:
+        count = min(MOST_BATCHES, -(-len(order) // batch))
+        chosen = np.resize(order, (count, batch))
+        real = [samples.take(members) for members in chosen]
+        pairs = [[workload.pairs[i] for i in members] for members in chosen.tolist()]
+        full = [full_samples(batch, workload.seq_len, folder.config.vocab_size)]
+        for lengths, part, batches in (
+            ("real", "forward", real),
+            ("real", "end_to_end", pairs),
+            ("full", "forward", full),
+        ):
+            if part == "forward":
+                timed = {engine.name: _forward_of(engine, batches) for engine in engines}
+            else:
+                timed = {engine.name: _answers_of(engine, batches) for engine in engines}
+            whole = full if lengths == "full" else real
+            tokens = sum(len(each.tokens) for each in whole) / (len(whole) * batch)
+            for name, times in interleaved(timed, config.seconds).items():
+                yield {
+                    "task": workload.task,
+                    "seq_len": workload.seq_len,
+                    "batch": batch,
+                    "engine": name,
+                    "part": part,
+                    "lengths": lengths,
+                    "mean_tokens": round(tokens, 1),
+                    "precision": config.precision,
+                    "sequences_per_s": round(batch * len(times) / sum(times), 3),
+                    "latency_ms": {f"p{p}": round(1e3 * float(np.percentile(times, p)), 3) for p in PERCENTILES},
+                    "rounds": len(times),
+                }
+
+
+def _forward_of(engine: Engine, batches: list[Any]) -> Callable[[int], object]:
+    prepared = [engine.inputs(samples) for samples in batches]
+    return lambda number: engine.forward(prepared[number % len(prepared)])
+
+
+def _answers_of(engine: Engine, batches: list[Any]) -> Callable[[int], object]:
+    return lambda number: engine.answers(batches[number % len(batches)])
+
+
+def interleaved(
+    timed: Timed, seconds: float, *, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
+    """Seconds of each call by name: the names take turns round by round, the first of a round alternating.
+
+    Ends when all rounds together took ``seconds`` per name, after `LEAST_ROUNDS`. A first, untimed round warms up.
+    """
+    for call in timed.values():
+        call(0)
+    times: dict[str, list[float]] = {name: [] for name in timed}
+    number, spent = 0, 0.0
+    while number < LEAST_ROUNDS or spent < seconds * len(timed):
+        names = list(timed)
+        for name in names if number % 2 == 0 else reversed(names):
+            began = clock()
+            timed[name](number)
+            times[name].append(clock() - began)
+            spent += times[name][-1]
+        number += 1
+    return times
+
+
+def device_name(device: torch.device) -> str:
+    """What people call the device."""
+    import torch
+
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else ():
+        if line.startswith("model name"):
+            return f"CPU {line.partition(':')[2].strip()}"
+    return f"CPU {platform.machine()}"
+
+
+def table(result: Mapping[str, Any]) -> Iterator[str]:
+    """The result as lines for people; a line of ours ends with its speed relative to transformers', if measured."""
+    yield f"{result['device']}, {result['threads']} threads; real lengths: {result['text']}"
+    head = ""
+    for row in result["rows"]:
+        title = f"{row['task']} at {row['seq_len']} tokens, {row['precision']}"
+        if title != head:
+            head = title
+            yield ""
+            yield f"{title:39}{'sequences/s':>13}" + "".join(f"{f'p{p} ms':>10}" for p in PERCENTILES) + f"{'ratio':>8}"
+        keys = ("task", "batch", "part", "lengths")
+        peers = [r for r in result["rows"] if all(r[k] == row[k] for k in keys) and r["engine"] != row["engine"]]
+        ratio = f"{row['sequences_per_s'] / peers[0]['sequences_per_s']:8.2f}" if peers else ""
+        what = f"{row['lengths']} ({row['mean_tokens']:.0f}) {row['part'].replace('_', ' ')}"
+        figures = "".join(f"{row['latency_ms'][f'p{p}']:10.2f}" for p in PERCENTILES)
+        shown = ratio if row["engine"] == "pipeline" else ""
+        yield f"{row['batch']:4} {what:22} {row['engine']:12}{row['sequences_per_s']:12.1f}{figures}{shown}"
+
+
+def main() -> int:
+    """Parse the command line, measure, print the table or the JSON."""
+    options = _parser().parse_args()
+    config = _config(options)
+    if options.threads < 1:
+        raise ConfigError(f"--threads {options.threads}: must be at least 1")
+    with tempfile.TemporaryDirectory() as scratch:
+        model = Path(options.model)
+        if not model.is_dir():
+            from pipeline.bench.inputs import write_shape
+
+            model = Path(scratch)
+            write_shape(options.model, model)
+        result = run(CommandJob(options.threads), config=config, model=model, text=options.text)
+    print(json.dumps(result, indent=1) if options.json else "\n".join(table(result)))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m pipeline.bench", description=__doc__)
+    infer = parser.add_subparsers(required=True, metavar="COMMAND").add_parser("infer", help="time inference")
+    shown = {field.name: field.default for field in fields(InferenceConfig)}
+    infer.add_argument(
+        "--model",
+        default="base",
+        metavar="FOLDER",
+        help="a Hugging Face folder; base or large: that shape with random weights (default: base)",
+    )
+    infer.add_argument("--text", type=Path, metavar="FILE", help="SQuAD-format file to ask (default: invented texts)")
+    infer.add_argument("--batches", default="1,8,32", metavar="N,N", help="sequences (default: %(default)s)")
+    infer.add_argument(
+        "--seq", default="", metavar="TASK=N,…", help="tokens of squad and glue (default: squad=384,glue=128)"
+    )
+    infer.add_argument("--seconds", type=float, default=shown["seconds"], help="per row (default: %(default)s)")
+    infer.add_argument("--precision", choices=PRECISIONS, default="fp32", help="default: %(default)s")
+    infer.add_argument("--threads", type=int, default=os.cpu_count() or 1, metavar="N", help="CPU threads")
+    infer.add_argument("--alone", action="store_true", help="do not time transformers")
+    infer.add_argument("--json", action="store_true", help="print the rows as JSON")
+    return parser
+
+
+def _config(options: argparse.Namespace) -> InferenceConfig:
+    """The command line as configuration; ConfigError with a line for each bad value."""
+    given: dict[str, Any] = {
+        "batches": [int(n) if n.isdigit() else n for n in options.batches.split(",")],
+        "seconds": options.seconds,
+        "precision": options.precision,
+        "compare": not options.alone,
+    }
+    for setting in filter(None, options.seq.split(",")):
+        task, equals, tokens = setting.partition("=")
+        if task not in ("squad", "glue") or not equals:
+            raise ConfigError(f"--seq {setting}: write it as squad=384,glue=128")
+        given[f"{task}_seq_len"] = int(tokens) if tokens.isdigit() else tokens
+    return restore(InferenceConfig, given, "command line")

@@ -1,0 +1,144 @@
+"""What the inference benchmark asks: real questions on real paragraphs, or invented ones of like lengths."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data_prep.publish import publish_json, publish_text
+from data_prep.wordpiece import SPECIAL
+from pipeline.bert.config import BertConfig, padded_vocab
+from pipeline.config import FinetuneConfig, InferenceConfig
+from pipeline.errors import ConfigError
+from pipeline.finetune.options import SQUAD, defaults
+from pipeline.finetune.problems import SquadProblem, Tokenizer
+from pipeline.finetune.samples import Samples
+from pipeline.finetune.squad import Question, Squad, read_squad, split_words
+
+GLUE = "glue"
+PAIRS = 256  # as many different sequences as are asked, in turn
+QUESTION_TOKENS = 12  # of a full-length sequence
+SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
+SIZES = {
+    "base": {},
+    "large": {
+        "hidden_size": 1024,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "intermediate_size": 4096,
+    },
+}
+VOCAB_SIZE = 30522  # of a model with random weights
+
+Pairs = list[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One task's inputs: pairs of texts that fit into ``seq_len`` tokens, and where they are from."""
+
+    task: str
+    seq_len: int
+    pairs: Pairs
+
+
+def workloads(config: InferenceConfig, text: Path | None, tokenizer: Tokenizer) -> list[Workload]:
+    """SQuAD (question, paragraph) and GLUE (question, one sentence of the paragraph, as in QNLI).
+
+    They are drawn evenly from ``text``, a file in SQuAD's format; without one they are made of the vocabulary's
+    words, about as long as SQuAD's. A paragraph beyond one window is cut to its first. DataError for a bad file.
+    """
+    squad = _evenly(read_squad(text, version_2=True, answers=False)) if text else invented(tokenizer)
+    asked = [(question.text, squad.contexts[question.context]) for question in squad.questions]
+    first = [(q.text, _sentence(squad.contexts[q.context], q)) for q in squad.questions]
+    return [
+        Workload(SQUAD, config.squad_seq_len, cut_to_one_window(asked, config.squad_seq_len, tokenizer)),
+        Workload(GLUE, config.glue_seq_len, cut_to_one_window(first, config.glue_seq_len, tokenizer)),
+    ]
+
+
+def _evenly(squad: Squad) -> Squad:
+    """At most `PAIRS` questions, from all over the file."""
+    chosen = np.linspace(0, len(squad.questions) - 1, min(PAIRS, len(squad.questions))).round().astype(int)
+    return Squad(squad.contexts, [squad.questions[i] for i in chosen.tolist()])
+
+
+def _sentence(context: str, question: Question) -> str:
+    """The sentence that holds the first answer, else the paragraph's first."""
+    position = question.answers[0][1] if question.answers else 0
+    ends = [match.end() for match in SENTENCE_END.finditer(context)]
+    begin = max((end for end in ends if end <= position), default=0)
+    return context[begin : min((end for end in ends if end > position), default=len(context))].strip()
+
+
+def settings_of(seq_len: int) -> FinetuneConfig:
+    """SQuAD's settings for windows of ``seq_len`` tokens; a question may take a quarter of them, at most 64."""
+    return defaults(SQUAD, dataset="benchmark", max_seq_len=seq_len, max_query_length=min(64, seq_len // 4))
+
+
+def cut_to_one_window(pairs: Pairs, seq_len: int, tokenizer: Tokenizer) -> Pairs:
+    """The pairs with every second text cut behind the last word that fits into the first window of its question."""
+    problem = SquadProblem(settings_of(seq_len), tokenizer)
+    problem.ask(squad_of(pairs))
+    windows: dict[int, int] = {}
+    for feature in problem.features:
+        windows[feature.question.context] = feature.window + 1
+    kept: Pairs = []
+    for feature in problem.features:
+        if feature.window == 0:
+            question, context = pairs[feature.question.context]
+            whole = windows[feature.question.context] == 1
+            words = split_words(context)[0]
+            kept.append((question, context if whole else " ".join(words[: int(feature.word[-1])]) or words[0]))
+    return kept
+
+
+def squad_of(pairs: Pairs) -> Squad:
+    """Each pair as a question on a paragraph of its own."""
+    questions = [Question(str(i), question, i, ()) for i, (question, _) in enumerate(pairs)]
+    return Squad([context for _, context in pairs], questions)
+
+
+def invented(tokenizer: Tokenizer) -> Squad:
+    """Questions and paragraphs of words of the vocabulary, about as long as those of SQuAD v1.1 (10 and 120 words)."""
+    generator = np.random.default_rng(0)
+    tokens = tokenizer.encoder.vocabulary.tokens
+    words = [t for t in tokens if t.isalpha() and len(t) > 2] or [t for t in tokens if t.isalnum()] or list(tokens)
+
+    def text(mean: float, end: str) -> str:
+        sentences = []
+        while mean > 0:
+            count = max(3, round(generator.lognormal(np.log(min(mean, 20)), 0.35)))
+            sentences.append(" ".join(generator.choice(words, count)) + end)
+            mean -= count
+        return " ".join(sentences)
+
+    lengths = generator.lognormal(np.log(112), 0.4, PAIRS)
+    contexts = [text(length, ".") for length in lengths.tolist()]
+    return Squad(contexts, [Question(str(i), text(10, "?"), i, ()) for i in range(PAIRS)])
+
+
+def full_samples(count: int, seq_len: int, vocab_size: int) -> Samples:
+    """``count`` samples of exactly ``seq_len`` arbitrary tokens."""
+    tokens = np.random.default_rng(0).integers(vocab_size, size=count * seq_len)
+    return Samples(tokens, np.arange(count + 1) * seq_len, np.full(count, min(QUESTION_TOKENS, seq_len)))
+
+
+def write_shape(size: str, to: Path) -> None:
+    """A folder ``to`` with configuration and an invented vocabulary, but no weights, of BERT ``base`` or ``large``."""
+    if size not in SIZES:
+        raise ConfigError(f"--model {size}: no such folder; give one, or {' or '.join(SIZES)} for random weights")
+    config = BertConfig(vocab_size=padded_vocab(VOCAB_SIZE), **SIZES[size])  # type: ignore[arg-type]
+    syllables = [consonant + vowel for consonant in "bcdfghjklmnprstvwz" for vowel in "aeiou"]
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789.,?!'-"
+    tokens = [*SPECIAL.values(), *letters, *(f"##{letter}" for letter in letters), *syllables]
+    tokens += [first + second for first in syllables for second in syllables]
+    tokens += [f"##{first}{second}" for first in syllables for second in syllables]
+    third = (first + second + third for first in syllables for second in syllables for third in syllables)
+    tokens += [token for token, _ in zip(third, range(VOCAB_SIZE - len(tokens)), strict=False)]
+    publish_text(to / "vocab.txt", "".join(f"{token}\n" for token in tokens))
+    publish_json(to / "config.json", config.to_hugging_face(vocab_size=VOCAB_SIZE))
+    publish_json(to / "tokenizer_config.json", {"tokenizer_class": "BertTokenizer", "do_lower_case": True})

@@ -1,0 +1,67 @@
+"""The record of a training: where rank 0's time went, and one line per logged step in ``metrics.jsonl``."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from pipeline.node.job import Job
+from pipeline.run.rundir import append_jsonl
+
+Part = Literal["data", "compute", "communication", "checkpoint", "evaluation"]
+PARTS: tuple[Part, ...] = ("data", "compute", "communication", "checkpoint", "evaluation")
+
+
+class Clock:
+    """Seconds of one process by part; what no part claims is ``other``. Parts do not nest.
+
+    On a GPU, time counts where the host waits for it.
+    """
+
+    def __init__(self) -> None:
+        self.since = time.time()
+        self._mark = time.perf_counter()
+        self._spent: dict[str, float] = dict.fromkeys(PARTS, 0.0)
+        self.unwritten: list[dict[str, Any]] = []  # lines that a full disk did not take yet
+
+    @contextlib.contextmanager
+    def spent(self, part: Part) -> Iterator[None]:
+        """Account the time inside to ``part``."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._spent[part] += time.perf_counter() - began
+
+    def so_far(self, part: Part) -> float:
+        """Seconds of ``part`` since the last ``take``."""
+        return self._spent[part]
+
+    def take(self) -> dict[str, Any]:
+        """``since``, ``time`` (Unix seconds) and ``spent_s``, whose values sum to their difference; starts anew."""
+        now, mark = time.time(), time.perf_counter()
+        spent = {**self._spent, "other": mark - self._mark - sum(self._spent.values())}
+        taken = {
+            "since": self.since,
+            "time": self.since + (mark - self._mark),
+            "spent_s": {part: round(seconds, 6) for part, seconds in spent.items()},
+        }
+        self.since, self._mark, self._spent = now, mark, dict.fromkeys(PARTS, 0.0)
+        return taken
+
+
+def write_line(job: Job, clock: Clock, step: int, **figures: Any) -> dict[str, Any]:
+    """Append one line to the attempt's metrics.jsonl, rank 0 only; returns it.
+
+    Training does not end because a disk is full: lines wait until it takes them.
+    """
+    line = {"stage": job.stage, "attempt": job.attempt.number, "step": step, **clock.take(), **figures}
+    if job.rank == 0:
+        clock.unwritten.append(line)
+        with contextlib.suppress(OSError):
+            while clock.unwritten:
+                append_jsonl(job.attempt.metrics, clock.unwritten[0])
+                del clock.unwritten[0]
+    return line

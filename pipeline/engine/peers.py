@@ -1,0 +1,184 @@
+"""What the ranks of one training know of each other: that they run the same program, compute the same parameters,
+and which of them is slow.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import socket
+import statistics
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from data_prep.publish import file_sha256
+from pipeline.errors import EnvironmentFault, NodeFault, PeerLost
+from pipeline.node.distributed import Group
+from pipeline.node.job import Job
+
+RECORD_BYTES = 2048
+MUST_AGREE = ("config", "code", "torch", "numpy", "threads")
+SLOW = 1.43  # times the others' median: their share of it is below 0.7
+WINDOW = 20  # steps
+LEAST_LOSS_S = 1.0  # in a window; less is noise
+
+
+def introduction(config: Mapping[str, Any], threads: int, device: torch.device) -> dict[str, Any]:
+    """What a rank says of itself: host, a hash of its configuration and of the package's code, versions, GPU."""
+    return {
+        "host": socket.gethostname(),
+        "config": _digest(json.dumps(config, sort_keys=True).encode()),
+        "code": code_digest(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "threads": threads,
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else "",
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def code_digest() -> str:
+    """One hash of the sources of pipeline and data_prep, as they lie beside this file."""
+    root = Path(__file__).parents[2]
+    files = sorted(path for package in ("pipeline", "data_prep") for path in (root / package).rglob("*.py"))
+    return _digest("".join(f"{path.relative_to(root)} {file_sha256(path)}\n" for path in files).encode())
+
+
+def introduced(own: Mapping[str, Any], group: Group, device: torch.device) -> list[dict[str, Any]]:
+    """Every rank's introduction, by rank. JSON in tensors of one size: objects would travel as pickles."""
+    if group is None:
+        return [dict(own)]
+    text = json.dumps(own).encode().ljust(RECORD_BYTES)
+    if len(text) > RECORD_BYTES:
+        raise ValueError(f"a rank's introduction has {len(text)} bytes, {RECORD_BYTES} are allowed")
+    mine = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(device)
+    found = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(found, mine, group=group)
+    return [json.loads(bytes(record.cpu().numpy()).decode()) for record in found]
+
+
+def check_same(ranks: Sequence[Mapping[str, Any]], *, allow_mixed: bool) -> list[str]:
+    """Lines to say about differences that only change bits.
+
+    Raises EnvironmentFault naming host and field where ranks run another program, or other GPUs without
+    ``allow_mixed``: their gradients would be added all the same.
+    """
+    wanted = [*MUST_AGREE, *([] if allow_mixed else ["gpu"])]
+    for field in wanted:
+        for rank, record in enumerate(ranks):
+            if record[field] != ranks[0][field]:
+                hint = "; --allow-mixed lets them train together" if field == "gpu" else ""
+                raise EnvironmentFault(
+                    f"rank {rank} on {record['host']} has {field} {record[field] or 'none'}, rank 0 on "
+                    f"{ranks[0]['host']} has {ranks[0][field] or 'none'}: all ranks must run the same{hint}"
+                )
+    return [
+        f"{field} differs between the ranks ({', '.join(sorted({str(record[field]) for record in ranks}))})"
+        for field in ("python", "cpu", "gpu")
+        if len({record[field] for record in ranks}) > 1
+    ]
+
+
+class Peers:
+    """The ranks of one attempt, introduced to each other and known to run the same program.
+
+    Raises EnvironmentFault when they do not. ``own`` is this rank's introduction.
+    """
+
+    def __init__(self, job: Job, group: Group, device: torch.device, config: Mapping[str, Any], shares: Sequence[int]):
+        self.job, self.group, self.shares = job, group, shares
+        self.own = introduction(config, job.threads, device)
+        ranks = introduced(self.own, group, device)
+        self.hosts = [str(record["host"]) for record in ranks]
+        self.mixed = bool(job.run.settings.get("allow_mixed"))
+        for line in check_same(ranks, allow_mixed=self.mixed):
+            job.say(line)
+        self._slow = SlowRanks()
+
+    def compare(self, state: Iterable[Tensor], step: int) -> None:
+        """Raise NodeFault or PeerLost on every rank when the ranks' ``state`` differs; that of mixed GPUs may."""
+        if not self.mixed:
+            check_state(state, step, self.hosts, self.group)
+
+    def put_slow_on_record(self, seconds: Sequence[float], step: int) -> None:
+        """Take the ranks' compute seconds of a step; whoever turns out slow is warned of and goes into the events."""
+        for rank, ratio in self._slow.add(seconds, self.shares):
+            if self.job.rank != 0:
+                continue
+            host, attempt = self.hosts[rank], self.job.attempt.number
+            self.job.warn(f"rank {rank} on {host} is slow: {ratio:.1f} times the others over {WINDOW} steps")
+            facts = {"stage": self.job.stage, "attempt": attempt, "step": step, "rank": rank, "host": host}
+            self.job.run.event("slow_rank", **facts, ratio=round(ratio, 3))
+
+
+class SlowRanks:
+    """Finds ranks that need much longer for a micro-batch than the others (a score below 0.7, as others call it)."""
+
+    def __init__(self) -> None:
+        self._window: deque[Sequence[float]] = deque(maxlen=WINDOW)
+        self._named: set[int] = set()
+
+    def add(self, seconds: Sequence[float], micro_batches: Sequence[int]) -> list[tuple[int, float]]:
+        """Take one step's compute seconds and micro-batch counts by rank.
+
+        Returns the ``(rank, times the others' median)`` of ranks found slow over the last 20 steps, each once.
+        """
+        self._window.append([s / n if n else 0.0 for s, n in zip(seconds, micro_batches, strict=True)])
+        if len(self._window) < WINDOW:
+            return []
+        typical = [statistics.median(column) for column in zip(*self._window, strict=True)]
+        found = []
+        for rank, own in enumerate(typical):
+            others = [value for other, value in enumerate(typical) if other != rank and value > 0]
+            if rank in self._named or not others or own <= 0:
+                continue
+            usual = statistics.median(others)
+            if own > SLOW * usual and (own - usual) * micro_batches[rank] * WINDOW > LEAST_LOSS_S:
+                self._named.add(rank)
+                found.append((rank, own / usual))
+        return found
+
+
+def digest(tensors: Iterable[Tensor]) -> Tensor:
+    """One int64 [] over float32 tensors: the sum of their bit patterns, which any single flipped bit changes."""
+    sums = [tensor.detach().view(torch.int32).sum(dtype=torch.int64) for tensor in tensors]
+    return torch.stack(sums).sum()
+
+
+def check_state(state: Iterable[Tensor], step: int, hosts: Sequence[str], group: Group) -> None:
+    """Compare parameters and moments of all ranks; every rank raises when they are not the same.
+
+    NodeFault (77) names the ranks and hosts that differ from the majority; PeerLost (76) when there is none.
+    """
+    if group is None:
+        return
+    own = digest(state)
+    found = [torch.empty_like(own) for _ in hosts]
+    dist.all_gather(found, own, group=group)
+    digests = [int(value) for value in found]
+    if len(set(digests)) == 1:
+        return
+    usual = statistics.mode(digests)
+    others = [rank for rank, digest in enumerate(digests) if digest != usual]
+    again = "nothing of it was saved; training starts again from the last checkpoint"
+    if 2 * len(others) >= len(digests):
+        raise PeerLost(f"step {step}: the ranks' parameters or moments differ and no majority agrees; {again}")
+    named = ", ".join(f"{rank} on {hosts[rank]}" for rank in others)
+    raise NodeFault(
+        f"step {step}: parameters or moments of rank {named} differ from those of the "
+        f"{len(digests) - len(others)} others; {again}",
+        tuple(sorted({hosts[rank] for rank in others})),
+    )
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]

@@ -1,0 +1,92 @@
+"""The files that a recipe reads: where they are, which they are, and whether the disk holds what is made of them."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import Recipe
+from pipeline.errors import ConfigError, StorageError
+from pipeline.run.rundir import RunDir, read_json
+from pipeline.stages import TASKS
+
+
+def missing(run: RunDir, recipe: Recipe, data_dir: Path) -> list[Path]:
+    """Corpora that are not there and that the run does not know either."""
+    known = (read_json(run.path / "run.json") or {}).get("corpora", {})
+    return [data_dir / name for name in corpora_of(recipe) if name not in known and not (data_dir / name).exists()]
+
+
+def check(run: RunDir, recipe: Recipe, data_dir: Path, hint: str = "") -> None:
+    """ConfigError for missing corpora, StorageError for too little space, before anything is written."""
+    if absent := missing(run, recipe, data_dir):
+        raise ConfigError(
+            "\n".join(f"{path}: no such file; {hint}name the folder that has it with --data DIR" for path in absent)
+        )
+    needed = estimated_bytes(recipe, data_dir)
+    parent = next(p for p in [run.path, *run.path.resolve().parents] if p.exists())
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise StorageError(
+            f"{parent}: about {needed / 1e9:.1f} GB are needed for this run, {free / 1e9:.1f} GB are free"
+        )
+
+
+def corpora_of(recipe: Recipe) -> list[str]:
+    """Names of all files under --data that the recipe reads."""
+    data, tasks = recipe.data, [getattr(recipe, name) for name in TASKS]
+    names = [*data.wikipedia, *data.books, *data.jsonl, *([data.vocab] if data.vocab else [])]
+    return list(dict.fromkeys([*names, *(name for task in tasks if task for name in (task.train, task.eval))]))
+
+
+def estimated_bytes(recipe: Recipe, data_dir: Path) -> int:
+    """Rough need: clean text twice (documents, shards), samples of both lengths, three checkpoints a phase."""
+    grows = {".bz2": 2.5, ".gz": 2.0, ".xml": 0.6}  # compressed or marked-up bytes to bytes of clean text
+    text = sum(
+        size_of(data_dir / name) * grows.get(Path(name).suffix, 1.0)
+        for name in (*recipe.data.wikipedia, *recipe.data.books, *recipe.data.jsonl)
+    )
+    samples = 2 * recipe.data.dupe_factor * text / 4.4 * 2.2  # characters per token, bytes per token
+    model = recipe.model
+    parameters = recipe.data.vocab_size * model.hidden_size + model.num_hidden_layers * (
+        4 * model.hidden_size**2 + 2 * model.hidden_size * model.intermediate_size
+    )
+    return int(2 * text + samples + (recipe.train.keep_checkpoints + 1) * 2 * 12 * parameters)
+
+
+def size_of(path: Path) -> int:
+    if path.is_dir():
+        return sum(inner.stat().st_size for inner in path.rglob("*") if inner.is_file())
+    return path.stat().st_size if path.exists() else 0
+
+
+def identity_of(path: Path) -> dict[str, Any]:
+    """What tells one corpus from another without reading 20 GB: size, and a digest of first and last MiB.
+
+    For a folder: number of files, bytes, and a digest of the names and sizes.
+    """
+    if path.is_dir():
+        files = sorted(
+            (str(inner.relative_to(path)), inner.stat().st_size) for inner in path.rglob("*") if inner.is_file()
+        )
+        digest = hashlib.sha256(repr(files).encode()).hexdigest()
+        return {"files": len(files), "bytes": sum(size for _, size in files), "digest": digest[:16]}
+    if not path.is_file():
+        raise ConfigError(f"{path}: neither a file nor a folder")  # opening a pipe would wait for ever
+    size, mib = path.stat().st_size, 1 << 20
+    with open(path, "rb") as file:
+        ends = file.read(mib)
+        file.seek(max(mib, size - mib))
+        ends += file.read(mib)
+    return {"bytes": size, "digest": hashlib.sha256(ends).hexdigest()[:16]}
+
+
+def identities(run: RunDir, recipe: Recipe, data_dir: Path) -> dict[str, Any]:
+    """Identity of each corpus; what the run knows of it, or nothing, where the file is not here."""
+    known = (read_json(run.path / "run.json") or {}).get("corpora", {})
+    return {
+        name: identity_of(data_dir / name) if (data_dir / name).exists() else known.get(name)
+        for name in corpora_of(recipe)
+    }

@@ -1,0 +1,1 @@
+"""Around one process of a stage: which rank it is, its peers, its watcher, and being asked to stop."""

@@ -1,0 +1,95 @@
+"""The ranks of one attempt as a torch.distributed group, and a lost peer as one clear error."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore
+
+from data_prep.publish import publish_json
+from pipeline.errors import PeerLost
+from pipeline.node.job import Job
+
+PEER_TIMEOUT_S = 120.0  # longer than any honest wait between two collectives
+Group = dist.ProcessGroup | None
+
+
+def device_of(job: Job) -> torch.device:
+    """The GPU of this rank's local number among the visible ones, else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", job.topology.local_rank % torch.cuda.device_count())
+
+
+@contextlib.contextmanager
+def joined(job: Job, device: torch.device) -> Iterator[Group]:
+    """The group of all ranks of this attempt (None for a single one), left when the block ends.
+
+    Rank 0 listens on a port that the system chooses and publishes it, with the launch as nonce, in the attempt's
+    folder, readable by the owner only. Raises PeerLost when ranks do not come together or one goes away.
+    """
+    if job.world_size == 1:
+        yield None
+        return
+    host = rendezvous_host()
+    if host == "127.0.0.1":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    with peers_named(job):
+        store = _store(job, host, job.attempt.path / "rendezvous.json")
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=store,
+            rank=job.rank,
+            world_size=job.world_size,
+            timeout=datetime.timedelta(seconds=PEER_TIMEOUT_S),
+        )
+        try:
+            yield dist.group.WORLD
+        finally:
+            dist.destroy_process_group()
+
+
+def rendezvous_host() -> str:
+    """This machine's address for its peers: MASTER_ADDR if given, loopback outside Slurm, else the host name."""
+    return os.environ.get("MASTER_ADDR") or (socket.gethostname() if "SLURM_JOB_ID" in os.environ else "127.0.0.1")
+
+
+def _store(job: Job, host: str, meeting: Path) -> TCPStore:
+    timeout = datetime.timedelta(seconds=PEER_TIMEOUT_S)
+    if job.rank == 0:
+        store = TCPStore(host, 0, job.world_size, True, timeout=timeout, wait_for_workers=False)
+        previous = os.umask(0o077)
+        try:
+            publish_json(meeting, {"host": host, "port": store.port, "launch": job.topology.launch})
+        finally:
+            os.umask(previous)
+        return store
+    deadline = time.monotonic() + PEER_TIMEOUT_S
+    while not meeting.exists():
+        if time.monotonic() > deadline:
+            raise PeerLost(f"rank {job.rank} waited {PEER_TIMEOUT_S:.0f} s for rank 0 to open its port")
+        time.sleep(0.02)
+    found = json.loads(meeting.read_text(encoding="utf-8"))
+    return TCPStore(found["host"], found["port"], job.world_size, False, timeout=timeout)
+
+
+@contextlib.contextmanager
+def peers_named(job: Job) -> Iterator[None]:
+    """Turn torch's errors about a peer into PeerLost with rank and host."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        if isinstance(error, dist.DistError) or any(word in text for word in ("gloo", "NCCL", "Connection", "peer")):
+            first = text.strip().splitlines()[0]
+            raise PeerLost(f"rank {job.rank} on {socket.gethostname()} lost a peer: {first}") from error
+        raise

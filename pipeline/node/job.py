@@ -1,0 +1,86 @@
+"""What one process of a stage learns at run time: its folder, rank and attempt, and whether it was asked to stop."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pipeline.node.heartbeat import Heartbeat
+from pipeline.node.preempt import StopRequest
+from pipeline.run.rundir import Attempt, RunDir
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Which rank this process is, from the local runner's or Slurm's environment."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    launch: str  # the same for all ranks of one start, different for every start
+
+    @classmethod
+    def of(cls, environment: Mapping[str, str]) -> Topology:
+        """RANK, WORLD_SIZE, LOCAL_RANK first (the local runner, torchrun), then srun's variables, else one process."""
+        for names in (
+            ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+            ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
+        ):
+            if all(name in environment for name in names):
+                rank, world_size, local_rank = (int(environment[name]) for name in names)
+                break
+        else:
+            rank, world_size, local_rank = 0, 1, 0
+        slurm = [environment.get(f"SLURM_{part}", "") for part in ("JOB_ID", "RESTART_COUNT", "STEP_ID")]
+        default = "-".join(slurm) if slurm[0] else f"{socket.gethostname()}-{os.getpid()}"
+        return cls(rank, world_size, local_rank, environment.get("PIPELINE_LAUNCH", default))
+
+
+@dataclass(frozen=True)
+class Job:
+    """One process of one attempt of a stage."""
+
+    run: RunDir
+    stage: str
+    attempt: Attempt
+    topology: Topology
+    workers: int
+    threads: int
+    stop: StopRequest = field(default_factory=StopRequest)
+    heartbeat: Heartbeat = field(default_factory=Heartbeat)
+
+    @property
+    def out(self) -> Path:
+        return self.run.stage(self.stage).path
+
+    @property
+    def rank(self) -> int:
+        return self.topology.rank
+
+    @property
+    def world_size(self) -> int:
+        return self.topology.world_size
+
+    def say(self, line: str) -> None:
+        """One progress line to rank 0's log and standard output; other ranks are silent."""
+        if self.rank == 0:
+            self._log(line)
+            with contextlib.suppress(OSError):
+                print(f"  {self.stage}: {line}", flush=True)
+
+    def warn(self, line: str) -> None:
+        """One warning line from any rank."""
+        self._log(f"warning (rank {self.rank}): {line}")
+        with contextlib.suppress(OSError):
+            print(f"  {self.stage}: warning (rank {self.rank}): {line}", file=sys.stderr, flush=True)
+
+    def _log(self, line: str) -> None:
+        # a full disk costs lines of the log, not the training
+        with contextlib.suppress(OSError), open(self.attempt.log, "a", encoding="utf-8") as file:
+            file.write(f"{time.strftime('%H:%M:%S')} {line}\n")

@@ -1,0 +1,210 @@
+"""A training process under watch: a child does the work, its parent, free of torch, looks after it.
+
+The parent notices a hang whatever the child's threads do (also one that holds the interpreter's lock, or a stopped
+process), keeps the stacks, and watches the node's GPUs without taking time from training.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import select
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any, BinaryIO, NoReturn
+
+from data_prep.fanout import die_with_parent
+from pipeline.errors import exit_code_of
+from pipeline.monitor.sampler import Sampler
+from pipeline.node.job import Job
+from pipeline.node.preempt import STOP_SIGNALS
+from slurm import verdict
+
+HANG_S = 45.0  # without a beat while working; or five times the longest honest pause, if that is more
+START_S = 1800.0  # without a beat before the first step: imports, and reading and hashing all shards
+LOOK_S = 1.0
+SUSPENDED_S = 10.0  # this process itself stood still (scontrol suspend): no reason to blame the child
+PEERS_DUMP_S = 5.0  # for the other ranks to keep their stacks, before they see this one die
+LEAVE_S = 60.0  # for a child that was asked to stop, or whose peers have ended
+STACKS = signal.SIGUSR1
+Facts = dict[str, Any]  # of a health finding: stage, attempt, node, gpu, uuid, verdict, line
+
+
+def supervise(job: Job, work: Callable[[], None]) -> None:
+    """Run ``work`` in a child process. Raises SystemExit with the child's exit code unless it is 0.
+
+    The child prints its own error line. 76: it was killed, or hung, and then the attempt's ``stacks.txt`` shows where
+    every rank was; 77: a GPU of this node is unfit.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    parent = os.getpid()
+    with tempfile.TemporaryFile() as stacks:
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # none may come between fork and forwarding
+        pid = os.fork()
+        if pid == 0:
+            _be_child(parent, stacks, job, work)
+        with _forwarding(pid), _gpus_watched(job) as unfit:
+            code = Watch(job, pid, stacks, unfit).to_the_end()
+    if code:
+        raise SystemExit(code)
+
+
+def _be_child(parent: int, stacks: BinaryIO, job: Job, work: Callable[[], None]) -> NoReturn:
+    code = 1
+    try:
+        die_with_parent(parent)
+        faulthandler.register(STACKS, file=stacks)  # in C: works whatever holds the interpreter's lock
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        job.heartbeat.pulsate()
+        code = exit_code_of(work)
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)
+
+
+@contextlib.contextmanager
+def _forwarding(pid: int) -> Iterator[None]:
+    """Hand stop signals on to the child."""
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+    previous = {number: signal.signal(number, forward) for number in STOP_SIGNALS}
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _gpus_watched(job: Job) -> Iterator[list[Facts]]:
+    """Sample the node's GPUs beside its first rank; the list gets the finding that one of them is unfit."""
+    unfit: list[Facts] = []
+    if job.topology.local_rank != 0:
+        yield unfit
+        return
+    labels: dict[str, str | int] = {
+        "job": os.environ.get("SLURM_JOB_ID", "local"),
+        "stage": job.stage,
+        "attempt": job.attempt.number,
+        "node": socket.gethostname(),
+    }
+
+    def warn(line: str, facts: Facts) -> None:
+        job.warn(line)
+        job.run.event("gpu_health", **facts)
+
+    def end(line: str) -> None:
+        unfit.append(sampler.fatal or {"line": line})
+
+    sampler = Sampler(job.attempt.path / "gpu", labels, say=job.say, on_warning=warn, on_fatal=end)
+    with sampler:
+        yield unfit
+
+
+class Watch:
+    """Looks at one child every second until it has ended."""
+
+    def __init__(self, job: Job, pid: int, stacks: BinaryIO, unfit: list[Facts]) -> None:
+        self.job, self.pid, self.stacks, self.unfit = job, pid, stacks, unfit
+        self.host = socket.gethostname()
+        self.code: int | None = None  # decided here rather than by the child
+        self.leave_by: float | None = None
+        self.dumped = False
+
+    def to_the_end(self) -> int:
+        """The exit code."""
+        handle = os.pidfd_open(self.pid)
+        poller = select.poll()
+        poller.register(handle, select.POLLIN)
+        looked = resumed = time.monotonic()
+        while not poller.poll(LOOK_S * 1000):
+            now = time.monotonic()
+            if now - looked > SUSPENDED_S:
+                resumed = now
+            looked = now
+            self._look(now, resumed)
+        os.close(handle)
+        _, status = os.waitpid(self.pid, 0)
+        own = os.waitstatus_to_exitcode(status)
+        if self.code is None and own < 0:
+            what = f"rank {self.job.rank} on {self.host} was killed by signal {-own}"
+            self._decide(76, f"{what} ({signal.Signals(-own).name}) after step {self.job.heartbeat.read().step}")
+        return own if self.code is None else self.code
+
+    def _look(self, now: float, resumed: float) -> None:
+        beat = self.job.heartbeat.read()
+        still_s = now - max(beat.time_s, resumed)
+        if self.leave_by is not None:
+            if now > self.leave_by:
+                if self.code == 76 and not self.dumped:  # once: on a busy machine a child takes seconds to die
+                    self.dumped = True  # and only now: a stopped child goes on for it, and so would its peers
+                    self._keep_stacks()
+                os.kill(self.pid, signal.SIGKILL)
+        elif self.unfit:
+            self._stop_for_gpu(now)
+        elif beat.where != "waiting" and still_s > limit_s(beat.where, beat.longest_s):
+            self._hung(still_s, beat.where, beat.step, now)
+        elif beat.where != "working" and (silent_s := now - max(beat.pulse_s, resumed)) > HANG_S:
+            self._hung(silent_s, beat.where, beat.step, now)
+        elif beat.where != "working" and still_s > PEERS_DUMP_S - LOOK_S:
+            self._ask_peers(beat.where, now)
+
+    def _hung(self, still_s: float, where: str, step: int, now: float) -> None:
+        """This rank is the one that hangs: say so, give the peers time to keep their stacks, and end it."""
+        line = (
+            f"rank {self.job.rank} on {self.host} hung: no sign of life for {still_s:.0f} s while {where}, after step "
+            f"{step}; the stacks of all ranks are in attempts/{self.job.attempt.path.name}/stacks.txt"
+        )
+        self._decide(76, line)
+        self.leave_by = now + PEERS_DUMP_S
+
+    def _stop_for_gpu(self, now: float) -> None:
+        """Let training save what it can, then leave this node."""
+        facts = self.unfit[0]
+        line = f"{facts['line']}; {self.job.stage} stops here and goes on without {self.host}"
+        self.job.run.event("gpu_health", **facts)
+        self._decide(77, line, bad_nodes=[self.host])
+        os.kill(self.pid, signal.SIGUSR2)
+        self.leave_by = now + LEAVE_S
+
+    def _ask_peers(self, where: str, now: float) -> None:
+        """While the child waits for others: when one of them has ended the attempt, this rank leaves too."""
+        ended = self.job.attempt.verdict
+        if ended is None or ended["rank"] == self.job.rank:
+            return
+        if ended["code"] == 76:
+            self._keep_stacks()
+        self.leave_by = now + (PEERS_DUMP_S if where == "starting" else LEAVE_S)  # nothing to save before a step
+
+    def _decide(self, code: int, line: str, bad_nodes: list[str] | None = None) -> None:
+        self.code = code
+        if self.job.attempt.judge(code, line, self.job.rank):
+            print(line, file=sys.stderr, flush=True)
+        verdict.give(code, bad_nodes or [])
+
+    def _keep_stacks(self) -> None:
+        """Append the child's stacks, all threads, to the attempt's stacks.txt in one write."""
+        os.kill(self.pid, signal.SIGCONT)  # a stopped process answers only when it goes on
+        os.kill(self.pid, STACKS)
+        time.sleep(0.5)
+        found = os.pread(self.stacks.fileno(), 1 << 20, 0)
+        head = f"=== rank {self.job.rank} on {self.host}, process {self.pid}\n".encode()
+        with open(self.job.attempt.path / "stacks.txt", "ab", buffering=0) as file:
+            file.write(head + found + b"\n")
+
+
+def limit_s(where: str, longest_s: float) -> float:
+    """How long a child may give no sign of life, in seconds."""
+    return START_S if where == "starting" else max(HANG_S, 5 * longest_s)

@@ -1,0 +1,1 @@
+"""The page about a run, one HTML file; nothing heavy is imported here."""

@@ -1,0 +1,181 @@
+"""``python -m pipeline.report RUN``: everything about a run in one HTML file that needs nothing else; also a stage.
+
+Written from the run's own files, whatever state it is in: what is missing is said, what failed is said first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+from data_prep.publish import publish_text
+from pipeline.node.job import Job
+from pipeline.report import chart, page
+from pipeline.report import times as time_panel
+from pipeline.report.curves import Phase, phase_section
+from pipeline.report.facts import Facts, gather
+from pipeline.report.gpus import gpu_section, incident_section
+from pipeline.report.page import Html, document, note, tag
+from pipeline.report.scores import dataset, inference_section, score_section, shown_scores
+from pipeline.report.sections import (
+    badge,
+    data_section,
+    origin_section,
+    plan_section,
+    published_section,
+    stage_section,
+    verdict,
+)
+from pipeline.report.times import time_section
+from pipeline.run.rundir import RunDir
+from pipeline.words import duration, is_number, moment, number, percent
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m pipeline.report", description=__doc__)
+    parser.add_argument("run", type=Path, help="run directory")
+    parser.add_argument("--out", type=Path, help="the file to write (default: RUN/report.html)")
+    arguments = parser.parse_args()
+    run = RunDir(arguments.run)
+    out = arguments.out or run.report
+    publish_text(out, render(gather(run, held=run.is_held())))
+    print(out)
+    return 0
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Stage ``report``: write ``RUN/report.html``. While it runs, no other stage does."""
+    facts = gather(job.run, held=False)
+    publish_text(job.run.report, render(facts))
+    return {"report": job.run.report.name, "stages_done": sum(row["state"] == "done" for row in facts.rows)}
+
+
+def render(facts: Facts) -> str:
+    """The report as one HTML document."""
+    body = [
+        head(facts),
+        *(phase_section(phase, remark(facts, phase.name)) for phase in facts.phases),
+        incident_section(facts),
+        time_section(facts),
+        gpu_section(facts),
+        stage_section(facts),
+        data_section(facts),
+        score_section(facts),
+        inference_section(facts),
+        plan_section(facts),
+        published_section(facts),
+        origin_section(facts),
+    ]
+    return document(f"{facts.name}: BERT training report", page.STYLE + chart.STYLE + time_panel.STYLE, *body)
+
+
+# -------------------------------------------------------------------- head
+
+
+def head(facts: Facts) -> Html:
+    """Name, circumstances, the result in a sentence, and what is wrong, if anything."""
+    recipe, profile = facts.recipe, facts.profile
+    world = profile.ranks(facts.nodes)
+    where = f"{facts.nodes} node{'s' if facts.nodes > 1 else ''}, {world} rank{'s' if world > 1 else ''}"
+    submitted = [event.get("time") for event in facts.events if event.get("event") == "submitted"]
+    spent = sum(row.get("duration_s", 0.0) for row in facts.rows)
+    line = [
+        f"Recipe {recipe.name}",
+        f"cluster {profile.name} ({where})",
+        f"submitted {moment(submitted[0])}" if submitted else "time of submission not recorded",
+        f"report of {moment(time.time())}",
+        f"{duration(spent)} in finished stages",
+    ]
+    return tag(
+        "header",
+        tag("p", "BERT training report", class_="kind"),
+        tag("h1", facts.name, " ", badge(overall(facts))),
+        tag("p", *[part for words in line for part in (" · ", tag("span", words))][1:], class_="note facts"),
+        *troubles(facts),
+        tag("p", result_sentence(facts), class_="lead"),
+        tiles(facts),
+        score_list(facts),
+    )
+
+
+def overall(facts: Facts) -> str:
+    """One state for the whole run."""
+    states = {row["state"] for row in facts.rows}
+    return next((s for s in ("failed", "running", "waiting", "cancelled") if s in states), "") or (
+        "done" if states <= {"done"} else "not finished"
+    )
+
+
+def troubles(facts: Facts) -> list[Html]:
+    """A box for every stage that failed or was stopped, with its verdict, and what therefore has not run."""
+    boxes = []
+    for row in facts.rows:
+        if row["state"] in ("failed", "cancelled"):
+            what = (
+                f"{row['name']} {'failed' if row['state'] == 'failed' else 'was stopped'} in attempt {row['attempts']}"
+            )
+            boxes.append(tag("p", tag("strong", what), tag("br"), verdict(row), class_=f"trouble {row['state']}"))
+    missing = [row["name"] for row in facts.rows if row["state"] in ("todo", "waiting")]
+    if missing:
+        boxes.append(note(f"Not done yet: {', '.join(missing)}."))
+    return boxes
+
+
+def heldout(facts: Facts) -> Phase | None:
+    """The last phase that has been evaluated."""
+    evaluated = [phase for phase in facts.phases if is_number(phase.last("eval_mlm_loss"))]
+    return evaluated[-1] if evaluated else None
+
+
+def result_sentence(facts: Facts) -> str:
+    """What pretraining came to."""
+    phase, said = heldout(facts), []
+    if phase is None:
+        said.append("The model has not been evaluated yet.")
+    else:
+        loss, unigram = phase.last("eval_mlm_loss"), phase.last("unigram_loss")
+        words = f"Held-out MLM loss {loss:.3f} nats after {number(phase.evaluations[-1]['step'])} steps of {phase.name}"
+        if is_number(unigram) and loss < unigram:
+            words += f", {unigram - loss:.3f} below the unigram loss of {unigram:.3f}: the model uses context"
+        elif is_number(unigram):
+            words += (
+                f", not below the unigram loss of {unigram:.3f}: so far the model has learnt no more than word counts"
+            )
+        said.append(words + ".")
+    return " ".join(said)
+
+
+def tiles(facts: Facts) -> Html | None:
+    """The figures that are asked for first."""
+    phase = heldout(facts)
+    if phase is None:
+        return None
+    loss, unigram = phase.last("eval_mlm_loss"), phase.last("unigram_loss")
+    margin = "unigram loss not known"
+    if is_number(unigram):
+        margin = f"{abs(unigram - loss):.3f} {'below' if loss < unigram else 'above'} unigram"
+    shown = [
+        ("Held-out MLM loss", f"{loss:.3f}", margin),
+        ("MLM accuracy", percent(phase.last("eval_mlm_accuracy")), "masked tokens, held out"),
+        ("NSP accuracy", percent(phase.last("eval_nsp_accuracy")), "sentence pairs, held out"),
+        ("Real tokens per second", number(phase.median("tokens_per_s")), f"median of {phase.name}"),
+    ]
+    return tag(
+        "dl",
+        *[tag("div", tag("dt", name), tag("dd", value), tag("dd", more, class_="more")) for name, value, more in shown],
+        class_="tiles",
+    )
+
+
+def score_list(facts: Facts) -> Html | None:
+    """The scores, by the names of the data sets."""
+    lines = [tag("li", tag("strong", dataset(found)), ": ", shown_scores(found)) for found in facts.scores.values()]
+    return tag("ul", *lines, class_="scores") if lines else None
+
+
+def remark(facts: Facts, name: str) -> str:
+    if facts.chain.is_current(name):
+        return ""
+    return f"The configuration has changed since; what follows was made with the older one, and {name} will run again."

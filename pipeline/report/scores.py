@@ -1,0 +1,105 @@
+"""The parts of the report on what the model can do: scores of the tasks, seed by seed, and the speed of inference."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pipeline.report.facts import Facts
+from pipeline.report.page import Html, note, section, table
+from pipeline.words import is_number, number, spoken
+
+
+def dataset(found: Mapping[str, Any]) -> str:
+    """The name that a task's data go by; the stage's name says nothing about them."""
+    return str(found.get("dataset") or "data set without a name")
+
+
+def metric_name(key: str) -> str:
+    return "F1" if key == "f1" else spoken(key)
+
+
+def shown_scores(found: Mapping[str, Any]) -> str:
+    """``accuracy 71.2, F1 70.4`` of a scores.json: means over the seeds where there are several."""
+    several = len(found.get("seeds") or []) > 1
+    values = found.get("mean") if several else found["scores"]
+    spread = (found.get("deviation") or {}) if several else {}
+    parts = []
+    for key, value in (values or {}).items():
+        shown = f"{value:.2f}" if is_number(value) else number(value)
+        deviation = f" ± {spread[key]:.2f}" if is_number(spread.get(key)) else ""
+        parts.append(f"{metric_name(key)} {shown}{deviation}\N{NO-BREAK SPACE}%")
+    return ", ".join(parts) or "not scored"
+
+
+def score_section(facts: Facts) -> Html:
+    if not facts.scores:
+        return section("Scores", note("No fine-tuning task has been scored yet."))
+    rows = [
+        (
+            dataset(found),
+            shown_scores(found),
+            number(found.get("examples")),
+            number(found.get("train_examples")),
+            ", ".join(number(s.get("seed")) for s in found.get("seeds") or [found] if isinstance(s, Mapping)),
+            number(found.get("epochs")),
+        )
+        for found in facts.scores.values()
+    ]
+    head = ("Data set", "Score", "Evaluated on", "Trained on", "Seeds", "Epochs")
+    several = any(len(found.get("seeds") or []) > 1 for found in facts.scores.values())
+    more = " With several seeds: mean ± standard deviation (n − 1)." if several else " One seed: no deviation."
+    said = note("Scores on held-out examples." + more)
+    return section("Scores", table(head, rows, numeric=(2, 3, 4, 5)), said, seed_table(facts))
+
+
+def seed_table(facts: Facts) -> Html | None:
+    """Every seed's score where a task was trained with several: the best alone would flatter."""
+    rows = []
+    for found in facts.scores.values():
+        seeds = [seed for seed in found.get("seeds") or [] if isinstance(seed, Mapping)]
+        means: Any = found.get("mean")
+        for name, mean in means.items() if len(seeds) > 1 and isinstance(means, Mapping) else ():
+            scores = [(seed.get("seed"), (seed.get("scores") or {}).get(name)) for seed in seeds]
+            known = [(seed, value) for seed, value in scores if is_number(value)]
+            if not known:
+                continue
+            spread = (found.get("deviation") or {}).get(name)
+            each = ", ".join(f"{number(seed)}: {value:.2f}" for seed, value in known)
+            best_seed, best = max(known, key=lambda pair: pair[1])
+            deviation = f" ± {spread:.2f}" if is_number(spread) else ""
+            shown = f"{mean:.2f}{deviation}" if is_number(mean) else number(mean)
+            rows.append((dataset(found), metric_name(name), each, shown, f"{best:.2f} (seed {number(best_seed)})"))
+    head = ("Data set", "Metric", "Seed by seed, %", "Mean, %", "Best, %")
+    return table(head, rows, numeric=(3, 4)) if rows else None
+
+
+def inference_section(facts: Facts) -> Html | None:
+    """How fast the fine-tuned models answer, beside transformers on the same machine; None when it was not measured."""
+    found = facts.results.get("inference") or {}
+    measured, rows = found.get("rows"), []
+    for row in measured if isinstance(measured, list) else []:
+        if isinstance(row, Mapping):
+            latency = row["latency_ms"] if isinstance(row.get("latency_ms"), Mapping) else {}
+            rows.append(
+                (
+                    f"{row.get('task')}, {number(row.get('seq_len'))} tokens",
+                    number(row.get("batch")),
+                    str(row.get("engine")),
+                    spoken(str(row.get("part"))),
+                    str(row.get("lengths", "–")),
+                    str(row.get("precision")),
+                    number(row.get("sequences_per_s")),
+                    *(number(latency.get(key), 3) for key in ("p50", "p90", "p95", "p99")),
+                )
+            )
+    if not rows:
+        return None
+    head = ("Task", "Batch", "Engine", "Part", "Lengths", "Precision", "Sequences/s", "p50, ms", "p90", "p95", "p99")
+    threads = found.get("threads")
+    where = f"On {found.get('device')}" + (f" with {number(threads)} threads" if is_number(threads) else "")
+    said = note(
+        f"{where}; latency of a whole batch. Forward: the model alone; end to end: from text to answer. "
+        f"Real lengths are those of text, full ones all of the longest."
+    )
+    return section("Inference", table(head, rows, numeric=(1, 6, 7, 8, 9, 10)), said)

@@ -1,0 +1,86 @@
+"""The part of the report on time: a stacked bar for the chain and for each phase, and a table of the same seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from pipeline.report.facts import Facts
+from pipeline.report.page import Html, join, note, section, table, tag
+from pipeline.run.account import PARTS, Account, RunAccount
+from pipeline.words import duration, percent
+
+WIDTH, HEIGHT = 940, 22
+
+STYLE = (
+    ":root { --compute: #0b5fb0; --communication: #74a5d8; --data: #8267b0; --evaluation: #3f8f83; "
+    "--checkpoint: #c2913a; --start-up: #98a1ae; --rework: #b4530a; --other: #c3c9d2; --queue: #dfe3e8; "
+    "--stopped: #eef0f3; }\n"
+    "@media (prefers-color-scheme: dark) { :root { --compute: #6db3ff; --communication: #3c6ea3; --data: #a58bd6; "
+    "--evaluation: #58b3a4; --checkpoint: #d9ac58; --start-up: #7a8594; --rework: #f0a35e; --other: #4d5561; "
+    "--queue: #363d48; --stopped: #272c34; } }\n"
+    + "".join(f".part-{part} {{ fill: var(--{part.replace('_', '-')}); }}\n" for part in PARTS)
+    + ".bars p { margin: .9rem 0 .3rem; max-width: none; font-size: .95rem; }\n"
+    ".bars p span { color: var(--quiet); font-size: .9rem; }\n"
+    ".bars svg { height: 1.4rem; border-radius: .25rem; }\n"
+    ".parts td:first-child { white-space: nowrap; }\n"
+    "td svg.swatch { display: inline-block; width: .8rem; height: .8rem; margin-right: .5rem; }\n"
+)
+
+
+def time_section(facts: Facts) -> Html:
+    """Where the time went."""
+    found = facts.account
+    if found is None:
+        return section("Where the time went", note("Nothing has run yet."))
+    shown = {"The chain": found.chain}
+    shown |= {name: found.stages[name] for name in (p.name for p in facts.phases) if name in found.stages}
+    bars = [bar(name, account, f"time-{index}") for index, (name, account) in enumerate(shown.items())]
+    return section("Where the time went", tag("div", *bars, class_="bars"), parts_table(shown), *remarks(found))
+
+
+def bar(name: str, account: Account, key: str) -> Html:
+    """One account as a bar of full width."""
+    goodput = f"goodput {percent(account.goodput)}" if account.goodput is not None else "nothing ran"
+    words = tag("p", tag("strong", name), " ", tag("span", f"{duration(account.wall_s)} · {goodput}"))
+    pieces, x = [], 0.0
+    for part, seconds in account.parts.items():
+        width = WIDTH * seconds / account.wall_s if account.wall_s > 0 else 0.0
+        if width >= 0.5:
+            hover = tag("title", f"{PARTS[part]}: {duration(seconds)}, {percent(seconds / account.wall_s)}")
+            shown = max(0.5, width - 1.5)  # a gap of the page's colour before the next
+            pieces.append(tag("rect", hover, x=round(x, 1), y=0, width=round(shown, 1), height=HEIGHT,
+                              class_=f"part-{part}"))  # fmt: skip
+        x += width
+    said = ", ".join(f"{PARTS[part]} {duration(s)}" for part, s in account.parts.items() if s > 0)
+    title = tag("title", f"Time of {name}", id=f"{key}-title") + tag("desc", said, id=f"{key}-desc")
+    frame = {"viewBox": f"0 0 {WIDTH} {HEIGHT}", "preserveAspectRatio": "none", "role": "img"}
+    svg = tag("svg", Html(title), *pieces, **frame, aria_labelledby=f"{key}-title {key}-desc")
+    return join(words, svg)
+
+
+def parts_table(shown: Mapping[str, Account]) -> Html:
+    """Time and share of every part that took any, one column for each account."""
+    rows = []
+    for part, words in PARTS.items():
+        if any(account.parts[part] > 0 for account in shown.values()):
+            swatch = tag("svg", tag("rect", width=10, height=10, class_=f"part-{part}"), viewBox="0 0 10 10",
+                         class_="swatch", aria_hidden="true")  # fmt: skip
+            cells = [
+                f"{duration(a.parts[part])} · {percent(a.parts[part] / (a.wall_s or 1.0))}" for a in shown.values()
+            ]
+            rows.append((join(swatch, words), *cells))
+    return table(("", *shown), rows, numeric=range(1, len(shown) + 1), class_="parts")
+
+
+def seconds_and_share(account: Account, part: str) -> str:
+    seconds = account.parts[part]
+    return f"{duration(seconds)} · {percent(seconds / account.wall_s)}" if seconds > 0 else "–"
+
+
+def remarks(found: RunAccount) -> list[Html]:
+    path = " → ".join(found.path)
+    beside = len(found.stages) > len(found.path)
+    return [
+        note("Goodput = computing and communication of steps that count ÷ time in which processes ran."),
+        note(f"The chain is its critical path, {path}{'; what ran beside it cost no time' if beside else ''}."),
+    ]

@@ -1,0 +1,264 @@
+"""Where the time of a run went, by stage and for the chain; every second of a stage's wall time is in one part.
+
+A stage's wall time begins when its last need ended (a first stage's: with the run's first submission) and ends with
+its last sign of life. Stages that run side by side each have their own account. The chain's is the sum over its
+critical path: the stage that ended last, before it the one that had ended last when it started, be it a need or one
+that held the machine, and so on; what ran beside these cost no time. It is time, not node-hours. Processes that Slurm
+starts are seen once they are at work: the start of a job's script and interpreter counts as waiting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.run.rundir import Attempt, RunDir, StageDir, read_json, read_jsonl
+from pipeline.stage import Stage
+from pipeline.words import is_number
+
+PARTS = {
+    "compute": "computing",
+    "communication": "communication",
+    "data": "waiting for data",
+    "evaluation": "evaluation",
+    "checkpoint": "saving checkpoints",
+    "start_up": "start-up",
+    "rework": "steps done again",
+    "other": "other",
+    "queue": "waiting to start",
+    "stopped": "stopped, not submitted",
+}
+"""The parts in words. ``compute`` is also the work of a stage that has no steps; ``rework`` what a later attempt, or
+the same after going back, did again; ``stopped`` the time up to the submission that brought a stage back."""
+
+NOT_ALLOCATED = ("queue", "stopped")
+USEFUL = ("compute", "communication")
+
+Line = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Account:
+    """Seconds by part, of Unix time ``began`` to ``ended``."""
+
+    began: float
+    ended: float
+    parts: Mapping[str, float]
+
+    @property
+    def wall_s(self) -> float:
+        return sum(self.parts.values())
+
+    @property
+    def allocated_s(self) -> float:
+        """Time in which processes of the stage ran."""
+        return self.wall_s - sum(self.parts[part] for part in NOT_ALLOCATED)
+
+    @property
+    def goodput(self) -> float | None:
+        """Useful step time ÷ allocated time, 0 to 1; None before anything ran."""
+        useful = sum(self.parts[part] for part in USEFUL)
+        return useful / self.allocated_s if self.allocated_s > 0 else None
+
+    def to_dict(self) -> dict[str, Any]:
+        seconds = {part: round(value, 3) for part, value in self.parts.items()}
+        goodput = None if self.goodput is None else round(self.goodput, 4)
+        return {"wall_s": round(self.wall_s, 3), "allocated_s": round(self.allocated_s, 3), "goodput": goodput,
+                "parts_s": seconds}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RunAccount:
+    """The accounts of all stages that began, and of the chain over the stages of its critical ``path``."""
+
+    chain: Account
+    path: Sequence[str]
+    stages: Mapping[str, Account]
+
+    def to_dict(self) -> dict[str, Any]:
+        stages = {name: account.to_dict() for name, account in self.stages.items()}
+        return {**self.chain.to_dict(), "critical_path": list(self.path), "stages": stages}
+
+
+@dataclass(frozen=True)
+class Times:
+    """One attempt: Unix times, the step it continued from (None where no steps are resumed), its metric lines.
+
+    ``worked_from`` is when its stage's function began, where known. ``rollbacks``: (time, step gone back to).
+    ``has_steps`` says that work which logged nothing was start-up.
+    """
+
+    began: float
+    ended: float
+    lines: Sequence[Line] = ()
+    from_step: int | None = None
+    worked_from: float | None = None
+    rollbacks: Sequence[tuple[float, int]] = ()
+    has_steps: bool = False
+    finished: bool = False
+
+
+# -------------------------------------------------------------------- arithmetic
+
+
+def stage_account(attempts: Sequence[Times], ready: float, submissions: Sequence[float]) -> Account:
+    """The account of a stage that could have started at ``ready``; ``attempts`` in order, at least one.
+
+    Before each attempt: ``stopped`` up to the last submission in between, if there was one, then ``queue``. Attempts
+    that overlap by the clocks of two machines are cut, so no second counts twice.
+    """
+    cursor = ready = min(ready, attempts[0].began)
+    parts = dict.fromkeys(PARTS, 0.0)
+    for index, attempt in enumerate(attempts):
+        began = max(cursor, attempt.began)
+        asked = max((time for time in submissions if cursor < time < began), default=cursor)
+        parts["stopped"] += asked - cursor
+        parts["queue"] += began - asked
+        cursor = max(began, attempt.ended)
+        for part, seconds in attempt_parts(attempt, attempts[index + 1 :], began, cursor).items():
+            parts[part] += seconds
+    return Account(ready, cursor, parts)
+
+
+def attempt_parts(attempt: Times, later: Sequence[Times], began: float, ended: float) -> dict[str, float]:
+    """Seconds of ``began`` to ``ended`` by part; ``later`` are the attempts that came after."""
+    parts = dict.fromkeys(PARTS, 0.0)
+    lines, timed = _timed(attempt.lines)
+    if not lines:
+        worked_from = ended if attempt.has_steps else min(max(attempt.worked_from or began, began), ended)
+        return {**parts, "start_up": worked_from - began, "compute": ended - worked_from}
+    cursor, before = began, "start_up"
+    for line, again in zip(lines, _redone(attempt, lines, later), strict=True):
+        since = min(max(line["since"], cursor), ended)
+        until = min(max(line["time"], since), ended)
+        parts[before] += since - cursor
+        spent = {part: max(0.0, float(s)) for part, s in line["spent_s"].items() if is_number(s)} or {"other": 1.0}
+        total = sum(spent.values())
+        for part, seconds in spent.items():
+            share = seconds / total if total else 1 / len(spent)
+            parts[part if part in PARTS else "other"] += (until - since) * share * (1 - again)
+        parts["rework"] += (until - since) * again
+        cursor, before = until, "other"
+    parts["evaluation" if attempt.finished and not timed else "other"] += ended - cursor
+    return parts
+
+
+def _timed(lines: Sequence[Line]) -> tuple[list[Line], bool]:
+    """Lines with ``since`` and ``spent_s``, and whether they came with them.
+
+    Older lines have neither: the time between two of them was computing, that before the first one start-up.
+    """
+    known = [line for line in lines if is_number(line.get("time"))]
+    timed = [line for line in known if is_number(line.get("since")) and isinstance(line.get("spent_s"), Mapping)]
+    if timed:
+        return timed, True
+    made: list[Line] = []
+    since = None
+    for line in known:
+        step_s = line["step_s"] if is_number(line.get("step_s")) else 0.0
+        begun = line["time"] - step_s if since is None else since
+        made.append({**line, "since": begun, "spent_s": {"compute": 1.0}})
+        since = line["time"]
+    return made, False
+
+
+def _redone(attempt: Times, lines: Sequence[Line], later: Sequence[Times]) -> list[float]:
+    """The share of each line's steps that were done again: those after the step that somebody went back to."""
+    seen_later = {(line.get("seed"), line.get("step")) for other in later for line in other.lines}
+    back_to = [other.from_step for other in later if other.from_step is not None]
+    shares, before = [], attempt.from_step or 0
+    for line in lines:
+        step = line["step"] if is_number(line.get("step")) else before
+        kept = min([*back_to, *(to for time, to in attempt.rollbacks if time >= line["time"])], default=None)
+        if attempt.from_step is None:
+            shares.append(float((line.get("seed"), line.get("step")) in seen_later))
+        elif kept is None or step <= kept:
+            shares.append(0.0)
+        else:
+            shares.append((step - max(before, kept)) / (step - before) if step > before else 1.0)
+        before = step
+    return shares
+
+
+def run_account(
+    histories: Mapping[str, Sequence[Times]], needs: Mapping[str, Sequence[str]], submissions: Sequence[float]
+) -> RunAccount | None:
+    """The accounts of stages by their attempts (at least one each, needs first); None when no stage has begun."""
+    if not histories:
+        return None
+    stages: dict[str, Account] = {}
+    for name, attempts in histories.items():
+        first = min([time for time in submissions if time <= attempts[0].began], default=attempts[0].began)
+        ready = max([stages[need].ended for need in needs[name] if need in stages], default=first)
+        stages[name] = stage_account(attempts, ready, submissions)
+    path = [max(stages, key=lambda name: stages[name].ended)]
+    while before := [
+        name
+        for name, account in stages.items()
+        if name not in path and (account.ended <= histories[path[0]][0].began or name in needs[path[0]])
+    ]:
+        path.insert(0, max(before, key=lambda name: stages[name].ended))
+    began = ended = stages[path[0]].began
+    parts = dict.fromkeys(PARTS, 0.0)
+    for name in path:  # each from where the one before it ended: until then, that one was at work
+        account = stage_account(histories[name], ended, submissions)
+        parts = {part: parts[part] + account.parts[part] for part in PARTS}
+        ended = account.ended
+    return RunAccount(Account(began, ended, parts), path, stages)
+
+
+# -------------------------------------------------------------------- from a run's files
+
+
+def read(run: RunDir, stages: Mapping[str, Stage], events: Sequence[Line], live: Collection[str], now: float,
+         ) -> RunAccount | None:  # fmt: skip
+    """The account of a run in whatever state; ``live`` are the stages at work. Damaged files cost their own figures."""
+    submissions = [e["time"] for e in events if e.get("event") == "submitted" and is_number(e.get("time"))]
+    found = {
+        name: _attempts(run.stage(name), stage, events, now if name in live else None)
+        for name, stage in stages.items()
+        if not stage.always
+    }
+    histories = {name: attempts for name, attempts in found.items() if attempts}
+    return run_account(histories, {name: stages[name].needs for name in histories}, submissions)
+
+
+def _attempts(folder: StageDir, stage: Stage, events: Sequence[Line], now: float | None) -> list[Times]:
+    """The attempts whose beginning is on record; ``now`` for a stage at work."""
+    found, done, attempts = [], folder.done or {}, folder.attempts
+    known = [e for e in events if is_number(e.get("time")) and is_number(e.get("to_step"))]
+    mine = [e for e in known if e.get("event") == "rolled_back" and e.get("stage") == stage.name]
+    for attempt in attempts:
+        began = attempt.owner.get("time")
+        if not is_number(began):
+            continue
+        lines = _lines(attempt)
+        finished = done.get("attempt") == attempt.number
+        seen = [line["time"] for line in lines if is_number(line.get("time"))]
+        ends = [(attempt.verdict or {}).get("time"), done.get("finished") if finished else None, *seen[-1:]]
+        ended = max([began, *(float(end) for end in ends if is_number(end))])
+        if ended == began and now is not None and attempt is attempts[-1]:
+            ended = max(began, now)
+        origin = read_json(attempt.path / "attempt.json")
+        step = ((origin.get("resumed_from") or {"step": 0}).get("step")) if origin is not None else None
+        started = done.get("started") if finished else None
+        times = Times(
+            began=began,
+            ended=ended,
+            lines=lines,
+            from_step=int(step) if is_number(step) else None,
+            worked_from=started if is_number(started) else None,
+            rollbacks=[(e["time"], e["to_step"]) for e in mine if e.get("attempt") == attempt.number],
+            has_steps=stage.width == "ranks",
+            finished=finished,
+        )
+        found.append(times)
+    return found
+
+
+def _lines(attempt: Attempt) -> list[dict[str, Any]]:
+    try:
+        return [line for line in read_jsonl(attempt.metrics) if isinstance(line, dict)]
+    except (OSError, ValueError):
+        return []

@@ -1,0 +1,88 @@
+"""``RUN/jobs.json``: which Slurm jobs were sent for a run and how far the sending came; and which of them live."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_prep.publish import publish_json
+from pipeline.config import restore
+from pipeline.errors import InUseError
+from pipeline.run.rundir import RunDir, read_json
+from slurm import queue, states
+
+
+@dataclass(frozen=True, kw_only=True)
+class SentJob:
+    """One job of a chain; ``id`` is empty until Slurm has taken it. ``ours``: held by us, to be released by us."""
+
+    name: str
+    stages: tuple[str, ...]
+    needs: tuple[str, ...]
+    ours: bool
+    id: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Journal:
+    """The last sending. ``state``: sending (held, incomplete), releasing (complete), released."""
+
+    sending: str
+    state: str
+    jobs: tuple[SentJob, ...]
+
+    @staticmethod
+    def path(run: RunDir) -> Path:
+        return run.path / "jobs.json"
+
+    @classmethod
+    def read(cls, run: RunDir) -> Journal | None:
+        """The journal; None when nothing was ever sent."""
+        found = read_json(cls.path(run))
+        return None if found is None else restore(cls, found, str(cls.path(run)))
+
+    def write(self, run: RunDir) -> None:
+        publish_json(self.path(run), dataclasses.asdict(self))
+
+    @property
+    def names(self) -> dict[str, str]:
+        """Job names by id, for messages."""
+        return {job.id: job.name for job in self.jobs if job.id}
+
+    def job_of(self, stage: str, known: Mapping[str, queue.Job] | None = None) -> SentJob | None:
+        """The job that runs a stage: of a job and its spares the first that has not ended, as far as ``known``."""
+        homes = [job for job in self.jobs if stage in job.stages]
+        live = [job for job in homes if known and job.id in known and not known[job.id].ended]
+        return next(iter([*live, *homes]), None)
+
+
+def sending_of(job: queue.Job) -> str:
+    """The sending that a job's comment names."""
+    return job.comment.split(" ")[0].split("/")[1]
+
+
+def name_of(job: queue.Job) -> str:
+    """The chain's name of a job, from its comment."""
+    return job.comment.split(" ")[0].split("/")[2]
+
+
+def live_jobs(run: RunDir) -> list[queue.Job]:
+    """The run's jobs that wait or run, oldest first, told by their comments. Raises ControllerDown, SlurmError."""
+    mine = [job for job in queue.jobs().values() if job.comment.startswith(f"{run_key(run)}/")]
+    return sorted((job for job in mine if not job.ended), key=lambda job: int(job.id))
+
+
+def refuse_running(run: RunDir, jobs: list[queue.Job], hint: str) -> None:
+    """InUseError naming the run's jobs that run now; one that is ending does not count."""
+    running = [job for job in jobs if not job.waiting and job.state != "COMPLETING"]
+    if running:
+        named = ", ".join(f"{name_of(job)} (job {job.id}, {states.in_words(job)})" for job in running)
+        raise InUseError(f"{run.path}: {named} of this run is at work; {hint}")
+
+
+def run_key(run: RunDir) -> str:
+    """What every job of this run carries first in its comment: a digest of the run's place."""
+    return hashlib.sha256(str(run.path.resolve()).encode()).hexdigest()[:10]

@@ -1,1 +1,0 @@
-"""Pretraining: one loop for both phases, and the parts it is made of."""

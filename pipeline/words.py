@@ -1,0 +1,87 @@
+"""Numbers, times and names as people read them. Pure: every command and the report write them the same way."""
+
+from __future__ import annotations
+
+import sys
+import time
+import unicodedata
+from typing import Any, TypeGuard
+
+
+def visible(words: str) -> str:
+    """A text whose control characters are written out, fit for a page and for a terminal."""
+    return "".join(map(_visible, words))
+
+
+def _visible(character: str) -> str:
+    """Control, surrogate, line-separating and direction-changing characters as ``\\x1b``, ``\\u202e``."""
+    odd = unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp")
+    if odd or unicodedata.bidirectional(character) in ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"):
+        return character.encode("ascii", "backslashreplace").decode() if ord(character) > 127 else repr(character)[1:-1]
+    return character
+
+
+def is_number(value: Any) -> TypeGuard[int | float]:
+    """Whether a value out of a JSON file is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def number(value: Any, digits: int = 4) -> str:
+    """Whole and large numbers with thousands separators, others with ``digits`` significant digits."""
+    if not is_number(value):
+        return "not finite" if isinstance(value, float) else "not known" if value is None else str(value)
+    if isinstance(value, int) or abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.{digits}g}"
+
+
+def spoken(name: str) -> str:
+    """A key as words."""
+    return name.replace("_", " ").strip()
+
+
+def percent(share: Any) -> str:
+    """A share of 1 as percent."""
+    return f"{100 * share:.1f}\N{NO-BREAK SPACE}%" if is_number(share) else "not known"
+
+
+def duration(seconds: Any) -> str:
+    """Seconds as ``41.3 s``, ``7 min 12 s``, ``2 h 05 min``, ``3 d 4 h``."""
+    if not is_number(seconds) or seconds < 0:
+        return "not known"
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days} d {hours} h"
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def size(count: Any) -> str:
+    """Bytes as ``12.3 MB`` (powers of 1000)."""
+    if not is_number(count):
+        return "not known"
+    value, unit = float(count), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if abs(value) < 1000:
+            break
+        value, unit = value / 1000, larger
+    return f"{value:.0f} B" if unit == "B" else f"{value:.3g} {unit}" if value < 1000 else f"{value:,.0f} {unit}"
+
+
+def moment(seconds: Any) -> str:
+    """A Unix time as date and time in UTC."""
+    try:
+        return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(seconds))
+    except (TypeError, ValueError, OverflowError, OSError):
+        return "at an unknown time"
+
+
+def in_short(seconds: float) -> str:
+    """A duration in one unit: 40 s, 2 min, 3.4 h, 2.1 d."""
+    for unit, size, digits in (("s", 1, 0), ("min", 60, 0), ("h", 3600, 1)):
+        if seconds < size * {"s": 90, "min": 90, "h": 48}[unit]:
+            return f"{seconds / size:.{digits}f} {unit}"
+    return f"{seconds / 86400:.1f} d"

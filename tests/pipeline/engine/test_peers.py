@@ -1,0 +1,78 @@
+"""What ranks find out about each other: another program, other parameters, one that is slow."""
+
+from __future__ import annotations
+
+import struct
+
+import pytest
+import torch
+from torch.nn import Parameter
+
+from pipeline.engine import peers
+from pipeline.errors import EnvironmentFault
+
+RECORD = {
+    "host": "node0", "config": "c", "code": "d", "torch": "2.13.0", "numpy": "2.4", "python": "3.11", "threads": 1,
+    "gpu": "", "cpu": "AVX512",
+}  # fmt: skip
+
+
+def test_ranks_that_are_alike_have_nothing_to_say():
+    assert peers.check_same([RECORD, {**RECORD, "host": "node1"}], allow_mixed=False) == []
+
+
+@pytest.mark.parametrize("field", [*peers.MUST_AGREE, "gpu"])
+def test_another_program_is_refused_by_rank_host_and_field(field):
+    other = {**RECORD, "host": "node1", field: "other"}
+    with pytest.raises(EnvironmentFault, match=rf"rank 1 on node1 has {field} other, rank 0 on node0"):
+        peers.check_same([RECORD, other], allow_mixed=False)
+
+
+def test_mixed_gpus_may_be_allowed_and_are_said():
+    lines = peers.check_same([RECORD, {**RECORD, "gpu": "A100", "cpu": "AVX2"}], allow_mixed=True)
+    assert [line.split()[0] for line in lines] == ["cpu", "gpu"]
+
+
+def test_the_introduction_of_this_process_is_complete_and_fits():
+    found = peers.introduction({"train": {"seed": 1}}, 1, torch.device("cpu"))
+    assert found.keys() == RECORD.keys()
+    assert peers.introduced(found, None, torch.device("cpu")) == [found]
+    assert found["config"] != peers.introduction({"train": {"seed": 2}}, 1, torch.device("cpu"))["config"]
+
+
+def test_every_single_flipped_bit_of_a_parameter_changes_the_digest():
+    parameters = [Parameter(torch.randn(3, 5)), Parameter(torch.randn(7))]
+    whole = int(peers.digest(parameters))
+    for bit in range(32):
+        (old,) = struct.unpack("<i", struct.pack("<f", float(parameters[1].detach()[3])))
+        flipped = parameters[1].detach().clone().view(torch.int32)
+        flipped[3] = old ^ (1 << bit) if bit < 31 else old ^ -(1 << 31)
+        assert int(peers.digest([parameters[0], flipped.view(torch.float32)])) != whole, bit
+
+
+def test_a_rank_at_half_speed_is_named_once_within_twenty_steps():
+    watch = peers.SlowRanks()
+    found = [watch.add([0.2, 0.4, 0.2], [2, 2, 2]) for _ in range(60)]
+    assert [index for index, names in enumerate(found) if names] == [peers.WINDOW - 1]
+    ((rank, ratio),) = found[peers.WINDOW - 1]
+    assert (rank, ratio) == (1, pytest.approx(2.0))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shares"),
+    [
+        ([0.2, 0.27, 0.2], [2, 2, 2]),  # not slow enough
+        ([0.2, 0.3, 0.2], [2, 3, 2]),  # more work, not less speed
+        ([0.002, 0.004, 0.002], [1, 1, 1]),  # half speed of next to nothing
+        ([0.2, 0.0, 0.2], [1, 0, 1]),  # a rank without work
+        ([0.4], [2]),
+    ],
+)
+def test_no_false_alarm(seconds, shares):
+    watch = peers.SlowRanks()
+    assert not any(watch.add(seconds, shares) for _ in range(60))
+
+
+def test_a_single_stall_is_not_slowness():
+    watch = peers.SlowRanks()
+    assert not any(watch.add([0.2, 30.0 if step == 10 else 0.2], [1, 1]) for step in range(60))

@@ -1,0 +1,491 @@
+"""The fine-tuning loop: every task is learnt, accumulation is exact, seeds are compared, kills are survived."""
+
+import json
+import random
+import subprocess
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from data_prep.errors import DataError
+from pipeline.bert.packing import Batch
+from pipeline.config import FinetuneConfig
+from pipeline.engine.precision import LossScale
+from pipeline.errors import CheckpointError, ConfigError, EnvironmentFault, NumericalError
+from pipeline.finetune import fit as module
+from pipeline.finetune import loop
+from pipeline.finetune.fit import fit, predict
+from pipeline.finetune.loop import finetune, run
+from pipeline.finetune.model_folder import ModelFolder
+from pipeline.finetune.options import defaults
+from pipeline.finetune.problems import problem_of
+from pipeline.finetune.samples import Samples
+from pipeline.run.rundir import Attempt, StageDir, read_jsonl
+
+NOUNS = ["fox", "dog", "cat", "bird", "fish", "horse", "cow", "ant"]
+VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *NOUNS, *"abcdefghijkl", "who", "good", "bad", ".", "##s"]
+
+
+@dataclass
+class ToyJob:
+    out: Path
+    stage: str
+    attempt: Attempt
+    threads: int = 1
+    lines: list[str] = field(default_factory=list)
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
+
+
+def job(folder: Path, task: str = "mrpc") -> ToyJob:
+    folder.mkdir(exist_ok=True)
+    return ToyJob(folder, task, StageDir(folder).new_attempt("test"))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model as transformers saves it."""
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=len(VOCAB),
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=128,
+        max_position_embeddings=64,
+    )
+    transformers.BertModel(config).save_pretrained(folder)
+    (folder / "vocab.txt").write_text("\n".join(VOCAB) + "\n")
+    (folder / "tokenizer_config.json").write_text('{"do_lower_case": true, "strip_accents": true}')
+    return folder
+
+
+def examples(folder: Path, task: str, count: int = 32) -> Path:
+    """Learnable examples in the task's official format."""
+    source = random.Random(1)
+    words = [source.choices("abcdefghijkl", k=source.randrange(2, 12)) for _ in range(count)]
+    names = [source.choice(NOUNS) for _ in range(count)]
+    if task == "squad":
+        paragraphs = []
+        for i, (own, name) in enumerate(zip(words, names, strict=True)):
+            at = source.randrange(len(own) + 1)
+            context = " ".join([*own[:at], f"({name}s).", *own[at:]])
+            answer = {"text": f"{name}s", "answer_start": context.index(name)}
+            qa = {"id": f"q{i}", "question": "Who?", "answers": [answer]}
+            paragraphs.append({"context": context, "qas": [qa]})
+        text = json.dumps({"version": "1.1", "data": [{"title": "t", "paragraphs": paragraphs}]})
+    else:
+        rows = []
+        for i, (own, name) in enumerate(zip(words, names, strict=True)):
+            sentence = " ".join([*own, ("bad", "good")[i % 2]])
+            rows.append(
+                {
+                    "mrpc": f"{i % 2}\t1\t2\t{sentence}\t{name}",
+                    "sst2": f"{sentence} \t{i % 2}",
+                    "cola": f"x\t{i % 2}\t\t{sentence}",
+                    "mnli": f"{i}\t{name}\t{sentence}\t{('contradiction', 'neutral')[i % 2]}",
+                }[task]
+            )
+        headers = {
+            "mrpc": ["\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String"],
+            "sst2": ["sentence\tlabel"],
+            "cola": [],
+            "mnli": ["index\tsentence1\tsentence2\tgold_label"],
+        }
+        text = "\n".join([*headers[task], *rows]) + "\n"
+    path = folder / f"{task}.txt"
+    path.write_text(text)
+    return path
+
+
+def config_of(task: str, **changed: Any) -> FinetuneConfig:
+    small = {"epochs": 30, "batch": 16, "learning_rate": 2e-3, "warmup": 0.1, "max_seq_len": 32}
+    squad = {"max_query_length": 4, "doc_stride": 8} if task == "squad" else {}
+    return defaults(task, **({"dataset": f"toy {task}"} | small | squad | changed))
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+@pytest.mark.parametrize("task", ["squad", "mrpc", "sst2", "cola", "mnli"])
+def test_a_random_model_learns_every_task_by_heart(tmp_path: Path, model: Path, task: str) -> None:
+    data = examples(tmp_path, task)
+    result = run(job(tmp_path / "out", task), task=task, config=config_of(task), model=model, train=data, eval=data)
+    assert all(value > 90 for value in result["scores"].values()), result["scores"]
+    assert result == read(tmp_path / "out" / "scores.json")
+    assert (result["dataset"], result["unit"]) == (f"toy {task}", "percent")
+    assert result["examples"] == result["train_examples"] == 32
+    predictions = read(tmp_path / "out" / "predictions.json")
+    if task == "squad":
+        assert predictions["q0"].rstrip("s") in NOUNS
+        assert read(tmp_path / "out" / "nbest_predictions.json")["q0"][0]["text"] == predictions["q0"]
+    else:
+        labels = {"mnli": ["contradiction", "neutral"]}.get(task, ["0", "1"])
+        first = 1 if task == "cola" else 2
+        assert predictions == {str(first + i): labels[i % 2] for i in range(32)}
+
+
+@pytest.mark.parametrize(
+    ("task", "kind"),
+    [("squad", "BertForQuestionAnswering"), ("mnli", "BertForSequenceClassification")],
+)
+def test_the_result_is_a_model_of_transformers(tmp_path: Path, model: Path, task: str, kind: str) -> None:
+    data = examples(tmp_path, task)
+    config = config_of(task, epochs=1)
+    run(job(tmp_path / "out", task), task=task, config=config, model=model, train=data, eval=data)
+    saved = tmp_path / "out" / "model"
+    theirs, report = getattr(transformers, kind).from_pretrained(saved, output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(saved)
+    folder = ModelFolder(saved)
+    problem = problem_of(task, config, folder.tokenizer)
+    samples, _ = problem.read_eval(data, labelled=True)
+    ours = problem.new_model(folder.config)
+    folder.load_into(ours, problem.head, None)
+    theirs.eval()
+    for i, logits in enumerate(predict(ours, problem, samples, config, torch.device("cpu"))):
+        own = samples.take(np.array([i]))
+        segments = (np.arange(len(own.tokens)) >= own.b_start[0]).astype(int)
+        with torch.no_grad():
+            out = theirs(input_ids=torch.tensor(own.tokens)[None], token_type_ids=torch.tensor(segments)[None])
+        expected = torch.stack([out.start_logits[0], out.end_logits[0]], -1) if task == "squad" else out.logits[0]
+        np.testing.assert_allclose(logits, expected.numpy(), atol=2e-5)
+    if task == "mnli":
+        assert theirs.config.id2label == {0: "contradiction", 1: "entailment", 2: "neutral"}
+        first = data.read_text().splitlines()[1].split("\t")
+        ids = tokenizer(first[1], first[2])["input_ids"]
+        assert ids == samples.take(np.array([0])).tokens.tolist()
+
+
+def losses(model: Path, data: Path, config: FinetuneConfig, seed: int = 1) -> list[float]:
+    folder = ModelFolder(model)
+    problem = problem_of("mrpc", config, folder.tokenizer)
+    samples, _, _ = problem.read_train(data)
+    net = problem.new_model(replace(folder.config, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
+    folder.load_into(net, problem.head, 1)
+    found: list[dict[str, float]] = []
+    fit(net, problem, samples, config, seed=seed, device=torch.device("cpu"), log=found.append)
+    assert [line["step"] for line in found] == list(range(1, len(found) + 1))
+    return [line["loss"] for line in found]
+
+
+def test_micro_batches_add_up_to_the_same_training(tmp_path: Path, model: Path) -> None:
+    data = examples(tmp_path, "mrpc")
+    whole = losses(model, data, config_of("mrpc", epochs=3, batch=20, micro_batch=20))
+    parts = losses(model, data, config_of("mrpc", epochs=3, batch=20, micro_batch=3))
+    assert len(whole) == 6  # 20 + 12 samples in each epoch
+    np.testing.assert_allclose(parts, whole, rtol=2e-4)
+    assert abs(whole[0] - np.log(2)) < 0.2
+
+
+def test_the_order_of_samples_differs_by_seed_and_by_epoch(tmp_path: Path, model: Path) -> None:
+    data = examples(tmp_path, "mrpc")
+    still = config_of("mrpc", epochs=2, batch=8, learning_rate=1e-30)
+    first, again, other = (losses(model, data, still, seed) for seed in (1, 1, 2))
+    assert first == again
+    assert first != other
+    np.testing.assert_allclose(np.mean(first[:4]), np.mean(first[4:]), rtol=1e-5)
+    assert not np.allclose(first[:4], first[4:], rtol=1e-5)
+
+
+def test_seeds_are_compared_and_the_best_is_published(tmp_path: Path, model: Path) -> None:
+    data, config = examples(tmp_path, "mrpc"), config_of("mrpc", epochs=8, seeds=(3, 1, 2))
+    begun = job(tmp_path / "out")
+    result = run(begun, task="mrpc", config=config, model=model, train=data, eval=data)
+    accuracies = [record["scores"]["accuracy"] for record in result["seeds"]]
+    assert [record["seed"] for record in result["seeds"]] == [3, 1, 2]
+    assert len(set(accuracies)) > 1
+    assert result["mean"]["accuracy"] == pytest.approx(np.mean(accuracies))
+    assert result["deviation"]["accuracy"] == pytest.approx(np.std(accuracies, ddof=1))
+    best = (3, 1, 2)[int(np.argmax(accuracies))]
+    assert (result["best_seed"], result["ranked_by"]) == (best, "accuracy")
+    assert result["scores"]["accuracy"] == max(accuracies)
+    out = tmp_path / "out"
+    assert read(out / "predictions.json") == read(out / "seeds" / str(best) / "predictions.json")
+    assert (out / "model").resolve() == out.resolve() / "seeds" / str(best) / "model"
+    assert [path.parent.name for path in out.glob("seeds/*/model")] == [str(best)]
+    lines = read_jsonl(begun.attempt.metrics)
+    assert [line["step"] for line in lines] == list(range(1, 49))
+    assert [line["seed"] for line in lines] == [3] * 16 + [1] * 16 + [2] * 16
+    assert lines[0].keys() >= {"stage", "attempt", "step", "time", "loss", "learning_rate", "sequences_per_s"}
+
+
+def test_a_killed_start_is_continued_with_the_same_bytes(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, config = examples(tmp_path, "mrpc"), config_of("mrpc", epochs=1, seeds=(1, 2))
+    run(job(tmp_path / "whole"), task="mrpc", config=config, model=model, train=data, eval=data)
+    trained: list[int] = []
+
+    def stopping(*args: Any, seed: int, **named: Any) -> None:
+        fit(*args, seed=seed, **named)
+        trained.append(seed)
+        if trained == [1, 2]:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "fit", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        run(job(tmp_path / "out"), task="mrpc", config=config, model=model, train=data, eval=data)
+    assert not (tmp_path / "out" / "scores.json").exists()
+    second = job(tmp_path / "out")
+    run(second, task="mrpc", config=config, model=model, train=data, eval=data)
+    assert trained == [1, 2, 2]
+    assert any("seed 1: finished earlier" in line for line in second.lines)
+    for name in ("scores.json", "predictions.json", "model/model.safetensors"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_another_configuration_or_file_trains_again(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, config = examples(tmp_path, "mrpc"), config_of("mrpc", epochs=1)
+    trained: list[float] = []
+
+    def counting(*args: Any, **named: Any) -> None:
+        trained.append(args[3].learning_rate)
+        fit(*args, **named)
+
+    monkeypatch.setattr(loop, "fit", counting)
+    same = {"task": "mrpc", "model": model, "train": data, "eval": data}
+    run(job(tmp_path / "out"), config=config, **same)
+    run(job(tmp_path / "out"), config=replace(config, dataset="other name"), **same)
+    assert trained == [2e-3]
+    run(job(tmp_path / "out"), config=replace(config, learning_rate=1e-3), **same)
+    assert trained == [2e-3, 1e-3]
+    data.write_text(data.read_text().replace("fox", "ant"))
+    run(job(tmp_path / "out"), config=replace(config, learning_rate=1e-3), **same)
+    assert trained == [2e-3, 1e-3, 1e-3]
+
+
+def test_a_fine_tuned_folder_is_scored_and_predicts_unlabelled_files(tmp_path: Path, model: Path) -> None:
+    data, config = examples(tmp_path, "sst2"), config_of("sst2", epochs=10)
+    trained = run(job(tmp_path / "out"), task="sst2", config=config, model=model, train=data, eval=data)
+    common = {"task": "sst2", "config": config, "model": tmp_path / "out" / "model", "train": None}
+    scored = finetune(job(tmp_path / "eval"), eval=data, modes=("eval",), **common)
+    assert scored["scores"] == trained["scores"]
+    bare = tmp_path / "bare.tsv"
+    bare.write_text("".join(line.split("\t")[0] + "\n" for line in data.read_text().splitlines()))
+    predicted = finetune(job(tmp_path / "predict"), eval=bare, modes=("prediction",), **common)
+    assert predicted["scores"] == {}
+    assert read(tmp_path / "predict" / "predictions.json") == read(tmp_path / "out" / "predictions.json")
+    with pytest.raises(CheckpointError, match="classifier"):
+        finetune(job(tmp_path / "bad"), eval=data, modes=("eval",), **{**common, "model": model})
+
+
+def test_skipped_answers_are_counted_and_said(tmp_path: Path, model: Path) -> None:
+    data = examples(tmp_path, "squad", count=4)
+    broken = json.loads(data.read_text())
+    broken["data"][0]["paragraphs"][1]["qas"][0]["answers"][0]["text"] = "whale"
+    data.write_text(json.dumps(broken))
+    begun = job(tmp_path / "out", "squad")
+    config = config_of("squad", epochs=1)
+    result = run(begun, task="squad", config=config, model=model, train=data, eval=data)
+    assert (result["train_examples"], result["skipped_train_examples"]) == (3, 1)
+    assert (result["examples"], result["eval_features"]) == (4, 4)  # it is asked in the evaluation all the same
+    assert any("1 examples are left out of training, their answer is not in their" in line for line in begun.lines)
+    assert any(line.endswith("context: q1") for line in begun.lines)
+    assert read(tmp_path / "out" / "skipped_train_examples.json") == ["q1"]
+    for paragraph in broken["data"][0]["paragraphs"]:
+        paragraph["qas"][0]["answers"][0]["text"] = "whale"
+    data.write_text(json.dumps(broken))
+    with pytest.raises(DataError, match="no example is left to train on"):
+        run(job(tmp_path / "out", "squad"), task="squad", config=config, model=model, train=data, eval=data)
+
+
+def test_the_published_squad_scores_are_the_official_scripts(tmp_path: Path, model: Path, carriers: Path) -> None:
+    data = examples(tmp_path, "squad")
+    config = config_of("squad", epochs=6)
+    result = run(job(tmp_path / "out", "squad"), task="squad", config=config, model=model, train=data, eval=data)
+    assert 0 < result["scores"]["f1"] < 100
+    words = [sys.executable, str(carriers / "squad_v1_evaluate.py"), str(data), str(tmp_path / "out/predictions.json")]
+    said = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    assert json.loads(said) == pytest.approx(result["scores"], abs=1e-12)
+
+
+def test_squad_2_learns_which_questions_have_no_answer(tmp_path: Path, model: Path) -> None:
+    data = examples(tmp_path, "squad")
+    content = json.loads(data.read_text())
+    for paragraph in content["data"][0]["paragraphs"][::2]:
+        answer = paragraph["qas"][0]["answers"][0]
+        paragraph["context"] = paragraph["context"].replace(f"({answer['text']}).", "good")
+        paragraph["qas"][0] |= {"answers": [], "is_impossible": True}
+    data.write_text(json.dumps(content))
+    config = config_of("squad", version_2=True, epochs=40)
+    result = run(job(tmp_path / "out", "squad"), task="squad", config=config, model=model, train=data, eval=data)
+    answers = list(read(tmp_path / "out" / "predictions.json").values())
+    assert result["skipped_train_examples"] == 0
+    assert sum(answer == "" for answer in answers[::2]) >= 15
+    assert sum(answer == "" for answer in answers[1::2]) <= 1
+    assert result["scores"]["f1"] > 90
+    n_best = read(tmp_path / "out" / "nbest_predictions.json")
+    assert all(any(entry["text"] == "" for entry in entries) for entries in n_best.values())
+
+
+def test_many_skipped_examples_are_all_named_in_a_file(tmp_path: Path, model: Path) -> None:
+    data = examples(tmp_path, "squad", count=8)
+    broken = json.loads(data.read_text())
+    for paragraph in broken["data"][0]["paragraphs"][1:]:
+        paragraph["qas"][0]["answers"][0]["answer_start"] = 10_000
+    data.write_text(json.dumps(broken))
+    begun = job(tmp_path / "out", "squad")
+    run(begun, task="squad", config=config_of("squad", epochs=1), model=model, train=data, eval=data)
+    assert any("q1, q2, q3, q4, q5 and 2 more, all in skipped_train_examples.json" in line for line in begun.lines)
+    assert read(tmp_path / "out" / "skipped_train_examples.json") == [f"q{i}" for i in range(1, 8)]
+
+
+def test_mnli_is_scored_on_both_files_apart(tmp_path: Path, model: Path) -> None:
+    data = examples(tmp_path, "mnli")
+    rows = [line.split("\t") for line in data.read_text().splitlines()]
+    swap = {"contradiction": "neutral", "neutral": "contradiction", "gold_label": "gold_label"}
+    other = tmp_path / "dev_mismatched.tsv"
+    other.write_text("".join("\t".join([*row[:3], swap[row[3]]]) + "\n" for row in rows[:9]))
+    result = finetune(
+        job(tmp_path / "out", "mnli"),
+        task="mnli",
+        config=config_of("mnli"),
+        model=model,
+        train=data,
+        eval=data,
+        modes=("train", "eval"),
+        mismatched=other,
+    )
+    assert result["scores"] == {"accuracy": 100.0, "accuracy_mismatched": 0.0}  # the same sentences, other labels
+    assert (result["examples"], result["examples_mismatched"]) == (32, 8)
+    both = [read(tmp_path / "out" / name) for name in ("predictions.json", "mismatched_predictions.json")]
+    assert both[1] == {key: both[0][key] for key in both[1]}
+    assert len(both[1]) == 8
+
+
+def test_a_loss_that_is_not_finite_names_its_step(tmp_path: Path, model: Path) -> None:
+    data, config = examples(tmp_path, "mrpc"), config_of("mrpc", learning_rate=1e38, warmup=0.0)
+    earlier = config_of("mrpc", epochs=1)
+    run(job(tmp_path / "out"), task="mrpc", config=earlier, model=model, train=data, eval=data)
+    with pytest.raises(NumericalError, match=r"step \d+ of 60 \(seed 1\): loss (nan|inf).*learning rate"):
+        run(job(tmp_path / "out"), task="mrpc", config=config, model=model, train=data, eval=data)
+    assert not (tmp_path / "out" / "scores.json").exists()  # the earlier scores are not this start's
+
+
+def test_the_loss_is_the_mean_of_start_and_end(model: Path) -> None:
+    problem = problem_of("squad", config_of("squad"), ModelFolder(model).tokenizer)
+    start = torch.log(torch.tensor([[0.5, 0.25, 0.25], [0.5, 0.5, 0.0]]))
+    end = torch.log(torch.tensor([[0.25, 0.25, 0.5], [1.0, 0.0, 0.0]]))
+    found = float(problem.loss_sum((start, end), torch.tensor([[1, 2], [1, 0]])))
+    assert found == pytest.approx((np.log(4) + np.log(2) + np.log(2) + np.log(1)) / 2)
+
+
+def test_bf16_learns_too(tmp_path: Path, model: Path) -> None:
+    data, config = examples(tmp_path, "sst2"), config_of("sst2", precision="bf16")
+    result = run(job(tmp_path / "out"), task="sst2", config=config, model=model, train=data, eval=data)
+    assert result["scores"]["accuracy"] > 90
+
+
+def test_fp16_scales_its_loss_and_skips_what_overflows(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = examples(tmp_path, "mrpc")
+    lowered: list[float] = []
+
+    def started(scale: float) -> None:
+        class Watched(LossScale):
+            def __init__(self) -> None:
+                super().__init__(scale)
+
+            def lowered(self) -> bool:
+                lowered.append(self.scale)
+                return super().lowered()
+
+        monkeypatch.setattr(module, "LossScale", Watched)
+
+    started(2.0**10)
+    single = losses(model, data, config_of("mrpc", epochs=3))
+    half = losses(model, data, config_of("mrpc", epochs=3, precision="fp16"))
+    assert (half != single, lowered) == (True, [])
+    np.testing.assert_allclose(half, single, atol=5e-3)
+    started(2.0**26)  # the first gradients are beyond fp16
+    still = losses(model, data, config_of("mrpc", epochs=20, precision="fp16", batch=32))
+    assert np.isfinite(still).all()
+    assert lowered[:2] == [2.0**26, 2.0**25]
+    monkeypatch.setattr(LossScale, "LOWEST", 2.0**26)
+    with pytest.raises(NumericalError, match="step 1 of 2"):
+        losses(model, data, config_of("mrpc", epochs=1, precision="fp16"))
+
+
+def test_a_precision_that_the_device_lacks_is_refused_before_anything_is_read(tmp_path: Path, model: Path) -> None:
+    missing = tmp_path / "missing.tsv"
+    with pytest.raises(EnvironmentFault, match="tf32 needs a CUDA device"):
+        run(
+            job(tmp_path / "out"),
+            task="mrpc",
+            config=config_of("mrpc", precision="tf32"),
+            model=model,
+            train=missing,
+            eval=missing,
+        )
+
+
+@pytest.mark.parametrize(
+    ("batch", "capacity", "accumulation"),  # the published recipes on one GPU: MRPC, then SST-2
+    [(128, 256, 1), (128, 128, 1), (128, 64, 2), (1024, 256, 4), (1024, 128, 8), (512, 64, 8)],
+)
+def test_a_batch_is_accumulated_in_as_many_passes_as_the_published_tables_say(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, batch: int, capacity: int, accumulation: int
+) -> None:
+    config = config_of("mrpc", batch=batch, micro_batch=capacity)
+    passes: list[int] = []
+
+    class Counting(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(2))
+
+        def forward(self, packed: Batch) -> torch.Tensor:
+            passes.append(len(packed.length))
+            return self.weight.expand(len(packed.length), 2)
+
+    samples = Samples(np.ones(3 * batch, np.int64), np.arange(batch + 1) * 3, np.full(batch, 3), np.zeros(batch, int))
+    problem = problem_of("mrpc", config, ModelFolder(model).tokenizer)
+    one_epoch = replace(config, epochs=1)
+    fit(Counting(), problem, samples, one_epoch, seed=1, device=torch.device("cpu"), log=lambda line: None)
+    assert passes == [batch // accumulation] * accumulation
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"max_seq_len": 65}, "mrpc: max_seq_len = 65 exceeds the model's 64 positions"),
+        ({"seeds": ()}, "give at least one"),
+        ({"seeds": (1, 1)}, "none twice"),
+    ],
+)
+def test_impossible_configurations_are_refused(
+    tmp_path: Path, model: Path, changed: dict[str, Any], message: str
+) -> None:
+    data = examples(tmp_path, "mrpc")
+    with pytest.raises(ConfigError, match=message):
+        run(
+            job(tmp_path / "out"),
+            task="mrpc",
+            config=config_of("mrpc", **changed),
+            model=model,
+            train=data,
+            eval=data,
+        )
+
+
+def test_training_never_replaces_its_own_source(tmp_path: Path, model: Path) -> None:
+    data, config = examples(tmp_path, "mrpc"), config_of("mrpc", epochs=1)
+    run(job(tmp_path / "out"), task="mrpc", config=config, model=model, train=data, eval=data)
+    source = tmp_path / "out" / "model"
+    with pytest.raises(ConfigError, match="lies in the output folder"):
+        run(job(tmp_path / "out"), task="mrpc", config=config, model=source, train=data, eval=data)
+    assert (source / "model.safetensors").exists()

@@ -1,0 +1,466 @@
+"""Stages to jobs, jobs to scripts, and a submit killed at every call it makes, with a Slurm that is a list."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline import submit
+from pipeline.config import load_profile, load_recipe
+from pipeline.errors import ConfigError, InUseError
+from pipeline.launch import jobs as groups
+from pipeline.launch import scripts
+from pipeline.node.preempt import STOP_SIGNALS, StopRequest
+from pipeline.run.journal import Journal, SentJob
+from pipeline.run.rundir import RunDir
+from pipeline.stages import table
+from slurm import queue, refusal, shell
+from slurm.errors import FlagError
+from slurm.flags import Flag, Setting
+from slurm.sending import Need
+from support.running import SMALL, call
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def plans(recipe: str = "bert_large", todo: list[str] | None = None, split: bool = False) -> list[groups.JobPlan]:
+    stages = table(load_recipe(recipe))
+    return groups.jobs_of(stages, stages if todo is None else todo, split=split)
+
+
+def test_three_jobs_and_a_report() -> None:
+    found = plans()
+    assert [(job.name, job.stages) for job in found] == [
+        ("data", ("extract", "shard", "samples_128", "samples_512")),
+        ("pretrain", ("phase1", "phase2")),
+        ("finetune", ("export", "squad", "mrpc", "sst2", "inference")),
+        ("report", ("report",)),
+    ]
+    assert [job.needs for job in found[:3]] == [(), (Need(job="data"),), (Need(job="pretrain"),)]
+    assert found[3].any_need
+    assert [(need.job, need.kind) for need in found[3].needs] == [
+        ("data", "afternotok"),
+        ("pretrain", "afternotok"),
+        ("finetune", "afterany"),
+    ]
+
+
+def test_what_is_done_needs_no_job() -> None:
+    found = plans(todo=["phase2", "squad", "report"])
+    assert [(job.name, job.stages) for job in found] == [
+        ("pretrain", ("phase2",)),
+        ("finetune", ("squad",)),
+        ("report", ("report",)),
+    ]
+    assert found[0].needs == ()
+    only = plans(todo=["report"])
+    assert (only[0].needs, only[0].any_need) == ((), False)
+
+
+def test_one_job_for_each_stage() -> None:
+    found = {job.name: job for job in plans(split=True)}
+    assert list(found) == list(table(load_recipe("bert_large")))
+    assert [need.job for need in found["phase1"].needs] == ["samples_128"]
+    assert {need.job for need in found["phase2"].needs} == {"samples_512", "phase1"}
+    assert {(need.job, need.kind) for need in found["report"].needs} == {
+        (name, "afterany") for name in ("squad", "mrpc", "sst2", "inference")
+    }
+    assert not found["report"].any_need
+
+
+def ready(*flags: Flag, cluster: str = "dgx_a100_80g", nodes: str = "32", **environ: str) -> list[groups.JobPlan]:
+    profile = load_profile(cluster)
+    jobs = groups.with_spares(plans(), profile.spares) if profile.spares else plans()
+    return groups.equipped(jobs, profile, nodes, flags, environ)
+
+
+def test_what_the_jobs_ask_for() -> None:
+    data, pretrain, finetune, report = ready(Flag("time", "2-00", ""), Flag("partition", "cpu", "data"))
+    assert (pretrain.resources.most_tasks, pretrain.resources.gpus_per_node, pretrain.resources.nodes) == (
+        256,
+        8,
+        (32, 32),
+    )
+    assert pretrain.resources.time_min == 2 * 24 * 60
+    assert data.resources.time_min == 24 * 60
+    assert data.left["partition"].value == report.left["partition"].value == "cpu"
+    assert (data.resources.gpus_per_node, finetune.resources.gpus_per_node) == (0, 1)
+    assert (report.resources.cpus_per_task, report.resources.time_min) == (1, 30)
+    assert scripts.gpu_hours([pretrain]) == 32 * 8 * 48
+    _, range_, _, _ = ready(nodes="16-32", SBATCH_PARTITION="h100")
+    assert range_.resources.nodes == (16, 32)
+    assert range_.settings["partition"].source == "SBATCH_PARTITION"
+    _, none, _, _ = ready(Flag("gpus-per-node", "0", ""))
+    assert none.resources.tasks_per_node == 1
+    with pytest.raises(ConfigError, match="one process"):
+        ready(Flag("nodes", "2", "finetune"))
+    many, _, _, small = ready(Flag("nodes", "2", "data"), Flag("ntasks-per-node", "4", "data"))
+    assert (many.resources.most_tasks, small.resources.most_tasks) == (8, 1)  # over MPI; the report is one process
+    with pytest.raises(FlagError, match="16-32"):
+        ready(nodes="many")
+
+
+def test_the_text_of_bert_large_on_32_nodes() -> None:
+    _, pretrain, _, _ = ready()
+    text = scripts.script_text(RunDir(Path("/scratch/runs/bert")), load_profile("dgx_a100_80g"), pretrain)
+    text = text.replace(sys.executable, "PYTHON").replace(str(scripts.ROOT), "CHECKOUT")
+    file = GOLDEN / "bert_large_32_nodes.sbatch"
+    if os.environ.get("REWRITE_GOLDEN"):
+        file.write_text(text)
+    assert text == file.read_text(), f"{file}: differs; look at it, then REWRITE_GOLDEN=1 pytest writes it anew"
+
+
+PROFILES = ("generic", "venv_modules", "conda", "pyxis", "apptainer", "preemptible_cancel")
+
+
+@pytest.mark.parametrize("cluster", PROFILES)
+def test_the_text_of_each_kind_of_site(cluster: str) -> None:
+    """Header, environment and srun line of the pretraining job; the shell code around them is the same for all."""
+    pretrain = next(job for job in ready(cluster=cluster, nodes="4") if job.name == "pretrain")
+    text = scripts.script_text(RunDir(Path("/scratch/runs/bert")), load_profile(cluster), pretrain)
+    text = text.replace(sys.executable, "PYTHON").replace(str(scripts.ROOT), "CHECKOUT")
+    assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
+    text = text.replace(shell.BEFORE, "# …\n").replace(shell.AFTER, "# …\n")
+    file = GOLDEN / f"profile_{cluster}.sbatch"
+    if os.environ.get("REWRITE_GOLDEN"):
+        file.write_text(text)
+    assert text == file.read_text(), f"{file}: differs; look at it, then REWRITE_GOLDEN=1 pytest writes it anew"
+
+
+def test_spare_jobs_go_on_where_requeue_is_refused() -> None:
+    jobs = {job.name: job for job in ready(cluster="preemptible_cancel", nodes="4")}
+    assert list(jobs)[5:8] == ["pretrain", "pretrain-2", "pretrain-3"]
+    waits = {
+        name: [f"{need.kind}:{need.job}" for need in jobs[name].needs]
+        for name in ("pretrain", "pretrain-2", "pretrain-3", "finetune", "report")
+    }
+    family = ["", "-2", "-3", "-4", "-5"]
+    assert waits["pretrain"] == [f"afterok:data{n}" for n in family]
+    assert waits["pretrain-2"] == ["afternotok:pretrain"]
+    assert waits["pretrain-3"] == ["afternotok:pretrain", "afternotok:pretrain-2"]
+    assert waits["finetune"] == [f"afterok:pretrain{n}" for n in family]
+    assert waits["report"] == [f"afterany:finetune{n}" for n in family]
+    assert [jobs[name].any_need for name in waits] == [True, False, False, True, False]
+    assert {job.settings["kill-on-invalid-dep"].value for job in jobs.values()} == {"yes"}
+    run = RunDir(Path("/scratch/runs/bert"))
+    calls = {call.name: call for call in scripts.sendings(run, list(jobs.values()), "s")}
+    assert (calls["pretrain-3"].file, calls["pretrain-3"].stands_in_for) == ("pretrain.sbatch", "pretrain")
+    assert len({call.extra[0] for call in calls.values()}) == len(calls)  # the tags by which jobs are told apart
+    assert scripts.gpu_hours(list(jobs.values())) == 4 * 8 * 24 + 8
+    with pytest.raises(ConfigError, match="--split"):
+        groups.with_spares(plans(split=True), 1)
+    alone = groups.with_spares(plans(todo=["phase1"]), 1)
+    assert [(job.name, len(job.needs)) for job in alone] == [("pretrain", 0), ("pretrain-2", 1)]
+
+
+def test_the_job_of_a_stage_is_the_spare_that_lives() -> None:
+    journal = Journal(
+        sending="s", state="released", jobs=(held(101), dataclasses.replace(held(102), name="pretrain-2"))
+    )
+    dead, live = queue.Job(id="101", state="PREEMPTED"), queue.Job(id="102", state="RUNNING")
+    assert journal.job_of("phase1", {"101": dead, "102": live}).id == "102"
+    assert journal.job_of("phase1", {"101": live, "102": live}).id == "101"
+    assert journal.job_of("phase1").id == "101"
+    assert journal.job_of("phase2") is None
+
+
+def test_the_gpu_hours_of_a_run(tmp_path) -> None:
+    run, jobs = RunDir(tmp_path), ready(nodes="2")
+    assert scripts.spent_gpu_hours(run) == 0
+    (tmp_path / "jobs").mkdir()
+    for name, text in (("7.0", "7200\n"), ("7.1", "1800"), ("8.0", "")):  # the last one is just being written
+        (tmp_path / "jobs" / f"{name}.gpu_s").write_text(text)
+    assert scripts.spent_gpu_hours(run) == 2.5
+    submit.check_budget(run, jobs, 0)
+    submit.check_budget(run, jobs, 2.8)
+    submit.check_budget(run, [job for job in jobs if job.name == "report"], 1)
+    with pytest.raises(ConfigError, match=r"2\.50 GPU-hours are spent, --max-gpu-hours allows 2\.7"):
+        submit.check_budget(run, jobs, 2.7)  # less than a minute on 16 GPUs is left
+    text = scripts.script_text(run, load_profile("generic"), jobs[1], 2.6)
+    assert "\nmax_gpu_s=9360\n" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "blamed"),
+    [
+        ("sbatch refused: Invalid partition name specified", " (--partition=x from flag)"),
+        ("sbatch refused: Invalid feature specification", " (--constraint=c from profile a)"),
+        ("Invalid --begin specification", " (--begin=late after --)"),
+        (
+            "sbatch refused: Requested node configuration is not available",
+            " (--nodes=64 from flag; --mem=9T from flag; --constraint=c from profile a)",
+        ),
+        ("sbatch refused: Invalid qos specification", ""),
+        ("sbatch refused: Unspecified error", ""),
+    ],
+)
+def test_a_refusal_names_the_option_and_where_it_came_from(words: str, blamed: str) -> None:
+    given = {name: Setting(value, "flag") for name, value in (("partition", "x"), ("nodes", "64"), ("mem", "9T"))}
+    given["constraint"] = Setting("c", "profile a")
+    assert refusal.blame(words, given, ["--begin=late"]) == blamed
+
+
+def test_scripts_are_written_without_slurm_and_as_they_are_sent(tmp_path, monkeypatch) -> None:
+    words = ["--recipe", "bert_large", "--cluster", "generic", "--run", tmp_path / "run", "--data", tmp_path]
+    out = tmp_path / "scripts"
+    done = call("submit", *words, "--nodes", "4", "-A", "proj x", "--write-scripts", out, "--", "--nice=5")
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in out.iterdir()) == [
+        "data.sbatch",
+        "finetune.sbatch",
+        "pretrain.sbatch",
+        "report.sbatch",
+        "submit.sh",
+    ]
+    assert "is not begun" in done.stdout
+    assert not (tmp_path / "run").exists()
+    for path in out.iterdir():
+        assert subprocess.run(["bash", "-n", path], check=False).returncode == 0
+    jobs = ready(Flag("account", "proj x"), cluster="generic", nodes="4")
+    for job in jobs:
+        text = scripts.script_text(RunDir(tmp_path / "run"), load_profile("generic"), job)
+        assert (out / f"{job.name}.sbatch").read_text() == text
+    assert "--nice=5" in (out / "submit.sh").read_text()
+
+
+def test_a_dry_run_writes_nothing_and_names_sources(tmp_path) -> None:
+    words = ["--recipe", "bert_large", "--cluster", "generic", "--run", tmp_path / "run"]
+    done = call("submit", *words, "-N", "16-32", "-p", "h100", "-p", "data=cpu", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert "16-32 nodes, 256 tasks, time 1-00:00:00, at most 6144 GPU-hours" in done.stdout
+    assert "--partition=h100  (flag)" in done.stdout
+    assert "--mem=64G  (profile generic)" in done.stdout
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["-p", "gpu"], "--partition: means nothing"),
+        (["--test-only"], "--test-only: means nothing"),
+        (["--max-gpu-hours", "5", "--allow-mixed"], "--max-gpu-hours, --allow-mixed: means nothing"),
+        (["--nodes", "0"], "--nodes=0"),
+        (["--", "--nice"], "--nice: means nothing"),
+    ],
+)
+def test_slurm_options_without_slurm_are_refused(tmp_path, words, hint) -> None:
+    done = call("submit", "--recipe", "tiny", "--cluster", "local", "--run", tmp_path / "run", *words)
+    assert done.returncode == 2
+    assert hint in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_stop_is_asked_for_before_the_time_limit(monkeypatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr("pipeline.node.preempt.time.time", lambda: now)
+    stop = StopRequest(deadline=1100.0)
+    stop.after_step(step_s=20.0, save_s=10.0)  # needs 20 + 2 x 10 + 30 = 70 s
+    assert stop.reason is None
+    now = 1031.0
+    stop.after_step(step_s=1.0, save_s=10.0)  # the longest step counts
+    assert stop.reason == "69 s before its time or GPU-hours are used up"
+    without = StopRequest()
+    without.after_step(step_s=1e9, save_s=0)
+    assert without.reason is None
+
+
+@pytest.mark.parametrize(("left_s", "said"), [(179, "SIGUSR2, 179 s before its time"), (181, "SIGUSR2")])
+def test_slurms_warning_of_the_time_limit_is_no_preemption(monkeypatch, left_s: int, said: str) -> None:
+    """The signal asked for 120 s before the end may come 60 s too early."""
+    monkeypatch.setattr("pipeline.node.preempt.time.time", lambda: 1000.0)
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    try:
+        stop = StopRequest(deadline=1000.0 + left_s, warning_s=120)
+        stop.listen()
+        signal.raise_signal(signal.SIGUSR2)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert stop.reason is not None
+    assert stop.reason.removesuffix(" or GPU-hours are used up") == said
+
+
+class Killed(BaseException):
+    """The process is no more."""
+
+
+class FakeSlurm:
+    """Slurm as a list of jobs; from the call number ``dies_at`` on, whoever calls is dead, after the call or before."""
+
+    def __init__(self) -> None:
+        self.all: dict[str, dict[str, str]] = {}
+        self.calls, self.dies_at, self.after = 0, 10**9, False
+
+    def act(self, change) -> object:
+        self.calls += 1
+        dead = self.calls >= self.dies_at
+        if dead and not (self.after and self.calls == self.dies_at):
+            raise Killed
+        result = change()
+        if dead:
+            raise Killed
+        return result
+
+    def submit(self, file, words, arguments=(), *, tag, say) -> str:
+        def change() -> str:
+            number = str(100 + len(self.all))
+            waits = [word for word in words if word.startswith("--dependency=")]
+            self.all[number] = {"tag": tag, "held": "--hold" in words, "state": "PENDING", "waits": "".join(waits)}
+            return number
+
+        return self.act(change)
+
+    def jobs(self) -> dict[str, queue.Job]:
+        return self.act(
+            lambda: {
+                number: queue.Job(id=number, state=job["state"], comment=job["tag"]) for number, job in self.all.items()
+            }
+        )
+
+    def cancel(self, ids, *, patience_s=0) -> list[str]:
+        wanted = list(ids)
+        self.act(lambda: [self.all[number].update(state="CANCELLED") for number in wanted])
+        return ["scancel", *wanted]
+
+    def release(self, ids) -> None:
+        wanted = list(ids)
+        self.act(lambda: [self.all[number].update(held=False) for number in wanted])
+
+    def live(self) -> list[dict[str, str]]:
+        return [job for job in self.all.values() if job["state"] != "CANCELLED"]
+
+
+@pytest.fixture
+def fake(monkeypatch, tmp_path) -> FakeSlurm:
+    made = FakeSlurm()
+    for name in ("submit", "jobs", "cancel", "release"):
+        monkeypatch.setattr(queue, name, getattr(made, name))
+    monkeypatch.setattr("submitit.SlurmExecutor.affinity", classmethod(lambda cls: 1))
+    return made
+
+
+def send_once(run: RunDir, replace: bool = False) -> None:
+    from pipeline.launch.send import send, settle
+
+    old = settle(run, replace=replace, say=lambda line: None)
+    send(run, load_profile("generic"), ready(cluster="generic", nodes="2"), old, [], lambda line: None)
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("earlier", [False, True])
+def test_killed_at_any_call_a_second_submit_leaves_one_chain(fake, tmp_path, after, earlier) -> None:
+    """With and without an older chain that waits; before and after each call has reached Slurm."""
+    deaths = 0
+    for dies_at in range(1, 30):
+        run = RunDir(tmp_path / f"{dies_at}")
+        run.path.mkdir()
+        fake.__init__()
+        if earlier:
+            send_once(run)
+        fake.calls, fake.dies_at, fake.after = 0, dies_at, after
+        try:
+            send_once(run)
+        except Killed:
+            deaths += 1
+        roots = [job for job in fake.live() if not job["held"] and not job["waits"]]
+        chains = {job["tag"].split("/")[1] for job in roots}
+        assert len(chains) <= 1  # never two chains that could run
+        journal = Journal.read(run)
+        if journal is not None and journal.state == "sending":  # not complete: its first job must not start
+            assert all(job["held"] for job in fake.live() if job["tag"].endswith(f"/{journal.sending}/data"))
+        fake.dies_at = 10**9
+        send_once(run)
+        assert [job["tag"].split("/")[2] for job in fake.live()] == ["data", "pretrain", "finetune", "report"]
+        assert len({job["tag"].split("/")[1] for job in fake.live()}) == 1
+        assert not any(job["held"] for job in fake.live())
+        assert Journal.read(run).state == "released"
+    assert deaths == 7 + earlier  # the calls: two listings, four jobs, a release; and cancelling the older chain
+
+
+def test_what_a_killed_submit_left_is_settled_even_where_the_run_is_at_work(fake, tmp_path) -> None:
+    run = RunDir(tmp_path)
+    send_once(run)
+    first = fake.live()
+    fake.all["100"]["state"] = "RUNNING"
+    fake.calls, fake.dies_at = 0, 4  # the third job of a chain that was to replace it
+    with pytest.raises(Killed):
+        send_once(run, replace=True)
+    fake.dies_at = 10**9
+    assert len(fake.live()) == 6
+    with pytest.raises(InUseError):
+        send_once(run)
+    assert fake.live() == first  # the half chain is gone
+    journal = Journal.read(run)
+    dataclasses.replace(journal, sending=first[0]["tag"].split("/")[1], state="releasing", jobs=(held(101),)).write(run)
+    fake.all["101"]["held"] = True
+    with pytest.raises(InUseError):
+        send_once(run)
+    assert not fake.all["101"]["held"]  # the release is finished
+    assert Journal.read(run).state == "released"
+
+
+def held(number: int) -> SentJob:
+    return SentJob(name="pretrain", stages=("phase1",), needs=(), ours=True, id=str(number))
+
+
+def test_a_refusal_of_slurm_leaves_the_older_chain(fake, tmp_path) -> None:
+    run = RunDir(tmp_path)
+    send_once(run)
+    before, sent = Journal.read(run), list(fake.live())
+
+    def refuse(file, words, arguments=(), *, tag, say):
+        if tag.endswith("finetune"):
+            raise FlagError("sbatch refused: Invalid partition")
+        return fake.submit(file, words, tag=tag, say=say)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(queue, "submit", refuse)
+        with pytest.raises(FlagError):
+            send_once(run)
+    assert fake.live() == sent
+    assert Journal.read(run) == before
+
+
+def test_running_jobs_are_refused_or_replaced(fake, tmp_path) -> None:
+    run = RunDir(tmp_path)
+    send_once(run)
+    fake.all["100"]["state"] = "RUNNING"
+    with pytest.raises(InUseError, match=r"data \(job 100, running\).*--replace"):
+        send_once(run)
+    assert len(fake.all) == 4
+    send_once(run, replace=True)
+    assert fake.all["104"]["waits"] == "--dependency=afterany:100,afterany:101,afterany:102,afterany:103"
+    assert fake.all["100"]["state"] == "CANCELLED"
+
+
+def test_status_and_cancel_when_slurm_does_not_answer(tmp_path) -> None:
+    """No squeue on PATH: the run's own files are told, and that Slurm is silent; cancel says it in one line."""
+    words = ["--recipe", SMALL, "--cluster", "devcluster", "--run", tmp_path / "run", "--data", tmp_path]
+    for name in ("enwiki-table-markup.xml.bz2", "boolq.jsonl", "qa.json", "pairs.tsv", "sentiment.tsv"):
+        (tmp_path / name).write_text("x")
+    assert call("submit", *words, "--write-scripts", tmp_path / "scripts").returncode == 0
+    run = RunDir(tmp_path / "run")
+    (run.path / "jobs.json").write_text(
+        '{"sending": "a", "state": "released", "jobs": [{"name": "data", "stages": ["extract"], "needs": [], '
+        '"ours": true, "id": "7"}]}'
+    )
+    silent = {**os.environ, "PATH": "/nowhere", "SLURM_CONF": "/nowhere"}
+    known = call("status", run.path, env=silent)
+    assert known.returncode == 0, known.stderr
+    assert "extract      unknown" in known.stdout
+    assert "Slurm does not answer" in known.stdout or "Slurm installed" in known.stdout
+    refused = call("cancel", run.path, env=silent)
+    assert refused.returncode == 9
+    assert refused.stderr.count("\n") == 1
+
+
+def test_submit_alone_imports_neither_submitit_nor_torch() -> None:
+    assert "submitit" not in Path(submit.__file__).read_text().split("def to_slurm")[0]
+    code = "import pipeline.submit, sys; assert not {'submitit', 'torch', 'h5py'} & set(sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=scripts.ROOT, check=False).returncode == 0

@@ -1,0 +1,191 @@
+"""A child under watch: its exit code, its signals, its hangs, and a GPU that ends the attempt."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline.node.heartbeat import Heartbeat
+from pipeline.node.supervise import HANG_S, START_S, limit_s
+from support.running import ROOT, children_of
+
+SCRIPT = """
+import os, re, sys, threading, time
+from pathlib import Path
+from pipeline.node import heartbeat
+from pipeline.node import supervise as module
+from pipeline.errors import NumericalError
+from pipeline.node.job import Job, Topology
+from pipeline.node.preempt import StopRequest
+from pipeline.run.rundir import RunDir
+
+module.HANG_S, module.PEERS_DUMP_S, module.LOOK_S, module.LEAVE_S = 1.0, 1.0, 0.1, 3.0
+heartbeat.PULSE_S = 0.05  # as far below HANG_S as in the product
+{before}
+run = RunDir(Path(sys.argv[1]))
+attempt = run.stage("phase1").new_attempt("launch")
+job = Job(run, "phase1", attempt, Topology(3, 4, {local_rank}, "launch"), workers=1, threads=1, stop=StopRequest())
+job.stop.listen()
+
+def work():
+    job.heartbeat.beat("{where}", 7)
+{body}
+
+module.supervise(job, work)
+print("whole")
+"""
+
+
+def start(
+    folder: Path, body: str, where: str = "working", local_rank: int = 1, before: str = "", **environment: str
+) -> subprocess.Popen[str]:
+    lines = "\n".join(f"    {line}" for line in body.splitlines())
+    script = SCRIPT.replace("{body}", lines).replace("{where}", where).replace("{local_rank}", str(local_rank))
+    return subprocess.Popen(
+        [sys.executable, "-c", script.replace("{before}", before), str(folder)],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, **environment},
+    )
+
+
+def end(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    output, errors = process.communicate(timeout=60)
+    return process.returncode, output, errors
+
+
+def verdict(folder: Path) -> dict[str, object]:
+    return json.loads((folder / "stages/phase1/attempts/0001/verdict.json").read_text())
+
+
+def test_a_child_that_ends_well_lets_the_parent_go_on(tmp_path):
+    assert end(start(tmp_path, "print('from the child')")) == (0, "from the child\nwhole\n", "")
+
+
+def test_a_refusal_is_one_line_and_its_code(tmp_path):
+    code, output, errors = end(start(tmp_path, "raise NumericalError('step 3 is not finite')"))
+    assert (code, output, errors) == (5, "", "step 3 is not finite\n")
+
+
+def test_a_killed_child_is_named_with_its_signal(tmp_path):
+    code, _, errors = end(start(tmp_path, "os.kill(os.getpid(), 9)"))
+    assert code == verdict(tmp_path)["code"] == 76
+    assert "rank 3 on " in errors
+    assert "was killed by signal 9 (SIGKILL) after step 7" in errors
+
+
+def test_a_stop_signal_reaches_the_child(tmp_path):
+    body = "print('ready', flush=True)\nwhile job.stop.reason is None: time.sleep(0.01)\nprint(job.stop.reason)"
+    process = start(tmp_path, body, "waiting")
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    assert end(process) == (0, "SIGTERM\nwhole\n", "")
+
+
+def test_a_child_does_not_outlive_its_parent(tmp_path):
+    process = start(tmp_path, "print('ready', flush=True)\ntime.sleep(60)", "waiting")
+    assert process.stdout is not None
+    process.stdout.readline()
+    (child,) = children_of(process.pid)
+    process.kill()
+    process.communicate()
+    deadline = time.monotonic() + 5
+    while Path(f"/proc/{child}").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not Path(f"/proc/{child}").exists()
+
+
+@pytest.mark.parametrize(
+    ("body", "frame"),
+    [
+        ("def sleeping_reader():\n    time.sleep(60)\nsleeping_reader()", "in sleeping_reader"),
+        ("re.match(r'(a+)+$', 'a' * 60 + 'b')", "in match"),  # holds the interpreter's lock for ever
+        ("os.kill(os.getpid(), 19)\ntime.sleep(60)", "in work"),  # SIGSTOP
+    ],
+    ids=["sleeps", "holds the lock", "stopped"],
+)
+def test_a_hang_is_named_with_its_stacks(tmp_path, body, frame):
+    code, output, errors = end(start(tmp_path, body))
+    assert (code, output) == (76, "")
+    assert "rank 3 on " in errors
+    assert "hung: no sign of life for 1 s while working, after step 7" in errors
+    assert len(errors.splitlines()) == 1
+    assert verdict(tmp_path)["code"] == 76
+    stacks = (tmp_path / "stages/phase1/attempts/0001/stacks.txt").read_text()
+    assert stacks.startswith("=== rank 3 on ")
+    assert frame in stacks
+
+
+def test_waiting_for_others_is_no_hang(tmp_path):
+    """Waiting, it may do so for longer than work may take; a busy machine may keep its pulse back for a while."""
+    assert end(start(tmp_path, "time.sleep(5)", "waiting", before="module.HANG_S = 2.5")) == (0, "whole\n", "")
+
+
+def test_a_rank_that_waits_keeps_its_stacks_and_leaves_when_a_peer_hangs(tmp_path):
+    process = start(tmp_path, "print('ready', flush=True)\ntime.sleep(60)", "waiting")
+    assert process.stdout is not None
+    process.stdout.readline()
+    attempt = tmp_path / "stages/phase1/attempts/0001"
+    (attempt / "verdict.json").write_text(json.dumps({"code": 76, "line": "rank 1 hung", "rank": 1}))
+    assert end(process)[0] == 76
+    assert json.loads((attempt / "verdict.json").read_text())["line"] == "rank 1 hung"
+    assert "in work" in (attempt / "stacks.txt").read_text()
+
+
+def test_an_unfit_gpu_stops_training_cleanly_with_77(tmp_path):
+    """The sampler reports a fatal finding: training is asked to stop, and the verdict blames the node."""
+    fake = """
+class Sick(module.Sampler):
+    def __enter__(self):
+        self.fatal = {"node": "here", "gpu": 0, "verdict": "fatal", "line": "GPU 0 is lost"}
+        self._on_fatal("GPU 0 is lost")
+        return self
+    def __exit__(self, *problem):
+        pass
+module.Sampler = Sick
+"""
+    body = "while job.stop.reason is None: time.sleep(0.01)\nprint(job.stop.reason)"
+    process = start(tmp_path, body, "waiting", 0, fake, JOB_VERDICT=str(tmp_path / "told"))
+    code, output, errors = end(process)
+    assert (code, output) == (77, "SIGUSR2\n"), errors
+    assert "GPU 0 is lost; phase1 stops here and goes on without" in errors
+    assert (tmp_path / "told").read_text() == f"77 {os.uname().nodename}\n"
+    (event,) = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert (event["event"], event["verdict"]) == ("gpu_health", "fatal")
+
+
+def test_the_limit_grows_with_honest_pauses():
+    assert limit_s("working", 0.1) == HANG_S < 60
+    assert limit_s("working", 30.0) == 150.0
+    assert limit_s("starting", 0.0) == START_S
+
+
+def test_a_heartbeat_is_read_by_the_process_that_forked(tmp_path):
+    beat = Heartbeat()
+    pid = os.fork()
+    if pid == 0:
+        beat.beat("working", 5)
+        time.sleep(0.05)
+        beat.beat("waiting", 6)
+        os._exit(0)
+    os.waitpid(pid, 0)
+    found = beat.read()
+    assert (found.where, found.step) == ("waiting", 6)
+    assert 0.05 <= found.longest_s < 5
+
+
+def test_a_rank_that_is_stopped_while_it_waits_is_found_by_its_pulse(tmp_path):
+    code, _, errors = end(start(tmp_path, "os.kill(os.getpid(), 19)\ntime.sleep(60)", "waiting"))
+    assert code == 76
+    assert "hung" in errors
+    assert "while waiting" in errors

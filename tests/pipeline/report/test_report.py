@@ -1,0 +1,373 @@
+"""The report: one safe, self-contained page about a run in any state."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import ConfigError
+from pipeline.report.curves import loss_chart, small_charts
+from pipeline.report.facts import gather
+from pipeline.report.render import render
+from pipeline.run.chain import Chain
+from pipeline.run.rundir import RunDir, append_jsonl
+from support.reporting import (
+    HOSTILE,
+    RESULTS,
+    SCORES,
+    UNIGRAM,
+    Page,
+    begin,
+    finish,
+    finished_run,
+    page_of,
+    start,
+    train,
+)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Page:
+    return page_of(finished_run(tmp_path_factory.mktemp("runs") / "demo"))
+
+
+def test_the_result_stands_at_the_top(finished):
+    top = finished.text[: finished.text.index("Phase 1")]
+    assert "BERT training report demo done" in top
+    assert "Recipe tiny · cluster local (1 node, 2 ranks)" in top
+    held = 5.05 + 3.9 * math.exp(-4)
+    assert f"Held-out MLM loss {held:.3f} nats after 30 steps of phase2" in top
+    assert f"{UNIGRAM - held:.3f} below the unigram loss of 6.553: the model uses context" in top
+    assert "sentiment stand-in : accuracy 71.40 %, F1 70.10 %" in top
+
+
+def test_a_loss_above_the_unigram_loss_is_no_success(tmp_path):
+    chain = begin(tmp_path / "run")
+    train(start(chain, "phase1"), "phase1", 1, 25, None, 400)
+    text = page_of(chain).text
+    held = 5.05 + 3.9 * math.exp(-0.25)
+    assert f"{held:.3f} {held - UNIGRAM:.3f} above unigram" in text
+    assert "the model has learnt no more than word counts" in text
+
+
+def test_every_stage_has_its_row(finished):
+    for name in [*RESULTS, "phase1", "phase2", *SCORES]:
+        assert f" {name} done " in finished.text
+    assert "phase1 done 2 3 min 42 s" in finished.text
+
+
+def test_curves_have_the_unigram_line_and_the_attempts(finished):
+    levels = [attrs for tag, attrs in finished.tags if tag == "path" and attrs.get("class") == "level"]
+    marks = [attrs for tag, attrs in finished.tags if tag == "path" and attrs.get("class") == "mark"]
+    assert len(levels) == 2 * 2 * 2  # in the legend and in the plot, wide and narrow, of both phases
+    assert "unigram loss 6.553" in finished.text
+    assert len(marks) == 6  # the second attempt of phase 1 in its six charts
+    assert "attempt 2: 175" in finished.text
+    for title in ("Held-out accuracy", "Learning rate", "Sequences per second", "Real tokens per second"):
+        assert finished.text.count(title) >= 2 * 2  # caption and SVG title
+
+
+def test_all_charts_of_a_phase_end_at_the_last_logged_step(tmp_path):
+    chain = begin(tmp_path / "run")
+    train(start(chain, "phase1"), "phase1", 1, 60, None, 400)
+    phase = gather(chain.run, held=False).phases[0]
+    assert {chart.until for chart in (loss_chart(phase), *small_charts(phase).values())} == {60.0}
+
+
+def test_attempts_say_what_was_redone(finished):
+    row = finished.text[finished.text.index("Steps redone") :]
+    assert re.search(r"1 \S+ \S+ UTC \S+ 0 185 3 min 0\d s 10 killed: it left no verdict", row)
+    assert re.search(r"2 \S+ \S+ UTC \S+ 175 400 6 min \d\d s – reached the last step", row)
+
+
+def test_counts_add_up_in_words(finished):
+    for words in (
+        "1,204 articles in = 1,100 documents out + 104 skipped (90 no prose, 14 too long).",
+        "enwiki-sample.xml.bz2 1,154 1,050 90 no prose, 14 too long 411,255 2.6 MB",
+        "books 50 50 none 853,949 4.7 MB",
+        "Skipped, for example: no prose: List of anthropologists, A<b>.",
+        "held out 33 802 15,678 2 98 kB",
+        "samples_128 training 6,120 720,345 51 60.0 % 15.7 % 1.6 MB",
+        "vocab done 1 12.5 s 8,192 entries",
+        "samples_512 done 1 12.5 s 1,702 training samples, 30 held out",
+    ):
+        assert words in finished.text
+
+
+def test_counts_that_do_not_add_up_are_called_out(tmp_path):
+    chain = begin(tmp_path / "run")
+    start(chain, "extract")
+    finish(chain, "extract", {"counts": {"articles": 1204, "documents": 1000}, "skipped": {"no prose": 104}})
+    said = "1,204 articles in ≠ 1,000 documents out + 104 skipped (104 no prose): the counts do not add up."
+    assert said in page_of(chain).text
+
+
+def test_a_stand_in_never_bears_the_name_of_the_benchmark(finished):
+    assert not re.search(r"SQuAD|MRPC|SST-2", finished.text)
+    assert "Nothing in this report is comparable with NVIDIA's published results" in finished.text
+
+
+def test_the_plan_is_that_of_the_ranks_that_started(tmp_path):
+    chain = begin(tmp_path / "run")
+    chain.run.event("started", stage="phase1", attempt=1, world_size=3)
+    text = page_of(chain).text
+    assert "phase1 3 64 32 1 32 400 25,600 66.7 %" in text  # two micro-batches of 32 for three ranks
+    assert "phase2 (planned) 2 16 4 2 8 30 480 100.0 %" in text
+
+
+def test_what_is_needed_to_repeat_the_run_is_there(finished):
+    for words in (
+        "073b38b1",
+        "torch 2.13.0",
+        "phase1.learning_rate 0.01",
+        "enwiki-sample.xml.bz2 1.23 MB 1 0123456789abcdef",
+    ):
+        assert words in finished.text
+
+
+def test_an_empty_run_has_a_report(tmp_path):
+    text = page_of(begin(tmp_path / "run")).text
+    for sentence in (
+        "The model has not been evaluated yet.",
+        "This phase has not started.",
+        "extract is not done",
+        "No fine-tuning task has been scored yet.",
+        "Not done yet: extract, shard, vocab",
+    ):
+        assert sentence in text
+
+
+def failed_run(path: Path, line: str) -> Chain:
+    chain = begin(path)
+    for name in ("extract", "shard", "vocab", "samples_128", "samples_512"):
+        start(chain, name)
+        finish(chain, name, RESULTS[name])
+    attempt = start(chain, "phase1")
+    train(attempt, "phase1", 1, 60, None, 400)
+    attempt.judge(5, line, 1)
+    return chain
+
+
+def test_a_failure_is_said_first_with_its_verdict(tmp_path):
+    page = page_of(failed_run(tmp_path / "run", "step 61, rank 1: loss is not finite\nlower the learning rate"))
+    top = page.text[: page.text.index("Phase 1")]
+    assert "run failed" in top
+    assert "phase1 failed in attempt 1 exit 5: step 61, rank 1: loss is not finite lower the learning rate" in top
+    assert "Not done yet: phase2, export, squad, mrpc, sst2" in top
+
+
+def test_a_failure_is_said_also_while_the_report_stage_holds_the_run(tmp_path):
+    chain = failed_run(tmp_path / "run", "boom")
+    with chain.run.held():
+        done = subprocess.run(
+            [sys.executable, "-m", "pipeline.worker", str(chain.run.path), "report"],
+            capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "exit 5: boom" in Page(chain.run.report.read_text()).text
+    assert (chain.run.stage("report").done or {})["result"] == {"report": "report.html", "stages_done": 5}
+
+
+def test_a_stage_whose_processes_were_killed_has_failed(tmp_path):
+    chain = begin(tmp_path / "run")
+    start(chain, "extract")
+    chain.run.event("failed", stage="extract", code=76, line="killed")
+    assert "extract failed in attempt 1 exit 76: killed" in page_of(chain).text
+
+
+def test_running_is_not_failed(tmp_path):
+    chain = begin(tmp_path / "run")
+    train(start(chain, "extract"), "extract", 1, 2, None, 2)
+    text = page_of(chain, held=True).text
+    assert "extract running" in text
+    assert "failed" not in text
+
+
+def test_hostile_texts_are_shown_not_obeyed(tmp_path):
+    chain = failed_run(tmp_path / "a <b> & c", HOSTILE)
+    settings = json.loads((chain.run.path / "run.json").read_text())
+    settings["corpora"][HOSTILE] = {"bytes": 1, "digest": HOSTILE}
+    settings["versions"][HOSTILE] = HOSTILE
+    (chain.run.path / "run.json").write_text(json.dumps(settings))
+    attempt = start(chain, "phase1")
+    (attempt.path / "owner.json").write_text(json.dumps({"host": HOSTILE, "time": HOSTILE}))
+    attempt.judge(5, HOSTILE, 0)
+    page = page_of(chain)
+    assert page.text.count("<script>alert(1)</script>") >= 5
+    assert r"\x1b[31m\u202eevil" in page.text
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e]", "".join(page.words))
+
+
+def test_hostile_scores_and_results_are_shown_not_obeyed(tmp_path):
+    chain = begin(tmp_path / "run")
+    for name in chain.stages:
+        if name != "report":
+            start(chain, name)
+            result = {HOSTILE: HOSTILE, "train": {HOSTILE: [1]}, "skipped": {HOSTILE: 3}, "vocab_size": HOSTILE}
+            result |= {"inputs": [HOSTILE, {"name": HOSTILE, "counts": HOSTILE, "skipped": {HOSTILE: 1}}]}
+            result |= {"counts": {"articles": 1, "documents": 2}, "examples": {HOSTILE: [HOSTILE], "x": HOSTILE}}
+            finish(chain, name, result)
+    record = {"task": "sst2", "dataset": HOSTILE, "scores": {HOSTILE: HOSTILE}, "examples": HOSTILE, "seeds": [HOSTILE]}
+    (chain.run.stage("sst2").path / "scores.json").write_text(json.dumps(record))
+    page_of(chain)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"not json\n",
+        b'{"loss": 1.0}\n',
+        b"[1]\n",
+        b"\xff\xfe\n",
+        b'{"step": null, "loss": 2}\n',
+        b'{"step": 1, "loss": "x", "learning_rate": null}\n{"step": 2, "eval_mlm_loss": null}\n',
+        b'{"step": 1, "loss": NaN, "mlm_loss": Infinity}\n{"step": 2, "eval_mlm_loss": 1' + b"0" * 400 + b"}\n",
+        b'{"step": 1' + b"0" * 400 + b', "loss": 1}\n',
+    ],
+)
+def test_damaged_metrics_cost_curves_and_nothing_else(tmp_path, line):
+    chain = begin(tmp_path / "run")
+    start(chain, "phase1").metrics.write_bytes(line)
+    assert "Batch plan" in page_of(chain).text
+
+
+def test_damaged_events_and_marks_cost_nothing_else(tmp_path):
+    chain = finished_run(tmp_path / "run")
+    (chain.run.path / "events.jsonl").write_text("{\n[]\n")
+    (chain.run.stage("shard").path / "done.json").write_text("{")
+    (chain.run.stage("sst2").path / "scores.json").write_text("[]")
+    (chain.run.stage("phase1").attempts[0].path / "owner.json").write_text("{}")
+    text = page_of(chain).text
+    assert "time of submission not recorded" in text
+    assert "sentiment stand-in : accuracy" not in text
+    assert "documents 1,067" not in text
+
+
+def test_results_of_an_older_configuration_are_not_shown_as_current(tmp_path):
+    finished_run(tmp_path / "run")
+    text = page_of(begin(tmp_path / "run", "tiny", "local", "phase2.learning_rate=0.1")).text
+    assert "what follows was made with the older one, and phase2 will run again" in text
+    assert "phase1 will run again" not in text
+    assert "phase.learning_rate was 0.002, is 0.1" in text
+    assert "stand-in: accuracy" not in text
+
+
+def test_several_seeds_show_mean_and_deviation(tmp_path):
+    chain = begin(tmp_path / "run")
+    start(chain, "sst2")
+    record = {"dataset": "reviews", "scores": {"accuracy": 75.0}, "mean": {"accuracy": 72.5}, "examples": 900}
+    seeds = [{"seed": 1, "scores": {"accuracy": 70.0}}, {"seed": 7, "scores": {"accuracy": 75.0}}]
+    record |= {"deviation": {"accuracy": 3.54}, "seeds": seeds}
+    for name in chain.stages:
+        finish(chain, name, {})
+    (chain.run.stage("sst2").path / "scores.json").write_text(json.dumps(record))
+    text = page_of(chain).text
+    assert "reviews accuracy 72.50 ± 3.54 % 900 not known 1, 7" in text
+    assert "reviews accuracy 1: 70.00, 7: 75.00 72.50 ± 3.54 75.00 (seed 7)" in text
+
+
+def large_run(path: Path, examples: int = 10570, *settings: str, device: str = "NVIDIA A100-SXM4-80GB") -> Chain:
+    chain = begin(path, "bert_large", "dgx_a100_80g", "phase1.micro_batch=256", "phase2.micro_batch=32", *settings)
+    for name in sorted({"phase1", "phase2"} & set(chain.stages)):
+        attempt = start(chain, name)
+        steps = getattr(gather(chain.run, held=False).recipe, name).steps
+        for step in range(1, steps + 1, 3):
+            figures = {
+                "loss": 1.25,
+                "mlm_loss": 1.2,
+                "nsp_loss": 0.05,
+                "learning_rate": 1e-3,
+                "sequences_per_s": 4600.5,
+            }
+            line = {"step": step, "time": 1.0, **figures, "tokens_per_s": 500_000.0}
+            with attempt.metrics.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        append_jsonl(attempt.metrics, {**line, "step": steps})
+    append_jsonl(start(chain, "squad").metrics, {"step": 1, "sequences_per_s": 98.5, "loss": 1.0})
+    for name in chain.stages:
+        finish(chain, name, {})
+    same = {"task": "squad", "seq_len": 384, "batch": 32, "part": "forward", "precision": "bf16"}
+    rows = [
+        {**same, "engine": "pipeline", "sequences_per_s": 700},
+        {**same, "engine": "transformers", "sequences_per_s": 423},
+    ]
+    finish(chain, "inference", {"device": device, "rows": rows})
+    record = {"dataset": "SQuAD v1.1", "scores": {"f1": 90.1, "exact_match": 83.0}, "examples": examples}
+    (chain.run.stage("squad").path / "scores.json").write_text(json.dumps(record))
+    return chain
+
+
+def comparison(text: str) -> str:
+    """What is set beside the published results, without the table of all that was published."""
+    text = text[text.index("Beside NVIDIA's published results") :]
+    return text[: text.index("All published values")]
+
+
+def test_a_large_run_stands_beside_the_published_rows(tmp_path):
+    chain = large_run(tmp_path / "run")
+    page = page_of(chain)
+    text = comparison(page.text)
+    seeds = "1.265 ± 0.023 over 5 seeds, best 1.242"
+    assert f"Final training loss, nats 1.25 {seeds}; 1.2437 (fp16), 1.2465 (tf32)" in text
+    assert "Hours of pretraining are not comparable: the published ones are for 32 × DGX A100 80GB." in text
+    assert "phase1, training sequences/s (median) 4,600 4,591 and 4,553 1 × DGX A100 80GB, fp16" in text
+    assert "squad, training sequences/s (median) 98.5 110.5 one GPU of a DGX A100 80GB, fp16" in text
+    assert "SQuAD v1.1, f1 in percent 90.1 (1 seed) 90.68 ± 0.160 over 10 seeds, best 90.96" in text
+    assert "SQuAD v1.1, exact match in percent 83 (1 seed) 83.96 ± 0.266 over 10 seeds, best 84.51" in text
+    assert "SQuAD inference, sequences/s, forward 700 312 one NVIDIA A100-SXM4-80GB, batch 32, fp16" in text
+    assert "423" not in text  # transformers' own rate
+    assert len(render(gather(chain.run, held=False))) < 200_000
+    assert "squad, inference 312 sequences/s single run 1 × 1 GPUs, DGX A100 80GB, fp16 32 × 1" in page.text
+
+
+def test_hours_are_compared_on_the_published_machine(tmp_path):
+    chain = large_run(tmp_path / "run")
+    settings = json.loads((chain.run.path / "run.json").read_text())
+    (chain.run.path / "run.json").write_text(json.dumps({**settings, "nodes": 32}))
+    for name, hours in (("phase1", 0.75), ("phase2", 0.5)):
+        (chain.run.stage(name).attempts[0].path / "owner.json").write_text(json.dumps({"time": 1e9}))
+        (chain.run.stage(name).path / "done.json").unlink()
+        ends = {"attempt": 1, "finished": 1e9 + 3600 * hours, "started": 1e9, "result": {}}
+        chain.run.stage(name).mark_done({**chain.record(name), **ends})
+    assert "Pretraining, hours 1.25 1.2 (fp16), 2.4 (tf32) 32 × DGX A100 80GB" in comparison(page_of(chain).text)
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ("phase1.steps=90", "Training loss and time are not comparable: phase1 ran 90 steps"),
+        ('phase2.start="others.safetensors"', "this run started from weights that others trained"),
+    ],
+)
+def test_what_is_not_comparable_is_not_compared(tmp_path, settings, why):
+    chain = large_run(tmp_path / "run", 500, settings, device="Example CPU")
+    text = comparison(page_of(chain).text)
+    assert why in text
+    assert "SQuAD v1.1: not comparable, it was scored on 500 examples" in text
+    assert "Inference on Example CPU is not comparable" in text
+    assert "1.2437" not in text
+    assert "90.68" not in text
+    assert " 312 " not in text
+
+
+def test_the_command_writes_and_refuses(tmp_path):
+    chain = begin(tmp_path / "run")
+    code = (
+        "import sys, runpy; sys.argv = sys.argv[1:]; sys.path.insert(0, ''); from pipeline.errors import run_command; "
+    )
+    code += "from pipeline.report.render import main; code = main(); assert not {'torch', 'h5py'} & set(sys.modules); "
+    code += "raise SystemExit(code)"
+    out = tmp_path / "mail.html"
+    command = [sys.executable, "-c", code, "report", str(chain.run.path), "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, f"{out}\n"), done.stderr
+    assert not chain.run.report.exists()
+    Page(out.read_text())
+    with pytest.raises(ConfigError, match="not a run"):
+        gather(RunDir(tmp_path), held=False)

@@ -1,0 +1,158 @@
+"""Which stages run again, and why: fingerprints over configuration, inputs and needs."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import json
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import load_profile, load_recipe
+from pipeline.errors import ConfigError
+from pipeline.run.chain import Chain
+from pipeline.run.rundir import RunDir
+from pipeline.stages import table
+from pipeline.worker import function_of
+
+ALL = [
+    "extract",
+    "shard",
+    "vocab",
+    "samples_128",
+    "samples_512",
+    "phase1",
+    "phase2",
+    "export",
+    "squad",
+    "mrpc",
+    "sst2",
+    "inference",
+    "report",
+]
+AFTER_PHASE1 = ["phase1", "phase2", "export", "squad", "mrpc", "sst2", "inference", "report"]
+
+
+def chain_of(path: Path, *settings: str, corpora: dict | None = None) -> Chain:
+    recipe = load_recipe("tiny", settings)
+    path.mkdir(exist_ok=True)
+    (path / "run.json").write_text(
+        json.dumps(
+            {
+                "recipe": dataclasses.asdict(recipe),
+                "profile": dataclasses.asdict(load_profile("local")),
+                "corpora": corpora or {},
+                "data_dir": ".",
+            }
+        )
+    )
+    return Chain.of(RunDir(path))
+
+
+def finish(chain: Chain, *names: str) -> None:
+    for number, name in enumerate(names or chain.stages):
+        folder = chain.run.stage(name)
+        folder.path.mkdir(parents=True, exist_ok=True)
+        (folder.path / "stage.json").write_text(json.dumps(chain.record(name)))
+        folder.mark_done({**chain.record(name), "finished": number, "result": {}})
+
+
+def test_the_chain_in_order(tmp_path):
+    chain = chain_of(tmp_path / "run")
+    assert list(chain.stages) == ALL
+    for position, (_, stage) in enumerate(chain.stages.items()):
+        assert set(stage.needs) <= set(ALL[:position])
+    assert list(chain.todo()) == ALL
+
+
+def test_a_named_vocabulary_and_absent_tasks_shorten_the_chain():
+    recipe = dataclasses.replace(load_recipe("bert_large"), mrpc=None)
+    names = list(table(recipe))
+    assert "vocab" not in names
+    assert "mrpc" not in names
+    assert table(recipe)["samples_128"].corpora == ("vocab.txt",)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_stage_function_takes_what_its_stage_gives(name):
+    stage = table(load_recipe("tiny"))[name]
+    function = function_of(stage)
+    inspect.signature(function).bind(object(), **stage.config, **stage.inputs)
+    assert importlib.import_module(stage.run.split(":")[0]).__doc__
+
+
+@pytest.mark.parametrize(
+    ("setting", "redone"),
+    [
+        ("phase1.learning_rate=0.5", AFTER_PHASE1),
+        ("phase2.steps=9", ["phase2", "export", "squad", "mrpc", "sst2", "inference", "report"]),
+        ("train.seed=7", AFTER_PHASE1),
+        ("data.dupe_factor=2", ["samples_128", "samples_512", *AFTER_PHASE1]),
+        ("data.vocab_size=4096", ["vocab", "samples_128", "samples_512", *AFTER_PHASE1]),
+        ("data.lowercase=false", ["vocab", "samples_128", "samples_512", *AFTER_PHASE1]),
+        ("data.max_document_mb=3", ALL),
+        ("sst2.epochs=9", ["sst2", "report"]),
+        ("train.checkpoint_every=3", []),
+        ("phase1.micro_batch=4", []),
+    ],
+)
+def test_one_value_changed_redoes_exactly_what_depends_on_it(tmp_path, setting, redone):
+    finish(chain_of(tmp_path / "run"))
+    chain = chain_of(tmp_path / "run", setting)
+    todo = chain.todo()
+    assert list(todo) == redone
+    if redone:
+        key, value = setting.split("=")
+        assert key.split(".")[1] in todo[redone[0]]
+        assert value in todo[redone[0]] or "False" in todo[redone[0]]
+
+
+def test_another_corpus_redoes_everything_and_names_the_file(tmp_path):
+    before = {"enwiki-sample.xml.bz2": {"bytes": 1, "digest": "a"}}
+    finish(chain_of(tmp_path / "run", corpora=before))
+    chain = chain_of(tmp_path / "run", corpora={"enwiki-sample.xml.bz2": {"bytes": 2, "digest": "b"}})
+    todo = chain.todo()
+    assert list(todo) == ALL
+    assert "enwiki-sample.xml.bz2" in todo["extract"]
+    assert "extract" in todo["shard"]
+
+
+def test_everything_done_is_nothing_to_do(tmp_path):
+    chain = chain_of(tmp_path / "run")
+    finish(chain)
+    assert chain.todo() == {}
+
+
+def test_the_report_follows_any_change(tmp_path):
+    chain = chain_of(tmp_path / "run")
+    finish(chain)
+    finish(chain, "sst2")  # number 0: older than the report
+    assert chain.todo() == {}
+    done = chain.run.stage("sst2").done or {}
+    chain.run.stage("sst2").mark_done({**done, "finished": 99})
+    assert list(chain.todo()) == ["report"]
+
+
+def test_a_subset_needs_its_needs(tmp_path):
+    chain = chain_of(tmp_path / "run")
+    finish(chain, "extract")
+    assert list(chain.select(["shard", "vocab"])) == ["shard", "vocab"]
+    with pytest.raises(ConfigError, match="samples_128 needs shard, vocab"):
+        chain.select(["samples_128"])
+    with pytest.raises(ConfigError, match="no stage 'phase3'"):
+        chain.select(["phase3"])
+
+
+def test_old_output_is_moved_aside_never_overwritten(tmp_path):
+    chain = chain_of(tmp_path / "run")
+    finish(chain)
+    (chain.run.stage("vocab").path / "vocab.txt").write_text("old")
+    first = chain.run.stage("vocab").move_aside()
+    finish(chain, "vocab")
+    second = chain.run.stage("vocab").move_aside()
+    assert first is not None
+    assert second is not None
+    assert (first / "vocab.txt").read_text() == "old"
+    assert first != second

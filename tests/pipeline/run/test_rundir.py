@@ -1,0 +1,138 @@
+"""The run directory: atomic attempts, one verdict, one holder, curves over several attempts."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import resource
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import ConfigError, InUseError
+from pipeline.run.rundir import Attempt, RunDir, StageDir, append_jsonl, read_jsonl
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="not a run"):
+        RunDir(tmp_path).settings  # noqa: B018
+
+
+def test_simultaneous_starts_take_different_attempts(tmp_path):
+    stage = StageDir(tmp_path / "phase1")
+    numbers: list[int] = []
+    threads = [threading.Thread(target=lambda n=n: numbers.append(stage.new_attempt(str(n)).number)) for n in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(numbers) == list(range(1, 21))
+
+
+def test_ranks_join_the_attempt_of_their_own_launch(tmp_path):
+    stage = StageDir(tmp_path / "phase1")
+    stage.new_attempt("old")
+    mine = stage.new_attempt("mine")
+    stage.new_attempt("newer")
+    joined = stage.join_attempt("mine")
+    assert joined == mine
+    assert stage.join_attempt("never", timeout_s=0.1) is None
+
+
+def test_the_first_verdict_stands(tmp_path):
+    attempt = Attempt(tmp_path)
+    attempt.judge(5, "loss is not finite", 1)
+    attempt.judge(76, "lost a peer", 0)
+    assert attempt.verdict is not None
+    assert (attempt.verdict["code"], attempt.verdict["rank"]) == (5, 1)
+
+
+def hold(path: str, ready: multiprocessing.synchronize.Event, leave: multiprocessing.synchronize.Event) -> None:
+    with RunDir(Path(path)).held():
+        ready.set()
+        leave.wait(30)
+
+
+def test_one_holder_and_the_second_is_told_who(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    ready, leave = context.Event(), context.Event()
+    holder = context.Process(target=hold, args=(str(tmp_path), ready, leave))
+    holder.start()
+    assert ready.wait(30)
+    run = RunDir(tmp_path)
+    assert run.is_held()
+    with pytest.raises(InUseError, match=f"process {holder.pid} on"), run.held():
+        pass
+    holder.kill()
+    holder.join()
+    assert not run.is_held()
+    with run.held():
+        assert run.is_held()
+
+
+def test_metrics_keep_the_last_attempt_per_step(tmp_path):
+    stage = StageDir(tmp_path / "phase1")
+    for number, steps in enumerate([(1, 2, 3), (3, 4)]):
+        attempt = stage.new_attempt(str(number))
+        for step in steps:
+            append_jsonl(attempt.metrics, {"step": step, "attempt": attempt.number, "loss": 1.0})
+        append_jsonl(attempt.metrics, {"step": steps[-1], "attempt": attempt.number, "eval_mlm_loss": 2.0})
+    with open(stage.attempts[-1].metrics, "a") as file:
+        file.write('{"step": 5, "lo')  # killed while writing
+    found = stage.metrics()
+    assert [(line["step"], line["attempt"]) for line in found if "loss" in line] == [(1, 1), (2, 1), (3, 2), (4, 2)]
+    assert [line["step"] for line in found if "eval_mlm_loss" in line] == [3, 4]
+
+
+def test_lines_of_several_processes_never_mix(tmp_path):
+    path = tmp_path / "events.jsonl"
+    code = (
+        "import sys; from pathlib import Path; from pipeline.run.rundir import append_jsonl\n"
+        "for i in range(300): append_jsonl(Path(sys.argv[1]), {'who': sys.argv[2], 'i': i, 'pad': 'x' * 500})"
+    )
+    writers = [subprocess.Popen([sys.executable, "-c", code, str(path), str(n)]) for n in range(3)]
+    assert all(writer.wait() == 0 for writer in writers)
+    found = read_jsonl(path)
+    assert len(found) == 900
+    assert all(json.dumps(line) for line in found)
+
+
+def test_a_line_that_a_full_disk_cut_off_is_dropped_and_the_next_one_whole(tmp_path):
+    path = tmp_path / "events.jsonl"
+    append_jsonl(path, {"step": 1})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 7, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"No space left on device: .*events\.jsonl"):
+            append_jsonl(path, {"step": 2})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    append_jsonl(path, {"step": 3})
+    assert [line["step"] for line in read_jsonl(path)] == [1, 3]
+
+
+def test_an_attempt_that_was_succeeded_does_not_mark_its_stage_done(tmp_path):
+    stage = StageDir(tmp_path / "phase1")
+    old, new = stage.new_attempt("old"), stage.new_attempt("new")
+    with pytest.raises(InUseError, match=r"attempt 2 \(process \d+ on .*, since 2.*\) has taken over from attempt 1"):
+        stage.mark_done({"attempt": old.number})
+    assert stage.done is None
+    stage.mark_done({"attempt": new.number})
+    assert stage.done == {"attempt": 2}
+
+
+def test_a_lock_that_still_names_a_dead_holder_is_looked_at_again(tmp_path):
+    run = RunDir(tmp_path)
+    with run.held():
+        own = (tmp_path / "lock").read_text()
+        gone = {**json.loads(own), "pid": 2**22 + 1}  # no process has a number that high
+        (tmp_path / "lock").write_text(json.dumps(gone))
+        timer = threading.Timer(0.3, (tmp_path / "lock").write_text, [own])
+        timer.start()
+        with pytest.raises(InUseError, match=f"process {os.getpid()} on .*, since 2"), RunDir(tmp_path).held():
+            pass
+        timer.join()

@@ -1,0 +1,1 @@
+"""What tests share: starting the product's commands, made-up runs, runs sent to a real Slurm."""
