@@ -44,6 +44,11 @@ class BatchPlan:
         return [self.rank_batch(rank) for rank in range(self.world_size)]
 
     @property
+    def shares(self) -> list[int]:
+        """Micro-batches of each rank."""
+        return [len(self.range_of(rank)) for rank in range(self.world_size)]
+
+    @property
     def accumulation(self) -> int:
         """Micro-batches of the busiest rank."""
         return -(-self.micro_batches // self.world_size)

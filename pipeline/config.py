@@ -132,7 +132,7 @@ class FinetuneConfig:
     dataset: str  # the name shown to people
     epochs: int = limited(low=1, high=1000)
     batch: int = limited(low=1)
-    micro_batch: int = limited(32, low=1)
+    micro_batch: int = limited(32, low=1, science=False)
     learning_rate: float = limited(above=0)
     warmup: float = limited(low=0, high=0.99)  # share of all steps
     weight_decay: float = limited(0.01, low=0)
@@ -145,6 +145,8 @@ class FinetuneConfig:
     null_threshold: float = 0.0  # answer "" when its score leads the best answer's by more than this
     seeds: tuple[int, ...] = limited((1,), low=0, high=2**63 - 1)
     precision: Precision = "fp32"
+    reduction: Literal["fast", "tree"] = "fast"
+    checkpoint_every: int | None = limited(None, low=1, science=False)  # steps; none: every five minutes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,6 +250,8 @@ def _contradictions(recipe: Recipe) -> list[str]:
             )
     for name in ("squad", "mrpc", "sst2"):
         task: TaskConfig | None = getattr(recipe, name)
+        if task is not None and len(set(task.seeds)) < max(1, len(task.seeds)):
+            lines.append(f"{name}.seeds = {list(task.seeds)}: give at least one, none twice")
         if task is not None and task.max_seq_len > model.max_position_embeddings:
             lines.append(
                 f"{name}.max_seq_len = {task.max_seq_len} exceeds "

@@ -6,7 +6,9 @@ extract -> shard (-> vocab) -> samples_128, samples_512 -> phase1 -> phase2 -> e
 
 from __future__ import annotations
 
-from pipeline.config import PhaseConfig, Recipe
+import dataclasses
+
+from pipeline.config import PhaseConfig, Recipe, TaskConfig
 from pipeline.stage import Stage
 
 TASKS = ("squad", "mrpc", "sst2")
@@ -88,21 +90,7 @@ def table(recipe: Recipe) -> dict[str, Stage]:
         )
     )
     for name in tasks:
-        config = getattr(recipe, name)
-        chain.append(
-            Stage(
-                name=name,
-                run="pipeline.finetune.loop:run",
-                job="finetune",
-                width="one",
-                config={"task": name, "config": config},
-                inputs={
-                    "model": "export:model",
-                    "train": f"data:{config.train}",
-                    "eval": f"data:{config.eval}",
-                },
-            )
-        )
+        chain += task_stages(name, getattr(recipe, name))
     if recipe.inference is not None:
         text = {"text": f"data:{recipe.squad.eval}"} if recipe.squad else {}
         chain.append(
@@ -136,12 +124,40 @@ def phase_stage(recipe: Recipe, name: str, phase: PhaseConfig, before: str | Non
     start = f"data:{phase.start}" if phase.start else before
     return Stage(
         name=name,
-        run="pipeline.pretrain.loop:run",
+        run="pipeline.pretrain.task:run",
         job="pretrain",
         width="ranks",
         config={"model": recipe.model, "train": recipe.train, "optimizer": recipe.optimizer, "phase": phase},
         inputs={"samples": f"{samples_name(phase.seq_len)}:", "vocab": vocab, **({"start": start} if start else {})},
     )
+
+
+def task_stages(name: str, config: TaskConfig) -> list[Stage]:
+    """A fine-tuning task: one stage for its seed; or one for each of several, and one that gathers them."""
+    inputs = {"model": "export:model", "train": f"data:{config.train}", "eval": f"data:{config.eval}"}
+
+    def of_seed(stage: str, config: TaskConfig) -> Stage:
+        return Stage(
+            name=stage,
+            run="pipeline.finetune.task:run",
+            job="finetune",
+            width="ranks",
+            config={"task": name, "config": config},
+            inputs=inputs,
+        )
+
+    if len(config.seeds) == 1:
+        return [of_seed(name, config)]
+    seeds = [of_seed(f"{name}-{seed}", dataclasses.replace(config, seeds=(seed,))) for seed in config.seeds]
+    gather = Stage(
+        name=name,
+        run="pipeline.finetune.scores:run",
+        job="finetune",
+        width="one",
+        config={"task": name, "config": config},
+        inputs={"seeds": tuple(f"{stage.name}:" for stage in seeds)},
+    )
+    return [*seeds, gather]
 
 
 def samples_name(seq_len: int) -> str:

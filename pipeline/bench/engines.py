@@ -17,10 +17,11 @@ from pipeline.bert.heads import BertForQuestionAnswering, BertForSequenceClassif
 from pipeline.bert.packing import Batch
 from pipeline.bert.weights import load_into
 from pipeline.engine.precision import AUTOCAST
-from pipeline.finetune.fit import packed
+from pipeline.engine.ranks import Ranks
 from pipeline.finetune.glue import TASKS, Table
 from pipeline.finetune.model_folder import HEADS, POOLER, ModelFolder
 from pipeline.finetune.options import SQUAD
+from pipeline.finetune.predict import packed
 from pipeline.finetune.problems import GlueProblem, SquadProblem
 from pipeline.finetune.samples import Samples
 
@@ -49,7 +50,7 @@ class Pipeline:
     name = "pipeline"
 
     def __init__(self, task: str, folder: ModelFolder, seq_len: int, device: torch.device, precision: str) -> None:
-        self.device, self.seq_len = device, seq_len
+        self.device, self.seq_len, self.ranks = device, seq_len, Ranks(0, 1, None, device)
         settings = settings_of(seq_len)
         self.squad = SquadProblem(settings, folder.tokenizer) if task == SQUAD else None
         self.glue = GlueProblem(PAIR_TASK, settings, folder.tokenizer)
@@ -73,9 +74,9 @@ class Pipeline:
     def answers(self, pairs: Pairs) -> list[str]:
         logits = [values.float().cpu().numpy() for values in self.forward(self.inputs(self.ask(pairs)))]
         if self.squad:
-            files, _ = self.squad.judge([np.stack(row, axis=-1) for row in zip(*logits, strict=True)])
+            files, _ = self.squad.judge([np.stack(row, axis=-1) for row in zip(*logits, strict=True)], self.ranks)
         else:
-            files, _ = self.glue.judge(list(logits[0]))
+            files, _ = self.glue.judge(list(logits[0]), self.ranks)
         return list(files["predictions.json"].values())
 
 

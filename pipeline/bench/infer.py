@@ -66,8 +66,8 @@ def run(job: Job, *, config: InferenceConfig, model: Path, text: Path | None = N
     from pipeline.bench.engines import transformers_is_there
     from pipeline.bench.inputs import workloads
     from pipeline.engine.precision import autocast_for
-    from pipeline.finetune.loop import chosen_device
     from pipeline.finetune.model_folder import ModelFolder
+    from pipeline.node.distributed import chosen_device
 
     folder, device = ModelFolder(model), chosen_device()
     longest = folder.config.max_position_embeddings

@@ -1,44 +1,31 @@
-"""A step whose loss or gradient is not finite, computed again micro-batch by micro-batch to name the culprit."""
+"""A batch whose loss or gradient is not finite, computed again micro-batch by micro-batch to name the culprit."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Protocol, TypeVar
-
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
-from torch.nn import Parameter
 
-from pipeline.engine.reduce import GradientBuffer
+from pipeline.engine.accumulate import Accumulator, Sums
+from pipeline.engine.feed import Fed, on_device
 
 
-class HasIds(Protocol):
-    """Samples that can be named."""
+def culprit(accumulator: Accumulator, sums: Sums) -> str | None:
+    """One line on the first of this rank's micro-batches with a gradient that is not finite; None: all are.
 
-    @property
-    def ids(self) -> NDArray[np.int64]: ...
-
-
-Samples = TypeVar("Samples", bound=HasIds)
-
-
-def culprit(
-    micro_batches: Iterable[tuple[int, Samples]],
-    loss_of: Callable[[Samples, int], Tensor],
-    parameters: Iterable[tuple[str, Parameter]],
-    gradients: GradientBuffer,
-) -> str | None:
-    """One line on the first of this rank's micro-batches with a gradient that is not finite; None: all are."""
-    named = list(parameters)
-    for index, found in micro_batches:
+    ``sums`` are those of the batch that comes next by the state's count.
+    """
+    task, state, ranks, gradients = accumulator.task, accumulator.state, accumulator.ranks, accumulator.gradients
+    for index in sums.plan.range_of(ranks.rank):
+        ranks.alive("working")
+        micro_batch = task.read(state.batches, index)
+        fed = Fed(index, on_device(micro_batch, ranks.device), micro_batch.counts, digest=0)
         gradients.zero_()
-        loss = loss_of(found, index)
+        with accumulator.autocast:
+            parts = accumulator.losses(state.batches, fed, sums.plan, list(sums.counts.values()))
+        loss = sum(parts[1:], parts[0])
         torch.autograd.backward(loss)
-        for name, parameter in named:
+        for name, parameter in state.model.named_parameters():
             if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
-                ids = ", ".join(map(str, found.ids[:8])) + (" ..." if len(found.ids) > 8 else "")
+                ids = ", ".join(map(str, micro_batch.ids[:8])) + (" ..." if len(micro_batch.ids) > 8 else "")
                 return (
                     f"micro-batch {index}: loss {float(loss):.4g}, the gradient of {name} is not finite (samples {ids})"
                 )

@@ -6,6 +6,7 @@ list operations. Neither changes the gradients it reads.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import math
 from abc import ABC, abstractmethod
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from pipeline.config import OptimizerConfig
 from pipeline.errors import CheckpointError, ConfigError, EnvironmentFault
 
 # Elements per chunk on the CPU. 512 KiB of each operand fits a core's L2, and the float32 norm of a chunk is
@@ -342,3 +344,10 @@ def build(name: str, backend: str, named_parameters: Iterable[tuple[str, Paramet
             "on PyPI is another one): install it or take backend = auto"
         )
     return Lamb(named_parameters, **options)
+
+
+def of_config(config: OptimizerConfig, named_parameters: Iterable[tuple[str, Parameter]]) -> Optimizer:
+    """The optimizer that a configuration describes."""
+    options = dataclasses.asdict(config)
+    name, backend, variant = options.pop("name"), options.pop("backend"), options.pop("variant")
+    return build(name, backend, named_parameters, **options, **({"variant": variant} if name == "lamb" else {}))

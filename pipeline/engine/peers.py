@@ -4,6 +4,7 @@ and which of them is slow.
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import json
 import platform
@@ -94,12 +95,12 @@ class Peers:
     Raises EnvironmentFault when they do not. ``own`` is this rank's introduction.
     """
 
-    def __init__(self, job: Job, group: Group, device: torch.device, config: Mapping[str, Any], shares: Sequence[int]):
-        self.job, self.group, self.shares = job, group, shares
+    def __init__(self, job: Job, group: Group, device: torch.device, config: Mapping[str, Any]):
+        self.job, self.group = job, group
         self.own = introduction(config, job.threads, device)
         ranks = introduced(self.own, group, device)
         self.hosts = [str(record["host"]) for record in ranks]
-        self.mixed = bool(job.run.settings.get("allow_mixed"))
+        self.mixed = job.run.exists and bool(job.run.settings.get("allow_mixed"))
         for line in check_same(ranks, allow_mixed=self.mixed):
             job.say(line)
         self._slow = SlowRanks()
@@ -109,11 +110,14 @@ class Peers:
         if not self.mixed:
             check_state(state, step, self.hosts, self.group)
 
-    def put_slow_on_record(self, seconds: Sequence[float], step: int) -> None:
-        """Take the ranks' compute seconds of a step; whoever turns out slow is warned of and goes into the events."""
-        for rank, ratio in self._slow.add(seconds, self.shares):
-            if self.job.rank != 0:
-                continue
+    def put_slow_on_record(self, seconds: Sequence[float], micro_batches: Sequence[int], step: int) -> None:
+        """Take the ranks' compute seconds of a step; whoever turns out slow is warned of and goes into the events.
+
+        On rank 0 alone: at a thousand ranks the medians are work.
+        """
+        if self.job.rank != 0:
+            return
+        for rank, ratio in self._slow.add(seconds, micro_batches):
             host, attempt = self.hosts[rank], self.job.attempt.number
             self.job.warn(f"rank {rank} on {host} is slow: {ratio:.1f} times the others over {WINDOW} steps")
             facts = {"stage": self.job.stage, "attempt": attempt, "step": step, "rank": rank, "host": host}
@@ -136,16 +140,23 @@ class SlowRanks:
         if len(self._window) < WINDOW:
             return []
         typical = [statistics.median(column) for column in zip(*self._window, strict=True)]
+        ordered = sorted(value for value in typical if value > 0)
         found = []
         for rank, own in enumerate(typical):
-            others = [value for other, value in enumerate(typical) if other != rank and value > 0]
-            if rank in self._named or not others or own <= 0:
+            if rank in self._named or len(ordered) < 2 or own <= 0:
                 continue
-            usual = statistics.median(others)
+            usual = median_without(ordered, own)
             if own > SLOW * usual and (own - usual) * micro_batches[rank] * WINDOW > LEAST_LOSS_S:
                 self._named.add(rank)
                 found.append((rank, own / usual))
         return found
+
+
+def median_without(ordered: Sequence[float], value: float) -> float:
+    """Median of the sorted values without one ``value`` that is among them."""
+    left_out, count = bisect.bisect_left(ordered, value), len(ordered) - 1
+    low, high = (index + (index >= left_out) for index in ((count - 1) // 2, count // 2))
+    return (ordered[low] + ordered[high]) / 2
 
 
 def digest(tensors: Iterable[Tensor]) -> Tensor:

@@ -7,8 +7,10 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -50,8 +52,8 @@ class GradientBuffer:
 class Reducer:
     """Sums one step's gradients, and a few float64 scalars beside them, over all micro-batches of all ranks.
 
-    Use per step: ``begin()``; for each micro-batch of this rank, in order, ``with micro_batch(index) as scalars:``
-    around forward and one ``backward``, writing its loss sums into ``scalars``; ``finish()``. Then every rank's
+    Use per step: ``begin(plan)``; for each micro-batch of this rank, in order, ``with micro_batch(index) as scalars:``
+    around forward and one ``backward``, writing its losses into ``scalars``; ``finish()``. Then every rank's
     ``grad`` hold the same sum. ``group`` None means one process. ``reduction="fast"`` sends buckets with asynchronous
     all-reduces from within the backward of the rank's last micro-batch; ``"tree"`` see ``_Tree``.
 
@@ -61,7 +63,6 @@ class Reducer:
     def __init__(
         self,
         gradients: GradientBuffer,
-        plan: BatchPlan,
         rank: int,
         group: dist.ProcessGroup | None,
         reduction: str,
@@ -71,18 +72,19 @@ class Reducer:
     ) -> None:
         if reduction not in ("fast", "tree"):
             raise ConfigError(f"train.reduction {reduction!r} is unknown; choose fast or tree")
-        self.gradients, self.plan, self.rank, self.group = gradients, plan, rank, group
-        self.mine = plan.range_of(rank)
-        self._tree = _Tree(gradients.flat, plan, rank, group) if reduction == "tree" else None
+        self.gradients, self.rank, self.group, self.width = gradients, rank, group, scalars
+        self._tree = _Tree(gradients.flat, rank, group) if reduction == "tree" else None
         self._buckets = _Buckets(gradients, group, bucket_mb) if reduction == "fast" and group is not None else None
-        self._scalars = torch.zeros(plan.micro_batches, scalars, dtype=torch.float64, device=gradients.flat.device)
 
-    def begin(self) -> None:
-        """Start a step: gradients and scalars are zero."""
+    def begin(self, plan: BatchPlan) -> None:
+        """Start a step that is shared as ``plan`` says: gradients and scalars are zero."""
+        self.mine = plan.range_of(self.rank)
         self.gradients.zero_()
-        self._scalars.zero_()
+        self._scalars = torch.zeros(
+            plan.micro_batches, self.width, dtype=torch.float64, device=self.gradients.flat.device
+        )
         if self._tree is not None:
-            self._tree.begin()
+            self._tree.begin(plan)
         if self._buckets is not None:
             self._buckets.begin()
 
@@ -97,7 +99,7 @@ class Reducer:
         if self._tree is not None:
             self._tree.add(index)
 
-    def finish(self, extra: Sequence[float] = ()) -> tuple[Tensor, list[float]]:
+    def finish(self, extra: NDArray[np.float64] | None = None) -> tuple[Tensor, NDArray[np.float64]]:
         """Complete the sums; returns the scalars of every micro-batch, float64 [micro_batches, n] on the CPU, and
         the ranks' ``extra`` summed entry by entry.
         """
@@ -106,12 +108,15 @@ class Reducer:
         if self._buckets is not None:
             self._buckets.finish()
         # Each scalar is filled by one rank and zero on the others: their sum is exact in any order.
-        together = torch.cat([self._scalars.view(-1), self._scalars.new_tensor(extra)])
+        beside = torch.from_numpy(np.zeros(0) if extra is None else extra)
+        if self._scalars.is_cuda:  # from pageable memory the host would wait for the copy
+            beside = beside.pin_memory().to(self._scalars.device, non_blocking=True)
+        together = torch.cat([self._scalars.view(-1), beside])
         if self.group is not None:
             dist.all_reduce(together, group=self.group)
         together = together.cpu()
         size = self._scalars.numel()
-        return together[:size].view_as(self._scalars), together[size:].tolist()
+        return together[:size].view_as(self._scalars), together[size:].numpy()
 
 
 class _Buckets:
@@ -176,15 +181,23 @@ class _Tree:
     its right child, or the left one alone. It is held by the rank of its first micro-batch. A rank merges what it
     has as it goes, like a binary counter, so that it holds at most about log2 of its share in buffers; in the end
     right children travel to the holders of the left ones, level by level, and the root to everybody.
+
+    Five micro-batches on three ranks, which hold 0, 1 2 and 3 4::
+
+        level 0    0   1   2   3   4      rank 0: 0     rank 1: 1, 2     rank 2: 3, 4
+        level 1    0+1     2+3     4      1 goes to rank 0, 3 to rank 1
+        level 2    0+1+2+3         4      2+3 goes to rank 0
+        level 3    0+1+2+3+4              4 goes to rank 0, the whole to everybody
     """
 
-    def __init__(self, flat: Tensor, plan: BatchPlan, rank: int, group: dist.ProcessGroup | None) -> None:
-        self.flat, self.rank, self.group, self.count = flat, rank, group, plan.micro_batches
-        self.holder = [r for r in range(plan.world_size) for _ in plan.range_of(r)]
+    def __init__(self, flat: Tensor, rank: int, group: dist.ProcessGroup | None) -> None:
+        self.flat, self.rank, self.group = flat, rank, group
         self.blocks: dict[tuple[int, int], Tensor] = {}
         self.free: list[Tensor] = []
 
-    def begin(self) -> None:
+    def begin(self, plan: BatchPlan) -> None:
+        self.count = plan.micro_batches
+        self.holder = [r for r in range(plan.world_size) for _ in plan.range_of(r)]  # of each micro-batch
         self.free += self.blocks.values()
         self.blocks = {}
 

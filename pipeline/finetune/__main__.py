@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import argparse
 import os
-from dataclasses import MISSING, dataclass, field, fields
+import secrets
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from data_prep.publish import publish_json
 from pipeline.config import PRECISIONS, FinetuneConfig, restore
-from pipeline.errors import ConfigError, run_command
+from pipeline.errors import ConfigError, PeerLost, run_command
 from pipeline.finetune.options import DEFAULTS, MODES
+from pipeline.node.job import Job, Topology
+from pipeline.node.preempt import StopRequest
+from pipeline.run.rundir import RunDir
 
 if TYPE_CHECKING:
-    from pipeline.run.rundir import Attempt
+    from pipeline.finetune.task import Files
+
+LAUNCH = "PIPELINE_LAUNCH"  # set: this process is one of the ranks that the command started
 
 HELP = {
     "epochs": "passes over the training file",
@@ -31,54 +42,104 @@ HELP = {
 }
 
 
-@dataclass(frozen=True)
-class CommandJob:
-    """A stage's job when there is no run: everything goes to the folder ``out`` and to standard output."""
-
-    out: Path
-    stage: str
-    threads: int
-    attempt: Attempt
-    workers: int = field(default=1)
-
-    def say(self, line: str) -> None:
-        """One progress line."""
-        print(f"{self.stage}: {line}", flush=True)
-
-
 def main() -> int:
-    """Parse the command line, fine-tune, print the scores."""
+    """Parse the command line, fine-tune every seed, print the scores."""
     arguments = _parser().parse_args()
     config = _config(arguments)
     modes = tuple(arguments.mode.split(","))
+    _check(arguments, config, modes)
+    if arguments.processes > 1 and LAUNCH not in os.environ:
+        return _start_ranks(arguments.processes)
+
+    from pipeline.finetune.scores import collect
+    from pipeline.finetune.task import Files, finetune
+
+    files = Files(
+        model=_model_folder(arguments), train=arguments.train, eval=arguments.eval, mismatched=arguments.eval_mismatched
+    )
+    run = RunDir(arguments.out)
+    for seed in config.seeds:
+        own = replace(config, seeds=(seed,))
+        job = _job(run, f"{arguments.task}-{seed}", arguments.threads, files, own)
+        finetune(job, arguments.task, own, files, modes, max_steps=arguments.max_steps)
+    if Topology.of(os.environ).rank > 0:
+        return 0
+    scores = collect(arguments.out, [run.stage(f"{arguments.task}-{seed}").path for seed in config.seeds])
+    line = ", ".join(f"{name} {value:.2f} %" for name, value in scores["scores"].items())
+    seeds = scores.get("seeds", [])
+    several = f" (seed {scores['best_seed']}, the best of {len(seeds)})" if len(seeds) > 1 else ""
+    print(f"{scores['dataset']}: {line or 'not scored'}{several}; {arguments.out}/scores.json")
+    return 0
+
+
+def _check(arguments: argparse.Namespace, config: FinetuneConfig, modes: tuple[str, ...]) -> None:
+    """Refuse what cannot work together, before anything heavy is imported or written."""
     for mode, name in (("train", "train"), ("eval", "eval"), ("prediction", "eval")):
         if mode in modes and getattr(arguments, name) is None:
             raise ConfigError(f"--mode {arguments.mode} needs --{name} FILE")
-
     if arguments.eval_mismatched and arguments.task != "mnli":
         raise ConfigError(f"--eval-mismatched belongs to mnli, not {arguments.task}")
+    if not config.seeds or len(set(config.seeds)) < len(config.seeds):
+        raise ConfigError(f"--seed {' '.join(map(str, config.seeds))}: give at least one, none twice")
+    if "train" in modes and "eval" not in modes and len(config.seeds) > 1:
+        raise ConfigError(f"{len(config.seeds)} seeds cannot be compared without mode eval; give one seed")
+    if (arguments.out / "model").is_dir() and not (arguments.out / "model").is_symlink():
+        raise ConfigError(f"{arguments.out / 'model'} was not made by this command; choose another output folder")
 
-    from pipeline.finetune.loop import finetune
-    from pipeline.run.rundir import StageDir
 
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    attempt = StageDir(arguments.out).new_attempt(f"{os.getpid()}")
-    job = CommandJob(arguments.out, arguments.task, arguments.threads, attempt)
-    result = finetune(
-        job,
-        task=arguments.task,
-        config=config,
-        model=arguments.model,
-        train=arguments.train,
-        eval=arguments.eval,
-        modes=modes,
-        mismatched=arguments.eval_mismatched,
-    )
-    scores = ", ".join(f"{name} {value:.2f} %" for name, value in result["scores"].items())
-    seeds = result.get("seeds", [])
-    several = f" (seed {result['best_seed']}, the best of {len(seeds)})" if len(seeds) > 1 else ""
-    print(f"{result['dataset']}: {scores or 'not scored'}{several}; {arguments.out}/scores.json")
-    return 0
+def _job(run: RunDir, stage: str, threads: int, files: Files, config: FinetuneConfig) -> Job:
+    """This process's part of the next attempt at one seed; the attempts of another training are dropped."""
+    from pipeline.finetune.task import identity_of
+
+    topology = Topology.of(os.environ)
+    topology = replace(topology, launch=f"{topology.launch}/{stage}")
+    folder = run.stage(stage)
+    if topology.rank > 0:
+        attempt = folder.join_attempt(topology.launch)
+        if attempt is None:
+            raise PeerLost(f"{stage}: rank {topology.rank} waited for rank 0, which began no attempt")
+    else:
+        folder.path.mkdir(parents=True, exist_ok=True)
+        made_from = {"training": identity_of(stage, config, replace(files, eval=None, mismatched=None), ("train",))}
+        if folder.begun != made_from:
+            shutil.rmtree(folder.path / "attempts", ignore_errors=True)
+            publish_json(folder.path / "stage.json", made_from)
+        attempt = folder.new_attempt(topology.launch)
+    stop = StopRequest()
+    stop.listen()
+    return Job(run, stage, attempt, topology, workers=1, threads=threads, stop=stop)
+
+
+def _start_ranks(processes: int) -> int:
+    """This command once more in so many processes, one per GPU where there are GPUs; the code of the first failure."""
+    environment = {**os.environ, LAUNCH: secrets.token_hex(8), "WORLD_SIZE": str(processes)}
+    environment.setdefault("OMP_NUM_THREADS", "1")
+    command = [sys.executable, "-m", "pipeline.finetune", *sys.argv[1:]]
+    ranks = [
+        subprocess.Popen(command, env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(processes)
+    ]
+    try:
+        while None in (codes := [rank.poll() for rank in ranks]) and not any(codes):
+            time.sleep(0.05)
+        return next((code for code in codes if code), 0)
+    finally:  # one failed, or Ctrl-C: the others would wait for it
+        for rank in ranks:
+            rank.terminate()
+        for rank in ranks:
+            rank.wait()
+
+
+def _model_folder(arguments: argparse.Namespace) -> Path:
+    """``--model``; an NVIDIA checkpoint with its --config and --vocab becomes a folder in --out first."""
+    if arguments.model.is_dir() or not (arguments.config or arguments.vocab):
+        return Path(arguments.model)
+    if not (arguments.config and arguments.vocab):
+        raise ConfigError(f"--model {arguments.model} is a single file: give its --config FILE and --vocab FILE, both")
+
+    from pipeline.export import folder_of_nvidia
+
+    return folder_of_nvidia(arguments.model, arguments.config, arguments.vocab, arguments.out / "start")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -89,7 +150,11 @@ def _parser() -> argparse.ArgumentParser:
         "as a Hugging Face folder, model, into --out.",
     )
     parser.add_argument("task", choices=DEFAULTS, help="which file format and head")
-    parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="Hugging Face folder to start from")
+    parser.add_argument(
+        "--model", type=Path, required=True, metavar="DIR", help="Hugging Face folder, or NVIDIA's .pt, to start from"
+    )
+    parser.add_argument("--config", type=Path, metavar="FILE", help="of a .pt: its bert_config.json")
+    parser.add_argument("--vocab", type=Path, metavar="FILE", help="of a .pt: its vocab.txt")
     parser.add_argument("--train", type=Path, metavar="FILE", help="labelled file to train on")
     parser.add_argument("--eval", type=Path, metavar="FILE", help="file to score on or to predict")
     parser.add_argument("--eval-mismatched", type=Path, metavar="FILE", help="mnli: a second file to score on, apart")
@@ -103,6 +168,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--seed", type=int, nargs="+", metavar="N", help="one or more; every one is trained")
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="default: fp32")
+    parser.add_argument("--processes", type=int, default=1, metavar="N", help="ranks that train together (default: 1)")
+    parser.add_argument("--max-steps", type=int, metavar="N", help="end after so many steps, whatever --epochs says")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, metavar="N", help="CPU threads")
     parser.add_argument("--version-2", action="store_true", help="squad: questions may have no answer")
     shown = {f.name: f.default for f in fields(FinetuneConfig) if f.default is not MISSING}
@@ -121,8 +188,10 @@ def _config(arguments: argparse.Namespace) -> FinetuneConfig:
     given["dataset"] = arguments.dataset or (source.name if source else arguments.task)
     given["seeds"] = arguments.seed
     changed = {key: value for key, value in given.items() if value is not None}
-    if arguments.threads < 1:
-        raise ConfigError(f"--threads {arguments.threads}: must be at least 1")
+    for name in ("threads", "processes", "max_steps"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} {value}: must be at least 1")
     return restore(FinetuneConfig, DEFAULTS[arguments.task] | changed, "command line")
 
 

@@ -10,13 +10,14 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from data_prep.wordpiece import Encoder
 from pipeline.bert.config import BertConfig
-from pipeline.bert.heads import BertForQuestionAnswering, BertForSequenceClassification
+from pipeline.bert.heads import BertForQuestionAnswering, BertForSequenceClassification, Model
 from pipeline.config import FinetuneConfig
+from pipeline.engine.ranks import Ranks
 from pipeline.finetune import glue, squad
 from pipeline.finetune.options import SQUAD
 from pipeline.finetune.samples import Samples
@@ -25,6 +26,7 @@ from pipeline.finetune.squad_metric import score
 
 Outputs = Any  # what the model's forward returns
 Logits = NDArray[np.float32]
+Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Problem(Protocol):
     head: str  # the prefix of the task head's parameters
     labels: tuple[str, ...]  # names of the classes, if any
 
-    def new_model(self, config: BertConfig) -> nn.Module:
+    def new_model(self, config: BertConfig) -> Model:
         """A model whose outputs `loss_sum` and `rows` understand."""
 
     def read_train(self, path: Path) -> tuple[Samples, dict[str, int], list[str]]:
@@ -58,8 +60,17 @@ class Problem(Protocol):
     def rows(self, outputs: Outputs) -> Tensor:
         """Outputs as ``[N, L, 2]`` (start and end logits by token) or ``[N, labels]``."""
 
-    def judge(self, logits: Sequence[Logits]) -> tuple[dict[str, Any], dict[str, float]]:
-        """``(files, scores)`` from each sample's logits: JSON by file name, percent by metric (if labelled)."""
+    def widths(self, samples: Samples) -> Ints:
+        """How many logits each sample has ``[N]``."""
+
+    def shaped(self, logits: Logits) -> Logits:
+        """The logits of one sample, flat, as `judge` takes them."""
+
+    def judge(self, logits: Sequence[Logits], ranks: Ranks) -> tuple[dict[str, Any], dict[str, float]]:
+        """``(files, scores)`` from each sample's logits: JSON by file name, percent by metric (if labelled).
+
+        The ranks share the work; every one returns the same.
+        """
 
 
 class SquadProblem:
@@ -72,7 +83,7 @@ class SquadProblem:
         self.config, self.tokenizer = config, tokenizer
         self.references: dict[str, list[str]] | None = None
 
-    def new_model(self, config: BertConfig) -> nn.Module:
+    def new_model(self, config: BertConfig) -> Model:
         return BertForQuestionAnswering(config)
 
     def _features(self, data: squad.Squad, *, training: bool) -> tuple[list[squad.Feature], list[str]]:
@@ -112,16 +123,31 @@ class SquadProblem:
     def rows(self, outputs: Outputs) -> Tensor:
         return torch.stack(outputs, dim=-1)
 
-    def judge(self, logits: Sequence[Logits]) -> tuple[dict[str, Any], dict[str, float]]:
+    def widths(self, samples: Samples) -> Ints:
+        return 2 * samples.lengths
+
+    def shaped(self, logits: Logits) -> Logits:
+        return logits.reshape(-1, 2)
+
+    def judge(self, logits: Sequence[Logits], ranks: Ranks) -> tuple[dict[str, Any], dict[str, float]]:
         basic = basic_tokenizer(lowercase=self.tokenizer.lowercase, strip_accents=self.tokenizer.strip_accents)
-        answers, n_best = answer_questions(
-            self.data,
-            self.features,
-            ((own[:, 0], own[:, 1]) for own in logits),
+        every, count = self.data.questions, len(self.data.questions)
+        own = every[ranks.rank * count // ranks.world_size : (ranks.rank + 1) * count // ranks.world_size]
+        asked = {question.id for question in own}
+        windows = [i for i, feature in enumerate(self.features) if feature.question.id in asked]
+        part = answer_questions(
+            squad.Squad(self.data.contexts, own),
+            [self.features[i] for i in windows],
+            ((logits[i][:, 0], logits[i][:, 1]) for i in windows),
             self.config,
             vocabulary=self.tokenizer.encoder.vocabulary.tokens,
             basic=basic,
         )
+        answers: dict[str, str] = {}
+        n_best: dict[str, list[dict[str, Any]]] = {}
+        for some_answers, some_n_best in ranks.gather(part):
+            answers |= some_answers
+            n_best |= some_n_best
         files = {"predictions.json": answers, "nbest_predictions.json": n_best}
         if self.references is None:
             return files, {}
@@ -142,7 +168,7 @@ class GlueProblem:
         self.task, self.config, self.tokenizer = task, config, tokenizer
         self.metric, self.labels = task.metrics[0], task.labels
 
-    def new_model(self, config: BertConfig) -> nn.Module:
+    def new_model(self, config: BertConfig) -> Model:
         return BertForSequenceClassification(config, len(self.task.labels))
 
     def _samples(self, table: glue.Table) -> Samples:
@@ -170,7 +196,13 @@ class GlueProblem:
         logits: Tensor = outputs
         return logits
 
-    def judge(self, logits: Sequence[Logits]) -> tuple[dict[str, Any], dict[str, float]]:
+    def widths(self, samples: Samples) -> Ints:
+        return np.full(len(samples), len(self.task.labels))
+
+    def shaped(self, logits: Logits) -> Logits:
+        return logits
+
+    def judge(self, logits: Sequence[Logits], ranks: Ranks) -> tuple[dict[str, Any], dict[str, float]]:
         predicted = np.stack(logits).argmax(axis=1)
         by_line = {
             str(line): self.task.labels[label] for line, label in zip(self.table.lines, predicted.tolist(), strict=True)

@@ -30,6 +30,11 @@ def device_of(job: Job) -> torch.device:
     return torch.device("cuda", job.topology.local_rank % torch.cuda.device_count())
 
 
+def chosen_device() -> torch.device:
+    """The GPU where there is one: for what runs outside a stage."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 @contextlib.contextmanager
 def joined(job: Job, device: torch.device) -> Iterator[Group]:
     """The group of all ranks of this attempt (None for a single one), left when the block ends.

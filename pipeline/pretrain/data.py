@@ -5,7 +5,6 @@ The position in the data is one integer, so resuming is a jump and nothing about
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,10 +96,6 @@ class MaskedSamples:
     nsp: Ints
     positions: Ints
     labels: Ints
-
-    def digest48(self) -> int:
-        """48 bits of a hash of the ids: exact in a float64, so that ranks can exchange it beside their losses."""
-        return int.from_bytes(hashlib.blake2b(self.ids.tobytes(), digest_size=6).digest(), "little")
 
 
 class PretrainingData:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import nn
 
-from pipeline.bert.heads import BertForPreTraining, pretraining_loss_sums
-from pipeline.bert.packing import pack
-from pipeline.node.distributed import Group
-from pipeline.node.heartbeat import Where
+from pipeline.bert.heads import pretraining_loss_sums
+from pipeline.bert.packing import Batch
+from pipeline.config import Precision
+from pipeline.engine.feed import on_device
+from pipeline.engine.precision import autocast_for
+from pipeline.engine.ranks import Ranks
+from pipeline.engine.task import MicroBatch
 from pipeline.pretrain.data import MaskedSamples, PretrainingData
 
 UNIGRAM_TOKENS = 20_000_000  # training tokens counted for the unigram line
@@ -33,48 +37,26 @@ def heldout(data: PretrainingData, samples: int, micro_batch: int) -> list[Maske
     return [data.read(np.arange(start, min(start + micro_batch, count))) for start in range(0, count, micro_batch)]
 
 
-def evaluate(
-    model: BertForPreTraining,
-    batches: list[MaskedSamples],
-    *,
-    rank: int,
-    world_size: int,
-    group: Group,
-    autocast: torch.autocast,
-    alive: Callable[[Where], None] = lambda where: None,
-) -> Evaluation:
-    """Evaluate ``batches``, shared among the ranks; every rank returns the same figures. ``alive`` is told of it."""
-    device = next(model.parameters()).device
-    sums = torch.zeros(5, dtype=torch.float64, device=device)
+def evaluate(model: nn.Module, micro_batches: Sequence[MicroBatch], precision: Precision, ranks: Ranks) -> Evaluation:
+    """Evaluate ``micro_batches``, shared among the ranks; every rank returns the same figures."""
+    sums = torch.zeros(5, dtype=torch.float64, device=ranks.device)
     model.eval()
-    with torch.inference_mode(), autocast:
-        for found in batches[rank::world_size]:
-            alive("working")
-            batch = pack(found.tokens, found.lengths, found.b_start, model.config.max_position_embeddings).to(device)
-            slots = batch.row_position(torch.from_numpy(found.positions).to(device))
-            labels, nsp = (torch.from_numpy(values).to(device) for values in (found.labels, found.nsp))
-            mlm_logits, nsp_logits = model(batch, slots)
+    with torch.inference_mode(), autocast_for(precision, ranks.device):
+        for micro_batch in micro_batches[ranks.rank :: ranks.world_size]:
+            ranks.alive("working")
+            inputs = on_device(micro_batch, ranks.device)
+            labels, nsp = inputs["labels"].long(), inputs["nsp"].long()
+            mlm_logits, nsp_logits = model(Batch.of(inputs), inputs["masked"])
             mlm_sum, _, mlm_correct, nsp_correct = pretraining_loss_sums(mlm_logits, labels, nsp_logits, nsp)
-            sums += torch.stack(
-                [
-                    mlm_sum.double(),
-                    mlm_correct.double(),
-                    nsp_correct.double(),
-                    sums.new_tensor(len(labels)),
-                    sums.new_tensor(len(nsp)),
-                ]
-            )
+            counts = (sums.new_tensor(len(labels)), sums.new_tensor(len(nsp)))
+            sums += torch.stack([mlm_sum.double(), mlm_correct.double(), nsp_correct.double(), *counts])
     model.train()
-    if group is not None:
-        alive("waiting")
-        dist.all_reduce(sums, group=group)
-        alive("working")
-    mlm_sum, mlm_correct, nsp_correct, tokens, pairs = sums.tolist()
+    mlm_sum, mlm_correct, nsp_correct, tokens, pairs = ranks.sum(sums).tolist()
     return Evaluation(mlm_sum / tokens, mlm_correct / tokens, nsp_correct / pairs)
 
 
-def unigram_loss(train: PretrainingData, batches: list[MaskedSamples]) -> float:
-    """Cross-entropy in nats of the held-out masked tokens under the training tokens' frequencies (plus one each).
+def unigram_loss(train: PretrainingData, labels: NDArray[np.integer]) -> float:
+    """Cross-entropy in nats of held-out masked tokens ``labels`` under the training tokens' shares (one added each).
 
     What a model that knows word counts but no context reaches.
     """
@@ -89,5 +71,4 @@ def unigram_loss(train: PretrainingData, batches: list[MaskedSamples]) -> float:
     special = train.manifest.special
     counts[[special["cls"], special["sep"]]] = 0  # never a target
     log_share = np.log(np.maximum(counts, 1.0) / counts.sum())
-    labels = np.concatenate([found.labels for found in batches])
     return float(-log_share[labels].mean())

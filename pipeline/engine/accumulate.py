@@ -1,0 +1,131 @@
+"""The gradients of one batch, summed over its micro-batches and over the ranks, and what the ranks tell each other."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipeline.batch import BatchPlan
+from pipeline.bert.dropout import keyed
+from pipeline.engine.feed import Fed, Feed
+from pipeline.engine.metrics import Clock
+from pipeline.engine.ranks import Ranks
+from pipeline.engine.reduce import Reducer
+from pipeline.engine.state import TrainingState
+from pipeline.engine.task import Task
+
+ASKED = ("stop", "save")  # what any rank may ask of all, agreed with each batch
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What a batch came to: the same on every rank.
+
+    ``losses`` are means by name, ``counts`` those of the whole batch by name; ``samples`` is a digest of the ids of
+    all its samples in order; ``asked`` says what some rank asked for; ``seconds [ranks]`` of computing.
+    """
+
+    plan: BatchPlan
+    losses: dict[str, float]
+    counts: dict[str, int]
+    samples: str
+    asked: dict[str, bool]
+    seconds: NDArray[np.float64]
+
+    @property
+    def loss(self) -> float:
+        """What is minimised."""
+        return sum(self.losses.values())
+
+
+class Accumulator:
+    """Leaves the gradient of a batch in the parameters' ``grad``, on every rank the same."""
+
+    def __init__(
+        self,
+        stage: str,
+        task: Task,
+        ranks: Ranks,
+        state: TrainingState,
+        reducer: Reducer,
+        autocast: torch.autocast,
+        clock: Clock,
+    ) -> None:
+        self.stage, self.task, self.ranks, self.state = stage, task, ranks, state
+        self.reducer, self.gradients, self.autocast, self.clock = reducer, reducer.gradients, autocast, clock
+        self.counts = np.zeros(0)  # of the batch that comes next, over all ranks
+
+    def begin(self, batch: int) -> None:
+        """Count the batch that training begins with; the counts of every later one travel with the batch before."""
+        settings = self.task.settings
+        plan = BatchPlan(self.task.size(batch), settings.micro_batch, self.ranks.world_size)
+        own = torch.tensor(self.task.counts(batch, plan.range_of(self.ranks.rank)), dtype=torch.float64)
+        self.counts = self.ranks.sum(own.to(self.ranks.device)).cpu().numpy()
+
+    def accumulate(self, feed: Feed, asks: Callable[[str], bool]) -> Sums:
+        """The next batch of ``feed``. ``asks`` says whether this rank asks for one of `ASKED`."""
+        ranks, clock = self.ranks, self.clock
+        computed_before = clock.so_far("compute")
+        with clock.spent("data"):
+            batch = feed.batch()
+        plan, counts = batch.plan, self.counts
+        self.reducer.begin(plan)
+        digests = np.zeros(plan.micro_batches)
+        # One autocast for all micro-batches: the weights are cast once.
+        with self.autocast:
+            for index in plan.range_of(ranks.rank):
+                ranks.alive("working")
+                with clock.spent("data"):
+                    fed = feed.micro_batch()
+                with clock.spent("compute"), self.reducer.micro_batch(index) as scalars:
+                    parts = self.losses(batch.number, fed, plan, counts.tolist())
+                    self._backward(parts)
+                    scalars.copy_(torch.stack([part.detach() for part in parts]))
+                digests[index] = fed.digest
+        with clock.spent("compute"):
+            if ranks.device.type == "cuda":
+                torch.cuda.current_stream(ranks.device).synchronize()  # what is left is waiting for others
+        seconds = np.zeros(ranks.world_size)
+        seconds[ranks.rank] = clock.so_far("compute") - computed_before
+        told = {"asked": np.array([float(asks(what)) for what in ASKED]), "counts": np.array(batch.next_counts, float)}
+        ranks.alive("waiting")
+        with clock.spent("communication"):
+            losses, together = self.reducer.finish(np.concatenate([*told.values(), seconds, digests]))
+        ranks.alive("working")
+        if self.state.scale is not None:
+            self.gradients.flat.mul_(1 / self.state.scale.scale)
+        ends = np.cumsum([len(part) for part in (*told.values(), seconds)])
+        asked, self.counts, seconds, digests = np.split(together, ends)
+        return Sums(
+            plan=plan,
+            losses=dict(zip(self.task.losses_named, losses.sum(0).tolist(), strict=True)),
+            counts=dict(zip(self.task.counts_named, counts.astype(int).tolist(), strict=True)),
+            samples=hashlib.blake2b(digests.tobytes(), digest_size=8).hexdigest(),
+            asked=dict(zip(ASKED, (asked > 0).tolist(), strict=True)),
+            seconds=seconds,
+        )
+
+    def losses(self, batch: int, fed: Fed, plan: BatchPlan, counts: Sequence[float]) -> list[Tensor]:
+        """A micro-batch's share of each loss; its dropout is keyed by (seed, stage, batch, micro-batch).
+
+        With ``loss_mean = "global"`` the sums are divided by the counts of the whole batch; ``"micro"`` averages the
+        means of the micro-batches, as NVIDIA does.
+        """
+        settings = self.task.settings
+        keyed(settings.seed, self.stage, batch, fed.index)
+        sums = self.task.losses(self.state.model, fed.inputs)
+        if settings.loss_mean == "micro":
+            counts = [count * plan.micro_batches for count in fed.counts]
+        return [total / int(count) for total, count in zip(sums, counts, strict=False)]
+
+    def _backward(self, parts: Sequence[Tensor]) -> None:
+        loss = sum(parts[1:], parts[0])
+        scale = self.state.scale
+        with torch.autocast(self.ranks.device.type, enabled=False):  # backward keeps to the types of the forward
+            torch.autograd.backward(loss if scale is None else loss * scale.scale)

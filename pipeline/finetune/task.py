@@ -1,0 +1,323 @@
+"""Fine-tuning as a task of the engine: one seed of SQuAD or of a GLUE task, from a model folder to scores.
+
+Called by the stages squad, mrpc and sst2 (and by squad-1, squad-2, … where there are several seeds), and by
+``python -m pipeline.finetune``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_prep.errors import DataError
+from data_prep.publish import file_sha256, publish_json
+from pipeline.batch import BatchPlan
+from pipeline.bert.heads import Model
+from pipeline.bert.packing import Batch, layout
+from pipeline.config import FinetuneConfig, OptimizerConfig, science
+from pipeline.engine.loop import train as train_task
+from pipeline.engine.precision import autocast_for
+from pipeline.engine.ranks import Ranks
+from pipeline.engine.task import MicroBatch, Settings
+from pipeline.errors import ConfigError
+from pipeline.finetune.model_folder import ModelFolder
+from pipeline.finetune.options import MODES, SQUAD
+from pipeline.finetune.predict import predict
+from pipeline.finetune.problems import Problem, problem_of
+from pipeline.finetune.samples import Samples
+from pipeline.finetune.scores import in_words, record_of_seed
+from pipeline.node.distributed import chosen_device, device_of, joined, peers_named
+from pipeline.node.job import Job
+from pipeline.run.rundir import read_json
+
+SKIPPED = "skipped_train_examples.json"
+MISMATCHED = "mismatched"
+MAX_GRAD_NORM = 1.0
+Record = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Files:
+    """What one fine-tuning reads; ``mismatched`` is MNLI's second evaluation file, whose scores rank nothing."""
+
+    model: Path
+    train: Path | None
+    eval: Path | None
+    mismatched: Path | None = None
+
+    @property
+    def evaluations(self) -> dict[str, Path]:
+        """The files to predict, by the name that their scores end in."""
+        return {name: path for name, path in (("", self.eval), (MISMATCHED, self.mismatched)) if path is not None}
+
+
+def run(job: Job, *, task: str, config: FinetuneConfig, model: Path, train: Path, eval: Path) -> Record:
+    """Fine-tune the Hugging Face folder ``model`` on file ``train`` with the one seed of ``config``; score on ``eval``.
+
+    Leaves scores.json, predictions.json (squad: nbest_predictions.json too) and the folder ``model`` in ``job.out``;
+    returns the content of scores.json. Raises ConfigError, DataError, CheckpointError and what
+    `pipeline.engine.loop.train` raises.
+    """
+    return finetune(job, task, config, Files(model=model, train=train, eval=eval))
+
+
+def finetune(
+    job: Job, task: str, config: FinetuneConfig, files: Files, modes: Sequence[str] = ("train", "eval"), *,
+    max_steps: int | None = None,
+) -> Record:  # fmt: skip
+    """As `run`, doing only ``modes``: train, eval (predict and score), prediction (labels are not needed).
+
+    Without "train" the folder must hold a model of this task; without "eval" nothing is scored. A result that an
+    earlier start of the same made is returned as it is.
+    """
+    check(task, config, files, job.out, modes)
+    identity = identity_of(task, config, files, modes, max_steps)
+    scores = read_json(job.out / "scores.json")
+    if scores is not None and scores.get("identity") == identity:
+        job.say(f"finished earlier, {in_words(scores['scores'])}")
+        return scores
+    if job.rank == 0:
+        (job.out / "scores.json").unlink(missing_ok=True)  # those of another start
+    if "train" in modes:
+        train_task(job, lambda ranks: Finetuning(job, task, config, files, modes, identity, max_steps))
+        scores = read_json(job.out / "scores.json")
+        assert scores is not None  # the task's last deed
+        return scores
+    device = device_of(job)
+    with joined(job, device) as group, peers_named(job):
+        ranks = Ranks(job.rank, job.world_size, group, device, job.heartbeat)
+        return Finetuning(job, task, config, files, modes, identity, None).predict_only(ranks)
+
+
+def identity_of(
+    task: str, config: FinetuneConfig, files: Files, modes: Sequence[str], max_steps: int | None = None
+) -> str:
+    """A digest of everything that decides the scores of one seed; how it is called and computed does not."""
+    named = {"train": files.train, "eval": files.eval, "mismatched": files.mismatched}
+    content = {
+        "task": task,
+        "modes": sorted(modes),
+        "config": science(dataclasses.replace(config, dataset="")),
+        "files": {name: file_sha256(path) for name, path in named.items() if path is not None},
+        "model": ModelFolder(files.model).sha256,
+        "max_steps": max_steps,
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def check(task: str, config: FinetuneConfig, files: Files, out: Path, modes: Sequence[str]) -> None:
+    """Refuse what cannot work, before anything is read or written."""
+    lines = [f"mode {mode!r} is unknown; choose from {', '.join(MODES)}" for mode in modes if mode not in MODES]
+    folder = ModelFolder(files.model)
+    longest = folder.config.max_position_embeddings
+    if config.max_seq_len > longest:
+        lines.append(f"max_seq_len = {config.max_seq_len} exceeds the model's {longest} positions")
+    if task == SQUAD and config.max_query_length + 4 > config.max_seq_len:
+        lines.append(
+            f"max_query_length = {config.max_query_length} leaves no room for a context in max_seq_len = "
+            f"{config.max_seq_len}"
+        )
+    if "train" in modes and files.model.resolve().is_relative_to(out.resolve()):
+        lines.append(f"{files.model} lies in the output folder {out}, where training would replace it")
+    if lines:
+        raise ConfigError("\n".join(f"{task}: {line}" for line in lines))
+    autocast_for(config.precision, chosen_device())  # EnvironmentFault where this device cannot do it
+
+
+class Finetuning:
+    """One seed of one task on one model folder."""
+
+    losses_named: tuple[str, ...] = ("loss",)
+    counts_named: tuple[str, ...] = ("samples", "tokens")
+
+    def __init__(
+        self,
+        job: Job,
+        task: str,
+        config: FinetuneConfig,
+        files: Files,
+        modes: Sequence[str],
+        identity: str,
+        max_steps: int | None,
+    ) -> None:
+        self.job, self.config, self.files, self.modes = job, config, files, modes
+        self.name, self.own_identity, self.seed = task, identity, config.seeds[0]
+        self.source = ModelFolder(files.model)
+        self.problem: Problem = problem_of(task, config, self.source.tokenizer)
+        self.facts: Record = {"task": task, "dataset": config.dataset, "unit": "percent"}
+        self.samples = self._read_train() if files.train is not None and "train" in modes else None
+        self.evaluations = self._read_evaluations()
+        settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in NO_SETTINGS}
+        self.facts |= settings
+        self.steps_in_epoch = math.ceil(len(self.samples or ()) / config.batch)
+        steps = config.epochs * self.steps_in_epoch
+        self.settings = Settings(
+            steps=steps if max_steps is None else min(max_steps, steps),
+            seed=self.seed,
+            micro_batch=config.micro_batch,
+            precision=config.precision,
+            reduction=config.reduction,
+            optimizer=OptimizerConfig(name="adamw", weight_decay=config.weight_decay),
+            learning_rate=config.learning_rate,
+            warmup=config.warmup,
+            schedule="linear",
+            max_grad_norm=MAX_GRAD_NORM,
+            checkpoint_every=config.checkpoint_every,
+        )
+        self._order: tuple[int, np.ndarray[Any, np.dtype[np.int64]]] = (-1, np.zeros(0, np.int64))
+
+    def _read_train(self) -> Samples:
+        assert self.files.train is not None
+        samples, counts, skipped = self.problem.read_train(self.files.train)
+        self.facts |= counts
+        if self.job.rank == 0:
+            publish_json(self.job.out / SKIPPED, skipped)
+        if skipped:
+            more = f" and {len(skipped) - 5} more, all in {SKIPPED}" if len(skipped) > 5 else ""
+            self.job.say(
+                f"{self.files.train}: {len(skipped)} examples are left out of training, their answer is not in their "
+                f"context: {', '.join(skipped[:5])}{more}"
+            )
+        if not len(samples):
+            raise DataError(f"{self.files.train}: no example is left to train on")
+        return samples
+
+    def _read_evaluations(self) -> dict[str, tuple[Problem, Samples]]:
+        evaluations = {}
+        for name, path in self.files.evaluations.items() if {"eval", "prediction"} & set(self.modes) else ():
+            problem = problem_of(self.name, self.config, self.source.tokenizer)
+            samples, counts = problem.read_eval(path, labelled="eval" in self.modes)
+            evaluations[name] = problem, samples
+            self.facts |= {ending(key, name): count for key, count in counts.items()}
+        return evaluations
+
+    # ---------------------------------------------------------------- where it begins
+
+    def model(self) -> Model:
+        """The source's weights with a new head drawn from the seed."""
+        return self._model(self.seed)
+
+    def _model(self, seed: int | None) -> Model:
+        model = self.problem.new_model(self.source.config)
+        self.source.load_into(model, self.problem.head, seed)
+        return model
+
+    def identity(self) -> Mapping[str, Any]:
+        """All that decides the scores of this seed, as one digest."""
+        return {"finetune": self.own_identity}
+
+    # ---------------------------------------------------------------- a batch
+
+    def size(self, batch: int) -> int:
+        """The last batch of an epoch takes what is left."""
+        assert self.samples is not None
+        first = batch % self.steps_in_epoch * self.config.batch
+        return min(self.config.batch, len(self.samples) - first)
+
+    def counts(self, batch: int, indices: range) -> Sequence[int]:
+        assert self.samples is not None
+        chosen = self._chosen(batch, indices)
+        return (len(chosen), int(self.samples.lengths[chosen].sum()))
+
+    def read(self, batch: int, index: int) -> MicroBatch:
+        assert self.samples is not None
+        chosen = self._chosen(batch, range(index, index + 1))
+        samples = self.samples.take(chosen)
+        assert samples.targets is not None
+        arrays = layout(samples.tokens, samples.lengths, samples.b_start, self.config.max_seq_len)
+        return MicroBatch(
+            ids=chosen,
+            arrays={**arrays, "targets": samples.targets.astype(np.int32)},
+            counts=(len(chosen), len(samples.tokens)),
+        )
+
+    def _chosen(self, batch: int, indices: range) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """Numbers of the samples of consecutive micro-batches; the order of an epoch follows from (seed, epoch)."""
+        assert self.samples is not None
+        epoch, place = divmod(batch, self.steps_in_epoch)
+        if self._order[0] != epoch:
+            self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.samples))
+        if not indices:
+            return np.zeros(0, np.int64)
+        plan = BatchPlan(self.size(batch), self.settings.micro_batch, world_size=1)
+        first = place * self.config.batch
+        members = slice(first + plan.samples_of(indices[0]).start, first + plan.samples_of(indices[-1]).stop)
+        return self._order[1][members]
+
+    def losses(self, model: Model, inputs: Mapping[str, Any]) -> Sequence[Tensor]:
+        return (self.problem.loss_sum(model(Batch.of(inputs)), inputs["targets"].long()),)
+
+    def evaluate(self, model: Model, ranks: Ranks) -> Mapping[str, float]:
+        """Nothing on the way: a task is scored at its end."""
+        return {}
+
+    def in_words(self, figures: Mapping[str, float]) -> str:
+        return in_words(figures)
+
+    # ---------------------------------------------------------------- the result
+
+    def finish(self, model: Model, ranks: Ranks) -> Mapping[str, Any]:
+        """Predictions, scores, and the model as a folder. scores.json comes last: where it stands, all is whole.
+
+        What it was trained from is not needed any more: its checkpoints go.
+        """
+        scores = self.predict(model, ranks)
+        if ranks.rank == 0:
+            self.source.save(model, self.job.out / "model", self.problem, self._card(scores))
+            self._publish(
+                {**record_of_seed(self.seed, scores, self.problem.metric), "steps": self.settings.steps}, scores
+            )
+            for attempt in self.job.run.stage(self.job.stage).attempts:
+                for folder in attempt.path.glob("step-*"):
+                    shutil.rmtree(folder)
+        ranks.wait_for_all()
+        return {"scores": scores}
+
+    def predict_only(self, ranks: Ranks) -> Record:
+        """Score and predict with the head that the folder has."""
+        torch.set_num_threads(self.job.threads)
+        scores = self.predict(self._model(None).to(ranks.device), ranks)
+        record = self._publish({}, scores) if ranks.rank == 0 else {}
+        ranks.wait_for_all()
+        return record
+
+    def predict(self, model: Model, ranks: Ranks) -> dict[str, float]:
+        """Predict every evaluation file, the ranks together; rank 0 writes the predictions. Returns the scores."""
+        every: dict[str, float] = {}
+        for name, (problem, samples) in self.evaluations.items():
+            files, scores = problem.judge(predict(model, problem, samples, self.config, ranks), ranks)
+            if ranks.rank == 0:
+                for file, content in files.items():
+                    publish_json(self.job.out / (f"{name}_{file}" if name else file), content)
+            self.job.say(f"predicted {len(samples)} samples; {in_words(scores)}")
+            every |= {ending(metric, name): value for metric, value in scores.items()}
+        return every
+
+    def _publish(self, more: Record, scores: Mapping[str, float]) -> Record:
+        record = {**self.facts, "scores": scores, **more, "identity": self.own_identity}
+        publish_json(self.job.out / "scores.json", record)
+        return record
+
+    def _card(self, scores: Mapping[str, float]) -> str:
+        return (
+            f"---\nlibrary_name: transformers\n---\n\n# BERT fine-tuned on {self.config.dataset}\n\n"
+            f"File format {self.name}, seed {self.seed}. On the evaluation file, in percent: {in_words(scores)}.\n"
+        )
+
+
+NO_SETTINGS = ("dataset", "seeds", "checkpoint_every", "reduction")  # of a configuration: not shown beside scores
+
+
+def ending(key: str, name: str) -> str:
+    """A key of the figures of an evaluation file."""
+    return f"{key}_{name}" if name else key

@@ -1,0 +1,179 @@
+"""Pretraining as a task of the engine: masked language modelling and next sentence prediction, one phase at a time.
+
+Called by every phase's stage.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pipeline.batch import BatchPlan
+from pipeline.bert.config import BertConfig, padded_vocab
+from pipeline.bert.heads import BertForPreTraining, initialised, pretraining_loss_sums
+from pipeline.bert.packing import Batch, layout
+from pipeline.bert.weights import load_start
+from pipeline.config import ModelConfig, OptimizerConfig, PhaseConfig, TrainConfig, science
+from pipeline.engine import checkpoint
+from pipeline.engine.checkpoint_folder import MANIFEST
+from pipeline.engine.loop import train as train_task
+from pipeline.engine.ranks import Ranks
+from pipeline.engine.task import MicroBatch, Settings
+from pipeline.node.job import Job
+from pipeline.pretrain.data import MaskedSamples, PretrainingData
+from pipeline.pretrain.evaluate import Evaluation, evaluate, heldout, unigram_loss
+
+
+def run(
+    job: Job,
+    *,
+    model: ModelConfig,
+    train: TrainConfig,
+    optimizer: OptimizerConfig,
+    phase: PhaseConfig,
+    samples: Path,
+    vocab: Path,
+    start: Path | None = None,
+) -> dict[str, Any]:
+    """Pretrain one phase from ``samples``, from random weights or from those at ``start`` (see `Pretraining.model`).
+
+    Returns the done mark's result: the final ``checkpoint`` (relative to the stage's folder), step, losses. Raises
+    what `pipeline.engine.loop.train` raises.
+    """
+    return train_task(job, lambda ranks: Pretraining(job, model, train, optimizer, phase, samples, vocab, start))
+
+
+class Pretraining:
+    """One phase: its samples in order, their masks, its losses and its held-out figures."""
+
+    losses_named: tuple[str, ...] = ("mlm_loss", "nsp_loss")
+    counts_named: tuple[str, ...] = ("masked", "pairs", "tokens")
+
+    def __init__(
+        self,
+        job: Job,
+        model: ModelConfig,
+        train: TrainConfig,
+        optimizer: OptimizerConfig,
+        phase: PhaseConfig,
+        samples: Path,
+        vocab: Path,
+        start: Path | None,
+    ) -> None:
+        self.job, self.phase, self.vocab, self.start = job, phase, vocab, start
+        assert phase.micro_batch is not None  # submit chose it when the run was created
+        self.settings = Settings(
+            steps=phase.steps,
+            seed=train.seed,
+            micro_batch=phase.micro_batch,
+            precision=train.precision,
+            reduction=train.reduction,
+            loss_mean=train.loss_mean,
+            optimizer=optimizer,
+            learning_rate=phase.learning_rate,
+            warmup=phase.warmup,
+            schedule=phase.schedule,
+            max_grad_norm=train.max_grad_norm,
+            log_every=train.log_every,
+            eval_every=train.eval_every,
+            checkpoint_every=train.checkpoint_every,
+            keep_checkpoints=train.keep_checkpoints,
+        )
+        self.science = {"model": model, "train": train, "optimizer": optimizer, "phase": phase}
+        self.data = PretrainingData(samples, "train", phase, train)
+        vocab_size = padded_vocab(self.data.manifest.vocab_size)
+        self.config = BertConfig(vocab_size=vocab_size, **dataclasses.asdict(model))
+        test = PretrainingData(samples, "test", phase, dataclasses.replace(train, masking="static"))
+        self.heldout = [self.packed(masked) for masked in heldout(test, train.eval_samples, phase.micro_batch)]
+        labels = np.concatenate([micro_batch.arrays["labels"] for micro_batch in self.heldout])
+        self.unigram = unigram_loss(self.data, labels)
+        self.evaluation: Evaluation | None = None
+
+    # ---------------------------------------------------------------- where it begins
+
+    def model(self) -> BertForPreTraining:
+        """The model with random weights, or with those of ``start``: a checkpoint of the phase before, a Hugging
+        Face folder, or NVIDIA's ``.pt``.
+        """
+        bert = BertForPreTraining(self.config)
+        if self.start is None:
+            return initialised(bert, torch.Generator().manual_seed(self.settings.seed))
+        if (self.start / MANIFEST).exists():
+            origin, before = self.start.parent.parent.parent.name, checkpoint.read(self.start, tensors=("weights",))
+            checkpoint.check_identity({"model": before.model}, {"model": self.config.to_dict()})
+            weights = {name: torch.from_numpy(values) for name, values in before.weights.items()}
+        else:
+            origin, weights = self.start.name, load_start(self.start, self.config, self.vocab)
+        bert.load_state_dict(weights)
+        self.job.say(f"starts from the weights of {origin}")
+        return bert
+
+    def identity(self) -> Mapping[str, Any]:
+        """The data by its hashes, and the science of the configuration."""
+        science_of = {name: science(part) for name, part in self.science.items()}
+        return {"data": self.data.manifest.sha256, "vocab": self.data.manifest.vocab_sha256, **science_of}
+
+    # ---------------------------------------------------------------- a batch
+
+    def size(self, batch: int) -> int:
+        return self.phase.global_batch
+
+    def counts(self, batch: int, indices: range) -> Sequence[int]:
+        """Masked tokens, pairs and tokens, from the lengths in the index."""
+        if not indices:
+            return (0, 0, 0)
+        lengths = self.data.lengths(self._positions(batch, indices))
+        return (int(self.data.masked_counts(lengths).sum()), len(lengths), int(lengths.sum()))
+
+    def read(self, batch: int, index: int) -> MicroBatch:
+        return self.packed(self.data.read(self._positions(batch, range(index, index + 1))))
+
+    def _positions(self, batch: int, indices: range) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """Positions in the order of the samples of consecutive micro-batches."""
+        plan = BatchPlan(self.phase.global_batch, self.settings.micro_batch, world_size=1)
+        first, last = plan.samples_of(indices[0]), plan.samples_of(indices[-1])
+        return np.arange(first.start, last.stop) + batch * self.phase.global_batch
+
+    def packed(self, masked: MaskedSamples) -> MicroBatch:
+        """Masked samples laid out for the device; ``masked [K]`` are the slots of the masked tokens."""
+        arrays = layout(masked.tokens, masked.lengths, masked.b_start, self.phase.seq_len)
+        return MicroBatch(
+            ids=masked.ids,
+            arrays={
+                **arrays,
+                "masked": arrays["slot"][masked.positions],
+                "labels": masked.labels.astype(np.int32),
+                "nsp": masked.nsp.astype(np.int32),
+            },
+            counts=(len(masked.labels), len(masked.nsp), len(masked.tokens)),
+        )
+
+    def losses(self, model: nn.Module, inputs: Mapping[str, Any]) -> Sequence[Tensor]:
+        mlm_logits, nsp_logits = model(Batch.of(inputs), inputs["masked"])
+        mlm_sum, nsp_sum, _, _ = pretraining_loss_sums(
+            mlm_logits, inputs["labels"].long(), nsp_logits, inputs["nsp"].long()
+        )
+        return mlm_sum, nsp_sum
+
+    # ---------------------------------------------------------------- held-out figures
+
+    def evaluate(self, model: nn.Module, ranks: Ranks) -> Mapping[str, float]:
+        self.evaluation = evaluate(model, self.heldout, self.settings.precision, ranks)
+        return {**dataclasses.asdict(self.evaluation), "unigram_loss": self.unigram}
+
+    def in_words(self, figures: Mapping[str, float]) -> str:
+        return (
+            f"held-out MLM loss {figures['eval_mlm_loss']:.4f} (unigram {figures['unigram_loss']:.4f}), MLM accuracy "
+            f"{figures['eval_mlm_accuracy']:.3f}, NSP accuracy {figures['eval_nsp_accuracy']:.3f}"
+        )
+
+    def finish(self, model: nn.Module, ranks: Ranks) -> Mapping[str, Any]:
+        """The figures of the last step, made now where an earlier attempt made that step."""
+        figures = self.evaluate(model, ranks) if self.evaluation is None else dataclasses.asdict(self.evaluation)
+        return {"unigram_loss": self.unigram, **figures}
