@@ -132,8 +132,9 @@ class Loop:
                     self.stop()
                 if self.saver is not None:
                     job.stop.after_step(time.perf_counter() - began, self.saver.stall_s + self.saver.write_s)
-        finally:
-            self.feed.close()
+        except BaseException:
+            self.close()
+            raise
 
         # The end: the last state is on disk before the task makes its result of it.
         self.finish_saving()
@@ -141,9 +142,14 @@ class Loop:
         with self.clock.spent("evaluation"):
             result = self.task.finish(state.model, self.ranks)
         write_line(job, self.clock, state.step)  # where the time after the last step went
+        self.close()
+        return {"checkpoint": state.saved, "step": state.step, "samples": state.samples, **result}
+
+    def close(self) -> None:
+        """End the feed's thread and TensorBoard's file."""
+        self.feed.close()
         if self.board is not None:
             self.board.close()
-        return {"checkpoint": state.saved, "step": state.step, "samples": state.samples, **result}
 
     def asks(self, what: str) -> bool:
         """Whether this rank asks all of them to ``stop``, or to ``save`` although no number of steps says so."""

@@ -273,6 +273,7 @@ class Finetuning:
         """
         scores = self.predict(model, ranks)
         if ranks.rank == 0:
+            shutil.rmtree(self.job.out / "model", ignore_errors=True)  # of a start that came no further
             self.source.save(model, self.job.out / "model", self.problem, self._card(scores))
             self._publish(
                 {**record_of_seed(self.seed, scores, self.problem.metric), "steps": self.settings.steps}, scores

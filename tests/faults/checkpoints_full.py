@@ -73,24 +73,24 @@ def small_disk(folder: Path) -> Iterator[Path]:
 
 def starved(run: str, samples: Path, full_at: int, free_at: int, left_kb: int) -> None:
     """In the trial: train, filling and emptying the disk right before the saves of two steps."""
-    from pipeline.pretrain import loop as pretrain
+    from pipeline.engine.loop import Loop
 
     filler = Path(run).parent / "filler"
-    save: Any = pretrain.Trainer.save
+    save: Any = Loop.save
 
-    def disturbed(trainer: pretrain.Trainer, *, permanent: bool) -> None:
-        if trainer.state.step == full_at:
-            for path in (trainer.job.attempt.log, trainer.job.attempt.metrics):  # so that no page has room for a line
+    def disturbed(loop: Loop, *, permanent: bool) -> None:
+        if loop.state.step == full_at:
+            for path in (loop.job.attempt.log, loop.job.attempt.metrics):  # so that no page has room for a line
                 with open(path, "a") as file:
                     file.write("\n" * (-file.tell() % mmap.PAGESIZE))
             free = shutil.disk_usage(filler.parent).free - left_kb * 1024
             with open(filler, "wb") as file:
                 os.posix_fallocate(file.fileno(), 0, free)
-        if trainer.state.step == free_at:
+        if loop.state.step == free_at:
             filler.unlink()
-        save(trainer, permanent=permanent)
+        save(loop, permanent=permanent)
 
-    pretrain.Trainer.save = disturbed  # type: ignore[method-assign]
+    Loop.save = disturbed  # type: ignore[method-assign]
     training.train(Path(run), samples)
 
 

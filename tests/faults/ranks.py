@@ -179,15 +179,15 @@ def at_half_speed(victim: int | None) -> Before:
     """For each rank: add seconds to each micro-batch, twice as many where it is the victim."""
 
     def before(rank: int) -> None:
-        from pipeline.pretrain.loop import Trainer
+        from pipeline.engine.accumulate import Accumulator
 
-        losses = Trainer.losses
+        losses = Accumulator.losses
 
-        def slower(self: Trainer, *arguments: Any) -> Any:
+        def slower(self: Accumulator, *arguments: Any) -> Any:
             time.sleep(MICRO_BATCH_S * (2 if rank == victim else 1))
             return losses(self, *arguments)
 
-        Trainer.losses = slower  # type: ignore[method-assign]
+        Accumulator.losses = slower  # type: ignore[method-assign]
 
     return before
 
@@ -245,9 +245,9 @@ def poisoning(case: Facts) -> Before:
     def before(rank: int) -> None:
         import torch
 
-        from pipeline.pretrain.loop import Trainer
+        from pipeline.engine.accumulate import Accumulator
 
-        losses, left = Trainer.losses, [1 if case["once"] else 10]
+        losses, left = Accumulator.losses, [1 if case["once"] else 10]
 
         class Infinite(torch.autograd.Function):
             @staticmethod
@@ -258,14 +258,14 @@ def poisoning(case: Facts) -> Before:
             def backward(context: Any, gradient: torch.Tensor) -> torch.Tensor:
                 return gradient * torch.inf
 
-        def poison(self: Trainer, found: Any, index: int, lengths: Any) -> Any:
-            mlm_loss, nsp_loss = losses(self, found, index, lengths)
-            if rank == case["rank"] and index == case["index"] and self.state.step + 1 == case["step"] and left[0]:
+        def poison(self: Accumulator, batch: int, fed: Any, *counts: Any) -> Any:
+            mlm_loss, nsp_loss = losses(self, batch, fed, *counts)
+            if rank == case["rank"] and fed.index == case["index"] and self.state.step + 1 == case["step"] and left[0]:
                 left[0] -= 1
                 mlm_loss = Infinite.apply(mlm_loss) if case["what"] == "gradient" else mlm_loss * torch.nan
             return mlm_loss, nsp_loss
 
-        Trainer.losses = poison  # type: ignore[method-assign]
+        Accumulator.losses = poison  # type: ignore[method-assign]
 
     return before
 
@@ -311,13 +311,13 @@ def flipping(case: Facts) -> Before:
     def before(rank: int) -> None:
         import torch
 
-        from pipeline.pretrain.loop import Trainer
+        from pipeline.engine.loop import Loop
 
         if rank != case["rank"]:
             return
-        init, left = Trainer.__init__, [1]
+        init, left = Loop.__init__, [1]
 
-        def prepared(self: Trainer, *arguments: Any) -> None:
+        def prepared(self: Loop, *arguments: Any) -> None:
             init(self, *arguments)
             update = self.state.optimizer.step
 
@@ -333,7 +333,7 @@ def flipping(case: Facts) -> Before:
 
             self.state.optimizer.step = flip
 
-        Trainer.__init__ = prepared  # type: ignore[method-assign]
+        Loop.__init__ = prepared  # type: ignore[method-assign]
 
     return before
 

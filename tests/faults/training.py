@@ -81,7 +81,7 @@ def train(run: Path, samples: Path, rank: int = 0, world_size: int = 1, launch: 
 
     Raises what ends the training; marks the stage done at its end.
     """
-    from pipeline.pretrain import loop as pretrain
+    from pipeline.pretrain.task import run as pretrain
 
     threads = changes.pop("threads", 1)
     configs = [changed(config, changes) for config in (MODEL, TRAIN, OPTIMIZER, PHASE)]
@@ -96,7 +96,7 @@ def train(run: Path, samples: Path, rank: int = 0, world_size: int = 1, launch: 
     job = Job(RunDir(run), STAGE, attempt, topology, workers=1, threads=threads)
     model, train, optimizer, phase = configs
     inputs = {"samples": samples, "vocab": samples / "vocab.txt"}
-    result = pretrain.run(job, model=model, train=train, optimizer=optimizer, phase=phase, **inputs)
+    result = pretrain(job, model=model, train=train, optimizer=optimizer, phase=phase, **inputs)
     if rank == 0:
         folder.mark_done({"stage": STAGE, "attempt": attempt.number, "result": result})
 
