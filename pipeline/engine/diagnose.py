@@ -27,6 +27,6 @@ def culprit(accumulator: Accumulator, sums: Sums) -> str | None:
             if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
                 ids = ", ".join(map(str, micro_batch.ids[:8])) + (" ..." if len(micro_batch.ids) > 8 else "")
                 return (
-                    f"micro-batch {index}: loss {float(loss):.4g}, the gradient of {name} is not finite (samples {ids})"
+                    f"micro-batch {index}: loss {float(loss.detach()):.4g}, the gradient of {name} is not finite (samples {ids})"
                 )
     return None
