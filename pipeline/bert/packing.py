@@ -8,8 +8,8 @@ algorithms for bin packing"; for BERT: Krell et al. 2021, arXiv 2107.02027). Att
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Literal, NamedTuple
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -73,15 +73,14 @@ class Batch:
         return self.slot.numel() / self.tokens.numel()
 
     @classmethod
-    def of(cls, tensors: Mapping[str, Tensor], seq_len: int) -> Batch:
-        """The batch whose `layout` these tensors are; others beside them are left alone."""
-        return cls(**{field.name: tensors[field.name] for field in fields(cls)[:-1]}, seq_len=seq_len)
+    def of(cls, inputs: Mapping[str, Any]) -> Batch:
+        """The batch whose `layout`, as tensors, and ``seq_len`` these are; others beside them are left alone."""
+        return cls(**{field.name: inputs[field.name] for field in fields(cls)})
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
-        return Batch.of(
-            {name: value.to(device) for name, value in vars(self).items() if name != "seq_len"}, self.seq_len
-        )
+        moved: dict[str, Any] = {name: value.to(device) for name, value in vars(self).items() if name != "seq_len"}
+        return replace(self, **moved)
 
 
 def pack(
@@ -89,7 +88,7 @@ def pack(
 ) -> Batch:
     """The `layout` of samples as a `Batch` of tensors on the CPU."""
     arrays = layout(tokens, lengths, b_start, seq_len, arranged)
-    return Batch.of({name: torch.from_numpy(values) for name, values in arrays.items()}, seq_len)
+    return Batch(**{name: torch.from_numpy(values) for name, values in arrays.items()}, seq_len=seq_len)
 
 
 def layout(

@@ -35,9 +35,9 @@ def compile_regions(device: torch.device) -> bool:
 
 
 def region(function: Callable[Inputs, Result]) -> Callable[Inputs, Result]:
-    """``function``, compiled where `compile_regions` said so and gradients are wanted.
+    """``function``, compiled where `compile_regions` said so, except in inference mode.
 
-    Without gradients it runs as it is: an evaluation in the middle of a training must not wait for a compiler.
+    There it runs as it is: an evaluation in the middle of a training must not wait for a compiler.
     """
 
     @functools.cache
@@ -46,7 +46,7 @@ def region(function: Callable[Inputs, Result]) -> Callable[Inputs, Result]:
 
     @functools.wraps(function)
     def chosen(*args: Inputs.args, **kwargs: Inputs.kwargs) -> Result:
-        run = compiled() if _enabled and torch.is_grad_enabled() else function
+        run = compiled() if _enabled and not torch.is_inference_mode_enabled() else function
         return run(*args, **kwargs)
 
     return chosen
