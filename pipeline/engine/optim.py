@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import Parameter
@@ -75,10 +76,12 @@ class Flat:
     def __init__(self, gradients: GradientBuffer, decay: Sequence[float], adapts: Sequence[float]) -> None:
         self.gradient = gradients.flat
         self.weight, self.exp_avg, self.exp_avg_sq = (torch.zeros_like(gradients.flat) for _ in range(3))
-        self.decay, self.adapts = (self.weight.new_tensor(values) for values in (decay, adapts))
-        starts = torch.tensor([start for start, _ in gradients.spans] + [len(gradients.flat)])
-        self.sizes: list[int] = starts.diff().tolist()
-        self.owner = torch.repeat_interleave(starts.diff() // ALIGN).to(self.weight.device, torch.int32)
+        dtype, device = self.weight.dtype, self.weight.device
+        self.decay, self.adapts = (torch.tensor(values, dtype=dtype, device=device) for values in (decay, adapts))
+        sizes = np.diff([*(start for start, _ in gradients.spans), len(gradients.flat)])
+        self.sizes: list[int] = sizes.tolist()
+        owner = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes // ALIGN)
+        self.owner = torch.from_numpy(owner).to(self.weight.device)
         self.spans = gradients.spans
         for parameter, view in zip(gradients.parameters, self.views(self.weight, gradients.parameters), strict=True):
             parameter.data = view.copy_(parameter.detach())
