@@ -43,7 +43,7 @@ def efficient(query: Tensor, key: Tensor, value: Tensor, cu: Tensor, longest: in
 def jagged(query: Tensor, key: Tensor, value: Tensor, cu: Tensor, longest: int, p: float) -> Tensor:
     """As `efficient`, by public functions alone, which take more of the host's time and are not compiled."""
     query, key, value = (
-        torch.nested.nested_tensor_from_jagged(part, cu, min_seqlen=0, max_seqlen=longest).transpose(1, 2)
+        torch.nested.nested_tensor_from_jagged(part.contiguous(), cu, min_seqlen=1, max_seqlen=longest).transpose(1, 2)
         for part in (query, key, value)
     )
     out: Tensor = functional.scaled_dot_product_attention(query, key, value, dropout_p=p).transpose(1, 2).values()
