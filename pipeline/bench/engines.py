@@ -64,7 +64,7 @@ class Pipeline:
         return self.glue.ask(Table(columns, None, list(range(len(pairs)))))
 
     def inputs(self, samples: Samples) -> Batch:
-        return packed(samples, self.device, self.seq_len, predicting=True)
+        return packed(samples, self.device, self.seq_len)
 
     def forward(self, inputs: Batch) -> tuple[Tensor, ...]:
         outputs = self.model(inputs)

@@ -1,11 +1,13 @@
 """Self-attention in which a token sees the tokens of its own sample only.
 
-Which way it is computed follows from device and row length by the fixed table in `attention_path`, never from a
-timing at run time, so that a resumed run computes the same bits.
+Which way it is computed follows from device, precision and row length by the fixed table in `blocks_of`, never from
+a timing at run time, so that a resumed run computes the same bits. The ways on a CPU are the reference of those on a
+GPU: all give the same numbers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,57 +16,109 @@ from torch.nn import functional
 
 from pipeline.bert.config import BertConfig
 from pipeline.bert.dropout import dropout, keep_factors
-from pipeline.bert.packing import Batch
+from pipeline.bert.packing import LONGEST_ROW_BY_ROWS, Batch
 
-LONGEST_ROW_BY_ROWS = 192
+Varlen = Callable[[Tensor, Tensor, Tensor, Tensor, int, float], Tensor]
 PREDICT = "predict"  # on the CPU without gradients: sample after sample by SDPA, whose forward alone is fastest
 
 
-def attention_path(device_type: str, width: int) -> str:
-    """``rows``, ``samples`` or ``sdpa``: how to attend in rows of ``width`` slots.
+def flash(query: Tensor, key: Tensor, value: Tensor, cu: Tensor, longest: int, p: float) -> Tensor:
+    """Attention of ``[T, heads, D]`` inside each stretch ``cu[i]:cu[i+1]`` of at most ``longest`` slots.
 
-    ``rows`` multiplies whole rows and masks what crosses samples; ``samples`` loops over the samples and wastes
-    nothing on other samples or pads. Forward and backward on 2 CPU threads with dropout 0.1, 12 heads of 64:
-    128 slots 39 ms (bf16) and 58 ms (fp32) by rows, 66 and 65 by samples, 104 and 93 by SDPA; 512 slots 136 and
-    261 ms by rows, 69 and 101 by samples, 391 and 395 by SDPA.
+    ``p`` is the dropout of the probabilities, from the device's default generator. bf16 and fp16 on sm_80 and newer.
     """
-    if device_type != "cpu":
-        return "sdpa"
-    return "rows" if width <= LONGEST_ROW_BY_ROWS else "samples"
+    forward = torch.ops.aten._flash_attention_forward
+    out: Tensor = forward(query, key, value, cu, cu, longest, longest, p, False, False)[0]
+    return out
+
+
+def efficient(query: Tensor, key: Tensor, value: Tensor, cu: Tensor, longest: int, p: float) -> Tensor:
+    """As `flash`, in any precision on any GPU."""
+    forward = torch.ops.aten._efficient_attention_forward
+    rows = (part.unsqueeze(0) for part in (query, key, value))
+    out: Tensor = forward(*rows, None, cu, cu, longest, longest, p, 0, True)[0]
+    return out.squeeze(0)
+
+
+def jagged(query: Tensor, key: Tensor, value: Tensor, cu: Tensor, longest: int, p: float) -> Tensor:
+    """As `efficient`, by public functions alone, which take more of the host's time and are not compiled."""
+    query, key, value = (
+        torch.nested.nested_tensor_from_jagged(part.contiguous(), cu, min_seqlen=1, max_seqlen=longest).transpose(1, 2)
+        for part in (query, key, value)
+    )
+    out: Tensor = functional.scaled_dot_product_attention(query, key, value, dropout_p=p).transpose(1, 2).values()
+    return out
+
+
+# The positional arguments that the operators above are called with; further ones must have defaults.
+FLASH_ARGUMENTS = "query key value cum_seq_q cum_seq_k max_q max_k dropout_p is_causal return_debug_mask"
+EFFICIENT_ARGUMENTS = (
+    "query key value bias cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k dropout_p custom_mask_type "
+    "compute_log_sumexp"
+)
+
+
+def takes(operator: str, arguments: str) -> bool:
+    """Whether this PyTorch has the private ``operator`` as we call it; if not, `jagged` serves instead of it."""
+    overloads = getattr(torch.ops.aten, operator, None)
+    if overloads is None:
+        return False
+    schema = overloads.default._schema.arguments
+    positional = [argument.name for argument in schema if not argument.kwarg_only]
+    return positional == arguments.split() and all(a.has_default_value() for a in schema if a.kwarg_only)
+
+
+def varlen_of(device: torch.device, dtype: torch.dtype, head_size: int) -> Varlen:
+    """The operator for a stream on a GPU."""
+    recent = torch.cuda.get_device_capability(device) >= (8, 0)
+    if recent and dtype in (torch.bfloat16, torch.float16) and head_size % 8 == 0:
+        return flash if takes("_flash_attention_forward", FLASH_ARGUMENTS) else jagged
+    return efficient if takes("_efficient_attention_forward", EFFICIENT_ARGUMENTS) else jagged
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """What all layers of one forward share about who sees whom; only the field that ``path`` needs is set.
+    """What all layers of one forward share about who sees whom; only the fields that ``path`` needs are set.
 
-    ``bias [R*heads, S, S]`` is 0 inside a sample and -inf across; ``runs`` are the lengths of the stretches of
-    slots that attend to each other (samples and stretches of pads), in slot order; ``same [R, 1, S, S]`` is the
-    boolean mask.
+    ``varlen`` is the operator for the stretches ``cu`` of at most ``longest`` slots. ``bias [R*heads, S, S]`` is 0
+    inside a stretch and -inf across. ``runs`` are the lengths of the stretches in slot order.
     """
 
     path: str
+    varlen: Varlen | None = None
+    cu: Tensor | None = None
+    longest: int = 0
     bias: Tensor | None = None
     runs: tuple[int, ...] = ()
-    same: Tensor | None = None
 
 
-def blocks_of(batch: Batch, heads: int, dtype: torch.dtype) -> Blocks:
-    """Build the shared `Blocks` of a micro-batch. Pads see pads only, so no row of the softmax is empty."""
-    block = batch.block
-    device = block.device.type
-    predicting = device == "cpu" and not torch.is_grad_enabled()
-    path = PREDICT if predicting else attention_path(device, block.shape[1])
-    if path in ("samples", PREDICT):
-        edge = torch.ones_like(block, dtype=torch.bool)
-        edge[:, 1:] = block[:, 1:] != block[:, :-1]
-        starts = edge.flatten().nonzero().flatten()
-        ends = torch.cat([starts[1:], starts.new_tensor([block.numel()])])
-        return Blocks(path, runs=tuple((ends - starts).tolist()))
-    same = block[:, None, :, None] == block[:, None, None, :]
-    if path == "sdpa":
-        return Blocks(path, same=same)
-    bias = torch.zeros(same.shape, dtype=dtype, device=block.device).masked_fill_(~same, -torch.inf)
-    rows, _, width, _ = bias.shape
+def attention_path(device_type: str, width: int) -> str:
+    """``varlen``, ``rows`` or ``samples``: how to attend in rows of ``width`` slots with gradients.
+
+    ``rows`` multiplies whole rows and masks what crosses samples; ``samples`` loops over the samples and wastes
+    nothing on other samples or pads. Forward and backward on 2 CPU threads with dropout 0.1, 12 heads of 64:
+    128 slots 39 ms (bf16) and 58 ms (fp32) by rows, 66 and 65 by samples; 512 slots 136 and 261 ms by rows, 69 and
+    101 by samples.
+    """
+    if device_type != "cpu":
+        return "varlen"
+    return "rows" if width <= LONGEST_ROW_BY_ROWS else "samples"
+
+
+def blocks_of(batch: Batch, config: BertConfig, dtype: torch.dtype) -> Blocks:
+    """The shared `Blocks` of a micro-batch that is computed in ``dtype``; no device is asked for a value."""
+    rows, width = batch.tokens.shape
+    device = batch.tokens.device
+    path = attention_path(device.type, width)
+    if path == "varlen":
+        return Blocks(path, varlen_of(device, dtype, config.head_size), batch.cu, batch.seq_len)
+    if path == "samples" or not torch.is_grad_enabled():
+        runs = tuple(run for run in batch.cu.diff().tolist() if run)
+        return Blocks(path if torch.is_grad_enabled() else PREDICT, runs=runs)
+    stretch = torch.repeat_interleave(batch.cu.diff()).view(rows, width)
+    across = stretch[:, None, :, None] != stretch[:, None, None, :]
+    bias = torch.zeros(across.shape, dtype=dtype).masked_fill_(across, -torch.inf)
+    heads = config.num_attention_heads
     return Blocks(path, bias=bias.expand(rows, heads, width, width).reshape(rows * heads, width, width))
 
 
@@ -84,42 +138,46 @@ class SelfAttention(nn.Module):
         linears = (self.query, self.key, self.value)
         if blocks.path == PREDICT:
             return self._predict([linear(hidden).flatten(0, 1) for linear in linears], blocks.runs).view(hidden.shape)
-        weight = torch.cat([linear.weight for linear in linears])
-        bias = torch.cat([linear.bias for linear in linears])
+        weight = torch.cat([linear.weight.to(hidden.dtype) for linear in linears])
+        bias = torch.cat([linear.bias.to(hidden.dtype) for linear in linears])
         mixed = functional.linear(hidden, weight, bias)
-        if blocks.path == "samples":
-            return self._by_samples(mixed.flatten(0, 1), blocks.runs).view(hidden.shape)
-        rows, width, _ = hidden.shape
-        split = mixed.view(rows, width, 3, self.heads, self.head_size).permute(2, 0, 3, 1, 4)
-        query, key, value = split.unbind(0)
         if blocks.path == "rows":
-            context = self._by_rows(query, key, value, blocks)
-        else:
-            p = self.p if self.training else 0.0
-            context = functional.scaled_dot_product_attention(query, key, value, attn_mask=blocks.same, dropout_p=p)
+            return self._by_rows(mixed, blocks)
+        slots = mixed.view(-1, 3, self.heads, self.head_size)
+        context = self._by_varlen(slots, blocks) if blocks.path == "varlen" else self._by_samples(slots, blocks.runs)
+        return context.reshape(hidden.shape)
+
+    def _by_varlen(self, slots: Tensor, blocks: Blocks) -> Tensor:
+        """All stretches by one operator; ``[R*S, 3, heads, D]`` in, ``[R*S, heads, D]`` out."""
+        assert blocks.varlen is not None
+        assert blocks.cu is not None
+        query, key, value = slots.unbind(1)
+        return blocks.varlen(query, key, value, blocks.cu, blocks.longest, self.p if self.training else 0.0)
+
+    def _by_rows(self, mixed: Tensor, blocks: Blocks) -> Tensor:
+        """Whole rows at once; ``[R, S, 3H]`` in, ``[R, S, H]`` out."""
+        assert blocks.bias is not None
+        rows, width, _ = mixed.shape
+        split = mixed.view(rows, width, 3, self.heads, self.head_size).permute(2, 0, 3, 1, 4)
+        query, key, value = split.reshape(3, rows * self.heads, width, self.head_size).unbind(0)
+        scores = torch.baddbmm(blocks.bias, query, key.transpose(1, 2), alpha=self.head_size**-0.5)
+        probabilities = dropout(scores.softmax(-1), self.p if self.training else 0.0)
+        context = torch.bmm(probabilities, value).view(rows, self.heads, width, self.head_size)
         return context.transpose(1, 2).flatten(2)
 
-    def _by_rows(self, query: Tensor, key: Tensor, value: Tensor, blocks: Blocks) -> Tensor:
-        """Whole rows at once; ``[R, heads, S, D]`` in and out."""
-        assert blocks.bias is not None
-        flat = [part.reshape(-1, *part.shape[2:]) for part in (query, key, value)]
-        scores = torch.baddbmm(blocks.bias, flat[0], flat[1].transpose(1, 2), alpha=self.head_size**-0.5)
-        probabilities = dropout(scores.softmax(-1), self.p, self.training)
-        return torch.bmm(probabilities, flat[2]).view(query.shape)
-
-    def _by_samples(self, mixed: Tensor, runs: tuple[int, ...]) -> Tensor:
-        """One stretch of slots after the other; ``[R*S, 3H]`` in, ``[R*S, H]`` out."""
+    def _by_samples(self, slots: Tensor, runs: tuple[int, ...]) -> Tensor:
+        """One stretch of slots after the other; ``[R*S, 3, heads, D]`` in, ``[R*S, heads, D]`` out."""
         p = self.p if self.training else 0.0
         sizes = [self.heads * run * run for run in runs]
-        factors = torch.split(keep_factors(sum(sizes), p, mixed.dtype), sizes) if p else None
+        factors = torch.split(keep_factors(sum(sizes), p, slots.dtype), sizes) if p else None
         contexts = []
-        for index, part in enumerate(torch.split(mixed, list(runs))):
-            query, key, value = part.view(-1, 3, self.heads, self.head_size).permute(1, 2, 0, 3).unbind(0)
+        for index, part in enumerate(torch.split(slots, list(runs))):
+            query, key, value = part.permute(1, 2, 0, 3).unbind(0)
             scores = torch.bmm(query * self.head_size**-0.5, key.transpose(1, 2))
             probabilities = scores.softmax(-1)
             if factors is not None:
                 probabilities = probabilities * factors[index].view(probabilities.shape)
-            contexts.append(torch.bmm(probabilities, value).transpose(0, 1).flatten(1))
+            contexts.append(torch.bmm(probabilities, value).transpose(0, 1))
         return torch.cat(contexts)
 
     def _predict(self, projected: list[Tensor], runs: tuple[int, ...]) -> Tensor:

@@ -37,9 +37,9 @@ def keep_factors(count: int, p: float, dtype: torch.dtype) -> Tensor:
     return factors.mul_(LEVELS / (LEVELS - dropped))
 
 
-def dropout(values: Tensor, p: float, training: bool) -> Tensor:
-    """Zero each element with probability ``p`` and scale the others up; scale up the others."""
-    if not training or p == 0:
+def dropout(values: Tensor, p: float) -> Tensor:
+    """Zero each element with probability ``p`` and scale up the others."""
+    if p == 0:
         return values
     if values.device.type != "cpu":
         return functional.dropout(values, p)

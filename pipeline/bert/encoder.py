@@ -5,7 +5,9 @@ Module names are Hugging Face's, so that ``state_dict()`` keys need no translati
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +17,27 @@ from pipeline.bert.attention import Blocks, SelfAttention, blocks_of
 from pipeline.bert.config import BertConfig
 from pipeline.bert.dropout import dropout
 from pipeline.bert.packing import Batch
+from pipeline.bert.regions import region
 
 GELU_APPROXIMATION = {"erf": "none", "tanh": "tanh"}
 # The linears that NVIDIA's code fuses with their activation and therefore leaves at PyTorch's default start.
 FUSED_LINEARS = ("intermediate.dense", "pooler.dense", "predictions.transform.dense")
+
+
+def layer_norm(values: Tensor, norm: nn.LayerNorm) -> Tensor:
+    """``norm`` of ``values``, in their dtype; the arithmetic is fp32."""
+    return functional.layer_norm(values, norm.normalized_shape, norm.weight, norm.bias, norm.eps).to(values.dtype)
+
+
+def residual_norm(values: Tensor, residual: Tensor, norm: nn.LayerNorm, p: float) -> Tensor:
+    """``norm`` of ``residual`` plus ``values`` after dropout, in their dtype: how both halves of a layer end."""
+    return layer_norm(residual + dropout(values, p), norm)
+
+
+@region
+def sum_norm(summands: Sequence[Tensor], norm: nn.LayerNorm, p: float, dtype: torch.dtype) -> Tensor:
+    """Sum of embeddings ``[R, S, H]``, ``norm``, dropout; fp32 in, ``dtype`` out."""
+    return dropout(layer_norm(functools.reduce(torch.add, summands), norm), p).to(dtype)
 
 
 class Embeddings(nn.Module):
@@ -34,14 +53,20 @@ class Embeddings(nn.Module):
         self.p = config.hidden_dropout_prob
 
     def forward(self, batch: Batch) -> Tensor:
-        """``[R, S, H]`` of the tokens, positions and segments ``[R, S]``."""
-        total = self.word_embeddings(batch.tokens) + self.position_embeddings(batch.positions)
-        total = total + self.token_type_embeddings(batch.segments)
-        return dropout(self.LayerNorm(total), self.p, self.training)
+        """``[R, S, H]`` of the tokens, positions and segments ``[R, S]``, in the dtype of the matrix products."""
+        word = self.word_embeddings(batch.tokens)
+        summands = (word, self.position_embeddings(batch.positions), self.token_type_embeddings(batch.segments))
+        return sum_norm(summands, self.LayerNorm, self.p if self.training else 0.0, matmul_dtype(word))
+
+
+def matmul_dtype(values: Tensor) -> torch.dtype:
+    """What matrix products of ``values`` are computed in: autocast's dtype, else their own."""
+    device = values.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else values.dtype
 
 
 class ResidualOutput(nn.Module):
-    """Linear, dropout, addition of the residual, LayerNorm: how both halves of a layer end."""
+    """Linear and `residual_norm`."""
 
     def __init__(self, config: BertConfig, in_features: int) -> None:
         super().__init__()
@@ -51,8 +76,7 @@ class ResidualOutput(nn.Module):
 
     def forward(self, values: Tensor, residual: Tensor) -> Tensor:
         """``[R, S, H]``."""
-        out: Tensor = self.LayerNorm(residual + dropout(self.dense(values), self.p, self.training))
-        return out
+        return residual_norm(self.dense(values), residual, self.LayerNorm, self.p if self.training else 0.0)
 
 
 class Attention(nn.Module):
@@ -98,6 +122,13 @@ class Layer(nn.Module):
         return out
 
 
+@region
+def run_layer(layer: nn.Module, hidden: Tensor, blocks: Blocks) -> Tensor:
+    """``layer(hidden, blocks)``."""
+    out: Tensor = layer(hidden, blocks)
+    return out
+
+
 class Encoder(nn.Module):
     """The stack of layers."""
 
@@ -108,7 +139,7 @@ class Encoder(nn.Module):
     def forward(self, hidden: Tensor, blocks: Blocks) -> Tensor:
         """``[R, S, H]``."""
         for layer in self.layer:
-            hidden = layer(hidden, blocks)
+            hidden = run_layer(layer, hidden, blocks)
         return hidden
 
 
@@ -137,11 +168,7 @@ class Bert(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         """Hidden states ``[R*S, H]`` by flat slot; those of pads mean nothing."""
         hidden = self.embeddings(batch)
-        device = hidden.device.type
-        autocast = torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
-        blocks = blocks_of(batch, self.config.num_attention_heads, dtype)
-        out: Tensor = self.encoder(hidden, blocks)
+        out: Tensor = self.encoder(hidden, blocks_of(batch, self.config, hidden.dtype))
         return out.flatten(0, 1)
 
     def pooled(self, hidden: Tensor, batch: Batch) -> Tensor:

@@ -10,8 +10,9 @@ from torch.nn import functional
 
 from pipeline.bert.config import BertConfig
 from pipeline.bert.dropout import dropout
-from pipeline.bert.encoder import Bert, DenseGelu, initialise
+from pipeline.bert.encoder import Bert, DenseGelu, initialise, layer_norm
 from pipeline.bert.packing import Batch
+from pipeline.bert.regions import region
 
 
 class Transform(DenseGelu):
@@ -23,8 +24,7 @@ class Transform(DenseGelu):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """``[K, H]``."""
-        out: Tensor = self.LayerNorm(super().forward(hidden))
-        return out
+        return layer_norm(super().forward(hidden), self.LayerNorm)
 
 
 class Predictions(nn.Module):
@@ -59,7 +59,7 @@ class BertForPreTraining(nn.Module):
         self.cls = PreTrainingHeads(config)
 
     def forward(self, batch: Batch, masked_index: Tensor) -> tuple[Tensor, Tensor]:
-        """``(mlm_logits [K, V], nsp_logits [N, 2])``; ``masked_index [K]``: see `Batch.row_position`."""
+        """``(mlm_logits [K, V], nsp_logits [N, 2])``; ``masked_index [K]``: flat slots (`Batch.slot`)."""
         hidden = self.bert(batch)
         masked = hidden.index_select(0, masked_index)
         mlm_logits = self.cls.predictions(masked, self.bert.embeddings.word_embeddings.weight)
@@ -67,20 +67,26 @@ class BertForPreTraining(nn.Module):
 
 
 class BertForQuestionAnswering(nn.Module):
-    """BERT with a start and an end score per token; no dropout before it, as in the original."""
+    """BERT with a start and an end score per token; no dropout before it, as in the original.
+
+    Its pooler, which no score reaches, is not trained: it takes no gradient, and with it no decay.
+    """
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
         self.config = config
         self.bert = Bert(config)
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.bert.pooler.requires_grad_(False)
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """``(start, end)``, each ``[N, L]`` with L the longest sample; -inf behind a shorter sample's end."""
-        hidden = self.bert(batch).index_select(0, batch.slot)
-        samples = self.qa_outputs(hidden).split(batch.length.tolist())
-        padded = nn.utils.rnn.pad_sequence(list(samples), batch_first=True, padding_value=-torch.inf)
-        start, end = padded.unbind(-1)
+        """``(start, end)``, each ``[N, seq_len]``; -inf behind a sample's end."""
+        scores = self.qa_outputs(self.bert(batch))
+        place = torch.arange(batch.seq_len, device=scores.device)
+        outside = place >= batch.length[:, None]
+        slot = (batch.first[:, None] + place).masked_fill(outside, 0)
+        laid = scores.index_select(0, slot.flatten()).view(*slot.shape, 2)
+        start, end = laid.masked_fill(outside[..., None], -torch.inf).unbind(-1)
         return start, end
 
 
@@ -96,7 +102,8 @@ class BertForSequenceClassification(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         """Logits ``[N, num_labels]``."""
         pooled = self.bert.pooled(self.bert(batch), batch)
-        logits: Tensor = self.classifier(dropout(pooled, self.config.hidden_dropout_prob, self.training))
+        p = self.config.hidden_dropout_prob if self.training else 0.0
+        logits: Tensor = self.classifier(dropout(pooled, p))
         return logits
 
 
@@ -110,16 +117,20 @@ def initialised(model: AnyModel, generator: torch.Generator) -> AnyModel:
     return model
 
 
+@region
 def pretraining_loss_sums(
     mlm_logits: Tensor, labels: Tensor, nsp_logits: Tensor, nsp_labels: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``(mlm_sum, nsp_sum, mlm_correct, nsp_correct)``: sums over masked tokens and pairs in fp32.
+) -> tuple[Tensor, Tensor]:
+    """``(mlm_sum, nsp_sum)``: cross-entropies summed over masked tokens and over pairs, in fp32.
 
     The caller divides by the counts of the whole step, so that the loss does not depend on how the step was cut.
     """
-    mlm_sum = functional.cross_entropy(mlm_logits.float(), labels, reduction="sum")
-    nsp_sum = functional.cross_entropy(nsp_logits.float(), nsp_labels, reduction="sum")
+    mlm_sum = functional.cross_entropy(mlm_logits.float(), labels.long(), reduction="sum")
+    nsp_sum = functional.cross_entropy(nsp_logits.float(), nsp_labels.long(), reduction="sum")
+    return mlm_sum, nsp_sum
+
+
+def correct(logits: Tensor, labels: Tensor) -> Tensor:
+    """How many of ``logits [K, C]`` are highest at their label."""
     # max() finds the index 2.6 times faster than argmax() does on a CPU
-    mlm_correct = (mlm_logits.detach().max(-1).indices == labels).sum()
-    nsp_correct = (nsp_logits.detach().max(-1).indices == nsp_labels).sum()
-    return mlm_sum, nsp_sum, mlm_correct, nsp_correct
+    return (logits.max(-1).indices == labels).sum()

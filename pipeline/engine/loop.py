@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from pipeline.batch import BatchPlan
+from pipeline.bert.regions import compile_regions
 from pipeline.engine import checkpoint, optim
 from pipeline.engine.accumulate import Accumulator, Sums
 from pipeline.engine.diagnose import culprit
@@ -64,13 +65,14 @@ class Loop:
         self.gradients = GradientBuffer([parameter for _, parameter in trained])
         self.state = TrainingState(
             model,
-            optim.of_config(settings.optimizer, trained),
+            optim.of_config(settings.optimizer, trained, self.gradients),
             LossScale() if settings.precision == "fp16" else None,
             {
                 "stage": job.stage,
                 "micro_batch": settings.micro_batch,
                 **identity,
                 **{key: self.peers.own[key] for key in ("threads", "code", "torch", "cpu")},
+                **({"compiled": True} if compile_regions(ranks.device) else {}),
             },
         )
         self.autocast = autocast_for(settings.precision, ranks.device)

@@ -1,7 +1,7 @@
 """LAMB with apex FusedLAMB's semantics, and AdamW, behind one small interface.
 
-On the CPU the work goes through each tensor in chunks that stay in cache; on other devices it uses PyTorch's
-list operations. Neither changes the gradients it reads.
+On the CPU the work goes through each tensor in chunks that stay in cache; on other devices through all tensors at
+once, end to end in flat buffers. Neither changes the gradients it reads.
 """
 
 from __future__ import annotations
@@ -9,15 +9,19 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import math
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from pipeline.bert.regions import region
 from pipeline.config import OptimizerConfig
+from pipeline.engine.reduce import ALIGN, GradientBuffer
 from pipeline.errors import CheckpointError, ConfigError, EnvironmentFault
 
 # Elements per chunk on the CPU. 512 KiB of each operand fits a core's L2, and the float32 norm of a chunk is
@@ -61,17 +65,67 @@ def global_norm(tensors: Sequence[Tensor]) -> float:
     return float(torch.stack(list(norms)).double().norm())
 
 
+class Flat:
+    """Weights and both moments, each end to end in one buffer laid out like the gradients.
+
+    The parameters become views of ``weight``. Every tensor fills whole lines of `ALIGN` elements, the rest of its
+    last one with zeros; ``owner [lines]`` is its number and ``sizes`` its elements with that rest. ``decay`` and
+    ``adapts`` (0 or 1) say per tensor how it is treated.
+    """
+
+    def __init__(self, gradients: GradientBuffer, decay: Sequence[float], adapts: Sequence[float]) -> None:
+        self.gradient = gradients.flat
+        self.weight, self.exp_avg, self.exp_avg_sq = (torch.zeros_like(gradients.flat) for _ in range(3))
+        dtype, device = self.weight.dtype, self.weight.device
+        self.decay, self.adapts = (torch.tensor(values, dtype=dtype, device=device) for values in (decay, adapts))
+        sizes = np.diff([*(start for start, _ in gradients.spans), len(gradients.flat)])
+        self.sizes: list[int] = sizes.tolist()
+        owner = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes // ALIGN)
+        self.owner = torch.from_numpy(owner).to(self.weight.device)
+        self.spans = gradients.spans
+        for parameter, view in zip(gradients.parameters, self.views(self.weight, gradients.parameters), strict=True):
+            parameter.data = view.copy_(parameter.detach())
+
+    def views(self, flat: Tensor, like: Iterable[Tensor]) -> list[Tensor]:
+        """The tensors of which ``flat`` is made, in the shapes of ``like``."""
+        return [flat[start:stop].view_as(p) for p, (start, stop) in zip(like, self.spans, strict=True)]
+
+
+@region
+def direction(
+    gradient: Tensor,
+    weight: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    owner: Tensor,
+    decay: Tensor,
+    clip: Tensor,
+    eps: Tensor,
+    betas: tuple[float, float],
+) -> Tensor:
+    """Update the moments in place and return m / (sqrt(v) + eps) + decay * p; all in one pass.
+
+    The first four are ``[lines, ALIGN]``; ``decay`` is that of each line's ``owner``, ``clip`` multiplies the gradient.
+    """
+    clipped = gradient * clip
+    exp_avg.mul_(betas[0]).add_(clipped, alpha=1 - betas[0])
+    exp_avg_sq.mul_(betas[1]).addcmul_(clipped, clipped, value=1 - betas[1])
+    return exp_avg / (exp_avg_sq.sqrt() + eps) + decay.index_select(0, owner).unsqueeze(1) * weight
+
+
 class Optimizer(ABC):
     """Adam's two moments for named parameters; a subclass says what is done with them.
 
     ``betas`` and ``eps`` are Adam's; ``weight_decay`` is decoupled and 0 for names of biases and LayerNorm;
-    ``bias_correction=False`` gives BERT's original Adam.
+    ``bias_correction=False`` gives BERT's original Adam. ``gradients`` hold the ``grad`` of these parameters, in this
+    order; a device other than the CPU needs it.
     """
 
     def __init__(
         self,
         named_parameters: Iterable[tuple[str, Parameter]],
         *,
+        gradients: GradientBuffer | None = None,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-6,
         weight_decay: float = 0.01,
@@ -83,8 +137,20 @@ class Optimizer(ABC):
         self.exp_avg = {name: torch.zeros_like(p.detach()) for name, p in self.parameters.items()}
         self.exp_avg_sq = {name: torch.zeros_like(p.detach()) for name, p in self.parameters.items()}
         self.finished_steps = 0
-        self.foreach = any(p.device.type != "cpu" for p in self.parameters.values())
+        self.flat: Flat | None = None
         self._scratch = torch.empty(0)
+        if any(p.device.type != "cpu" for p in self.parameters.values()):
+            if gradients is None:
+                raise TypeError("on a GPU an optimizer needs the GradientBuffer of its parameters")
+            self.use(gradients)
+
+    def use(self, gradients: GradientBuffer) -> None:
+        """Keep weights and moments in flat buffers beside those of the gradients, as a GPU wants them."""
+        like = list(self.parameters.values())
+        assert all(map(operator.is_, like, gradients.parameters)), "other parameters, or in another order"
+        self.flat = Flat(gradients, list(self.decay.values()), [self._adapts(name) for name in self.parameters])
+        self.exp_avg = dict(zip(self.parameters, self.flat.views(self.flat.exp_avg, like), strict=True))
+        self.exp_avg_sq = dict(zip(self.parameters, self.flat.views(self.flat.exp_avg_sq, like), strict=True))
 
     def step(self, learning_rate: float, *, max_grad_norm: float, grad_norm: float | None = None) -> float:
         """Update the parameters from their ``grad`` and return the global gradient norm before clipping.
@@ -145,19 +211,35 @@ class Optimizer(ABC):
 
     def _update(self, names: Sequence[str], factors: Factors) -> None:
         """Apply one step to the named parameters."""
-        if not self.foreach:
-            for name in names:
-                self._update_tensor(name, factors)
-        elif names:
-            self._update_list(names, factors)
+        if self.flat is not None:
+            self._update_flat(self.flat, factors)
+            return
+        for name in names:
+            self._update_tensor(name, factors)
 
     @abstractmethod
     def _update_tensor(self, name: str, factors: Factors) -> None:
         """One tensor on the CPU, chunk by chunk."""
 
-    @abstractmethod
-    def _update_list(self, names: Sequence[str], factors: Factors) -> None:
-        """All tensors with PyTorch's list operations."""
+    def _adapts(self, name: str) -> bool:
+        """Whether the trust ratio |p| / |u| scales this tensor's direction u, as in LAMB."""
+        return False
+
+    def _update_flat(self, flat: Flat, factors: Factors) -> None:
+        """All tensors at once, nothing read back: Adam's direction, its trust ratios, the step."""
+
+        gradient, weight, exp_avg, exp_avg_sq = (
+            buffer.view(-1, ALIGN) for buffer in (flat.gradient, flat.weight, flat.exp_avg, flat.exp_avg_sq)
+        )
+        clip, eps = (torch.full_like(flat.decay[0], value) for value in (factors.clip, factors.eps))
+        decay = flat.decay / factors.unbias
+        u = direction(gradient, weight, exp_avg, exp_avg_sq, flat.owner, decay, clip, eps, self.betas)
+        p_norm, u_norm = (
+            torch.stack(torch._foreach_norm(torch.split(each.view(-1), flat.sizes))) for each in (weight, u)
+        )
+        defined = (flat.adapts > 0) & (p_norm > 0) & (u_norm > 0)
+        scale = torch.where(defined, p_norm / u_norm, factors.unbias)
+        weight.addcmul_(u, scale.index_select(0, flat.owner).unsqueeze(1), value=-factors.learning_rate)
 
     def _flat(self, name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Parameter, gradient and moments of one name as 1-D tensors over the same storage."""
@@ -181,17 +263,6 @@ class Optimizer(ABC):
         m.mul_(b1).add_(grad, alpha=(1 - b1) * clip)
         v.mul_(b2).addcmul_(grad, grad, value=(1 - b2) * clip * clip)
 
-    def _moments_list(self, names: Sequence[str], clip: float) -> tuple[list[Tensor], list[Tensor]]:
-        """Update all moments; returns the first moments and the roots of the second ones."""
-        b1, b2 = self.betas
-        m, v = [self.exp_avg[name] for name in names], [self.exp_avg_sq[name] for name in names]
-        grads = self._gradients(names)
-        torch._foreach_mul_(m, b1)
-        torch._foreach_add_(m, grads, alpha=(1 - b1) * clip)
-        torch._foreach_mul_(v, b2)
-        torch._foreach_addcmul_(v, grads, grads, value=(1 - b2) * clip * clip)
-        return m, list(torch._foreach_sqrt(v))
-
 
 class AdamW(Optimizer):
     """Adam with decoupled weight decay (Loshchilov & Hutter 2019, algorithm 2)."""
@@ -203,13 +274,6 @@ class AdamW(Optimizer):
             self._moments(grad, m, v, factors.clip)
             root = torch.sqrt(v, out=self._workspace(p, p.numel())).add_(factors.eps)
             p.mul_(keep).addcdiv_(m, root, value=-factors.learning_rate * factors.unbias)
-
-    def _update_list(self, names: Sequence[str], factors: Factors) -> None:
-        m, roots = self._moments_list(names, factors.clip)
-        torch._foreach_add_(roots, factors.eps)
-        parameters = [self.parameters[name].detach() for name in names]
-        torch._foreach_mul_(parameters, [1 - factors.learning_rate * self.decay[name] for name in names])
-        torch._foreach_addcdiv_(parameters, m, roots, value=-factors.learning_rate * factors.unbias)
 
 
 class Lamb(Optimizer):
@@ -223,10 +287,10 @@ class Lamb(Optimizer):
     def __init__(
         self, named_parameters: Iterable[tuple[str, Parameter]], *, variant: str = "apex", **options: Any
     ) -> None:
-        super().__init__(named_parameters, **options)
         if variant not in ("apex", "nvlamb"):
             raise ConfigError(f"lamb_variant {variant!r} is unknown; choose apex or nvlamb")
         self.variant = variant
+        super().__init__(named_parameters, **options)
 
     def _adapts(self, name: str) -> bool:
         return self.variant == "nvlamb" or self.decay[name] != 0
@@ -247,24 +311,6 @@ class Lamb(Optimizer):
                 direction_square += _square_sum(u)
         scale = _trust(math.sqrt(parameter_square), math.sqrt(direction_square), factors.unbias)
         flat[0].add_(direction, alpha=-factors.learning_rate * scale)
-
-    def _update_list(self, names: Sequence[str], factors: Factors) -> None:
-        m, roots = self._moments_list(names, factors.clip)
-        torch._foreach_add_(roots, factors.eps)
-        u = list(torch._foreach_div(m, roots))
-        del roots
-        parameters = [self.parameters[name].detach() for name in names]
-        decayed = [i for i, name in enumerate(names) if self.decay[name]]
-        if decayed:
-            alpha = self.decay[names[decayed[0]]] / factors.unbias
-            torch._foreach_add_([u[i] for i in decayed], [parameters[i] for i in decayed], alpha=alpha)
-        norms = torch.stack([*torch._foreach_norm(parameters), *torch._foreach_norm(u)]).tolist()
-        scales = [
-            _trust(p, d, factors.unbias) if self._adapts(name) else factors.unbias
-            for name, p, d in zip(names, norms[: len(names)], norms[len(names) :], strict=True)
-        ]
-        torch._foreach_mul_(u, [-factors.learning_rate * scale for scale in scales])
-        torch._foreach_add_(parameters, u)
 
 
 def _trust(parameter_norm: float, direction_norm: float, unbias: float) -> float:
@@ -321,33 +367,45 @@ def apex_fused_lamb() -> type[Any] | None:
     return fused_lamb
 
 
-def build(name: str, backend: str, named_parameters: Iterable[tuple[str, Parameter]], **options: Any) -> Optimizer:
-    """The optimizer ``name`` (lamb | adamw) on ``backend`` (auto | torch | apex).
+def resolve_backend(name: str, wish: str) -> Literal["torch", "apex"]:
+    """What computes the optimizer ``name`` (lamb | adamw) where ``wish`` is auto, torch or apex.
 
-    ``options`` are those of the class. ``auto`` takes apex for lamb where it is NVIDIA's and CUDA is there.
-    Raises ConfigError for unknown names, EnvironmentFault when apex is asked for and cannot run.
+    ``auto`` takes apex for lamb where it is NVIDIA's and CUDA is there. Raises ConfigError for unknown names,
+    EnvironmentFault when apex is asked for and cannot run.
     """
     if name not in ("lamb", "adamw"):
         raise ConfigError(f"optimizer {name!r} is unknown; choose lamb or adamw")
-    if backend not in ("auto", "torch", "apex"):
-        raise ConfigError(f"optimizer.backend {backend!r} is unknown; choose auto, torch or apex")
-    if name == "adamw":
-        if backend == "apex":
-            raise ConfigError("optimizer.backend = apex has lamb only; take auto or torch with adamw")
-        return AdamW(named_parameters, **options)
-    fused_lamb = apex_fused_lamb() if backend != "torch" else None
-    if fused_lamb is not None:
-        return ApexLamb(fused_lamb, named_parameters, **options)
-    if backend == "apex":
+    if wish not in ("auto", "torch", "apex"):
+        raise ConfigError(f"optimizer.backend {wish!r} is unknown; choose auto, torch or apex")
+    if name == "adamw" and wish == "apex":
+        raise ConfigError("optimizer.backend = apex has lamb only; take auto or torch with adamw")
+    if name == "adamw" or wish == "torch":
+        return "torch"
+    if apex_fused_lamb() is not None:
+        return "apex"
+    if wish == "apex":
         raise EnvironmentFault(
             "optimizer.backend = apex needs CUDA and NVIDIA's apex (built with amp_C; the package named apex "
             "on PyPI is another one): install it or take backend = auto"
         )
-    return Lamb(named_parameters, **options)
+    return "torch"
 
 
-def of_config(config: OptimizerConfig, named_parameters: Iterable[tuple[str, Parameter]]) -> Optimizer:
+def build(name: str, backend: str, named_parameters: Iterable[tuple[str, Parameter]], **options: Any) -> Optimizer:
+    """The optimizer ``name`` on ``backend``, both as in `resolve_backend`; ``options`` are those of the class."""
+    resolved = resolve_backend(name, backend)
+    if name == "adamw":
+        return AdamW(named_parameters, **options)
+    fused_lamb = apex_fused_lamb() if resolved == "apex" else None
+    return ApexLamb(fused_lamb, named_parameters, **options) if fused_lamb else Lamb(named_parameters, **options)
+
+
+def of_config(
+    config: OptimizerConfig, named_parameters: Iterable[tuple[str, Parameter]], gradients: GradientBuffer
+) -> Optimizer:
     """The optimizer that a configuration describes."""
     options = dataclasses.asdict(config)
     name, backend, variant = options.pop("name"), options.pop("backend"), options.pop("variant")
-    return build(name, backend, named_parameters, **options, **({"variant": variant} if name == "lamb" else {}))
+    if name == "lamb":
+        options["variant"] = variant
+    return build(name, backend, named_parameters, gradients=gradients, **options)

@@ -21,7 +21,14 @@ from pipeline.engine.task import Task
 from pipeline.node.distributed import peers_named
 from pipeline.node.job import Job
 
-CHANGEABLE = ("threads", "micro_batch", "code", "torch", "cpu")  # fields of an identity: same science, other bits
+CHANGEABLE = (
+    "threads",
+    "micro_batch",
+    "code",
+    "torch",
+    "cpu",
+    "compiled",
+)  # fields of an identity: same science, other bits
 
 
 class TrainingState:
@@ -85,10 +92,10 @@ class TrainingState:
     def changes(self, found: checkpoint.Checkpoint) -> list[str]:
         """Lines about differences that a checkpoint may have: the same science, other bits."""
         return [
-            f"{key} was {found.identity.get(key)}, is {self.identity[key]} from step {found.step} on: "
+            f"{key} was {found.identity.get(key)}, is {self.identity.get(key)} from step {found.step} on: "
             f"results are no longer the same bit for bit"
             for key in CHANGEABLE
-            if found.identity.get(key) != self.identity[key]
+            if found.identity.get(key) != self.identity.get(key)
         ]
 
     def load_weights(self, found: checkpoint.Checkpoint) -> None:

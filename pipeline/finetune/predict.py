@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from pipeline.bert.heads import Model
-from pipeline.bert.packing import Batch, pack
+from pipeline.bert.packing import Batch, arrangement, pack
 from pipeline.config import FinetuneConfig
 from pipeline.engine.precision import autocast_for
 from pipeline.engine.ranks import Ranks
@@ -31,7 +31,7 @@ def predict(model: Model, problem: Problem, samples: Samples, config: FinetuneCo
         for members in micro_batches[ranks.rank :: ranks.world_size]:
             ranks.alive("working")
             with autocast_for(config.precision, ranks.device):
-                outputs = model(packed(samples.take(members), ranks.device, config.max_seq_len, predicting=True))
+                outputs = model(packed(samples.take(members), ranks.device, config.max_seq_len))
             rows = problem.rows(outputs).float().cpu().numpy()
             for row, member in zip(rows, members.tolist(), strict=True):
                 logits[ends[member] - widths[member] : ends[member]] = row.reshape(-1)[: widths[member]]
@@ -43,11 +43,7 @@ def predict(model: Model, problem: Problem, samples: Samples, config: FinetuneCo
     return [problem.shaped(part) for part in np.split(logits, ends[:-1])]
 
 
-def packed(samples: Samples, device: torch.device, max_seq_len: int, *, predicting: bool = False) -> Batch:
-    """The samples as a batch on ``device``, in rows of at most ``max_seq_len`` slots.
-
-    A CPU that predicts takes them end to end in a single row: attention goes sample by sample there, and no pad is
-    computed.
-    """
-    slots = int(samples.lengths.sum()) if predicting and device.type == "cpu" else max_seq_len
-    return pack(samples.tokens, samples.lengths, samples.b_start, slots).to(device)
+def packed(samples: Samples, device: torch.device, max_seq_len: int) -> Batch:
+    """The samples as a batch on ``device``, as it likes to predict from samples of at most ``max_seq_len`` tokens."""
+    arranged = arrangement(device.type, max_seq_len, predicting=True)
+    return pack(samples.tokens, samples.lengths, samples.b_start, max_seq_len, arranged).to(device)

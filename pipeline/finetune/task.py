@@ -23,7 +23,7 @@ from data_prep.errors import DataError
 from data_prep.publish import file_sha256, publish_json
 from pipeline.batch import BatchPlan
 from pipeline.bert.heads import Model
-from pipeline.bert.packing import Batch, layout
+from pipeline.bert.packing import Batch, arrangement, layout
 from pipeline.config import FinetuneConfig, OptimizerConfig, science
 from pipeline.engine.loop import train as train_task
 from pipeline.engine.precision import autocast_for
@@ -89,14 +89,14 @@ def finetune(
     if job.rank == 0:
         (job.out / "scores.json").unlink(missing_ok=True)  # those of another start
     if "train" in modes:
-        train_task(job, lambda ranks: Finetuning(job, task, config, files, modes, identity, max_steps))
+        train_task(job, lambda ranks: Finetuning(job, ranks.device, task, config, files, modes, identity, max_steps))
         scores = read_json(job.out / "scores.json")
         assert scores is not None  # the task's last deed
         return scores
     device = device_of(job)
     with joined(job, device) as group, peers_named(job):
         ranks = Ranks(job.rank, job.world_size, group, device, job.heartbeat)
-        return Finetuning(job, task, config, files, modes, identity, None).predict_only(ranks)
+        return Finetuning(job, ranks.device, task, config, files, modes, identity, None).predict_only(ranks)
 
 
 def identity_of(
@@ -143,6 +143,7 @@ class Finetuning:
     def __init__(
         self,
         job: Job,
+        device: torch.device,
         task: str,
         config: FinetuneConfig,
         files: Files,
@@ -150,6 +151,7 @@ class Finetuning:
         identity: str,
         max_steps: int | None,
     ) -> None:
+        self.arranged = arrangement(device.type, config.max_seq_len)
         self.job, self.config, self.files, self.modes = job, config, files, modes
         self.name, self.own_identity, self.seed = task, identity, config.seeds[0]
         self.source = ModelFolder(files.model)
@@ -234,11 +236,12 @@ class Finetuning:
         chosen = self._chosen(batch, range(index, index + 1))
         samples = self.samples.take(chosen)
         assert samples.targets is not None
-        arrays = layout(samples.tokens, samples.lengths, samples.b_start, self.config.max_seq_len)
+        arrays = layout(samples.tokens, samples.lengths, samples.b_start, self.config.max_seq_len, self.arranged)
         return MicroBatch(
             ids=chosen,
             arrays={**arrays, "targets": samples.targets.astype(np.int32)},
             counts=(len(chosen), len(samples.tokens)),
+            sizes={"seq_len": self.config.max_seq_len},
         )
 
     def _chosen(self, batch: int, indices: range) -> np.ndarray[Any, np.dtype[np.int64]]:

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from pipeline.bert.heads import pretraining_loss_sums
+from pipeline.bert.heads import correct, pretraining_loss_sums
 from pipeline.bert.packing import Batch
 from pipeline.config import Precision
 from pipeline.engine.feed import on_device
@@ -45,9 +45,10 @@ def evaluate(model: nn.Module, micro_batches: Sequence[MicroBatch], precision: P
         for micro_batch in micro_batches[ranks.rank :: ranks.world_size]:
             ranks.alive("working")
             inputs = on_device(micro_batch, ranks.device)
-            labels, nsp = inputs["labels"].long(), inputs["nsp"].long()
+            labels, nsp = inputs["labels"], inputs["nsp"]
             mlm_logits, nsp_logits = model(Batch.of(inputs), inputs["masked"])
-            mlm_sum, _, mlm_correct, nsp_correct = pretraining_loss_sums(mlm_logits, labels, nsp_logits, nsp)
+            mlm_sum, _ = pretraining_loss_sums(mlm_logits, labels, nsp_logits, nsp)
+            mlm_correct, nsp_correct = correct(mlm_logits, labels), correct(nsp_logits, nsp)
             counts = (sums.new_tensor(len(labels)), sums.new_tensor(len(nsp)))
             sums += torch.stack([mlm_sum.double(), mlm_correct.double(), nsp_correct.double(), *counts])
     model.train()

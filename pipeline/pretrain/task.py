@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from pipeline.batch import BatchPlan
 from pipeline.bert.config import BertConfig, padded_vocab
 from pipeline.bert.heads import BertForPreTraining, initialised, pretraining_loss_sums
-from pipeline.bert.packing import Batch, layout
+from pipeline.bert.packing import Arrangement, Batch, arrangement, layout
 from pipeline.bert.weights import load_start
 from pipeline.config import ModelConfig, OptimizerConfig, PhaseConfig, TrainConfig, science
 from pipeline.engine import checkpoint
@@ -46,7 +46,9 @@ def run(
     Returns the done mark's result: the final ``checkpoint`` (relative to the stage's folder), step, losses. Raises
     what `pipeline.engine.loop.train` raises.
     """
-    return train_task(job, lambda ranks: Pretraining(job, model, train, optimizer, phase, samples, vocab, start))
+    return train_task(
+        job, lambda ranks: Pretraining(job, ranks.device, model, train, optimizer, phase, samples, vocab, start)
+    )
 
 
 class Pretraining:
@@ -58,6 +60,7 @@ class Pretraining:
     def __init__(
         self,
         job: Job,
+        device: torch.device,
         model: ModelConfig,
         train: TrainConfig,
         optimizer: OptimizerConfig,
@@ -66,6 +69,7 @@ class Pretraining:
         vocab: Path,
         start: Path | None,
     ) -> None:
+        self.arranged = arrangement(device.type, phase.seq_len)
         self.job, self.phase, self.vocab, self.start = job, phase, vocab, start
         assert phase.micro_batch is not None  # submit chose it when the run was created
         self.settings = Settings(
@@ -90,7 +94,9 @@ class Pretraining:
         vocab_size = padded_vocab(self.data.manifest.vocab_size)
         self.config = BertConfig(vocab_size=vocab_size, **dataclasses.asdict(model))
         test = PretrainingData(samples, "test", phase, dataclasses.replace(train, masking="static"))
-        self.heldout = [self.packed(masked) for masked in heldout(test, train.eval_samples, phase.micro_batch)]
+        parts = heldout(test, train.eval_samples, phase.micro_batch)
+        predicting = arrangement(device.type, phase.seq_len, predicting=True)
+        self.heldout = [self.packed(masked, predicting) for masked in parts]
         labels = np.concatenate([micro_batch.arrays["labels"] for micro_batch in self.heldout])
         self.unigram = unigram_loss(self.data, labels)
         self.evaluation: Evaluation | None = None
@@ -132,7 +138,7 @@ class Pretraining:
         return (int(self.data.masked_counts(lengths).sum()), len(lengths), int(lengths.sum()))
 
     def read(self, batch: int, index: int) -> MicroBatch:
-        return self.packed(self.data.read(self._positions(batch, range(index, index + 1))))
+        return self.packed(self.data.read(self._positions(batch, range(index, index + 1))), self.arranged)
 
     def _positions(self, batch: int, indices: range) -> np.ndarray[Any, np.dtype[np.int64]]:
         """Positions in the order of the samples of consecutive micro-batches."""
@@ -140,9 +146,9 @@ class Pretraining:
         first, last = plan.samples_of(indices[0]), plan.samples_of(indices[-1])
         return np.arange(first.start, last.stop) + batch * self.phase.global_batch
 
-    def packed(self, masked: MaskedSamples) -> MicroBatch:
+    def packed(self, masked: MaskedSamples, arranged: Arrangement) -> MicroBatch:
         """Masked samples laid out for the device; ``masked [K]`` are the slots of the masked tokens."""
-        arrays = layout(masked.tokens, masked.lengths, masked.b_start, self.phase.seq_len)
+        arrays = layout(masked.tokens, masked.lengths, masked.b_start, self.phase.seq_len, arranged)
         return MicroBatch(
             ids=masked.ids,
             arrays={
@@ -152,14 +158,12 @@ class Pretraining:
                 "nsp": masked.nsp.astype(np.int32),
             },
             counts=(len(masked.labels), len(masked.nsp), len(masked.tokens)),
+            sizes={"seq_len": self.phase.seq_len},
         )
 
     def losses(self, model: nn.Module, inputs: Mapping[str, Any]) -> Sequence[Tensor]:
         mlm_logits, nsp_logits = model(Batch.of(inputs), inputs["masked"])
-        mlm_sum, nsp_sum, _, _ = pretraining_loss_sums(
-            mlm_logits, inputs["labels"].long(), nsp_logits, inputs["nsp"].long()
-        )
-        return mlm_sum, nsp_sum
+        return pretraining_loss_sums(mlm_logits, inputs["labels"], nsp_logits, inputs["nsp"])
 
     # ---------------------------------------------------------------- held-out figures
 

@@ -32,7 +32,7 @@ def test_the_seed_alone_decides():
         torch.manual_seed(seed)
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
-        out = dropout(torch.ones(3, 50_001), 0.1, True)
+        out = dropout(torch.ones(3, 50_001), 0.1)
         torch.set_num_threads(before)
         return out
 
@@ -42,15 +42,14 @@ def test_the_seed_alone_decides():
 
 def test_nothing_is_drawn_when_off():
     values, state = torch.ones(5), torch.get_rng_state()
-    assert dropout(values, 0.0, True) is values
-    assert dropout(values, 0.5, False) is values
+    assert dropout(values, 0.0) is values
     assert torch.equal(state, torch.get_rng_state())
-    dropout(values, 0.5, True)
+    dropout(values, 0.5)
     assert not torch.equal(state, torch.get_rng_state())
 
 
 def test_gradients_pass_through_the_same_factors():
     values = torch.ones(1000, requires_grad=True)
-    out = dropout(values, 0.5, True)
+    out = dropout(values, 0.5)
     out.sum().backward()
     assert torch.equal(values.grad, out)

@@ -1,5 +1,7 @@
 """Packing: every token exactly once, whole samples, few rows; by property and by hand."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.errors import DataError
-from pipeline.bert.packing import pack
+from pipeline.bert.packing import END_TO_END, PADDED, ROWS, STREAM, arrangement, pack
 
 SEQ_LEN = 32
 LENGTHS = st.lists(st.integers(1, SEQ_LEN), min_size=1, max_size=40)
@@ -21,18 +23,16 @@ def samples(lengths, seed=0):
 
 
 @settings(deadline=None)
-@given(lengths=LENGTHS, one_per_row=st.booleans())
-def test_every_token_stands_once_with_its_position_segment_and_block(lengths, one_per_row):
+@given(lengths=LENGTHS, arranged=st.sampled_from([ROWS, PADDED, END_TO_END, STREAM]))
+def test_every_token_stands_once_with_its_position_and_segment_in_a_stretch_of_its_sample(lengths, arranged):
     tokens, length, b_start = samples(lengths)
-    batch = pack(tokens, length, b_start, SEQ_LEN, one_per_row=one_per_row)
+    batch = pack(tokens, length, b_start, SEQ_LEN, arranged)
 
-    slot = batch.row_position(torch.arange(tokens.size))
+    slot, width = batch.slot, batch.tokens.shape[1]
     assert torch.equal(batch.tokens.flatten()[slot], torch.from_numpy(tokens.astype(np.int64)))
     assert len(set(slot.tolist())) == tokens.size
     pads = torch.ones(batch.tokens.numel(), dtype=torch.bool)
     pads[slot] = False
-    assert (batch.block.flatten()[pads] == -1).all()
-    assert (batch.block.flatten()[slot] >= 0).all()
     assert (batch.tokens.flatten()[pads] == 0).all()
 
     ends = np.cumsum(length)
@@ -41,16 +41,38 @@ def test_every_token_stands_once_with_its_position_segment_and_block(lengths, on
         assert own[0] == batch.first[number]
         assert size == batch.length[number]
         assert torch.equal(own, torch.arange(own[0].item(), own[0].item() + size))  # whole and in one piece
-        assert own[0] // batch.tokens.shape[1] == own[-1] // batch.tokens.shape[1]  # in one row
+        assert own[0] // width == own[-1] // width  # in one row
         assert batch.positions.flatten()[own].tolist() == list(range(size))
         assert batch.segments.flatten()[own].tolist() == [int(i >= begin) for i in range(size)]
-        assert len(set(batch.block.flatten()[own].tolist())) == 1
-    rows_and_blocks = set(
-        zip((batch.first // batch.tokens.shape[1]).tolist(), batch.block.flatten()[batch.first].tolist(), strict=True)
-    )
-    assert len(rows_and_blocks) == len(lengths)  # no two samples of a row share a block
-    if one_per_row:
-        assert (batch.first // batch.tokens.shape[1]).tolist() == list(range(len(lengths)))
+
+    stretches = list(itertools.pairwise(batch.cu.tolist()))
+    assert (batch.cu[0], batch.cu[-1]) == (0, batch.tokens.numel())
+    assert all(0 <= stop - start <= SEQ_LEN == batch.seq_len for start, stop in stretches)
+    own_stretches = set(zip(batch.first.tolist(), (batch.first + batch.length).tolist(), strict=True))
+    assert own_stretches <= set(stretches)  # what is left is pads, none of it beside a token
+    assert all(pads[start:stop].all() for start, stop in stretches if (start, stop) not in own_stretches)
+
+
+@settings(deadline=None)
+@given(lengths=LENGTHS)
+def test_a_stream_keeps_the_order_and_its_number_of_stretches_follows_from_that_of_the_samples(lengths):
+    batch = pack(*samples(lengths), SEQ_LEN, STREAM)
+    total = sum(lengths)
+    assert batch.tokens.shape == (1, -(-total // 256) * 256)
+    assert torch.equal(batch.slot, torch.arange(total))
+    assert len(batch.cu) == len(lengths) + 1 + 8  # 255 pads in stretches of at most 32
+    assert pack(*samples(lengths), SEQ_LEN, END_TO_END).fill == 1
+
+
+def test_padded_rows_hold_one_sample_each():
+    batch = pack(*samples([5, 3, 8]), SEQ_LEN, PADDED)
+    assert batch.first.tolist() == [0, 8, 16]
+
+
+def test_the_arrangement_depends_on_device_length_and_purpose_only():
+    assert [arrangement("cpu", tokens) for tokens in (128, 192, 200, 512)] == [ROWS, ROWS, END_TO_END, END_TO_END]
+    assert arrangement("cpu", 128, predicting=True) == END_TO_END
+    assert {arrangement("cuda", 128), arrangement("cuda", 512, predicting=True)} == {STREAM}
 
 
 @settings(deadline=None)
@@ -58,10 +80,10 @@ def test_every_token_stands_once_with_its_position_segment_and_block(lengths, on
 def test_no_row_is_needless_and_every_call_gives_the_same(lengths):
     tokens, length, b_start = samples(lengths)
     batch, again = (pack(tokens, length, b_start, SEQ_LEN) for _ in range(2))
-    held = (batch.block >= 0).sum(1).sort().values
+    held = torch.bincount(batch.slot // batch.tokens.shape[1]).sort().values
     assert len(held) == 1 or held[0] + held[1] > SEQ_LEN  # no two rows could have been one
     assert held[-1] <= batch.tokens.shape[1] < held[-1] + 8
-    assert all(torch.equal(getattr(batch, name), getattr(again, name)) for name in vars(batch))
+    assert all(torch.equal(value, getattr(again, name)) for name, value in vars(batch).items() if name != "seq_len")
 
 
 def test_best_fit_takes_the_tightest_row():
@@ -90,7 +112,8 @@ def test_realistic_lengths_fill_the_rows():
 
 def test_a_batch_moves_whole():
     batch = pack(*samples([5, 3]), SEQ_LEN).to("meta")
-    assert {getattr(batch, name).device.type for name in vars(batch)} == {"meta"}
+    assert {value.device.type for name, value in vars(batch).items() if name != "seq_len"} == {"meta"}
+    assert batch.seq_len == SEQ_LEN
 
 
 @pytest.mark.parametrize(

@@ -5,32 +5,68 @@ import json
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.nn import Parameter
 
 from pipeline.engine import optim
-from pipeline.engine.optim import AdamW, ApexLamb, Lamb, apex_fused_lamb, build, decays, global_norm
+from pipeline.engine.optim import (
+    AdamW,
+    ApexLamb,
+    Lamb,
+    apex_fused_lamb,
+    build,
+    decays,
+    global_norm,
+    resolve_backend,
+)
+from pipeline.engine.reduce import ALIGN, GradientBuffer
 from pipeline.errors import CheckpointError, ConfigError, EnvironmentFault
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "lamb.json").read_text())
 NAMES = ("dense.weight", "dense.bias", "zero.weight")
 
 
-@pytest.fixture(params=[False, True], ids=["chunks", "foreach"])
-def foreach(request):
-    """Both code paths; the list operations also run on CPU tensors."""
-    return request.param
+@pytest.fixture(params=[False, True], ids=["chunks", "flat"])
+def placed(request):
+    """Both code paths: what lets an optimizer take its own; that of a GPU also runs on CPU tensors."""
+    return in_flat_buffers if request.param else lambda optimizer: optimizer
+
+
+def in_flat_buffers(optimizer):
+    """``optimizer`` with its weights, gradients and moments as a GPU keeps them."""
+    parameters = list(optimizer.parameters.values())
+    if parameters[0].dtype == torch.float32:
+        gradients = GradientBuffer(parameters)
+    else:  # GradientBuffer refuses other dtypes, which the optimizer does not mind
+        spans, end = [], 0
+        for p in parameters:
+            spans.append((end, end + p.numel()))
+            end += -(-p.numel() // ALIGN) * ALIGN
+        gradients = SimpleNamespace(parameters=parameters, spans=spans, flat=torch.zeros(end, dtype=torch.float64))
+        for p, (start, stop) in zip(parameters, spans, strict=True):
+            p.grad = gradients.flat[start:stop].view_as(p)
+    optimizer.use(gradients)
+    return optimizer
 
 
 def parameters(values, dtype=torch.float64):
     return {name: Parameter(torch.tensor(v, dtype=dtype)) for name, v in zip(NAMES, values, strict=True)}
 
 
+def set_gradient(p, value):
+    """In place where there is one, as a backward does."""
+    if p.grad is None:
+        p.grad = value
+    else:
+        p.grad.copy_(value)
+
+
 def set_gradients(params, values):
     for p, v in zip(params.values(), values, strict=True):
-        p.grad = torch.tensor(v, dtype=p.dtype)
+        set_gradient(p, torch.tensor(v, dtype=p.dtype))
 
 
 def model(seed=0, dtype=torch.float32):
@@ -43,14 +79,13 @@ def model(seed=0, dtype=torch.float32):
 def random_gradients(params, seed, scale=1.0):
     generator = torch.Generator().manual_seed(seed)
     for p in params.values():
-        p.grad = scale * torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype)
+        set_gradient(p, scale * torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype))
 
 
 @pytest.mark.parametrize(("variant", "key"), [("apex", "steps_default"), ("nvlamb", "steps_use_nvlamb")])
-def test_lamb_equals_the_golden_vectors(variant, key, foreach):
+def test_lamb_equals_the_golden_vectors(variant, key, placed):
     params = parameters(GOLDEN["params0"])
-    lamb = Lamb(params.items(), betas=tuple(GOLDEN["betas"]), eps=GOLDEN["eps"], variant=variant)
-    lamb.foreach = foreach
+    lamb = placed(Lamb(params.items(), betas=tuple(GOLDEN["betas"]), eps=GOLDEN["eps"], variant=variant))
     for gradients, expected in zip(GOLDEN["grads"], GOLDEN[key], strict=True):
         set_gradients(params, gradients)
         norm = lamb.step(GOLDEN["lr"], max_grad_norm=GOLDEN["max_grad_norm"])
@@ -98,10 +133,9 @@ def plain(params, **options):
 
 @pytest.mark.parametrize("bias_correction", [True, False])
 @pytest.mark.parametrize("scale", [1e-4, 1.0])
-def test_lamb_equals_a_plain_loop_in_fp32(foreach, bias_correction, scale):
+def test_lamb_equals_a_plain_loop_in_fp32(placed, bias_correction, scale):
     ours, theirs = model(), model()
-    lamb = Lamb(ours.items(), bias_correction=bias_correction)
-    lamb.foreach = foreach
+    lamb = placed(Lamb(ours.items(), bias_correction=bias_correction))
     oracle = plain(theirs, bias_correction=bias_correction)
     for step in range(5):
         random_gradients(ours, step, scale)
@@ -115,10 +149,9 @@ def test_lamb_equals_a_plain_loop_in_fp32(foreach, bias_correction, scale):
 
 
 @pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
-def test_adamw_equals_torch(foreach, max_grad_norm):
+def test_adamw_equals_torch(placed, max_grad_norm):
     ours, theirs = model(), model()
-    adamw = AdamW(ours.items(), eps=1e-8, weight_decay=0.1)
-    adamw.foreach = foreach
+    adamw = placed(AdamW(ours.items(), eps=1e-8, weight_decay=0.1))
     groups = [{"params": [p], "weight_decay": 0.1 if decays(n) else 0.0} for n, p in theirs.items()]
     oracle = torch.optim.AdamW(groups, lr=0.01, eps=1e-8)
     for step in range(5):
@@ -133,13 +166,12 @@ def test_adamw_equals_torch(foreach, max_grad_norm):
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-6)
 
 
-def test_adamw_without_bias_correction_is_berts_original_adam(foreach):
+def test_adamw_without_bias_correction_is_berts_original_adam(placed):
     params = model(dtype=torch.float64)
     expected = {name: p.detach().clone() for name, p in params.items()}
     m = {name: torch.zeros_like(p) for name, p in expected.items()}
     v = {name: torch.zeros_like(p) for name, p in expected.items()}
-    adam = AdamW(params.items(), bias_correction=False)
-    adam.foreach = foreach
+    adam = placed(AdamW(params.items(), bias_correction=False))
     for step in range(4):
         random_gradients(params, step)
         for name, p in expected.items():
@@ -211,10 +243,9 @@ def test_a_gradient_that_is_not_finite_changes_nothing(kind, value):
     assert all(torch.equal(params[n], untouched[n]) for n in params)
 
 
-def test_a_given_norm_is_used_and_a_parameter_without_gradient_stays(foreach):
+def test_a_given_norm_is_used_and_a_parameter_without_gradient_stays():
     params, twin = model(), model()
     optimizer, other = AdamW(params.items()), AdamW(twin.items())
-    optimizer.foreach = other.foreach = foreach
     for p in (params, twin):
         random_gradients(p, 1)
         p["b.weight"].grad = None
@@ -287,6 +318,11 @@ def test_apex_backend_is_wired_like_our_own(variant):
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-6)
     for key, tensor in lamb.state().items():
         torch.testing.assert_close(apex.state()[key], tensor, rtol=1e-5, atol=1e-6)
+
+
+def test_the_backend_is_resolved_once_and_stays_what_it_is():
+    assert resolve_backend("lamb", "auto") == resolve_backend("adamw", "auto") == "torch"
+    assert resolve_backend("lamb", resolve_backend("lamb", "auto")) == "torch"
 
 
 def test_build_knows_its_names():

@@ -1,0 +1,124 @@
+"""Compiled regions: one graph for all shapes and layers, few kernels, the same numbers, dropout by the seed alone."""
+
+import pytest
+import torch
+from torch.nn import functional
+
+from pipeline.bert import attention, encoder, regions
+from pipeline.bert.attention import Blocks
+from pipeline.bert.config import BertConfig
+from pipeline.bert.encoder import Layer, run_layer
+
+CONFIG = BertConfig(
+    vocab_size=64, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128, hidden_act="tanh"
+)
+
+
+def by_mask(query, key, value, cu, longest, p):
+    """What the operators of a GPU compute, in a way that a CPU's compiler takes."""
+    stretch = torch.searchsorted(cu, torch.arange(query.shape[0], dtype=cu.dtype), right=True)
+    heads_first = (part.transpose(0, 1) for part in (query, key, value))
+    same = stretch[:, None] == stretch[None, :]
+    return functional.scaled_dot_product_attention(*heads_first, attn_mask=same, dropout_p=p).transpose(0, 1)
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """Regions run compiled, on the CPU, by Inductor's C++ backend, with the dropout that a GPU has."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(regions, "_enabled", True)
+    monkeypatch.setattr(encoder, "dropout", functional.dropout)
+    yield
+    torch._dynamo.reset()
+
+
+def layers(p):
+    torch.manual_seed(0)
+    config = BertConfig(**vars(CONFIG) | {"hidden_dropout_prob": p, "attention_probs_dropout_prob": 0.0})
+    return [Layer(config).train() for _ in range(2)]
+
+
+def stream(slots):
+    cu = torch.tensor([0, 5, slots // 2, slots, slots], dtype=torch.int32)
+    hidden = torch.randn(1, slots, CONFIG.hidden_size, generator=torch.Generator().manual_seed(slots))
+    return hidden, Blocks("varlen", varlen=by_mask, cu=cu, longest=slots)
+
+
+def forward_and_backward(stack, hidden, blocks, run):
+    """Output and all gradients."""
+    leaf = hidden.clone().requires_grad_()
+    out = leaf
+    for layer in stack:
+        out = run(layer, out, blocks)
+    out.mul(torch.linspace(-1, 1, CONFIG.hidden_size)).sigmoid().sum().backward()  # a norm hides plain sums
+    parameters = [parameter for layer in stack for parameter in layer.parameters()]
+    gradients = [leaf.grad, *(parameter.grad for parameter in parameters)]
+    for parameter in parameters:
+        parameter.grad = None
+    return out.detach(), gradients
+
+
+@pytest.mark.slow
+def test_a_layer_is_one_graph_of_at_most_50_kernels_and_computes_what_it_did(compiled):
+    from torch._dynamo.utils import counters
+    from torch._inductor import metrics
+
+    metrics.reset()
+    counters.clear()
+    stack = layers(p=0.0)
+    for slots in (64, 96, 160):
+        hidden, blocks = stream(slots)
+        out, gradients = forward_and_backward(stack, hidden, blocks, run_layer)
+        expected, wanted = forward_and_backward(stack, hidden, blocks, run_layer.__wrapped__)
+        torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+        for ours, theirs in zip(gradients, wanted, strict=True):
+            assert (ours - theirs).norm() <= 1e-5 * theirs.norm().clamp_min(1e-3)
+    assert (counters["stats"]["unique_graphs"], dict(counters["graph_break"])) == (1, {})
+    assert 0 < metrics.generated_kernel_count <= 50
+
+
+@pytest.mark.slow
+def test_dropout_of_a_region_follows_the_seed_alone(compiled):
+    stack = layers(p=0.5)
+    hidden, blocks = stream(64)
+
+    def run(seed):
+        torch.manual_seed(seed)
+        return forward_and_backward(stack, hidden, blocks, run_layer)
+
+    (first, gradients), (again, same), (other, _) = run(1), run(1), run(2)
+    assert torch.equal(first, again)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, same, strict=True))
+    assert not torch.equal(first, other)
+
+
+def test_regions_run_as_they_are_on_a_cpu_and_in_inference_mode(monkeypatch):
+    assert regions.compile_regions(torch.device("cpu")) is False
+    monkeypatch.setattr(regions, "_enabled", True)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: lambda *args: "compiled")
+    assert regions.region(lambda: "as it is")() == "compiled"
+    with torch.inference_mode():
+        assert regions.region(lambda: "as it is")() == "as it is"
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_the_public_way_over_a_stream_equals_samples_one_by_one():
+    hidden, blocks = stream(96)
+    layer = layers(p=0.0)[0].attention.self
+    runs = tuple(run for run in blocks.cu.diff().tolist() if run)
+    expected = layer(hidden, Blocks("samples", runs=runs))
+    found = layer(hidden, Blocks("varlen", varlen=attention.jagged, cu=blocks.cu, longest=96))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    expected.square().sum().backward()
+    wanted = [parameter.grad.clone() for parameter in layer.parameters()]
+    layer.zero_grad()
+    found.square().sum().backward()
+    for parameter, gradient in zip(layer.parameters(), wanted, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_this_pytorch_has_the_operators_as_we_call_them_and_others_are_noticed():
+    assert attention.takes("_flash_attention_forward", attention.FLASH_ARGUMENTS)
+    assert attention.takes("_efficient_attention_forward", attention.EFFICIENT_ARGUMENTS)
+    assert not attention.takes("_flash_attention_forward", attention.FLASH_ARGUMENTS + " another")
+    assert not attention.takes("_no_such_operator", "")
