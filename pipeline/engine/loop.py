@@ -30,7 +30,8 @@ from pipeline.engine.storage import preflight
 from pipeline.engine.task import Task
 from pipeline.engine.tensorboard import Board
 from pipeline.errors import NumericalError, StoppedCleanly, StorageError
-from pipeline.node.distributed import device_of, joined, peers_named
+from pipeline.node.device import device_of
+from pipeline.node.distributed import joined, peers_named
 from pipeline.node.job import Job
 from slurm.verdict import made_progress
 

@@ -35,6 +35,7 @@ job = Job(run, "phase1", attempt, Topology(3, 4, {local_rank}, "launch"), worker
 job.stop.listen()
 
 def work():
+    job.heartbeat.beat("working", 6)  # the first step is done at the next beat
     job.heartbeat.beat("{where}", 7)
 {body}
 
