@@ -110,18 +110,23 @@ def rows_of(device: torch.device) -> dict[str, Levers]:
     if on.compiled:
         rows["not_compiled"] = best(device, compiled=False)
     rows["autocast_each"] = best(device, autocast="micro")
-    rows |= {f"layout_{layout}": best(device, layout=layout) for layout in layouts(device)[1:]}
+    for layout in layouts(device)[1:]:  # beside not_compiled: other shapes would be compiled anew
+        rows[f"layout_{layout}"] = best(device, layout=layout, compiled=False)
     rows["all_off"] = Levers("padded", compiled=False, autocast="micro", precision=on.precision)
     return rows
 
 
-def rate(bench: Bench, device: torch.device, samples: list[Samples], levers: Levers) -> dict[str, Any]:
-    """Speed of forward and backward, arithmetic of real tokens beside it, and memory."""
+def rate(
+    bench: Bench, device: torch.device, samples: list[Samples], levers: Levers, backend: str = ""
+) -> dict[str, Any]:
+    """Speed of forward and backward, arithmetic of real tokens beside it, and memory, with an optimizer if named."""
     config = config_for(bench)
     release(device)
     began = time.perf_counter()
-    subject = Subject(device, config, levers, samples)
+    subject = Subject(device, config, levers, samples, backend=backend)
     indices = range(len(samples))
+    if backend:
+        subject.step(0)
     subject.accumulate(indices)
     synchronise(device)
     ready_s = time.perf_counter() - began
@@ -139,7 +144,6 @@ def rate(bench: Bench, device: torch.device, samples: list[Samples], levers: Lev
         "ready_s": round(ready_s, 1),
         "memory_gib": memory_gib(device),
         "power_w": power.mean,
-        "kernels": kernels_of(lambda: subject.accumulate([0]), device),
     }
 
 
@@ -154,17 +158,6 @@ def release(device: torch.device) -> None:
 def memory_gib(device: torch.device) -> float:
     """The most that was allocated since `release`."""
     return round(torch.cuda.max_memory_allocated(device) / 2**30, 2) if device.type == "cuda" else 0.0
-
-
-def kernels_of(work: Callable[[], object], device: torch.device) -> int | None:
-    """How many kernels and copies ``work`` starts on the GPU; None on a CPU."""
-    if device.type != "cuda":
-        return None
-    activities = [torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as seen:
-        work()
-        synchronise(device)
-    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in seen.events() or ())
 
 
 class PowerMeter:
@@ -202,6 +195,7 @@ def transformers(bench: Bench) -> Pairs:
     except ImportError as why:
         raise Skip("transformers is not installed") from why
     device, config = device_for(bench.tiny), config_for(bench)
+    torch.use_deterministic_algorithms(False)  # as its users run it
     described = library.BertConfig(**config.to_hugging_face(vocab_size=config.vocab_size))
     for phase in PHASES:
         samples = micro_batches(bench, phase)
@@ -260,34 +254,37 @@ def padded(samples: Samples) -> dict[str, Tensor]:
 
 def lamb(bench: Bench) -> Pairs:
     """One optimizer step, ours and apex's where it is, and whether both make the same update."""
-    device, config = device_for(bench.tiny), config_for(bench)
+    device = device_for(bench.tiny)
     ends: dict[str, list[Tensor]] = {}
-    start = [p.cpu() for p in model_on(torch.device("cpu"), config).parameters()] if bench.tiny else None
     for backend in ("torch", "apex") if optim.apex_fused_lamb() is not None else ("torch",):
         release(device)
-        model = model_on(device, config)
-        generator = torch.Generator(device).manual_seed(1)
-        for p in model.parameters():
-            p.grad = torch.randn(p.shape, device=device, generator=generator)
-        optimizer = build_optimizer(model, backend)
-        optimizer.step(1e-3, max_grad_norm=1.0)
-        ends[backend] = [p.detach().clone() for p in model.parameters()]
-        took = seconds_of(lambda _: optimizer.step(1e-3, max_grad_norm=1.0), device, spend_s(bench, 2.0))  # noqa: B023
-        floor = 28 * sum(p.numel() for p in model.parameters())  # weights and moments read and written, gradients read
-        kernels = kernels_of(lambda: optimizer.step(1e-3, max_grad_norm=1.0), device)  # noqa: B023
-        yield backend, {"ms": round(1e3 * took, 3), "gb_per_s": round(floor / took / 1e9, 1), "kernels": kernels}
-        del model, optimizer
-    del start
+        took, ends[backend] = _lamb_steps(bench, device, backend)
+        least = 28 * sum(p.numel() for p in ends[backend])  # weights and moments read and written, gradients read
+        yield backend, {"ms": round(1e3 * took, 3), "gb_per_s": round(least / took / 1e9, 1)}
     if "apex" in ends:
         worst = max(float((a - b).abs().max()) for a, b in zip(ends["torch"], ends["apex"], strict=True))
         yield "apex_differs", check(worst, 1e-6)
+
+
+def _lamb_steps(bench: Bench, device: torch.device, backend: str) -> tuple[float, list[Tensor]]:
+    """Seconds of a step with random gradients, and the parameters after the first one."""
+    model = model_on(device, config_for(bench))
+    generator = torch.Generator(device).manual_seed(1)
+    for p in model.parameters():
+        p.grad = torch.randn(p.shape, device=device, generator=generator)
+    optimizer = build_optimizer(model, backend)
+    optimizer.step(1e-3, max_grad_norm=1.0)
+    end = [p.detach().clone() for p in model.parameters()]
+    return seconds_of(lambda _: optimizer.step(1e-3, max_grad_norm=1.0), device, spend_s(bench, 2.0)), end
 
 
 def save(bench: Bench) -> Pairs:
     """How long the loop stands still for a checkpoint of BERT-large, and what else a save takes."""
     device, config = device_for(bench.tiny), config_for(bench)
     release(device)
-    subject = Subject(device, config, best(device, compiled=False), micro_batches(bench, "phase1", 8, 1), backend="torch")
+    subject = Subject(
+        device, config, best(device, compiled=False), micro_batches(bench, "phase1", 8, 1), backend="torch"
+    )
     assert subject.optimizer is not None
     state = {"weights": subject.model.state_dict(), "optimizer": subject.optimizer.state()}
     yield "gb", round(sum(t.nbytes for part in state.values() for t in part.values()) / 1e9, 3)
@@ -312,11 +309,14 @@ def save(bench: Bench) -> Pairs:
             saver.before_update()
             subject.step(number)
             synchronise(device)
-            yield f"save{number}", {
-                "call_s": round(stalled, 4),
-                "next_step_s": round(time.perf_counter() - began, 4),
-                "plain_step_s": round(plain, 4),
-            }
+            yield (
+                f"save{number}",
+                {
+                    "call_s": round(stalled, 4),
+                    "next_step_s": round(time.perf_counter() - began, 4),
+                    "plain_step_s": round(plain, 4),
+                },
+            )
             saver.wait()
             yield f"write{number}_s", round(saver.write_s, 2)
 
@@ -352,7 +352,28 @@ def sweep(bench: Bench) -> Pairs:
                 continue
             try:
                 samples = micro_batches(bench, phase, count, 1)
-                yield f"{phase}_{count}", rate(bench, device, samples, best(device))
+                yield f"{phase}_{count}", rate(bench, device, samples, best(device), "torch")
             except torch.OutOfMemoryError as error:
                 yield f"{phase}_{count}", {"error": str(error).split("\n")[0]}
                 break
+
+
+def kernels(bench: Bench) -> Pairs:
+    """How many kernels and copies a micro-batch and an optimizer step start. Last: the profiler slows what follows."""
+    device = device_for(bench.tiny)
+    if device.type != "cuda":
+        raise Skip("no GPU")
+    for name, levers in (("all_on", best(device)), ("not_compiled", best(device, compiled=False))):
+        release(device)
+        subject = Subject(device, config_for(bench), levers, micro_batches(bench, "phase1", 16, 1), backend="torch")
+        subject.step(0)
+        yield f"{name}_micro_batch", started(lambda: subject.accumulate([0]), device)  # noqa: B023
+        yield f"{name}_step", started(lambda: subject.step(1), device)  # noqa: B023
+
+
+def started(work: Callable[[], object], device: torch.device) -> int:
+    """How many kernels and copies ``work`` starts on the GPU."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+        work()
+        synchronise(device)
+    return sum(str(event.device_type).endswith("CUDA") for event in seen.events() or ())

@@ -16,7 +16,7 @@ NUMBERS: dict[str, tuple[tuple[str, ...], float]] = {
     "utilization_pct": (("utilization/gpu_util",), 30),
     "memory_used_mb": (("fb_memory_usage/used+fb_memory_usage/reserved", "fb_memory_usage/used"), 64),
     "memory_total_mb": (("fb_memory_usage/total",), 1),
-    "power_w": (("gpu_power_readings/instant_power_draw", "gpu_power_readings/power_draw", "power_readings/power_draw"), 60),
+    "power_w": (tuple(f"gpu_power_readings/{name}" for name in ("instant_power_draw", "power_draw")), 60),
     "temperature_c": (("temperature/gpu_temp",), 4),
     "sm_clock_mhz": (("clocks/sm_clock",), 400),
     "memory_clock_mhz": (("clocks/mem_clock",), 400),
@@ -30,10 +30,13 @@ NUMBERS: dict[str, tuple[tuple[str, ...], float]] = {
         0,
     ),
 }  # fmt: skip
-WORDS = {
+WORDS: dict[str, tuple[str, dict[str, Any]]] = {
     "remap_pending": ("remapped_rows/remapped_row_pending", {"No": False, "Yes": True}),
     "remap_failed": ("remapped_rows/remapped_row_failure", {"No": False, "Yes": True}),
-    "recovery_action": ("gpu_recovery_action", {"None": 0, "Reset": 1, "Reboot": 2, "Drain P2P": 3, "Drain and Reset": 4}),
+    "recovery_action": (
+        "gpu_recovery_action",
+        {"None": 0, "Reset": 1, "Reboot": 2, "Drain P2P": 3, "Drain and Reset": 4},
+    ),
 }
 REASONS = {  # nvidia-smi's names, behind clocks_event_reason_ or clocks_throttle_reason_
     "applications_clocks_setting": "application clocks",
@@ -55,7 +58,10 @@ def compared() -> Iterator[tuple[str, Any]]:
     log = smi_of(gpu.uuid)
     after, _ = gpu.read()
     yield "codes", sorted(codes)
-    yield "name", {"nvml": gpu.name, "smi": log.findtext("product_name"), "ok": gpu.name == log.findtext("product_name")}
+    yield (
+        "name",
+        {"nvml": gpu.name, "smi": log.findtext("product_name"), "ok": gpu.name == log.findtext("product_name")},
+    )
     for field, (places, tolerance) in NUMBERS.items():
         wanted = number_at(log, places)
         if wanted is None or field not in before:
@@ -66,7 +72,7 @@ def compared() -> Iterator[tuple[str, Any]]:
         yield field, check(off, tolerance, nvml=before[field], smi=wanted)
     for field, (place, meaning) in WORDS.items():
         text = log.findtext(place)
-        same = text not in meaning or field not in before or before[field] == meaning[text]
+        same = text is None or text not in meaning or field not in before or before[field] == meaning[text]
         yield field, {"nvml": before.get(field), "smi": text, "ok": same}
     wanted_reasons = reasons_of(log)
     told = set(before.get("throttle", ())) | set(after.get("throttle", ()))
@@ -83,7 +89,10 @@ def _energy(gpu: Gpu) -> Iterator[tuple[str, Any]]:
     second, _ = gpu.read()
     if "energy_j" in first:
         watts = (second["energy_j"] - first["energy_j"]) / (time.monotonic() - began)
-        yield "energy_j", check(abs(watts - second["power_w"]), 80, as_power_w=round(watts, 1), power_w=second["power_w"])
+        yield (
+            "energy_j",
+            check(abs(watts - second["power_w"]), 80, as_power_w=round(watts, 1), power_w=second["power_w"]),
+        )
 
 
 def smi_of(uuid: str) -> ElementTree.Element:

@@ -28,6 +28,8 @@ from pipeline.errors import EnvironmentFault
 from pipeline.node.device import claimed, driver_version, why_no_gpu
 
 Ints = NDArray[np.int64]
+laying: Any = packing
+STREAMS = hasattr(packing, "STREAM")
 LARGE = BertConfig(
     vocab_size=30528, hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096,
     hidden_act="tanh",
@@ -84,20 +86,17 @@ def invent(count: int, seq_len: int, vocab_size: int, seed: int) -> Samples:
 
 
 def layouts(device: torch.device) -> list[str]:
-    """The layouts that this device can compute."""
-    if hasattr(packing, "Arrangement"):
-        return ["stream", "rows", "padded"] if device.type == "cuda" else ["rows", "padded"]
-    return ["rows", "padded"]
+    """The layouts that this device can compute, the one that training uses first."""
+    return ["stream", "rows", "padded"] if STREAMS and device.type == "cuda" else ["rows", "padded"]
 
 
 def laid_out(samples: Samples, layout: str) -> dict[str, NDArray[np.int32]]:
     """The arrays of a micro-batch on the host: the batch's, ``masked_index``, ``labels`` and ``nsp``."""
     text = (samples.tokens, samples.lengths, samples.b_start, samples.seq_len)
-    if hasattr(packing, "Arrangement"):
-        kind = {"stream": packing.STREAM, "rows": packing.ROWS, "padded": packing.PADDED}[layout]
-        arrays = packing.layout(*text, kind)
+    if STREAMS:
+        arrays = laying.layout(*text, getattr(packing, layout.upper()))
     else:
-        arrays = packing.layout(*text, one_per_row=layout == "padded")
+        arrays = laying.layout(*text, one_per_row=layout == "padded")
     more = {"masked_index": arrays["slot"][samples.places], "labels": samples.labels, "nsp": samples.nsp}
     return {name: values.astype(np.int32) for name, values in {**arrays, **more}.items()}
 
@@ -144,7 +143,7 @@ class Subject:
         """MLM and NSP loss of one micro-batch, means over its masked tokens and samples; inside `autocast`."""
         keyed(1, "bench", key, index)
         tensors = self.batches[index]
-        batch = _batch(tensors, self.samples[index].seq_len)
+        batch = laying.Batch.of(tensors, *([self.samples[index].seq_len] if STREAMS else []))
         mlm_logits, nsp_logits = self.model(batch, tensors["masked_index"])
         with torch.autocast(self.device.type, enabled=False):
             sums = pretraining_loss_sums(mlm_logits, tensors["labels"].long(), nsp_logits, tensors["nsp"].long())
@@ -194,12 +193,6 @@ def compile_layers(model: BertForPreTraining) -> bool:
     for layer in model.bert.encoder.layer:
         layer.compile(dynamic=True, fullgraph=True)
     return True
-
-
-def _batch(tensors: dict[str, Tensor], seq_len: int) -> packing.Batch:
-    if hasattr(packing, "Arrangement"):
-        return packing.Batch.of(tensors, seq_len)
-    return packing.Batch.of(tensors)
 
 
 def device_for(tiny: bool) -> torch.device:

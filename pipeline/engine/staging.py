@@ -40,7 +40,7 @@ class Staging:
         else:
             with torch.cuda.device(device):  # threads begin on GPU 0, where this rank has no business
                 self._buffer = torch.empty(size, dtype=torch.uint8, pin_memory=True)
-                self._stream = torch.cuda.Stream()
+                self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         start = 0
         for kind, values in tensors.items():
             self._parts[kind] = {}
