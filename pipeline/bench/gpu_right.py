@@ -25,6 +25,7 @@ from pipeline.bench.gpu_subject import (
     best,
     build_optimizer,
     device_for,
+    dropped,
     invent,
     layouts,
     model_on,
@@ -32,7 +33,7 @@ from pipeline.bench.gpu_subject import (
 )
 from pipeline.bert.attention import SelfAttention
 from pipeline.bert.config import BertConfig
-from pipeline.bert.dropout import dropout, keyed
+from pipeline.bert.dropout import keyed
 from pipeline.engine import checkpoint
 from pipeline.node.device import driver_version
 
@@ -57,7 +58,7 @@ def env(bench: Bench) -> Pairs:
         yield "sms", facts.multi_processor_count
         yield "capability", list(torch.cuda.get_device_capability(device))
         yield "architectures", torch.cuda.get_arch_list()
-        yield "cudnn", torch.backends.cudnn.version()
+        yield "cudnn", torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
         yield "nccl", torch.cuda.nccl.version()  # type: ignore[no-untyped-call]
     yield "layouts", layouts(device)
     yield "environment", {name: os.environ.get(name) for name in ("PYTORCH_ALLOC_CONF", "CUDA_VISIBLE_DEVICES")}
@@ -161,7 +162,7 @@ def _dropout_rates(device: torch.device, tiny: bool) -> Pairs:
     """The share that dropout really takes, of hidden values and of attention probabilities."""
     keyed("rate")
     ones = torch.ones(10**6 if tiny else 10**7, device=device, dtype=torch.bfloat16)
-    taken = float((dropout(ones, 0.1, True) == 0).float().mean())
+    taken = float((dropped(ones, 0.1) == 0).float().mean())
     yield "hidden_dropout", check(abs(taken - 0.1), SEEN_P, rate=taken)
     for precision in ("fp32", "bf16"):
         rate = _attention_rate(device, precision)

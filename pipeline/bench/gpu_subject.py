@@ -17,9 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.bert import encoder, packing
+from pipeline.bert import dropout, encoder, packing
 from pipeline.bert.config import BertConfig
-from pipeline.bert.dropout import keyed
 from pipeline.bert.heads import BertForPreTraining, initialised, pretraining_loss_sums
 from pipeline.engine import optim
 from pipeline.engine.precision import autocast_for
@@ -141,7 +140,7 @@ class Subject:
 
     def losses(self, index: int, key: int = 0) -> tuple[Tensor, Tensor]:
         """MLM and NSP loss of one micro-batch, means over its masked tokens and samples; inside `autocast`."""
-        keyed(1, "bench", key, index)
+        dropout.keyed(1, "bench", key, index)
         tensors = self.batches[index]
         batch = laying.Batch.of(tensors, *([self.samples[index].seq_len] if STREAMS else []))
         mlm_logits, nsp_logits = self.model(batch, tensors["masked_index"])
@@ -193,6 +192,12 @@ def compile_layers(model: BertForPreTraining) -> bool:
     for layer in model.bert.encoder.layer:
         layer.compile(dynamic=True, fullgraph=True)
     return True
+
+
+def dropped(values: Tensor, p: float) -> Tensor:
+    """The model's dropout while it trains."""
+    function: Callable[..., Tensor] = dropout.dropout
+    return function(values, p, *([] if STREAMS else [True]))
 
 
 def device_for(tiny: bool) -> torch.device:
