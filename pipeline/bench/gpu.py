@@ -50,7 +50,7 @@ BLOCKS = (
     ("sweep", "gpu_fast", 60),
     ("kernels", "gpu_fast", 30),
 )
-OWN = ("pipeline", "data_prep", "slurm")
+OWN = ("", "pipeline", "data_prep", "slurm")
 FRESH = {"again"}  # what it repeats, it repeats in a new process
 
 
@@ -129,13 +129,16 @@ def _child(names: list[str], bench: Bench, keep: Callable[[str, Facts], None]) -
     child = context.Process(target=_work, args=(names[:until], bench, theirs, os.getpid()))
     child.start()
     theirs.close()
-    for done, name in enumerate(names[:until]):
+    for done, name in enumerate(names[:until], 1):
         fault = _one(name, ours, START_S + _budget(name, bench), keep, began=time.monotonic())
-        if fault:
+        broken = "CUDA error" in str(bench.results.get(name, {}).get("error"))  # nothing works there any more
+        if fault or broken:
             child.kill()
             child.join()
+        if fault:
             keep(name, {**bench.results.get(name, {}), "ok": False, "error": fault.format(code=child.exitcode)})
-            return names[done + 1 :]
+        if fault or broken:
+            return names[done:]
     child.join(10)
     if child.is_alive():
         child.kill()
@@ -188,21 +191,23 @@ def _work(names: list[str], bench: Bench, theirs: Connection, parent: int) -> No
         except Skip as why:
             tell("skipped", str(why))
         except Exception as error:
-            if isinstance(error, ModuleNotFoundError) and error.name and error.name.split(".")[0] not in OWN:
-                tell("skipped", f"{error.name} is not installed")
-                tell("ok", True)
-                continue
-            fine = False
-            results["error"] = f"{type(error).__name__}: {error}"
-            tell("error", results["error"])
-            tell("traceback", traceback.format_exc().splitlines()[-12:])
+            if package := lacking(error):
+                tell("skipped", f"{package} is not installed")
+            else:
+                fine = False
+                tell("error", f"{type(error).__name__}: {error}")
+                tell("traceback", traceback.format_exc().splitlines()[-12:])
         bench = Bench(bench.tiny, {**bench.results, name: results}, bench.deadline)
         tell("ok", fine)
-        if not fine and "CUDA error" in str(results.get("error", "")):
-            os._exit(3)  # nothing works any more in this process
     theirs.close()
     sys.stdout.flush()
     os._exit(0)  # without waiting for threads of libraries
+
+
+def lacking(error: Exception) -> str | None:
+    """The package of others that is not there, when that is what went wrong."""
+    package = error.name.split(".")[0] if isinstance(error, ModuleNotFoundError) and error.name else ""
+    return package if package not in OWN else None
 
 
 def line_of(name: str, facts: Facts) -> str:
