@@ -25,14 +25,14 @@ Group = dist.ProcessGroup | None
 
 
 @contextlib.contextmanager
-def joined(job: Job, device: torch.device) -> Iterator[Group]:
-    """The group of all ranks of this attempt (None for a single one), left when the block ends.
+def joined(job: Job, device: torch.device) -> Iterator[tuple[Group, TCPStore | None]]:
+    """The group of all ranks of this attempt and the store where they met (None for a single one), left at the end.
 
     Rank 0 listens on a port that the system chooses and publishes it, with the launch as nonce, in the attempt's
     folder, readable by the owner only. Raises PeerLost when ranks do not come together or one goes away.
     """
     if job.world_size == 1:
-        yield None
+        yield None, None
         return
     host = rendezvous_host()
     if host == "127.0.0.1":
@@ -47,7 +47,7 @@ def joined(job: Job, device: torch.device) -> Iterator[Group]:
             timeout=datetime.timedelta(seconds=PEER_TIMEOUT_S),
             device_id=device if device.type == "cuda" else None,  # connects now: a broken fabric shows at the start
         )
-        yield dist.group.WORLD
+        yield dist.group.WORLD, store
         dist.destroy_process_group()  # not after an error: it may wait for ever, and the process ends anyway
 
 
