@@ -95,7 +95,7 @@ def finetune(
         assert scores is not None  # the task's last deed
         return scores
     device = device_of(job)
-    with joined(job, device) as group, peers_named(job):
+    with joined(job, device) as (group, _), peers_named(job):
         ranks = Ranks(job.rank, job.world_size, group, device, job.heartbeat)
         return Finetuning(job, task, config, files, modes, identity, None).predict_only(ranks)
 

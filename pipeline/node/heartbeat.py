@@ -32,15 +32,15 @@ class Heartbeat:
     A rank that waits is not the one that hangs, as long as its pulse goes: it says so, and the watcher looks for
     another. The pulse ends when the process is stopped or a thread keeps the interpreter's lock.
 
-    Work counts as starting until the first step is done, for nobody knows yet how long it may take: a GPU's program
-    is compiled, a slow machine is slow. What the first beat of work is followed by counts for `longest_s` only as
-    long as there is nothing else.
+    Work counts as starting until the step is done that was last said to be starting, for nobody knows how long it may
+    take: a GPU's program is compiled, a slow machine is slow. The time after the first beat of work counts for
+    ``longest_s`` only as long as there is no other.
     """
 
     def __init__(self) -> None:
         self._memory = mmap.mmap(-1, FIELDS.size + PULSE.size)
         self._last = Beat(time.monotonic(), "starting", 0, 0.0, 0.0)
-        self._first_step: int | None = None
+        self._started_at = 0  # the step that the first step begins with
         self._first_s = self._longest_s = 0.0
         self._working = False
         self._write()
@@ -55,9 +55,9 @@ class Heartbeat:
             else:
                 self._first_s = took
         self._working = where == "working"
-        if self._first_step is None:
-            self._first_step = step
-        if self._working and step <= self._first_step:
+        if where == "starting":
+            self._started_at, self._first_s, self._longest_s = step, 0.0, 0.0
+        elif self._working and step <= self._started_at:
             where = "starting"
         self._last = Beat(now, where, step, self._longest_s or self._first_s, 0.0)
         self._write()
