@@ -76,6 +76,12 @@ class PeerLost(PipelineError):
     exit_code = 76
 
 
+class DeviceFault(PipelineError):
+    """A GPU's program failed in a way that may not come again; start me again."""
+
+    exit_code = 76
+
+
 class NodeFault(PipelineError):
     """A node computes wrong results or has an unfit GPU; start me again without ``nodes``."""
 

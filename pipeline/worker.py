@@ -21,6 +21,7 @@ from data_prep.fanout import EXCHANGE, die_with_parent
 from data_prep.publish import publish_json
 from pipeline.config import restore
 from pipeline.errors import PeerLost, StoppedCleanly, describe, run_command
+from pipeline.node.device import set_defaults
 from pipeline.node.job import Job, Topology
 from pipeline.node.preempt import StopRequest, stop_at_once
 from pipeline.node.supervise import supervise
@@ -38,6 +39,7 @@ def main() -> int:
     parser.add_argument("run", type=Path, help="run directory")
     parser.add_argument("stage", nargs="+", help="stages to run in this order")
     arguments = parser.parse_args()
+    set_defaults(os.environ)
     if parent := os.environ.get("PIPELINE_PARENT"):
         die_with_parent(int(parent))
     try:

@@ -67,7 +67,7 @@ def run(job: Job, *, config: InferenceConfig, model: Path, text: Path | None = N
     from pipeline.bench.inputs import workloads
     from pipeline.engine.precision import autocast_for
     from pipeline.finetune.model_folder import ModelFolder
-    from pipeline.node.distributed import chosen_device
+    from pipeline.node.device import chosen_device
 
     folder, device = ModelFolder(model), chosen_device()
     longest = folder.config.max_position_embeddings

@@ -11,14 +11,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any
 
 from pipeline.engine.checkpoint_folder import (
     MANIFEST,
-    Arrays,
     Checkpoint,
     is_permanent,
     is_whole,
@@ -33,6 +29,9 @@ from pipeline.engine.checkpoint_folder import (
 )
 from pipeline.errors import CheckpointError, PipelineError, StorageError
 
+if TYPE_CHECKING:
+    from pipeline.engine.staging import Values
+
 __all__ = ["Checkpoint", "Saver", "check_identity", "lineage", "listing", "newest_verified", "read", "rotate", "save"]
 
 RETRY_S = 1.0  # between two tries of something that the file system refused
@@ -40,6 +39,9 @@ RETRY_S = 1.0  # between two tries of something that the file system refused
 
 class Saver:
     """One writer thread with a reused staging buffer, for the checkpoints of one attempt.
+
+    Weights and optimizer state are tensors or arrays by name. Those on a GPU are copied while the loop goes on, so
+    that `before_update` must come before whatever changes them.
 
     After each checkpoint all but the newest ``keep`` and the permanent ones are deleted. A save that the file
     system refuses is tried a second time; then ``warn`` is told in one line, training goes on and the next save
@@ -56,35 +58,40 @@ class Saver:
         warn: Callable[[str], None] = print,
         saved: Callable[[], None] = lambda: None,
     ) -> None:
+        from pipeline.engine.staging import Staging  # torch: `pipeline.checkpoints` does without
+
         self.attempt_dir, self.keep, self.warn, self.saved = attempt_dir, keep, warn, saved
         self.stall_s = self.write_s = 0.0
-        self._staging: dict[str, dict[str, NDArray[Any]]] = {"weights": {}, "optimizer": {}}
+        self._staging = Staging()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._owner = owner_of(attempt_dir)
         self._failed = 0  # saves in a row that the file system refused
         self._has_history = False
 
-    def prepare(self, *, weights: Arrays, optimizer: Arrays) -> None:
+    def prepare(self, *, weights: Values, optimizer: Values) -> None:
         """Take the memory for copies of this state, in the background: else the first save would wait for it.
 
         Only shapes and dtypes count.
         """
 
         def take() -> None:
-            with suppress(MemoryError):  # the first save tries again, and says so
-                for kind, arrays in (("weights", weights), ("optimizer", optimizer)):
-                    self._staging[kind] = {name: np.full(array.shape, 0, array.dtype) for name, array in arrays.items()}
+            with suppress(MemoryError, RuntimeError):  # torch's for memory; the first save tries again, and says so
+                self._staging.prepare({"weights": weights, "optimizer": optimizer})
 
         self._join()
         self._thread = threading.Thread(target=take, name="checkpoint", daemon=True)
         self._thread.start()
 
-    def save(self, *, step: int, weights: Arrays, optimizer: Arrays, **fields: Any) -> Path:
+    def before_update(self) -> None:
+        """Keep what changes the state next from overtaking the copies; the host does not wait."""
+        self._staging.hold()
+
+    def save(self, *, step: int, weights: Values, optimizer: Values, **fields: Any) -> Path:
         """Copy the state and write it in the background; returns the folder where it will be.
 
-        ``fields`` are the other ones of ``checkpoint.save``. The arrays may change as soon as this returns. An
-        earlier save that is still writing is waited for.
+        ``fields`` are the other ones of ``checkpoint.save``. What lies on the CPU may change as soon as this
+        returns. An earlier save that is still writing is waited for.
         """
         begin = time.monotonic()
         self._join()
@@ -96,7 +103,7 @@ class Saver:
                 self._has_history = _resumed_from(self.attempt_dir) is not None
                 if not self._has_history:
                     raise CheckpointError(f"{self.attempt_dir} has no attempt.json: its checkpoints could not be found")
-        self._copy({"weights": weights, "optimizer": optimizer})
+        self._staging.copy({"weights": weights, "optimizer": optimizer})
         self._thread = threading.Thread(target=self._write, args=(step, fields), name="checkpoint", daemon=True)
         self._thread.start()
         self.stall_s = time.monotonic() - begin
@@ -117,22 +124,10 @@ class Saver:
             self._thread.join()
             self._thread = None
 
-    def _copy(self, state: Mapping[str, Arrays]) -> None:
-        """``state`` into the staging buffers; those of the last save are used again, which spares page faults."""
-        for kind, arrays in state.items():
-            buffers = {}
-            for name, array in arrays.items():
-                buffer = self._staging[kind].get(name)
-                if buffer is None or buffer.shape != array.shape or buffer.dtype != array.dtype:
-                    buffer = np.empty(array.shape, array.dtype)
-                np.copyto(buffer, array)
-                buffers[name] = buffer
-            self._staging[kind] = buffers
-
     def _write(self, step: int, fields: dict[str, Any]) -> None:
         begin = time.monotonic()
         try:
-            self._write_twice(step=step, owner=self._owner, **self._staging, **fields)
+            self._write_twice(step=step, owner=self._owner, **self._staging.wait(), **fields)
             if self._failed:
                 self._tell(f"checkpoint step {step} is saved, after {self._failed} that were not")
             self._failed = 0

@@ -31,7 +31,8 @@ from pipeline.engine.storage import preflight
 from pipeline.engine.task import Task
 from pipeline.engine.tensorboard import Board
 from pipeline.errors import NumericalError, StoppedCleanly, StorageError
-from pipeline.node.distributed import device_of, joined, peers_named
+from pipeline.node.device import device_of
+from pipeline.node.distributed import joined, peers_named
 from pipeline.node.job import Job
 from slurm.verdict import made_progress
 
@@ -47,9 +48,11 @@ def train(job: Job, task_of: Callable[[Ranks], Task]) -> dict[str, Any]:
     """
     device = device_of(job)
     torch.set_num_threads(job.threads)
-    with joined(job, device) as group, peers_named(job):
+    with joined(job, device) as (group, _), peers_named(job):
         ranks = Ranks(job.rank, job.world_size, group, device, job.heartbeat)
-        return Loop(job, ranks, task_of(ranks)).run()
+        task = task_of(ranks)
+        with peers_named(job, task.settings.micro_batch):
+            return Loop(job, ranks, task).run()
 
 
 class Loop:
@@ -95,6 +98,7 @@ class Loop:
         state, settings, job = self.state, self.settings, self.job
         self.begin()
         self.introduce()
+        job.heartbeat.beat("starting", state.step)
         try:
             while state.step < settings.steps:
                 began = time.perf_counter()
@@ -110,6 +114,8 @@ class Loop:
                     step=state.step + 1,
                 )
                 with self.clock.spent("compute"):
+                    if self.saver is not None:
+                        self.saver.before_update()
                     norm = state.optimizer.step(rate, max_grad_norm=settings.max_grad_norm)
                 if not math.isfinite(norm + sums.loss):
                     self.overcome(sums)
@@ -178,7 +184,7 @@ class Loop:
             checkpoint_bytes = 3 * sum(p.nbytes for p in self.state.model.parameters())  # weights and two moments
             self.job.say(preflight(self.job.out, checkpoint_bytes, self.settings.keep_checkpoints))
             if self.saver is not None and not again:
-                self.saver.prepare(**self.state.arrays())
+                self.saver.prepare(**self.state.named())
             self.board = Board(self.job.out, after_step=self.state.step, warn=self.job.warn)
 
     def introduce(self) -> None:
@@ -296,7 +302,7 @@ class Loop:
                 identity=state.identity,
                 model=state.model.config.to_dict(),
                 permanent=permanent,
-                **state.arrays(),
+                **state.named(),
             )
             state.saved = str(folder.relative_to(self.job.out))
 

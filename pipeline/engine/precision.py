@@ -21,6 +21,8 @@ def autocast_for(precision: str, device: torch.device) -> torch.autocast:
     if device.type == "cuda":
         if precision == "tf32" and torch.cuda.get_device_capability(device) < (8, 0):
             raise EnvironmentFault("precision = tf32 needs an Ampere GPU or newer; use fp16 or fp32")
+        if precision == "bf16" and torch.cuda.get_device_capability(device) < (8, 0):  # torch would emulate it
+            raise EnvironmentFault("precision = bf16 needs an Ampere GPU or newer; use fp16")
         torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     return torch.autocast(device.type, dtype=AUTOCAST.get(precision, torch.bfloat16), enabled=precision in AUTOCAST)
 

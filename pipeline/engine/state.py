@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from numpy.typing import NDArray
 from torch import Tensor
 
 from data_prep.publish import publish_json
@@ -67,12 +65,13 @@ class TrainingState:
         yield from self.optimizer.exp_avg.values()
         yield from self.optimizer.exp_avg_sq.values()
 
-    def arrays(self) -> dict[str, dict[str, NDArray[Any]]]:
-        """``weights`` and ``optimizer`` by name, sharing memory with the tensors on a CPU."""
-        optimizer = as_arrays(self.optimizer.state())
+    def named(self) -> dict[str, dict[str, Tensor]]:
+        """``weights`` and ``optimizer`` by name, not copied."""
+        optimizer = self.optimizer.state()
         if self.scale is not None:
-            optimizer["loss_scale"] = np.array([self.scale.scale, self.scale.good_steps, self.skipped], np.float64)
-        return {"weights": as_arrays(self.model.state_dict()), "optimizer": optimizer}
+            scale = [self.scale.scale, self.scale.good_steps, self.skipped]
+            optimizer["loss_scale"] = torch.tensor(scale, dtype=torch.float64)
+        return {"weights": self.model.state_dict(), "optimizer": optimizer}
 
     def restore(self, saved: checkpoint.Checkpoint, batch_size: int) -> None:
         """Take over a verified checkpoint of this training, whose first batch has ``batch_size`` samples."""
@@ -135,8 +134,3 @@ def begin(state: TrainingState, job: Job, ranks: Ranks, task: Task, *, again: bo
     state.optimizer.reset()
     if again:
         state.model.load_state_dict(task.model().state_dict())
-
-
-def as_arrays(tensors: dict[str, Tensor]) -> dict[str, NDArray[Any]]:
-    """Tensors as NumPy arrays, sharing memory on the CPU."""
-    return {name: tensor.detach().cpu().numpy() for name, tensor in tensors.items()}

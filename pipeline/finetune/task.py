@@ -36,7 +36,8 @@ from pipeline.finetune.predict import predict
 from pipeline.finetune.problems import Problem, problem_of
 from pipeline.finetune.samples import Samples
 from pipeline.finetune.scores import in_words, record_of_seed
-from pipeline.node.distributed import chosen_device, device_of, joined, peers_named
+from pipeline.node.device import chosen_device, device_of
+from pipeline.node.distributed import joined, peers_named
 from pipeline.node.job import Job
 from pipeline.run.rundir import read_json
 
@@ -94,7 +95,7 @@ def finetune(
         assert scores is not None  # the task's last deed
         return scores
     device = device_of(job)
-    with joined(job, device) as group, peers_named(job):
+    with joined(job, device) as (group, _), peers_named(job):
         ranks = Ranks(job.rank, job.world_size, group, device, job.heartbeat)
         return Finetuning(job, ranks.device, task, config, files, modes, identity, None).predict_only(ranks)
 

@@ -1,4 +1,4 @@
-"""The ranks of one attempt as a torch.distributed group, and a lost peer as one clear error."""
+"""The ranks of one attempt as a torch.distributed group, and a lost peer or GPU as one clear error."""
 
 from __future__ import annotations
 
@@ -17,33 +17,22 @@ from torch._C._distributed_c10d import TCPStore
 
 from data_prep.publish import publish_json
 from pipeline.errors import PeerLost
+from pipeline.node.device import fault_of
 from pipeline.node.job import Job
 
 PEER_TIMEOUT_S = 120.0  # longer than any honest wait between two collectives
 Group = dist.ProcessGroup | None
 
 
-def device_of(job: Job) -> torch.device:
-    """The GPU of this rank's local number among the visible ones, else the CPU."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", job.topology.local_rank % torch.cuda.device_count())
-
-
-def chosen_device() -> torch.device:
-    """The GPU where there is one: for what runs outside a stage."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 @contextlib.contextmanager
-def joined(job: Job, device: torch.device) -> Iterator[Group]:
-    """The group of all ranks of this attempt (None for a single one), left when the block ends.
+def joined(job: Job, device: torch.device) -> Iterator[tuple[Group, TCPStore | None]]:
+    """The group of all ranks of this attempt and the store where they met (None for a single one), left at the end.
 
     Rank 0 listens on a port that the system chooses and publishes it, with the launch as nonce, in the attempt's
     folder, readable by the owner only. Raises PeerLost when ranks do not come together or one goes away.
     """
     if job.world_size == 1:
-        yield None
+        yield None, None
         return
     host = rendezvous_host()
     if host == "127.0.0.1":
@@ -56,11 +45,10 @@ def joined(job: Job, device: torch.device) -> Iterator[Group]:
             rank=job.rank,
             world_size=job.world_size,
             timeout=datetime.timedelta(seconds=PEER_TIMEOUT_S),
+            device_id=device if device.type == "cuda" else None,  # connects now: a broken fabric shows at the start
         )
-        try:
-            yield dist.group.WORLD
-        finally:
-            dist.destroy_process_group()
+        yield dist.group.WORLD, store
+        dist.destroy_process_group()  # not after an error: it may wait for ever, and the process ends anyway
 
 
 def rendezvous_host() -> str:
@@ -88,11 +76,16 @@ def _store(job: Job, host: str, meeting: Path) -> TCPStore:
 
 
 @contextlib.contextmanager
-def peers_named(job: Job) -> Iterator[None]:
-    """Turn torch's errors about a peer into PeerLost with rank and host."""
+def peers_named(job: Job, micro_batch: int | None = None) -> Iterator[None]:
+    """Turn torch's errors about a peer into PeerLost with rank and host, those of CUDA into what they mean.
+
+    ``micro_batch`` is the one in use, for the advice when memory does not suffice.
+    """
     try:
         yield
     except RuntimeError as error:
+        if (fault := fault_of(error, job, micro_batch)) is not None:
+            raise fault from error
         text = str(error)
         if isinstance(error, dist.DistError) or any(word in text for word in ("gloo", "NCCL", "Connection", "peer")):
             first = text.strip().splitlines()[0]

@@ -31,18 +31,35 @@ class Heartbeat:
 
     A rank that waits is not the one that hangs, as long as its pulse goes: it says so, and the watcher looks for
     another. The pulse ends when the process is stopped or a thread keeps the interpreter's lock.
+
+    Work counts as starting until the step is done that was last said to be starting, for nobody knows how long it may
+    take: a GPU's program is compiled, a slow machine is slow. The time after the first beat of work counts for
+    ``longest_s`` only as long as there is no other.
     """
 
     def __init__(self) -> None:
         self._memory = mmap.mmap(-1, FIELDS.size + PULSE.size)
         self._last = Beat(time.monotonic(), "starting", 0, 0.0, 0.0)
+        self._started_at = 0  # the step that the first step begins with
+        self._first_s = self._longest_s = 0.0
+        self._working = False
         self._write()
 
     def beat(self, where: Where, step: int) -> None:
         """Say that this process is alive, and what it is about to do."""
-        now, last = time.monotonic(), self._last
-        took = now - last.time_s if last.where == "working" else 0.0
-        self._last = Beat(now, where, step, max(took, last.longest_s), 0.0)
+        now = time.monotonic()
+        if self._working:
+            took = now - self._last.time_s
+            if self._first_s:
+                self._longest_s = max(self._longest_s, took)
+            else:
+                self._first_s = took
+        self._working = where == "working"
+        if where == "starting":
+            self._started_at, self._first_s, self._longest_s = step, 0.0, 0.0
+        elif self._working and step <= self._started_at:
+            where = "starting"
+        self._last = Beat(now, where, step, self._longest_s or self._first_s, 0.0)
         self._write()
 
     def pulsate(self) -> None:

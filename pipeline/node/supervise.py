@@ -27,10 +27,11 @@ from pipeline.node.preempt import STOP_SIGNALS
 from slurm import verdict
 
 HANG_S = 45.0  # without a beat while working; or five times the longest honest pause, if that is more
-START_S = 1800.0  # without a beat before the first step: imports, and reading and hashing all shards
+START_S = 1800.0  # without a beat before the first step is done: imports, hashing all shards, compiling
 LOOK_S = 1.0
 SUSPENDED_S = 10.0  # this process itself stood still (scontrol suspend): no reason to blame the child
 PEERS_DUMP_S = 5.0  # for the other ranks to keep their stacks, before they see this one die
+NCCL_S = 1.0  # for the verdict of a rank that knows better why NCCL gave up
 LEAVE_S = 60.0  # for a child that was asked to stop, or whose peers have ended
 STACKS = signal.SIGUSR1
 Facts = dict[str, Any]  # of a health finding: stage, attempt, node, gpu, uuid, verdict, line
@@ -139,9 +140,17 @@ class Watch:
         _, status = os.waitpid(self.pid, 0)
         own = os.waitstatus_to_exitcode(status)
         if self.code is None and own < 0:
-            what = f"rank {self.job.rank} on {self.host} was killed by signal {-own}"
-            self._decide(76, f"{what} ({signal.Signals(-own).name}) after step {self.job.heartbeat.read().step}")
+            self._killed(-own)
         return own if self.code is None else self.code
+
+    def _killed(self, number: int) -> None:
+        """A signal ended the child. NCCL's own watchdog does so with SIGABRT when other ranks do not answer."""
+        beat = self.job.heartbeat.read()
+        what = f"was killed by signal {number} ({signal.Signals(number).name})"
+        if number == signal.SIGABRT and beat.where == "waiting":
+            time.sleep(NCCL_S)  # the rank that is to blame says so first
+            what = "lost its peers: NCCL ended it (SIGABRT) while it waited for them"
+        self._decide(76, f"rank {self.job.rank} on {self.host} {what} after step {beat.step}")
 
     def _look(self, now: float, resumed: float) -> None:
         beat = self.job.heartbeat.read()

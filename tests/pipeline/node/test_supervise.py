@@ -35,6 +35,7 @@ job = Job(run, "phase1", attempt, Topology(3, 4, {local_rank}, "launch"), worker
 job.stop.listen()
 
 def work():
+    job.heartbeat.beat("working", 6)  # the first step is done at the next beat
     job.heartbeat.beat("{where}", 7)
 {body}
 
@@ -168,6 +169,43 @@ def test_the_limit_grows_with_honest_pauses():
     assert limit_s("working", 0.1) == HANG_S < 60
     assert limit_s("working", 30.0) == 150.0
     assert limit_s("starting", 0.0) == START_S
+
+
+def test_work_counts_as_starting_until_the_first_step_is_done():
+    """Compiling and slow machines: no limit but that of starting, whatever the step that training resumes at."""
+    beat = Heartbeat()
+    for where, step, told in (
+        ("starting", 100, "starting"),
+        ("working", 100, "starting"),
+        ("waiting", 100, "waiting"),
+        ("working", 100, "starting"),
+        ("working", 101, "working"),
+        ("starting", 101, "starting"),  # again before something that nobody knows the time of
+        ("working", 101, "starting"),
+        ("working", 102, "working"),
+    ):
+        beat.beat(where, step)
+        assert beat.read().where == told, step
+
+
+def test_the_first_pause_of_work_sets_the_limit_only_while_there_is_no_other():
+    beat = Heartbeat()
+    beat.beat("working", 0)
+    time.sleep(0.3)
+    beat.beat("working", 0)
+    assert beat.read().longest_s >= 0.3
+    time.sleep(0.01)
+    beat.beat("working", 1)
+    assert 0.01 <= beat.read().longest_s < 0.3
+
+
+def test_a_rank_that_nccl_ends_while_it_waits_lost_its_peers(tmp_path):
+    code, _, errors = end(start(tmp_path, "os.abort()", "waiting"))
+    assert code == 76
+    assert "lost its peers: NCCL ended it (SIGABRT) while it waited for them after step 7" in errors
+    code, _, errors = end(start(tmp_path / "working", "os.abort()"))
+    assert code == 76
+    assert "was killed by signal 6 (SIGABRT) after step 7" in errors
 
 
 def test_a_heartbeat_is_read_by_the_process_that_forked(tmp_path):
