@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from pipeline.config import PRECISIONS, InferenceConfig, restore
 from pipeline.errors import ConfigError
+from pipeline.node.memory import keep_memory
 
 if TYPE_CHECKING:
     import torch
@@ -206,6 +207,7 @@ def main() -> int:
     """Parse the command line, measure, print the table or the JSON."""
     options = _parser().parse_args()
     config = _config(options)
+    keep_memory()
     if options.threads < 1:
         raise ConfigError(f"--threads {options.threads}: must be at least 1")
     with tempfile.TemporaryDirectory() as scratch:

@@ -19,14 +19,8 @@ from pipeline.engine.task import Task
 from pipeline.node.distributed import peers_named
 from pipeline.node.job import Job
 
-CHANGEABLE = (
-    "threads",
-    "micro_batch",
-    "code",
-    "torch",
-    "cpu",
-    "compiled",
-)  # fields of an identity: same science, other bits
+# Fields of an identity: same science, other bits.
+CHANGEABLE = ("threads", "micro_batch", "code", "torch", "cpu", "compiled")
 
 
 class TrainingState:

@@ -18,6 +18,7 @@ from pipeline.config import PRECISIONS, FinetuneConfig, restore
 from pipeline.errors import ConfigError, PeerLost, run_command
 from pipeline.finetune.options import DEFAULTS, MODES
 from pipeline.node.job import Job, Topology
+from pipeline.node.memory import keep_memory
 from pipeline.node.preempt import StopRequest
 from pipeline.run.rundir import RunDir
 
@@ -47,6 +48,7 @@ def main() -> int:
     arguments = _parser().parse_args()
     config = _config(arguments)
     modes = tuple(arguments.mode.split(","))
+    keep_memory()
     _check(arguments, config, modes)
     if arguments.processes > 1 and LAUNCH not in os.environ:
         return _start_ranks(arguments.processes)
