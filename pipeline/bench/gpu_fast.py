@@ -38,6 +38,7 @@ from pipeline.bench.gpu_subject import (
 from pipeline.bert.config import BertConfig
 from pipeline.bert.costs import training_flops
 from pipeline.engine import checkpoint, optim
+from pipeline.engine.reduce import GradientBuffer
 
 Pairs = Iterator[tuple[str, Any]]
 PHASES = {"phase1": (128, 256), "phase2": (512, 64)}  # seq_len and micro-batch
@@ -269,10 +270,9 @@ def lamb(bench: Bench) -> Pairs:
 def _lamb_steps(bench: Bench, device: torch.device, backend: str) -> tuple[float, list[Tensor]]:
     """Seconds of a step with random gradients, and the parameters after the first one."""
     model = model_on(device, config_for(bench))
-    generator = torch.Generator(device).manual_seed(1)
-    for p in model.parameters():
-        p.grad = torch.randn(p.shape, device=device, generator=generator)
-    optimizer = build_optimizer(model, backend)
+    gradients = GradientBuffer(list(model.parameters()))
+    gradients.flat.normal_(generator=torch.Generator(device).manual_seed(1))
+    optimizer = build_optimizer(model, backend, gradients)
     optimizer.step(1e-3, max_grad_norm=1.0)
     end = [p.detach().clone() for p in model.parameters()]
     return seconds_of(lambda _: optimizer.step(1e-3, max_grad_norm=1.0), device, spend_s(bench, 2.0)), end

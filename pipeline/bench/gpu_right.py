@@ -25,7 +25,6 @@ from pipeline.bench.gpu_subject import (
     best,
     build_optimizer,
     device_for,
-    dropped,
     invent,
     layouts,
     model_on,
@@ -33,8 +32,9 @@ from pipeline.bench.gpu_subject import (
 )
 from pipeline.bert.attention import SelfAttention
 from pipeline.bert.config import BertConfig
-from pipeline.bert.dropout import keyed
+from pipeline.bert.dropout import dropout, keyed
 from pipeline.engine import checkpoint
+from pipeline.engine.reduce import GradientBuffer
 from pipeline.node.device import driver_version
 
 Pairs = Iterator[tuple[str, Any]]
@@ -162,7 +162,7 @@ def _dropout_rates(device: torch.device, tiny: bool) -> Pairs:
     """The share that dropout really takes, of hidden values and of attention probabilities."""
     keyed("rate")
     ones = torch.ones(10**6 if tiny else 10**7, device=device, dtype=torch.bfloat16)
-    taken = float((dropped(ones, 0.1) == 0).float().mean())
+    taken = float((dropout(ones, 0.1) == 0).float().mean())
     yield "hidden_dropout", check(abs(taken - 0.1), SEEN_P, rate=taken)
     for precision in ("fp32", "bf16"):
         rate = _attention_rate(device, precision)
@@ -201,13 +201,14 @@ def _lamb_difference(device: torch.device) -> float:
     """Largest relative difference of three LAMB updates of a small model to the CPU's, same gradients."""
     config = _without_dropout(replace(TINY, hidden_size=128))
     models = [model_on(torch.device("cpu"), config), model_on(device, config)]
-    optimizers = [build_optimizer(model, "torch") for model in models]
+    optimizers = [build_optimizer(model, "torch", GradientBuffer(list(model.parameters()))) for model in models]
     start = [p.detach().clone() for p in models[0].parameters()]
     for number in range(3):
         generator = torch.Generator().manual_seed(number)
         for ours, theirs in zip(models[0].parameters(), models[1].parameters(), strict=True):
-            ours.grad = torch.randn(ours.shape, generator=generator)
-            theirs.grad = ours.grad.to(device)
+            assert ours.grad is not None
+            assert theirs.grad is not None
+            theirs.grad.copy_(ours.grad.normal_(generator=generator))
         for optimizer in optimizers:
             optimizer.step(1e-2, max_grad_norm=1.0)
     with torch.no_grad():

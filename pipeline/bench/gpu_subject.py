@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.bert import dropout, encoder, packing
+from pipeline.bert import dropout, packing, regions
 from pipeline.bert.config import BertConfig
 from pipeline.bert.heads import BertForPreTraining, initialised, pretraining_loss_sums
 from pipeline.engine import optim
@@ -27,8 +27,6 @@ from pipeline.errors import EnvironmentFault
 from pipeline.node.device import claimed, driver_version, why_no_gpu
 
 Ints = NDArray[np.int64]
-laying: Any = packing
-STREAMS = hasattr(packing, "STREAM")
 LARGE = BertConfig(
     vocab_size=30528, hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096,
     hidden_act="tanh",
@@ -86,18 +84,16 @@ def invent(count: int, seq_len: int, vocab_size: int, seed: int) -> Samples:
 
 def layouts(device: torch.device) -> list[str]:
     """The layouts that this device can compute, the one that training uses first."""
-    return ["stream", "rows", "padded"] if STREAMS and device.type == "cuda" else ["rows", "padded"]
+    return ["stream", "rows", "padded"] if device.type == "cuda" else ["rows", "padded"]
 
 
 def laid_out(samples: Samples, layout: str) -> dict[str, NDArray[np.int32]]:
     """The arrays of a micro-batch on the host: the batch's, ``masked_index``, ``labels`` and ``nsp``."""
-    text = (samples.tokens, samples.lengths, samples.b_start, samples.seq_len)
-    if STREAMS:
-        arrays = laying.layout(*text, getattr(packing, layout.upper()))
-    else:
-        arrays = laying.layout(*text, one_per_row=layout == "padded")
+    arrays = packing.layout(
+        samples.tokens, samples.lengths, samples.b_start, samples.seq_len, getattr(packing, layout.upper())
+    )
     more = {"masked_index": arrays["slot"][samples.places], "labels": samples.labels, "nsp": samples.nsp}
-    return {name: values.astype(np.int32) for name, values in {**arrays, **more}.items()}
+    return {**arrays, **{name: np.asarray(values, np.int32) for name, values in more.items()}}
 
 
 def placed(samples: Samples, layout: str, device: torch.device) -> dict[str, Tensor]:
@@ -132,20 +128,20 @@ class Subject:
     ) -> None:
         self.device, self.config, self.levers, self.samples = device, config, levers, samples
         self.model = model_on(device, config)
-        self.compiled = levers.compiled and compile_layers(self.model)
+        self.compiled = regions.compile_regions(device if levers.compiled else torch.device("cpu"))
         self.autocast = functools.partial(autocast_for, levers.precision, device)
         self.gradients = GradientBuffer(list(self.model.parameters()))
-        self.optimizer = build_optimizer(self.model, backend) if backend else None
+        self.optimizer = build_optimizer(self.model, backend, self.gradients) if backend else None
         self.batches = [placed(each, levers.layout, device) for each in samples]
 
     def losses(self, index: int, key: int = 0) -> tuple[Tensor, Tensor]:
         """MLM and NSP loss of one micro-batch, means over its masked tokens and samples; inside `autocast`."""
         dropout.keyed(1, "bench", key, index)
         tensors = self.batches[index]
-        batch = laying.Batch.of(tensors, *([self.samples[index].seq_len] if STREAMS else []))
+        batch = packing.Batch.of({**tensors, "seq_len": self.samples[index].seq_len})
         mlm_logits, nsp_logits = self.model(batch, tensors["masked_index"])
         with torch.autocast(self.device.type, enabled=False):
-            sums = pretraining_loss_sums(mlm_logits, tensors["labels"].long(), nsp_logits, tensors["nsp"].long())
+            sums = pretraining_loss_sums(mlm_logits, tensors["labels"], nsp_logits, tensors["nsp"])
             return sums[0] / len(tensors["labels"]), sums[1] / len(tensors["nsp"])
 
     def micro_batch(self, index: int, key: int = 0) -> None:
@@ -177,27 +173,10 @@ class Subject:
         return f"{total & (1 << 64) - 1:016x}"
 
 
-def build_optimizer(model: BertForPreTraining, backend: str) -> optim.Optimizer:
+def build_optimizer(model: BertForPreTraining, backend: str, gradients: GradientBuffer) -> optim.Optimizer:
     """LAMB with the published settings on ``backend`` (torch or apex)."""
-    return optim.build("lamb", backend, model.named_parameters(), variant="apex", weight_decay=0.01, eps=1e-6)
-
-
-def compile_layers(model: BertForPreTraining) -> bool:
-    """Compile the layers as training does; False where it does not."""
-    ours: Callable[[Any], bool] | None = getattr(encoder, "compile_layers", None)
-    if ours is not None:
-        return ours(model)
-    if next(model.parameters()).device.type != "cuda":
-        return False
-    for layer in model.bert.encoder.layer:
-        layer.compile(dynamic=True, fullgraph=True)
-    return True
-
-
-def dropped(values: Tensor, p: float) -> Tensor:
-    """The model's dropout while it trains."""
-    function: Callable[..., Tensor] = dropout.dropout
-    return function(values, p, *([] if STREAMS else [True]))
+    named = model.named_parameters()
+    return optim.build("lamb", backend, named, gradients=gradients, variant="apex", weight_decay=0.01, eps=1e-6)
 
 
 def device_for(tiny: bool) -> torch.device:
