@@ -38,7 +38,7 @@ from pipeline.engine.reduce import GradientBuffer
 from pipeline.node.device import driver_version
 
 Pairs = Iterator[tuple[str, Any]]
-LIMITS = {"fp32": (2e-5, 1e-3), "bf16": (3e-3, 5e-2)}  # of the losses and of the gradients, relative
+LIMITS = {"fp32": (2e-5, 1e-3), "bf16": (6e-3, 5e-2)}  # of the losses and of the gradients, relative
 SEEN_P = 0.005  # how far a measured dropout rate of 0.1 may be off
 
 
@@ -83,12 +83,13 @@ def alive(bench: Bench) -> Pairs:
     with torch.no_grad(), subject.autocast():
         yield "loss_left", check(float(sum(subject.losses(0))) / before, 0.97)
     if device.type == "cuda":
-        yield "waits", check(*_waits(subject))
+        waits = _waits(subject)
+        yield "waits", check(len(waits), 0.0, places=waits)
     yield from _saved_and_resumed(device, config, samples)
 
 
-def _waits(subject: Subject) -> tuple[int, float]:
-    """How often a micro-batch makes the host wait for the device, as torch's debug mode counts it."""
+def _waits(subject: Subject) -> list[str]:
+    """Where a micro-batch makes the host wait for the device, as torch's debug mode sees it."""
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
@@ -96,7 +97,8 @@ def _waits(subject: Subject) -> tuple[int, float]:
             subject.accumulate([0])
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    return sum("synchroniz" in str(warning.message) for warning in told), 0.0
+    waits = [warning for warning in told if "synchroniz" in str(warning.message)]
+    return [f"{Path(warning.filename).name}:{warning.lineno}" for warning in waits]
 
 
 def _saved_and_resumed(device: torch.device, config: BertConfig, samples: list[Samples]) -> Pairs:

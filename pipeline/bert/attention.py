@@ -111,7 +111,8 @@ def blocks_of(batch: Batch, config: BertConfig, dtype: torch.dtype) -> Blocks:
     device = batch.tokens.device
     path = attention_path(device.type, width)
     if path == "varlen":
-        return Blocks(path, varlen_of(device, dtype, config.head_size), batch.cu, batch.seq_len)
+        longest = min(batch.seq_len, rows * width)  # the efficient operator refuses more than there are slots
+        return Blocks(path, varlen_of(device, dtype, config.head_size), batch.cu, longest)
     if path == "samples" or not torch.is_grad_enabled():
         runs = tuple(run for run in batch.cu.diff().tolist() if run)
         return Blocks(path if torch.is_grad_enabled() else PREDICT, runs=runs)
