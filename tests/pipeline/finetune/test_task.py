@@ -1,7 +1,6 @@
 """Fine-tuning on the engine: every task is learnt, accumulation is exact, seeds are compared, results are whole."""
 
 import json
-import random
 import subprocess
 import sys
 from dataclasses import replace
@@ -20,17 +19,15 @@ from pipeline.engine.precision import LossScale
 from pipeline.engine.ranks import Ranks
 from pipeline.errors import CheckpointError, ConfigError, EnvironmentFault, NumericalError
 from pipeline.finetune.model_folder import ModelFolder
-from pipeline.finetune.options import defaults
 from pipeline.finetune.predict import predict
 from pipeline.finetune.problems import problem_of
 from pipeline.finetune.scores import collect
 from pipeline.finetune.task import Files, Finetuning, finetune, run
 from pipeline.node.job import Job, Topology
 from pipeline.run.rundir import RunDir, read_jsonl
+from support.toys import NOUNS, config_of, examples, write_model
 
 ALONE = Ranks(0, 1, None, torch.device("cpu"))
-NOUNS = ["fox", "dog", "cat", "bird", "fish", "horse", "cow", "ant"]
-VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *NOUNS, *"abcdefghijkl", "who", "good", "bad", ".", "##s"]
 
 
 def job(folder: Path, task: str = "mrpc") -> Job:
@@ -49,65 +46,9 @@ def said(job: Job) -> str:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random model as transformers saves it."""
-    folder = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=len(VOCAB),
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=128,
-        max_position_embeddings=64,
-    )
-    transformers.BertModel(config).save_pretrained(folder)
-    (folder / "vocab.txt").write_text("\n".join(VOCAB) + "\n")
-    (folder / "tokenizer_config.json").write_text('{"do_lower_case": true, "strip_accents": true}')
+    folder = tmp_path_factory.mktemp("models") / "model"
+    write_model(folder)
     return folder
-
-
-def examples(folder: Path, task: str, count: int = 32) -> Path:
-    """Learnable examples in the task's official format."""
-    source = random.Random(1)
-    words = [source.choices("abcdefghijkl", k=source.randrange(2, 12)) for _ in range(count)]
-    names = [source.choice(NOUNS) for _ in range(count)]
-    if task == "squad":
-        paragraphs = []
-        for i, (own, name) in enumerate(zip(words, names, strict=True)):
-            at = source.randrange(len(own) + 1)
-            context = " ".join([*own[:at], f"({name}s).", *own[at:]])
-            answer = {"text": f"{name}s", "answer_start": context.index(name)}
-            qa = {"id": f"q{i}", "question": "Who?", "answers": [answer]}
-            paragraphs.append({"context": context, "qas": [qa]})
-        text = json.dumps({"version": "1.1", "data": [{"title": "t", "paragraphs": paragraphs}]})
-    else:
-        rows = []
-        for i, (own, name) in enumerate(zip(words, names, strict=True)):
-            sentence = " ".join([*own, ("bad", "good")[i % 2]])
-            rows.append(
-                {
-                    "mrpc": f"{i % 2}\t1\t2\t{sentence}\t{name}",
-                    "sst2": f"{sentence} \t{i % 2}",
-                    "cola": f"x\t{i % 2}\t\t{sentence}",
-                    "mnli": f"{i}\t{name}\t{sentence}\t{('contradiction', 'neutral')[i % 2]}",
-                }[task]
-            )
-        headers = {
-            "mrpc": ["\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String"],
-            "sst2": ["sentence\tlabel"],
-            "cola": [],
-            "mnli": ["index\tsentence1\tsentence2\tgold_label"],
-        }
-        text = "\n".join([*headers[task], *rows]) + "\n"
-    path = folder / f"{task}.txt"
-    path.write_text(text)
-    return path
-
-
-def config_of(task: str, **changed: Any) -> FinetuneConfig:
-    small = {"epochs": 30, "batch": 16, "learning_rate": 2e-3, "warmup": 0.1, "max_seq_len": 32}
-    squad = {"max_query_length": 4, "doc_stride": 8} if task == "squad" else {}
-    return defaults(task, **({"dataset": f"toy {task}"} | small | squad | changed))
 
 
 def read(path: Path) -> Any:
