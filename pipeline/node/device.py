@@ -48,7 +48,7 @@ def device_of(job: Job) -> torch.device:
 
     given = gpus_given(os.environ)
     if not torch.cuda.is_available():
-        profile = job.run.settings.get("profile", {})
+        profile = job.run.settings.get("profile", {}) if job.run.exists else {}
         if given or (given is None and profile.get("runner") == "slurm" and profile.get("gpus_per_node")):
             raise EnvironmentFault(f"{socket.gethostname()}: {why_no_gpu(torch.version.cuda, driver_version())}")
         return torch.device("cpu")
