@@ -18,6 +18,10 @@ hypothesis.settings.register_profile("ci", derandomize=True, deadline=None)
 hypothesis.settings.register_profile("desk", deadline=None)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "desk")
 
+# One computing thread here and in all that tests start, as a rank has: another number of threads gives other bits, on
+# some processors in the smallest product. It must be said before torch is imported, which asks once.
+os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
+
 # Ctrl-C works in what tests start, also where they run in the background of a script, whose children ignore it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

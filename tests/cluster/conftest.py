@@ -238,7 +238,6 @@ def machine(base: Path) -> Callable[[], dict[str, set[str]]]:
 def slurm(idle, user, monkeypatch: pytest.MonkeyPatch):
     """The cluster, and every command that a test starts talking to it, sent by an ordinary user."""
     monkeypatch.setenv("SLURM_CONF", str(idle.layout.conf))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("HOME", str(user.home))
     monkeypatch.setenv("PYTHONPATH", user.packages)
     monkeypatch.setitem(SENDER, "python", user.python)

@@ -51,7 +51,6 @@ def large(base: Path, devcluster) -> Iterator[object]:
 @pytest.fixture
 def slurm(large, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("SLURM_CONF", str(large.layout.conf))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     yield large
     large.clear()
 

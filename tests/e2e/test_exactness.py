@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from faults.outcome import STEPS
 from faults.starts import SAMPLES, Start, begun, in_lanes
 from pipeline.pretrain.data import PretrainingData
 from pipeline.run.rundir import RunDir
-from support.running import digests, submit
+from support.running import call, digests, submit
 
 pytestmark = [pytest.mark.slow]
 
@@ -139,6 +140,18 @@ def test_a_step_has_the_loss_and_gradient_that_transformers_computes(trainings, 
 
 
 # ---------------------------------------------------------------- whole commands
+
+
+def test_the_threads_of_the_environment_change_no_bit(tmp_path):
+    """The profile alone says with how many threads a rank computes."""
+    found = set()
+    for threads in "1", "8":
+        run = begun(tmp_path / threads / "run", **EVERY_STEP | {"steps": 4}, hidden_size=48)
+        environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+        done = call("worker", run.path, training.STAGE, env=environment)
+        assert done.returncode == 0, done.stderr
+        found.add(digests(run.path)[training.STAGE, 4])
+    assert len(found) == 1, found
 
 
 def test_any_number_of_ranks_gives_the_same_bits(small_run, small_data, tmp_path):

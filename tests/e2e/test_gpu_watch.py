@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.slow]
 
 def worker(run: Path, driver: Path, script: str) -> subprocess.CompletedProcess[str]:
     """Phase 1 as a batch script's srun starts it, on a node with two GPUs by the word of its driver."""
-    environment = {**os.environ, "LD_LIBRARY_PATH": str(driver), "FAKE_NVML": script, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(driver), "FAKE_NVML": script}
     return subprocess.run(
         [sys.executable, "-m", "pipeline.worker", run, "phase1"],
         env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
@@ -32,7 +32,7 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if shutil.which("gcc") is None:
         pytest.skip("needs gcc to build a library that stands in for the NVIDIA driver's")
     folder = tmp_path_factory.mktemp("nvml")
-    source = ROOT / "tests" / "pipeline" / "fake_nvml.c"
+    source = ROOT / "tests" / "pipeline" / "monitor" / "fake_nvml.c"
     words = ["gcc", "-O1", "-shared", "-fPIC", "-Wl,-soname,libnvidia-ml.so.1"]
     subprocess.run([*words, "-o", folder / "libnvidia-ml.so.1", source, "-lpthread"], check=True)
     return folder
