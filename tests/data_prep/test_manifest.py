@@ -59,6 +59,7 @@ def test_a_changed_file_is_named(tmp_path: Path) -> None:
         load(tmp_path, "train")
 
 
+@pytest.mark.slow
 def test_every_changed_byte_of_the_manifest_is_noticed(tmp_path: Path) -> None:
     path = samples_folder(tmp_path) / "manifest.json"
     whole = path.read_bytes()

@@ -169,6 +169,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_killed_and_rerun(tmp_path: Path) -> None:
     text, vocab = text_folder(tmp_path / "text", train=6), vocab_file(tmp_path / "vocab.txt")
     samples.run(FolderJob(tmp_path / "undisturbed"), shards=text, vocab=vocab, **SETTINGS)

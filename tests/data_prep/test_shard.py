@@ -121,6 +121,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_and_rerun(tmp_path: Path) -> None:
     source = documents_folder(tmp_path / "documents", 1500)
     shard.run(FolderJob(tmp_path / "undisturbed"), documents=source, **SETTINGS)

@@ -142,6 +142,7 @@ def test_what_is_no_article_or_no_document_is_counted(write: Callable[[bytes], P
     assert tally.examples == {"no prose": ["Seite 5", "Seite 7"], "over max_document_mb (0.001)": ["Seite 6"]}
 
 
+@pytest.mark.slow
 def test_every_truncation_is_refused(write: Callable[[bytes], Path]) -> None:
     pieces = streams(some_pages())
     draw = random.Random(1)

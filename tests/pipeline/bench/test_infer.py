@@ -80,6 +80,7 @@ def engines(model: Path, task: str, seq_len: int, precision: str = "fp32") -> tu
     return ours, Transformers(ours, folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", [SQUAD, GLUE])
 @pytest.mark.parametrize("lengths", ["real", "full"])
 def test_both_engines_compute_the_same_logits(model: Path, text: Path, task: str, lengths: str) -> None:
@@ -297,6 +298,7 @@ def test_the_command_refuses_in_one_line_each(
     assert (code, err) == (3, "none: cannot be read: No such file or directory\n")
 
 
+@pytest.mark.slow
 def test_a_shape_without_weights_can_be_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
     monkeypatch.setitem(bench_inputs.SIZES, "base", tiny)

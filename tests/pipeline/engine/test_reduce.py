@@ -339,6 +339,7 @@ def test_a_second_backward_is_refused():
         model.loss(0).backward()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reduction", ["tree", "fast"])
 def test_a_killed_peer_is_noticed(tmp_path, reduction):
     run_ranks(f"dies-{reduction}", tmp_path)

@@ -60,6 +60,7 @@ def test_help_is_quick_and_needs_no_torch() -> None:
     assert not imported & {"torch", "numpy", "tokenizers", "safetensors"}
 
 
+@pytest.mark.slow
 def test_from_a_folder_of_transformers_to_scores(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out with a blank"
     arguments = options(folder, out, "--seed", "1", "2", "--dataset", "toy reviews")

@@ -352,6 +352,7 @@ def send_once(run: RunDir, replace: bool = False) -> None:
     send(run, load_profile("generic"), ready(cluster="generic", nodes="2"), old, [], lambda line: None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize("earlier", [False, True])
 def test_killed_at_any_call_a_second_submit_leaves_one_chain(fake, tmp_path, after, earlier) -> None:

@@ -127,11 +127,13 @@ def test_a_hang_is_named_with_its_stacks(tmp_path, body, frame):
     assert frame in stacks
 
 
+@pytest.mark.slow
 def test_waiting_for_others_is_no_hang(tmp_path):
     """Waiting, it may do so for longer than work may take; a busy machine may keep its pulse back for a while."""
     assert end(start(tmp_path, "time.sleep(5)", "waiting", before="module.HANG_S = 2.5")) == (0, "whole\n", "")
 
 
+@pytest.mark.slow
 def test_a_rank_that_waits_keeps_its_stacks_and_leaves_when_a_peer_hangs(tmp_path):
     process = start(tmp_path, "print('ready', flush=True)\ntime.sleep(60)", "waiting")
     assert process.stdout is not None
