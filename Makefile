@@ -2,6 +2,8 @@
 # make unit, make check, make test: what to run while writing, before a commit, before a change is handed over.
 PYTHON ?= python3
 PY = .venv/bin/python
+# two workers; files keep their order, in which the long ones come before the many short ones
+SHARED = -n 2 --dist loadfile --no-loadscope-reorder
 .PHONY: install fetch demo unit test check chaos fmt clean
 
 install: .venv/installed  ## the virtual environment with everything that demo and tests need
@@ -17,11 +19,11 @@ demo: fetch  ## the whole chain on this machine; run again it continues or does 
 	$(PY) -m pipeline.submit --recipe tiny --cluster local --run runs/demo
 
 unit: install  ## the quick tests: no network, no chain, no Slurm; lists what took longer than two seconds
-	$(PY) -m pytest -n 2 --dist loadfile -m unit --durations=5 --durations-min=2
+	$(PY) -m pytest $(SHARED) -m unit --durations=5 --durations-min=2
 
 test: install  ## installs what is missing and runs every test but the long ones
 	$(PY) -m data_prep.sample_text --to data --tests
-	$(PY) -m pytest -n 2 --dist loadfile -m "not cluster"
+	$(PY) -m pytest $(SHARED) -m "not cluster"
 	$(PY) -m pytest -m cluster
 
 chaos: install  ## the long proofs
