@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import signal
+import sys
 from pathlib import Path
 
 import hypothesis
@@ -19,7 +20,8 @@ hypothesis.settings.register_profile("desk", deadline=None)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "desk")
 
 # One computing thread here and in all that tests start, as a rank has: another number of threads gives other bits, on
-# some processors in the smallest product. It must be said before torch is imported, which asks once.
+# some processors in the smallest product. It must be said before torch is imported, which asks once; a command that a
+# test calls in this process may say otherwise (see `pytest_runtest_setup`).
 os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
 
 # Ctrl-C works in what tests start, also where they run in the background of a script, whose children ignore it.
@@ -52,6 +54,8 @@ def _is_unit(item: pytest.Item) -> bool:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(1)
     if item.get_closest_marker("gpu"):
         missing = _no_cuda()
         if missing:
