@@ -64,17 +64,17 @@ def tree_sum(rows):
     return rows[0]
 
 
-def one_step(reducer, model, rank, facts=None):
+def one_step(reducer, plan, model, facts=None):
     """One step of the loop on one rank; returns the scalar totals."""
-    reducer.begin()
-    for index in reducer.plan.range_of(rank):
+    reducer.begin(plan)
+    for index in plan.range_of(reducer.rank):
         with reducer.micro_batch(index) as scalars:
             loss = model.loss(index)
             loss.backward()
             scalars += torch.stack([loss.detach(), torch.tensor(0.1 * index)])  # they begin at zero
         if facts is not None and reducer._buckets is not None:
             facts.append(len(reducer._buckets.sent))
-    scalars, extra = reducer.finish([float(rank)])
+    scalars, extra = reducer.finish(np.array([float(reducer.rank)]))
     return (*scalars.sum(0).tolist(), *extra)
 
 
@@ -92,17 +92,17 @@ def rank_sums(rank, folder):
                 model = Model()
                 plan = BatchPlan(count, 1, world)
                 buffer = GradientBuffer(list(model.parameters()))
-                reducer = Reducer(buffer, plan, rank, group, reduction, bucket_mb=0.003)
+                reducer = Reducer(buffer, rank, group, reduction, bucket_mb=0.003)
                 facts, at_first_layer = [], []
                 if reduction == "fast":
                     model.first.weight.register_post_accumulate_grad_hook(
                         lambda p, r=reducer, seen=at_first_layer: seen.append(len(r._buckets.sent))
                     )
-                one_step(reducer, model, rank)
+                one_step(reducer, plan, model)
                 first = buffer.flat.clone()
                 facts.clear()
                 at_first_layer.clear()
-                totals = one_step(reducer, model, rank, facts)
+                totals = one_step(reducer, plan, model, facts)
                 np.savez(
                     folder / f"{reduction}-{count}-{world}-{rank}.npz",
                     flat=buffer.flat.numpy(),
@@ -132,13 +132,14 @@ def rank_loses_its_peer(reduction):
     def step(rank, folder):
         model = Model()
         buffer = GradientBuffer(list(model.parameters()))
-        reducer = Reducer(buffer, BatchPlan(4, 1, 2), rank, dist.group.WORLD, reduction)
-        one_step(reducer, model, rank)
+        plan = BatchPlan(4, 1, 2)
+        reducer = Reducer(buffer, rank, dist.group.WORLD, reduction)
+        one_step(reducer, plan, model)
         if rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         begin = time.monotonic()
         try:
-            one_step(reducer, model, rank)
+            one_step(reducer, plan, model)
         except RuntimeError as error:
             (folder / "noticed").write_text(f"{time.monotonic() - begin:.3f} {type(error).__name__}")
         os._exit(0)
@@ -168,7 +169,7 @@ def run_ranks(case, folder):
 
 def main(case, folder):
     function, world, timeout_s = CASES[case]
-    one_step(*single_reducer(2, "tree"), 0)  # autograd's lazy imports happen once, before the fork
+    one_step(*single_reducer(2, "tree"))  # autograd's lazy imports happen once, before the fork
     context = multiprocessing.get_context("fork")
     ranks = [
         context.Process(target=start_rank, args=(function, r, world, folder / "store", folder, timeout_s))
@@ -185,7 +186,7 @@ def main(case, folder):
 def single_reducer(count, reduction):
     model = Model()
     buffer = GradientBuffer(list(model.parameters()))
-    return Reducer(buffer, BatchPlan(count, 1, 1), 0, None, reduction), model
+    return Reducer(buffer, 0, None, reduction), BatchPlan(count, 1, 1), model
 
 
 # ---------------------------------------------------------------- one process
@@ -193,25 +194,33 @@ def single_reducer(count, reduction):
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 6, 7, 8, 13, 16])
 def test_one_process_follows_the_tree_bit_for_bit(count):
-    reducer, model = single_reducer(count, "tree")
+    reducer, plan, model = single_reducer(count, "tree")
     for _ in range(2):
-        one_step(reducer, model, 0)
+        one_step(reducer, plan, model)
+        assert torch.equal(reducer.gradients.flat, tree_sum(list(single(count))))
+
+
+def test_each_step_may_have_a_plan_of_its_own():
+    """The last batch of an epoch is smaller."""
+    reducer, _, model = single_reducer(8, "tree")
+    for count in (8, 3, 7):
+        one_step(reducer, BatchPlan(count, 1, 1), model)
         assert torch.equal(reducer.gradients.flat, tree_sum(list(single(count))))
 
 
 def test_a_rank_holds_few_buffers_and_uses_them_again():
-    reducer, model = single_reducer(100, "tree")
+    reducer, plan, model = single_reducer(100, "tree")
     held = []
     for _ in range(2):
-        one_step(reducer, model, 0)
+        one_step(reducer, plan, model)
         held.append({buffer.data_ptr() for buffer in (*reducer._tree.free, *reducer._tree.blocks.values())})
     assert 2 <= len(held[0]) <= 8  # log2(100) + 1
     assert held[0] == held[1]
 
 
 def test_fast_in_one_process_is_plain_accumulation():
-    reducer, model = single_reducer(5, "fast")
-    totals = one_step(reducer, model, 0)
+    reducer, plan, model = single_reducer(5, "fast")
+    totals = one_step(reducer, plan, model)
     plain = Model()
     losses = [plain.loss(index) for index in range(5)]
     for loss in losses:
@@ -290,8 +299,8 @@ def test_a_step_repeats_bit_for_bit(sums):
 
 @pytest.mark.parametrize("count", COUNTS)
 def test_scalars_do_not_depend_on_ranks_or_reduction(sums, count):
-    reducer, model = single_reducer(count, "tree")
-    expected = one_step(reducer, model, 0)[:2]
+    reducer, plan, model = single_reducer(count, "tree")
+    expected = one_step(reducer, plan, model)[:2]
     for (_, found, world), ranks in sums.items():
         if found == count:
             for facts in ranks:
