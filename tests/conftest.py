@@ -47,10 +47,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def _is_unit(item: pytest.Item) -> bool:
     """Whether make unit runs a test: it lies beside the code that it holds, is not marked and needs nothing fetched."""
-    room = item.path.relative_to(Path(__file__).parent).parts[0]
+    beside = item.path.relative_to(Path(__file__).parent).parts[0] in ("data_prep", "pipeline", "slurm", item.path.name)
     marked = any(item.get_closest_marker(mark) for mark in ("slow", "chaos", "cluster", "gpu"))
     fetches = {"sample_dir", "carriers"} & set(item.fixturenames)  # directly or through other fixtures
-    return not (room in ("e2e", "faults", "cluster") or marked or fetches)
+    return beside and not marked and not fetches
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

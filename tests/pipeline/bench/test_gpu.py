@@ -24,6 +24,7 @@ def bench(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env=HERE, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_every_block_on_a_tiny_model(tmp_path):
     done = bench("--tiny", "--out", str(tmp_path / "gpu.json"))
     assert done.returncode == 0, done.stdout + done.stderr
@@ -37,6 +38,7 @@ def test_every_block_on_a_tiny_model(tmp_path):
     assert found["blocks"]["transformers"]["phase2"]["ours"] > 0
 
 
+@pytest.mark.slow
 def test_packed_into_one_file_it_runs_anywhere(tmp_path):
     assert bench("--pack", str(tmp_path / "gpu_bench.py")).returncode == 0
     first = (tmp_path / "gpu_bench.py").read_bytes()
@@ -111,6 +113,7 @@ def test_a_failed_block_is_a_failed_command(tmp_path, monkeypatch):
     assert gpu.main(["--out", str(tmp_path / "gpu.json")]) == 1
 
 
+@pytest.mark.slow
 def test_what_another_call_measured_stays(tmp_path):
     out = tmp_path / "gpu.json"
     out.write_text(json.dumps({"blocks": {"peak": {"ok": True, "kept": 1}}}))
