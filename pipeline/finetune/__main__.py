@@ -60,9 +60,10 @@ def main() -> int:
         model=_model_folder(arguments), train=arguments.train, eval=arguments.eval, mismatched=arguments.eval_mismatched
     )
     run = RunDir(arguments.out)
+    threads = arguments.threads or max(1, (os.cpu_count() or 1) // arguments.processes)
     for seed in config.seeds:
         own = replace(config, seeds=(seed,))
-        job = _job(run, f"{arguments.task}-{seed}", arguments.threads, files, own)
+        job = _job(run, f"{arguments.task}-{seed}", threads, files, own)
         finetune(job, arguments.task, own, files, modes, max_steps=arguments.max_steps)
     if Topology.of(os.environ).rank > 0:
         return 0
@@ -172,7 +173,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="default: fp32")
     parser.add_argument("--processes", type=int, default=1, metavar="N", help="ranks that train together (default: 1)")
     parser.add_argument("--max-steps", type=int, metavar="N", help="end after so many steps, whatever --epochs says")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, metavar="N", help="CPU threads")
+    parser.add_argument(
+        "--threads", type=int, metavar="N", help="CPU threads of each process (default: the cores, shared)"
+    )
     parser.add_argument("--version-2", action="store_true", help="squad: questions may have no answer")
     shown = {f.name: f.default for f in fields(FinetuneConfig) if f.default is not MISSING}
     for name, text in HELP.items():
