@@ -25,6 +25,12 @@ fail() {{
   echo "$1" >&2
   exit "$2"
 }}
+# the first line of a file, when it matches: what stands in a run folder is never run, nor computed with, unseen
+read_line() {{
+  local line=
+  if [ -f "$1" ]; then read -r -n 4096 line <"$1"; fi 2>/dev/null
+  [[ $line =~ $2 ]]
+}}
 # ends this job for good: no requeue, and spare jobs end at once
 over() {{
   echo "attempt $attempt: $1; not started again" >&2
@@ -36,13 +42,17 @@ attempt=${{SLURM_RESTART_COUNT:-0}}
 this=$SLURM_JOB_ID.$attempt
 mkdir -p "$state" || fail "$state: cannot be made" 6
 series=$state/${{stands_in_for:-$SLURM_JOB_ID}}
+bad_nodes="$series.bad_nodes"
+# whoever may write into the run folder could plant a pipe, which would be waited for, or a device
+for file in "$state/$this".{{verdict,gpu_s.new}} "$series".{{over,tries,bad_nodes}}; do
+  if [ -e "$file" ] && [ ! -f "$file" ]; then fail "$file: not a plain file; take it away" 6; fi
+done
 if [ -s "$series.over" ]; then
-  read -r code why <"$series.over"
-  fail "nothing to do in the place of job ${{series##*/}}: $why" "$code"
+  read_line "$series.over" '^([0-9]{{1,3}}) ([[:print:]]{{1,300}})$' || fail "$series.over: not readable; take it away" 6
+  fail "nothing to do in the place of job ${{series##*/}}: ${{BASH_REMATCH[2]}}" "${{BASH_REMATCH[1]}}"
 fi
 export {verdict.VERDICT}="$state/$this.verdict"
 export {verdict.TRIES}="$series.tries"
-bad_nodes="$series.bad_nodes"
 
 # end of the allocation, read once: D-HH:MM:SS, MM:SS, or a word when there is no limit
 began=$(date +%s)
@@ -64,10 +74,9 @@ note_gpu_s() {{
   echo $((gpus * ($(date +%s) - began))) >"$state/$this.gpu_s.new" && mv "$state/$this.gpu_s.new" "$state/$this.gpu_s"
 }}
 left_s() {{
-  local spent=0 one file
+  local spent=0 file
   for file in "$state"/*.gpu_s; do
-    read -r one <"$file"
-    spent=$((spent + one))
+    if read_line "$file" '^[0-9]{{1,15}}$'; then spent=$((spent + 10#$BASH_REMATCH)); fi
   done
   echo $(((max_gpu_s - spent) / gpus))
 }}
@@ -116,8 +125,9 @@ nodes=
 # the first rank that failed knows best; srun's own code mixes those of all ranks
 last=$code
 silent=no
-if [ -s "${verdict.VERDICT}" ]; then
-  read -r code nodes <"${verdict.VERDICT}"
+if read_line "${verdict.VERDICT}" '^([0-9]{{1,3}})(( [A-Za-z0-9][A-Za-z0-9._-]*)*)$'; then
+  code=${{BASH_REMATCH[1]}}
+  nodes=${{BASH_REMATCH[2]}}
   last=$code
 elif ! [[ $code =~ ^([03-9]|7[5-7])$ ]]; then # killed, or it did not start
   echo "attempt $attempt: no rank said why it ended (code $code)"

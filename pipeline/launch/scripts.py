@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -117,9 +118,9 @@ def gpu_hours(jobs: Sequence[JobPlan]) -> float:
 
 
 def spent_gpu_hours(run: RunDir) -> float:
-    """What all attempts of the run's jobs have spent until now, as their batch scripts note it."""
-    seconds = [path.read_text().strip() for path in (run.path / "jobs").glob("*.gpu_s")]
-    return sum(int(text) for text in seconds if text.isdigit()) / 3600
+    """What all attempts of the run's jobs have spent until now, as their batch scripts note it and read it."""
+    notes = [path.read_bytes()[:100] for path in (run.path / "jobs").glob("*.gpu_s") if path.is_file()]
+    return sum(int(note) for note in notes if re.fullmatch(rb"[0-9]{1,15}\n?", note)) / 3600
 
 
 def with_files(folder: Path, found: Sequence[Sending]) -> list[Sending]:

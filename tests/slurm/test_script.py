@@ -287,6 +287,42 @@ def test_a_stage_that_looks_at_no_deadline_is_told_to_stop(job, tmp_path: Path) 
     assert "scancel --signal=TERM 7" in calls
 
 
+NAMES = ("", "08x", "9" * 30)  # what a node could be called
+PLANTED = (*NAMES, "a[$(touch run)]", "$(touch run)", "`touch run`", "-99999", "; touch run", "* ..", "\x1b[2J")
+
+
+@pytest.mark.parametrize("text", PLANTED)
+def test_what_is_planted_in_the_run_folder_is_not_run(job, tmp_path: Path, text: str) -> None:
+    """Of every file that the script reads. Shell arithmetic would run a subscript's command."""
+    state = tmp_path / "it's jobs"
+    state.mkdir()
+    for name in ("3.0.gpu_s", "7.0.verdict", "7.bad_nodes", "7.tries"):
+        (state / name).write_text(f"{text}\n")
+    code, calls, said = job(gpus=4, max_gpu_s=12000, CODE="6")
+    assert (code, asked(calls), any(call.startswith("srun") for call in calls)) == (6, 0, True), said
+    for planted in ("77", "0"):
+        (state / "7.over").unlink(missing_ok=True)
+        (state / "7.1.verdict").write_text(f"{planted} {text}\n")
+        code, _, said = job(CODE="6", SLURM_RESTART_COUNT="1")
+        assert code == (int(planted) if text in NAMES else 6), said
+    (state / "7.over").write_text(f"{text} why\n")
+    code, calls, said = job(SLURM_RESTART_COUNT="2")
+    assert (code, calls, "take it away" in said) == (6, [], True)
+    assert not [path for path in tmp_path.rglob("*") if path.name == "run"]
+
+
+@pytest.mark.parametrize("name", ["7.0.verdict", "7.over", "7.tries", "7.bad_nodes", "7.0.gpu_s.new"])
+def test_a_planted_pipe_is_not_waited_for(job, tmp_path: Path, name: str) -> None:
+    (tmp_path / "it's jobs").mkdir()
+    os.mkfifo(tmp_path / "it's jobs" / name)
+    code, calls, said = job(gpus=4, max_gpu_s=12000)
+    assert (code, calls) == (6, [])
+    assert f"{name}: not a plain file" in said
+    (tmp_path / "it's jobs" / name).unlink()
+    os.mkfifo(tmp_path / "it's jobs" / "3.0.gpu_s")
+    assert job(gpus=4, max_gpu_s=12000)[0] == 0
+
+
 def test_a_controller_that_is_down_is_asked_again(job) -> None:
     _, calls, said = job(CODE="75", DOWN="1")
     assert asked(calls) == 2

@@ -174,8 +174,9 @@ def test_the_gpu_hours_of_a_run(tmp_path) -> None:
     run, jobs = RunDir(tmp_path), ready(nodes="2")
     assert scripts.spent_gpu_hours(run) == 0
     (tmp_path / "jobs").mkdir()
-    for name, text in (("7.0", "7200\n"), ("7.1", "1800"), ("8.0", "")):  # the last one is just being written
-        (tmp_path / "jobs" / f"{name}.gpu_s").write_text(text)
+    for name, text in (("7.0", "7200\n"), ("7.1", "1800"), ("8.0", ""), ("8.1", "²"), ("8.2", "-9000")):
+        (tmp_path / "jobs" / f"{name}.gpu_s").write_text(text)  # the third is just being written
+    os.mkfifo(tmp_path / "jobs" / "8.3.gpu_s")
     assert scripts.spent_gpu_hours(run) == 2.5
     submit.check_budget(run, jobs, 0)
     submit.check_budget(run, jobs, 2.8)
