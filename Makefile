@@ -36,6 +36,7 @@ check: install  ## style, types and architecture
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	.venv/bin/lint-imports
+	.venv/bin/shellcheck -x slurm/job.sh slurm/stage.sbatch
 
 fmt: install
 	$(PY) -m ruff check --fix --quiet .

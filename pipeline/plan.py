@@ -13,9 +13,9 @@ from typing import Any
 from pipeline import batch
 from pipeline.config import Recipe, load_profile, load_recipe
 from pipeline.errors import ConfigError, run_command
+from pipeline.launch.request import micro_batch_limit
 from pipeline.report import published
 from pipeline.run.interruptions import advise, chance_of_none, expected_restarts, young_s
-from pipeline.submit import micro_batch_limit
 from slurm.profile import Profile
 
 COLUMNS = (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import os
 import subprocess
@@ -11,15 +10,11 @@ import tempfile
 from pathlib import Path
 
 from data_prep.publish import publish_json, publish_text
-from pipeline.config import Recipe
 from pipeline.errors import ConfigError, run_command
-from pipeline.launch import corpora, scripts
-from pipeline.launch import jobs as groups
-from pipeline.launch.configure import configure, find_data_dir
-from pipeline.launch.configure import micro_batch_limit as micro_batch_limit
-from pipeline.launch.jobs import JobPlan
+from pipeline.launch import code, corpora, request, scripts
+from pipeline.launch.jobs import equipped, jobs_of, with_spares
 from pipeline.launch.local import run_chain
-from pipeline.launch.options import parse
+from pipeline.launch.request import Request
 from pipeline.run.chain import Chain
 from pipeline.run.journal import Journal, live_jobs, refuse_running
 from pipeline.run.rundir import RunDir, read_json
@@ -27,49 +22,52 @@ from pipeline.stages import TASKS
 from pipeline.worker import made_with
 from slurm import flags, queue
 from slurm.errors import Refused, SlurmError
-from slurm.profile import Profile
 from slurm.refusal import blame
-from slurm.shell import LEAST_S
+from slurm.submission import JobPlan
+from slurm.verdict import LEAST_S
 
 
 def main() -> int:
-    arguments = parse(sys.argv[1:])
-    run = RunDir(arguments.run)
-    recipe, profile = configure(run, arguments)
-    data_dir = find_data_dir(run, profile, arguments)
-    if arguments.dry_run:
-        show_plan(Chain.planned(run, recipe, corpora.identities(run, recipe, data_dir)), profile, arguments)
+    asked = request.of(sys.argv[1:])
+    run, profile = asked.run, asked.profile
+    if asked.dry_run:
+        show_plan(planned(asked), asked)
         return 0
-    absent = corpora.missing(run, recipe, data_dir)
-    if arguments.test_only or (arguments.write_scripts and absent):
-        without_sending(Chain.planned(run, recipe, corpora.identities(run, recipe, data_dir)), profile, arguments)
-        if arguments.write_scripts:
+    absent = corpora.missing(asked)
+    if asked.test_only or (asked.write_scripts and absent):
+        without_sending(planned(asked), asked)
+        if asked.write_scripts:
             print(f"{run.path} is not begun, {absent[0]} is missing: give --data DIR before submit.sh is run")
         return 0
-    corpora.check(run, recipe, data_dir, "run make fetch, or " if profile.runner == "local" else "")
+    corpora.check(asked)
     run.path.mkdir(parents=True, exist_ok=True)
     with run.held():
-        if profile.runner != "local" and not arguments.write_scripts:
-            return to_slurm(run, recipe, profile, arguments)
+        if not asked.local and not asked.write_scripts:
+            return to_slurm(asked)
         if Journal.read(run) is not None:
             refuse_if_slurm_runs_it(run)
-        begin(run, recipe, profile, arguments)
+        begin(asked)
         chain = Chain.of(run)
-        if profile.runner != "local":
+        if not asked.local:
             (run.path / "logs").mkdir(exist_ok=True)
-            return without_sending(chain, profile, arguments)
-        todo = selected(chain, arguments)
+            return without_sending(chain, asked)
+        todo = selected(chain, asked)
         if not todo:
             return nothing_to_do(run)
-        code = run_chain(run, todo, profile.processes, profile.threads)
-    if code == 0:
+        exit_code = run_chain(run, todo, profile.processes, profile.threads)
+    if exit_code == 0:
         show_results(run)
-    return code
+    return exit_code
 
 
-def selected(chain: Chain, arguments: argparse.Namespace) -> dict[str, str]:
+def planned(asked: Request) -> Chain:
+    """The chain as it will be, whether or not the run exists yet."""
+    return Chain.planned(asked.run, asked.recipe, corpora.identities(asked))
+
+
+def selected(chain: Chain, asked: Request) -> dict[str, str]:
     """The stages to run with the reasons, which are printed."""
-    todo = chain.select(arguments.stages.split(",")) if arguments.stages else chain.todo()
+    todo = chain.select(asked.stages) if asked.stages else chain.todo()
     for name, why in todo.items():
         print(f"  will run {name:12s} {why}")
     return todo
@@ -81,50 +79,50 @@ def nothing_to_do(run: RunDir) -> int:
     return 0
 
 
-def plan_jobs(chain: Chain, profile: Profile, todo: dict[str, str], arguments: argparse.Namespace) -> list[JobPlan]:
+def plan_jobs(chain: Chain, todo: dict[str, str], asked: Request) -> list[JobPlan]:
     """The jobs of ``todo`` with what they ask for."""
-    jobs = groups.jobs_of(chain.stages, todo, split=arguments.split)
-    if profile.spares:
-        jobs = groups.with_spares(jobs, profile.spares)
-    return groups.equipped(jobs, profile, arguments.nodes, arguments.flags, os.environ)
+    jobs = jobs_of(chain.stages, todo, split=asked.split)
+    if asked.profile.spares:
+        jobs = with_spares(jobs, asked.profile.spares)
+    return equipped(jobs, asked.asked)
 
 
-def to_slurm(run: RunDir, recipe: Recipe, profile: Profile, arguments: argparse.Namespace) -> int:
+def to_slurm(asked: Request) -> int:
     """Send what is missing; returns at once."""
-    from pipeline.launch.send import send, settle  # submitit is imported only where jobs are sent
+    from pipeline.launch.send import finish_interrupted, send  # submitit is imported only where jobs are sent
 
-    old = settle(run, replace=arguments.replace, say=print)
-    chain = Chain.planned(run, recipe, corpora.identities(run, recipe, find_data_dir(run, profile, arguments)))
-    todo = selected(chain, arguments)
-    jobs = plan_jobs(chain, profile, todo, arguments)
-    check_budget(run, jobs, arguments.max_gpu_hours)
-    try_out(run, profile, jobs, arguments)  # before anything of the run is changed
-    begin(run, recipe, profile, arguments)
+    old = finish_interrupted(asked.run, replace=asked.replace, say=print)
+    chain = planned(asked)
+    todo = selected(chain, asked)
+    jobs = plan_jobs(chain, todo, asked)
+    check_budget(asked, jobs)
+    try_out(asked, jobs)  # before anything of the run is changed
+    begin(asked)
     if not todo:
-        return nothing_to_do(run)
+        return nothing_to_do(asked.run)
     if ignored := flags.ignored(os.environ):
         print(f"without effect: {', '.join(ignored)}")
-    sent = send(run, profile, jobs, old, arguments.extra, print, arguments.max_gpu_hours)
-    for job, handle in zip(jobs, sent, strict=True):
-        print(scripts.describe(job, handle.job_id))
+    for job, sent in zip(jobs, send(asked, jobs, old, print), strict=True):
+        print(scripts.describe(job, sent.job_id))
     if hours := scripts.gpu_hours(jobs):
         print(f"at most {hours:.0f} GPU-hours if no job is started again")
-    print(f"watch it:  python -m pipeline.status {run.path}")
+    print(f"watch it:  python -m pipeline.status {asked.run.path}")
     return 0
 
 
-def check_budget(run: RunDir, jobs: list[JobPlan], max_gpu_hours: float) -> None:
+def check_budget(asked: Request, jobs: list[JobPlan]) -> None:
     """ConfigError when a job needs GPUs and the GPU-hours that the run may spend are spent."""
-    spent, gpus = scripts.spent_gpu_hours(run), [job.resources.nodes[0] * job.resources.gpus_per_node for job in jobs]
-    if max_gpu_hours and any(gpus):
-        if (max_gpu_hours - spent) * 3600 < LEAST_S * max(gpus):
+    limit, spent = asked.max_gpu_hours, scripts.spent_gpu_hours(asked.run)
+    gpus = [job.resources.nodes[0] * job.resources.gpus_per_node for job in jobs]
+    if limit and any(gpus):
+        if (limit - spent) * 3600 < LEAST_S * max(gpus):
             raise ConfigError(
-                f"{run.path}: {spent:.2f} GPU-hours are spent, --max-gpu-hours allows {max_gpu_hours:g}; allow more"
+                f"{asked.run.path}: {spent:.2f} GPU-hours are spent, --max-gpu-hours allows {limit:g}; allow more"
             )
-        print(f"{spent:.2f} of {max_gpu_hours:g} GPU-hours are spent; the chain stops when they are used up")
+        print(f"{spent:.2f} of {limit:g} GPU-hours are spent; the chain stops when they are used up")
 
 
-def try_out(run: RunDir, profile: Profile, jobs: list[JobPlan], arguments: argparse.Namespace) -> dict[str, str]:
+def try_out(asked: Request, jobs: list[JobPlan]) -> dict[str, str]:
     """Slurm's estimate for each job by name. Raises Refused where it would never start.
 
     sbatch checks less of a job that is held or waits: it would be accepted and stay in the queue for ever.
@@ -132,41 +130,40 @@ def try_out(run: RunDir, profile: Profile, jobs: list[JobPlan], arguments: argpa
     estimates = {}
     with tempfile.TemporaryDirectory() as folder:
         for job in (job for job in jobs if not job.stands_in_for):
-            file = Path(folder) / f"{job.name}.sbatch"
-            file.write_text(scripts.script_text(run, profile, job), encoding="utf-8")
+            file = Path(folder) / job.file
+            file.write_text(scripts.script_text(asked, job), encoding="utf-8")
             try:
-                estimates[job.name] = queue.patiently(lambda: queue.estimate_start(file, arguments.extra), say=print)  # noqa: B023
+                estimates[job.name] = queue.patiently(lambda: queue.estimate_start(file, asked.extra), say=print)  # noqa: B023
             except Refused as refused:
                 partition = job.left.get("partition")
                 away = queue.unavailable_nodes(partition.value if partition else "")
-                if "node configuration is not available" not in str(refused) or not away or arguments.test_only:
-                    raise Refused(f"{refused}{blame(str(refused), job.settings, arguments.extra)}") from None
+                if "node configuration is not available" not in str(refused) or not away or asked.test_only:
+                    raise Refused(f"{refused}{blame(str(refused), job.settings, asked.extra)}") from None
                 print(f"{job.name}: no nodes for it now, {away} are down or reserved; it waits")
     return estimates
 
 
-def without_sending(chain: Chain, profile: Profile, arguments: argparse.Namespace) -> int:
+def without_sending(chain: Chain, asked: Request) -> int:
     """``--write-scripts`` and ``--test-only``."""
-    run, jobs = chain.run, plan_jobs(chain, profile, selected(chain, arguments), arguments)
-    if arguments.write_scripts:
-        folder, limit = arguments.write_scripts, arguments.max_gpu_hours
-        for path in scripts.write_scripts(folder, run, profile, jobs, arguments.extra, limit):
+    jobs = plan_jobs(chain, selected(chain, asked), asked)
+    if asked.write_scripts:
+        for path in scripts.write_scripts(asked.write_scripts, asked, jobs):
             print(path)
-        print(f"send them with  bash {folder / 'submit.sh'}")
-    if arguments.test_only:
-        for name, estimate in try_out(run, profile, jobs, arguments).items():
+        print(f"send them with  bash {asked.write_scripts / 'submit.sh'}")
+    if asked.test_only:
+        for name, estimate in try_out(asked, jobs).items():
             print(f"{name}: {estimate}")
     return 0
 
 
-def show_plan(chain: Chain, profile: Profile, arguments: argparse.Namespace) -> None:
+def show_plan(chain: Chain, asked: Request) -> None:
     """``--dry-run``: nothing is written and nobody is asked."""
-    todo = selected(chain, arguments)
+    todo = selected(chain, asked)
     if not todo:
         print(f"{chain.run.path}: everything is done, nothing to do")
-    if profile.runner == "local":
+    if asked.local:
         return
-    jobs = plan_jobs(chain, profile, todo, arguments)
+    jobs = plan_jobs(chain, todo, asked)
     for job in jobs:
         print(scripts.describe(job))
         for line in [] if job.stands_in_for else scripts.explain(job.settings):
@@ -178,43 +175,54 @@ def show_plan(chain: Chain, profile: Profile, arguments: argparse.Namespace) -> 
 def refuse_if_slurm_runs_it(run: RunDir) -> None:
     """InUseError when Slurm has jobs of this run at work; without an answer from Slurm there is nothing to refuse."""
     try:
-        found = live_jobs(run)
+        jobs = live_jobs(run)
     except SlurmError as error:
         print(f"{run.path}: whether Slurm runs this is not known ({error})", file=sys.stderr)
         return
-    refuse_running(run, found, f"wait for it, or stop it with python -m pipeline.cancel {run.path}")
+    refuse_running(run, jobs, f"wait for it, or stop it with python -m pipeline.cancel {run.path}")
 
 
-def begin(run: RunDir, recipe: Recipe, profile: Profile, arguments: argparse.Namespace) -> None:
-    """Write run.json and what is needed to repeat the run."""
-    data_dir = find_data_dir(run, profile, arguments)
+def begin(asked: Request) -> None:
+    """Write run.json and what is needed to repeat the run, with the code that its jobs will run."""
+    run, stored = asked.run, asked.stored
     if not run.model.is_symlink():
         run.model.symlink_to("stages/export/model")
-    commit, diff = code_version()
-    publish_text(run.path / "code.diff", diff)
+    now = code.digest()
+    if asked.local and asked.code != now:
+        print(f"the code has changed since this run began ({asked.code[:12]}, now {now[:12]}); --upgrade notes it")
+    elif asked.code != now:
+        print(f"jobs run the code with which this run began ({asked.code[:12]}); --upgrade takes this checkout's")
+    if not asked.local:
+        code.keep(run, asked.code)
+    commit = stored.get("commit", "")
+    if asked.code != stored.get("code"):
+        commit, diff = code_version()
+        publish_text(run.path / "code.diff", diff)
     publish_json(
         run.path / "run.json",
         {
             "format": 1,
-            "recipe": dataclasses.asdict(recipe),
-            "profile": dataclasses.asdict(profile),
-            "nodes": arguments.most_nodes,
-            "node_range": arguments.nodes,
-            "max_gpu_hours": arguments.max_gpu_hours,
-            "allow_mixed": arguments.allow_mixed,
-            "corpora": corpora.identities(run, recipe, data_dir),
-            "data_dir": os.path.relpath(data_dir.resolve(), run.path.resolve()),
+            "recipe": dataclasses.asdict(asked.recipe),
+            "profile": dataclasses.asdict(asked.profile),
+            "nodes": asked.nodes[1],
+            "node_range": "-".join(map(str, dict.fromkeys(asked.nodes))),
+            "max_gpu_hours": asked.max_gpu_hours,
+            "allow_mixed": asked.allow_mixed,
+            "corpora": corpora.identities(asked),
+            "data_dir": os.path.relpath(asked.data_dir.resolve(), run.path.resolve()),
             "versions": made_with(),
             "commit": commit,
+            "code": asked.code,
         },
     )
     run.event(
         "submitted",
-        recipe=recipe.name,
-        cluster=profile.name,
-        nodes=arguments.most_nodes,
+        recipe=asked.recipe.name,
+        cluster=asked.profile.name,
+        nodes=asked.nodes[1],
         commit=commit,
-        settings=arguments.settings,
+        code=now if asked.local else asked.code,
+        settings=asked.settings,
     )
 
 
@@ -235,10 +243,9 @@ def code_version() -> tuple[str, str]:
 def show_results(run: RunDir) -> None:
     """Scores of the fine-tuning stages and where the report lies."""
     for name in TASKS:
-        found = read_json(run.stage(name).path / "scores.json")
-        if found:
-            scores = ", ".join(f"{key} {value:.4g}" for key, value in found["scores"].items())
-            print(f"{found['dataset']}: {scores} ({found['examples']} examples)")
+        if record := read_json(run.stage(name).path / "scores.json"):
+            scores = ", ".join(f"{key} {value:.4g}" for key, value in record["scores"].items())
+            print(f"{record['dataset']}: {scores} ({record['examples']} examples)")
     if run.report.exists():
         print(f"report: {run.report}")
 

@@ -1,58 +1,35 @@
-"""Users' Slurm flags, under Slurm's own names and letters, and the only place that spells them for sbatch.
+"""Users' Slurm flags, under Slurm's own names and letters. ``slurm.header`` spells them for sbatch.
 
-Where a value comes from: flag > SBATCH_* environment > profile > hint of the recipe. Source of the table: sbatch(1).
+Where a value comes from: flag > SBATCH_* environment > profile > hint of the recipe. ``flags.csv`` is from sbatch(1).
 """
 
 from __future__ import annotations
 
-import dataclasses
+import csv
 import difflib
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from slurm.errors import FlagError
-from slurm.resources import (
-    Resources,
-    format_memory,
-    format_time,
-    parse_count,
-    parse_gpus,
-    parse_memory_gb,
-    parse_nodes,
-    parse_time,
-)
 
 
 @dataclass(frozen=True)
 class Option:
-    """One sbatch option. ``argument``: "yes", "may" (only as ``--name=value``) or "no".
+    """One sbatch option, a row of ``flags.csv``.
 
-    ``whole_chain``: a bare flag means every job; otherwise the section that bare flags mean.
+    ``argument``: yes, may (only as ``--name=value``) or no. ``scope``: a bare flag means every job of the chain, or
+    those of one section. ``variable``: the SBATCH_* variable that is read for it, empty for none.
     """
 
     name: str
-    letter: str = ""
-    argument: str = "yes"
-    whole_chain: bool = False
-    env: str = ""
+    letter: str
+    argument: str
+    scope: str
+    variable: str
 
 
-# One option: name, letter, argument (y yes, m may, n no; c: a bare flag concerns the whole chain), variable.
-# The variable is "-" for none and left out for SBATCH_NAME.
-_TABLE = """
-account A yc|acctg-freq|batch|bb - y -|bbf - y -|begin b yc -|chdir D yc -|clusters M yc|cluster-constraint - y -
-comment - yc -|constraint C|container|contiguous - n -|core-spec S|cores-per-socket - y -|cpu-freq - y -
-cpus-per-gpu|cpus-per-task c y -|deadline - yc -|delay-boot|distribution m|exclude x y -|exclusive - m|export - yc
-extra-node-info B y -|get-user-env - mc|gpu-bind|gpu-freq|gpus-per-node|gres|gres-flags|hint|hold H nc -
-job-name J yc|kill-on-invalid-dep - yc -|licenses L y -|mail-type - yc -|mail-user - yc -|mcs-label - yc -
-mem - y SBATCH_MEM_PER_NODE|mem-bind|mem-per-cpu|mem-per-gpu|mincpus - y -|network|nice - mc -|no-kill k m
-nodefile F y -|nodelist w y -|nodes N y -|ntasks-per-core - y -|ntasks-per-node - y -|ntasks-per-socket - y -
-overcommit O n|oversubscribe s n -|partition p|power|prefer - y -|priority - yc -|profile|propagate - mc -|qos q
-reboot - n -|requeue - nc|reservation|signal|sockets-per-node - y -|spread-job - n|switches - y SBATCH_REQ_SWITCH
-thread-spec|threads-per-core|time t y SBATCH_TIMELIMIT|time-min - y -|tmp - y -|use-min-nodes - n|wait-all-nodes
-wckey - yc
-"""
 REFUSED = {
     "array": "a stage is one job, not an array",
     "dependency": "the chain sets the dependencies itself",
@@ -77,19 +54,8 @@ REFUSED_LETTERS = dict(
 ALTERNATIVES = ({"mem", "mem-per-cpu", "mem-per-gpu"}, {"exclusive", "oversubscribe"}, {"gres", "gpus-per-node"})
 
 
-def _read_table() -> dict[str, Option]:
-    options = {}
-    for row in _TABLE.replace("\n", "|").split("|"):
-        fields = row.split()
-        if fields:
-            name, letter, how, env = (fields + ["-", "y", ""][len(fields) - 1 :])[:4]
-            env = {"": f"SBATCH_{name.upper().replace('-', '_')}", "-": ""}.get(env, env)
-            argument = {"y": "yes", "m": "may", "n": "no"}[how[0]]
-            options[name] = Option(name, letter.replace("-", ""), argument, "c" in how, env)
-    return options
-
-
-OPTIONS = _read_table()
+with Path(__file__).with_name("flags.csv").open(encoding="utf-8", newline="") as _file:
+    OPTIONS = {row["name"]: Option(**row) for row in csv.DictReader(_file)}
 LETTERS = {option.letter: option.name for option in OPTIONS.values() if option.letter}
 REMOVED = "\0removed"  # never a user's value: control characters are refused
 
@@ -234,7 +200,7 @@ def resolve(
         _put(settings, Flag(name, check_text(variable, value)), variable)
     ordered = sorted(flags, key=lambda flag: flag.section != "")  # stable: an addressed flag beats a bare one
     for flag in ordered:
-        bare = not flag.section and (section == default_section or OPTIONS[flag.name].whole_chain)
+        bare = not flag.section and (section == default_section or OPTIONS[flag.name].scope == "chain")
         if bare or flag.section == section:
             _put(settings, flag, "flag")
     return settings
@@ -271,9 +237,9 @@ def variables(environ: Mapping[str, str]) -> dict[str, tuple[str, str]]:
     """Option name → (variable, value) of the SBATCH_* variables that a chain respects."""
     found = {}
     for option in OPTIONS.values():
-        value = environ.get(option.env) if option.env else None
+        value = environ.get(option.variable) if option.variable else None
         if value is not None and (value or option.argument != "yes"):
-            found[option.name] = (option.env, value if option.argument != "no" else "")
+            found[option.name] = (option.variable, value if option.argument != "no" else "")
     if "SBATCH_NO_REQUEUE" in environ:
         found["requeue"] = ("SBATCH_NO_REQUEUE", "no")
     return found
@@ -281,106 +247,5 @@ def variables(environ: Mapping[str, str]) -> dict[str, tuple[str, str]]:
 
 def ignored(environ: Mapping[str, str]) -> list[str]:
     """SBATCH_* variables that are set but have no effect on a chain; to be named, not silently dropped."""
-    used = {option.env for option in OPTIONS.values()} | {"SBATCH_NO_REQUEUE"}
+    used = {option.variable for option in OPTIONS.values()} | {"SBATCH_NO_REQUEUE"}
     return sorted(name for name in environ if name.startswith("SBATCH_") and name not in used)
-
-
-def apply(resources: Resources, settings: Mapping[str, Setting]) -> tuple[Resources, dict[str, Setting]]:
-    """Move the settings that are numbers into the resources; returns those and the settings left for the header."""
-    left = dict(settings)
-    changes: dict[str, object] = {}
-
-    def taken(name: str) -> str | None:
-        return left.pop(name).value if name in left else None
-
-    if (text := taken("nodes")) is not None:
-        changes["nodes"] = parse_nodes(text)
-    if (text := taken("time")) is not None:
-        changes["time_min"] = parse_time(text)
-    if (text := taken("mem")) is not None:
-        changes["mem_gb"] = parse_memory_gb(text)
-    if (text := taken("exclusive")) is not None:
-        changes["exclusive"] = text
-    for name, field in (("cpus-per-task", "cpus_per_task"), ("ntasks-per-node", "tasks_per_node")):
-        if (text := taken(name)) is not None:
-            changes[field] = parse_count(name, text)
-    if {"mem-per-cpu", "mem-per-gpu"} & left.keys():
-        changes["mem_gb"] = None
-    changes |= _gpus(left)
-    if "gpus_per_node" in changes and "tasks_per_node" not in changes and resources.gpus_per_node:
-        changes["tasks_per_node"] = changes["gpus_per_node"]  # one task per GPU stays one task per GPU
-    return dataclasses.replace(resources, **changes), left  # type: ignore[arg-type]
-
-
-def _gpus(left: dict[str, Setting]) -> dict[str, object]:
-    """GPUs asked as ``--gpus-per-node`` or as part of ``--gres``; other generic resources stay in ``left``."""
-    if "gpus-per-node" in left:
-        gpu_type, count = parse_gpus(left.pop("gpus-per-node").value)
-        return {"gpu_type": gpu_type, "gpus_per_node": count, "gpu_request": "gpus-per-node"}
-    if "gres" not in left:
-        return {}
-    setting = left.pop("gres")
-    parts = [part for part in setting.value.split(",") if part]
-    gpus = [part for part in parts if part == "gpu" or part.startswith("gpu:")]
-    if others := [part for part in parts if part not in gpus]:
-        left["gres"] = Setting(",".join(others), setting.source)
-    if not gpus:
-        return {}
-    gpu_type, count = parse_gpus(gpus[0].partition(":")[2] or "1", "--gres=gpu")
-    return {"gpu_type": gpu_type, "gpus_per_node": count, "gpu_request": "gres"}
-
-
-def header(resources: Resources, settings: Mapping[str, Setting]) -> list[tuple[str, str]]:
-    """(option, value) pairs of an sbatch header, sorted; never a task count.
-
-    Without a task count sbatch counts one task per node, so ``--cpus-per-task`` here is the whole node's share; the
-    srun line divides it again.
-    """
-    least, most = resources.nodes
-    asked = {"nodes": str(least) if least == most else f"{least}-{most}"}
-    if resources.cpus_per_task is not None or (resources.tasks_per_node > 1 and resources.exclusive is None):
-        asked["cpus-per-task"] = str((resources.cpus_per_task or 1) * resources.tasks_per_node)
-    if resources.mem_gb is not None:
-        asked["mem"] = format_memory(resources.mem_gb)
-    if resources.time_min is not None:
-        asked["time"] = format_time(resources.time_min)
-    if resources.exclusive is not None:
-        asked["exclusive"] = resources.exclusive
-    other = {name: setting.value for name, setting in settings.items()}
-    if resources.gpus_per_node:
-        gpus = ":".join(part for part in (resources.gpu_type, str(resources.gpus_per_node)) if part)
-        if resources.gpu_request == "gres":
-            other["gres"] = ",".join([f"gpu:{gpus}", *([other["gres"]] if "gres" in other else [])])
-        else:
-            asked["gpus-per-node"] = gpus
-    if other.get("requeue") == "no":
-        del other["requeue"]
-        other["no-requeue"] = ""
-    for name, value in other.items():
-        check_text(f"--{name}", value)
-    return sorted((other | asked).items())
-
-
-def spell(name: str, value: str) -> str:
-    """One word for an argv list: ``--name=value``, ``--name`` without a value."""
-    return f"--{name}={value}" if value else f"--{name}"
-
-
-def header_line(name: str, value: str) -> str:
-    """One ``#SBATCH`` line, quoted as sbatch reads it: a backslash escapes inside double quotes, ``#`` would end it."""
-    if not value:
-        return f"#SBATCH --{name}"
-    plain = all(character.isalnum() or character in "._-/=:,@%+[]" for character in value)
-    quoted = value if plain else '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
-    return f"#SBATCH --{name}={quoted}"
-
-
-def path_pattern(folder: str, ending: str) -> str:
-    """A log file name for sbatch: ``%`` of the folder escaped, ``ending`` may hold sbatch's own ``%j``.
-
-    FlagError for a backslash, which makes sbatch take the whole pattern literally.
-    """
-    check_text("log folder", folder)
-    if "\\" in folder:
-        raise FlagError(f"{folder}: a backslash in a path makes sbatch ignore %j in log names; use another folder")
-    return folder.replace("%", "%%") + "/" + ending

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from slurm.flags import Setting, spell
+from slurm.flags import Setting
+from slurm.header import spell
 
 # Slurm's words (slurm_errno.c, and the client's "Invalid --NAME specification") and the options they may be about
 ABOUT = (

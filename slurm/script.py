@@ -1,4 +1,4 @@
-"""The text of an sbatch file (pure; needs no Slurm).
+"""The text of an sbatch file (pure; needs no Slurm): a header, variables, and ``job.sh`` as it is.
 
 What a user typed reaches the text only quoted: as the value of an ``#SBATCH`` line or as a shell-quoted word. The one
 exception is ``setup``, shell lines that the site's profile asks for.
@@ -10,33 +10,38 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from slurm.errors import FlagError
-from slurm.flags import Setting, check_text, header, header_line, path_pattern
+from slurm.flags import Setting, check_text
+from slurm.header import header, header_line, path_pattern
 from slurm.resources import Resources
-from slurm.shell import AFTER, BEFORE
+
+JOB_SH = Path(__file__).with_name("job.sh").read_text(encoding="utf-8")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Script:
-    """One job's batch file. ``command`` is what every rank runs; ``state_dir`` keeps the verdicts of the attempts.
+    """One job's batch file. ``program`` and its ``arguments`` are what every rank runs.
 
-    ``setup`` are shell lines of the site's profile; ``wrapper`` comes before the command (a container's ``exec``).
+    ``state_dir`` keeps the verdicts of the attempts. ``code`` is a copy of the code whose name is its SHA-256 (see
+    ``pipeline.launch.code``). ``setup`` are shell lines of the site's profile, run in a function.
     ``max_gpu_s`` limits the GPU-seconds of all attempts of all jobs that share ``state_dir``; 0 is no limit. The
     file may be sent again for a spare job, with the id of the job in whose place that one runs as its argument.
     """
 
     resources: Resources
     settings: Mapping[str, Setting]
-    command: Sequence[str]
+    program: Sequence[str]
+    arguments: Sequence[str]
     log_dir: str
     state_dir: str
+    code: str = ""
     log_name: str = "%j.out"
     modules: Sequence[str] = ()
     setup: Sequence[str] = ()
     env: Mapping[str, str] = field(default_factory=dict)
     srun_args: Sequence[str] = ()
-    wrapper: Sequence[str] = ()
     max_gpu_s: int = 0
 
     @property
@@ -46,22 +51,39 @@ class Script:
 
 def render(script: Script) -> str:
     """The whole sbatch file. FlagError for a value that cannot be written on one line."""
+    if ":" in (*script.srun_args, *script.program, *script.arguments):
+        raise FlagError("command: srun takes a word that is just ':' for the start of another command; change it")
     pairs = [
         *header(script.resources, script.settings),
         ("open-mode", "append"),
         ("output", path_pattern(script.log_dir, script.log_name)),
     ]
-    lines = ["#!/bin/bash", *(header_line(name, value) for name, value in sorted(pairs)), ""]
-    lines += [f"state={quote('state folder', script.state_dir)}"]
-    lines += [f"requeue={'yes' if script.requeues else 'no'}", f"gpus_per_node={script.resources.gpus_per_node}"]
-    lines += [f"max_gpu_s={script.max_gpu_s}", "stands_in_for=${1-}", "", BEFORE]
-    lines += _environment(script)
-    lines += [starts_line(script), srun_line(script), AFTER]
-    return "\n".join(lines)
+    cpus = script.resources.cpus_per_task
+    lines = [
+        "#!/bin/bash",
+        *(header_line(name, value) for name, value in sorted(pairs)),
+        "",
+        f"state={quote('state folder', script.state_dir)}",
+        f"requeue={'yes' if script.requeues else 'no'}",
+        f"gpus_per_node={script.resources.gpus_per_node}",
+        f"max_gpu_s={script.max_gpu_s}",
+        "stands_in_for=${1-}",
+        f"code={quote('code folder', script.code) if script.code else ''}",
+        f"tasks={script.resources.tasks_per_node}",
+        f"cpus={'' if cpus is None else cpus}",
+        array("srun_args", script.srun_args),
+        array("program", script.program),
+        array("arguments", script.arguments),
+        "site() {",
+        *(f"  {line}" for line in _environment(script)),
+        "}",
+        "",
+    ]
+    return "\n".join([*lines, JOB_SH])
 
 
 def _environment(script: Script) -> list[str]:
-    lines = []
+    lines = [":"]  # an empty function is a syntax error
     if script.modules:
         lines.append('type module >/dev/null 2>&1 || fail "this site has no module command" 7')
         lines.append("module purge")
@@ -70,30 +92,12 @@ def _environment(script: Script) -> list[str]:
             lines.append(f"module load {word} || fail {quote('module', f'module load {name}: failed')} 7")
     lines += [check_text("setup line of the profile", line) for line in script.setup]
     lines += [f"export {check_variable(name)}={quote(name, value)}" for name, value in script.env.items()]
-    return [*lines, ""] if lines else []
+    return lines[1:] or lines
 
 
-def srun_line(script: Script) -> str:
-    """The srun command of a job: the tasks per node are said here, never in the header."""
-    tasks, cpus = script.resources.tasks_per_node, script.resources.cpus_per_task
-    share = str(cpus)
-    if cpus is None:  # what the job got, shared out
-        share = "$SLURM_CPUS_ON_NODE" if tasks == 1 else f"$((SLURM_CPUS_ON_NODE / {tasks}))"
-    words = ["srun", f"--ntasks-per-node={tasks}", f"--cpus-per-task={share}"]
-    words += ["--export=ALL", "--kill-on-bad-exit=1", "--unbuffered"]
-    if ":" in (*script.srun_args, *script.wrapper, *script.command):
-        raise FlagError("command: srun takes a word that is just ':' for the start of another command; change it")
-    before = " ".join([*words, *(quote("srun argument", word) for word in script.srun_args)])
-    after = " ".join(quote("command", word) for word in [*script.wrapper, *script.command])
-    return f'{before} "${{part[@]}}" {after}'
-
-
-def starts_line(script: Script) -> str:
-    """A shell function: whether the job's program starts at all on one of its nodes."""
-    words = ["timeout 60 srun", "--nodes=1", "--ntasks=1", '--nodelist="$1"', "--export=ALL"]
-    words += [quote("srun argument", word) for word in script.srun_args]
-    words += [quote("command", word) for word in [*script.wrapper, script.command[0], "--version"]]
-    return f"starts() {{\n  {' '.join(words)}\n}} >/dev/null 2>&1 </dev/null"
+def array(name: str, words: Sequence[str]) -> str:
+    """A bash array on one line."""
+    return f"{name}=({' '.join(quote(name, word) for word in words)})"
 
 
 def quote(what: str, text: str) -> str:

@@ -32,7 +32,7 @@ NAMES = {
     *("broadcast_object_list", "all_gather_object", "gather_object", "scatter_object_list"),
     *("send_object_list", "recv_object_list", "bcast", "allgather", "alltoall", "sendrecv"),  # mpi4py's that pickle
     *("popen", "getoutput", "getstatusoutput", "create_subprocess_shell"),
-    *("DelayedSubmission", "pickle_dump", "cloudpickle_dump", "map_array", "submission"),  # submitit's
+    *("DelayedSubmission", "pickle_dump", "cloudpickle_dump", "map_array"),  # submitit's
 }
 ATTRIBUTES = {
     *(("os", "system"), ("yaml", "load"), ("yaml", "unsafe_load"), ("yaml", "full_load"), ("dcp", "load")),

@@ -9,24 +9,25 @@ from typing import Any
 
 from pipeline.config import Recipe
 from pipeline.errors import ConfigError, StorageError
-from pipeline.run.rundir import RunDir, read_json
+from pipeline.launch.request import Request
 from pipeline.stages import TASKS
 
 
-def missing(run: RunDir, recipe: Recipe, data_dir: Path) -> list[Path]:
+def missing(request: Request) -> list[Path]:
     """Corpora that are not there and that the run does not know either."""
-    known = (read_json(run.path / "run.json") or {}).get("corpora", {})
-    return [data_dir / name for name in corpora_of(recipe) if name not in known and not (data_dir / name).exists()]
+    names = [name for name in corpora_of(request.recipe) if name not in request.stored.get("corpora", {})]
+    return [path for name in names if not (path := request.data_dir / name).exists()]
 
 
-def check(run: RunDir, recipe: Recipe, data_dir: Path, hint: str = "") -> None:
+def check(request: Request) -> None:
     """ConfigError for missing corpora, StorageError for too little space, before anything is written."""
-    if absent := missing(run, recipe, data_dir):
+    if absent := missing(request):
+        hint = "run make fetch, or " if request.local else ""
         raise ConfigError(
             "\n".join(f"{path}: no such file; {hint}name the folder that has it with --data DIR" for path in absent)
         )
-    needed = estimated_bytes(recipe, data_dir)
-    parent = next(p for p in [run.path, *run.path.resolve().parents] if p.exists())
+    needed, place = estimated_bytes(request.recipe, request.data_dir), request.run.path
+    parent = next(path for path in [place, *place.resolve().parents] if path.exists())
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise StorageError(
@@ -83,10 +84,10 @@ def identity_of(path: Path) -> dict[str, Any]:
     return {"bytes": size, "digest": hashlib.sha256(ends).hexdigest()[:16]}
 
 
-def identities(run: RunDir, recipe: Recipe, data_dir: Path) -> dict[str, Any]:
+def identities(request: Request) -> dict[str, Any]:
     """Identity of each corpus; what the run knows of it, or nothing, where the file is not here."""
-    known = (read_json(run.path / "run.json") or {}).get("corpora", {})
+    known, folder = request.stored.get("corpora", {}), request.data_dir
     return {
-        name: identity_of(data_dir / name) if (data_dir / name).exists() else known.get(name)
-        for name in corpora_of(recipe)
+        name: identity_of(folder / name) if (folder / name).exists() else known.get(name)
+        for name in corpora_of(request.recipe)
     }

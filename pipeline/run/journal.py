@@ -14,23 +14,25 @@ from pipeline.errors import InUseError
 from pipeline.run.rundir import RunDir, read_json
 from slurm import queue, states
 
+OLD_NAMES = {"sending": "submission", "ours": "held_by_us"}  # in files of version 0.1
+
 
 @dataclass(frozen=True, kw_only=True)
 class SentJob:
-    """One job of a chain; ``id`` is empty until Slurm has taken it. ``ours``: held by us, to be released by us."""
+    """One job of a chain; ``id`` is empty until Slurm has taken it. ``held_by_us``: to be released by us."""
 
     name: str
     stages: tuple[str, ...]
     needs: tuple[str, ...]
-    ours: bool
+    held_by_us: bool
     id: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Journal:
-    """The last sending. ``state``: sending (held, incomplete), releasing (complete), released."""
+    """The last submission. ``state``: sending (held, incomplete), releasing (complete), released."""
 
-    sending: str
+    submission: str
     state: str
     jobs: tuple[SentJob, ...]
 
@@ -41,8 +43,14 @@ class Journal:
     @classmethod
     def read(cls, run: RunDir) -> Journal | None:
         """The journal; None when nothing was ever sent."""
-        found = read_json(cls.path(run))
-        return None if found is None else restore(cls, found, str(cls.path(run)))
+        values = read_json(cls.path(run))
+        if values is None:
+            return None
+        for old, new in OLD_NAMES.items():
+            for record in (values, *values["jobs"]):
+                if old in record:
+                    record[new] = record.pop(old)
+        return restore(cls, values, str(cls.path(run)))
 
     def write(self, run: RunDir) -> None:
         publish_json(self.path(run), dataclasses.asdict(self))
@@ -59,8 +67,8 @@ class Journal:
         return next(iter([*live, *homes]), None)
 
 
-def sending_of(job: queue.Job) -> str:
-    """The sending that a job's comment names."""
+def submission_of(job: queue.Job) -> str:
+    """The submission that a job's comment names."""
     return job.comment.split(" ")[0].split("/")[1]
 
 
@@ -71,8 +79,8 @@ def name_of(job: queue.Job) -> str:
 
 def live_jobs(run: RunDir) -> list[queue.Job]:
     """The run's jobs that wait or run, oldest first, told by their comments. Raises ControllerDown, SlurmError."""
-    mine = [job for job in queue.jobs().values() if job.comment.startswith(f"{run_key(run)}/")]
-    return sorted((job for job in mine if not job.ended), key=lambda job: int(job.id))
+    jobs = (job for job in queue.jobs().values() if job.comment.startswith(f"{run_key(run)}/") and not job.ended)
+    return sorted(jobs, key=lambda job: int(job.id))
 
 
 def refuse_running(run: RunDir, jobs: list[queue.Job], hint: str) -> None:

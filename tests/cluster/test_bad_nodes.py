@@ -31,7 +31,8 @@ def test_a_node_on_which_nothing_starts_is_left_out(idle, tmp_path: Path, monkey
     job = Script(
         resources=Resources(nodes=(3, 3), time_min=5),
         settings={"requeue": Setting("", "flag"), "nodelist": Setting("test-n[01-03]", "flag")},
-        command=[str(program)],
+        program=[str(program)],
+        arguments=[],
         log_dir=str(tmp_path),
         state_dir=str(tmp_path / "jobs"),
     )

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from slurm import flags, queue, script, sending
+from slurm import flags, queue, script
 from slurm.errors import FlagError, SlurmError
 from slurm.flags import Setting
 from slurm.resources import Resources, parse_time
 from slurm.script import Script
+from slurm.submission import JobPlan, Need, submit_sh
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(120)]
 
 BACKSLASH = "\\"
+SHOW = 'printf "%s\\n" "$1" "$TEXT" "$PWD" >"$2/got"'
 HOSTILE = [
     *("plain", "two words", "tab-free", "trailing ", " leading", "a  b", "don't", 'say "hi"', "'", '"', "''", '""'),
     *(
@@ -98,7 +101,8 @@ def settings(**values: str) -> dict[str, Setting]:
 
 def send(folder: Path, command: list[str], *extra: str, **changes: object) -> str:
     values: dict[str, object] = {"resources": Resources(time_min=5), "settings": settings(requeue="")}
-    values |= {"log_dir": str(folder), "state_dir": str(folder / "jobs"), "command": command} | changes
+    values |= {"log_dir": str(folder), "state_dir": str(folder / "jobs"), "program": command[:1]}
+    values |= {"arguments": command[1:]} | changes
     file = folder / f"{len(list(folder.iterdir()))}.sbatch"
     file.write_text(script.render(Script(**values)))  # type: ignore[arg-type]
     return queue.submit(file, extra, tag="-")
@@ -123,11 +127,11 @@ def test_hostile_strings_arrive_unharmed_or_are_refused(slurm, tmp_path: Path, s
         try:
             folder.mkdir()
             job = send(
-                *(folder, ["bash", "-c", 'printf "%s\\n" "$1" "$TEXT" "$PWD" >"$2/got"', "x", text, str(folder)]),
+                folder,
+                ["env", f"A={text}", "bash", "-c", SHOW, "x", text, str(folder)],
                 *("--hold", f"--chdir={tmp_path}"),
                 settings=wanted,
                 env={"TEXT": text},
-                wrapper=["env", f"A={text}"],
             )
         except FlagError as refusal:
             refused.append(str(refusal))
@@ -182,11 +186,12 @@ def test_ranks_share_the_cores_that_the_job_got(slurm, tmp_path: Path) -> None:
 def test_the_hand_written_stage_script(slurm, tmp_path: Path) -> None:
     """``sbatch slurm/stage.sbatch RUN STAGE`` starts the worker once per task, and says how it is used."""
     python = tmp_path / "python"
-    python.write_text('#!/bin/sh\necho "$SLURM_PROCID $*"\n')
+    python.write_text(f'#!/bin/sh\n[ "$1" != -c ] || exec {sys.executable} "$@"\necho "$SLURM_PROCID $*"\n')
     python.chmod(0o755)
     stage = Path(script.__file__).parent / "stage.sbatch"
+    where = {"PYTHONPATH": str(stage.parents[1])}
     call = ["sbatch", "--parsable", "-N2", f"--chdir={tmp_path}", f"--output={tmp_path}/%j.out"]
-    good = slurm.call(*call, str(stage), "run s", "phase1", PYTHON=str(python), TASKS_PER_NODE="2")
+    good = slurm.call(*call, str(stage), "run s", "phase1", PYTHON=str(python), TASKS_PER_NODE="2", **where)
     bad = slurm.call(*call, str(stage), "run s")
     slurm.wait_state(bad, "FAILED")
     assert "usage:" in log(tmp_path, bad)
@@ -233,18 +238,17 @@ def test_submit_sh_sends_a_chain_or_nothing(slurm, tmp_path: Path) -> None:
         Script(
             resources=Resources(time_min=5),
             settings=settings(partition="low"),
-            command=["true"],
+            program=["true"],
+            arguments=[],
             log_dir=str(tmp_path),
             state_dir=str(tmp_path / "jobs"),
         )
     )
     (tmp_path / "a.sbatch").write_text(good)
     (tmp_path / "b.sbatch").write_text(good)
-    chain = [
-        sending.Sending(name="a", file="a.sbatch"),
-        sending.Sending(name="b", file="b.sbatch", needs=[sending.Need(job="a")]),
-    ]
-    (tmp_path / "submit.sh").write_text(sending.submit_sh(chain))
+    common = {"section": "data", "stages": ()}
+    chain = [JobPlan(name="a", **common), JobPlan(name="b", needs=(Need(job="a"),), **common)]
+    (tmp_path / "submit.sh").write_text(submit_sh(chain, {"a": [], "b": []}))
     ids = slurm.call("bash", str(tmp_path / "submit.sh"), SBATCH_PARTITION="nowhere").split()
     slurm.wait(lambda: [job.state for job in queue.jobs(ids).values()] == ["COMPLETED"] * 2, "the chain has run")
     (tmp_path / "b.sbatch").write_text(good.replace("partition=low", "partition=nowhere"))

@@ -160,15 +160,15 @@ def test_what_can_never_start_is_not_waited_for():
 
 @pytest.mark.parametrize(("reason", "more"), [("DependencyNeverSatisfied", False), ("Priority", True)])
 def test_a_job_in_slurm_that_can_never_start_ends_the_watching(run, reason, more):
-    sent = SentJob(name="squad", stages=("squad",), needs=(), ours=False, id="7")
-    journal = Journal(sending="s", state="released", jobs=(sent,))
+    sent = SentJob(name="squad", stages=("squad",), needs=(), held_by_us=False, id="7")
+    journal = Journal(submission="s", state="released", jobs=(sent,))
     rows = survey(run, Sent(journal, {"7": Job(id="7", state="PENDING", reason=reason)}))
     assert any(goes_on(row) for row in rows) is more
 
 
 def sent_as(job: Job) -> Sent:
-    one = SentJob(name="pretrain", stages=("phase1", "phase2"), needs=(), ours=False, id="7")
-    return Sent(Journal(sending="s", state="released", jobs=(one,)), {"7": job})
+    one = SentJob(name="pretrain", stages=("phase1", "phase2"), needs=(), held_by_us=False, id="7")
+    return Sent(Journal(submission="s", state="released", jobs=(one,)), {"7": job})
 
 
 def test_what_became_of_earlier_attempts(run):

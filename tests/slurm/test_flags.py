@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slurm import flags
+from slurm import flags, header
 from slurm.errors import FlagError
 from slurm.flags import Setting
 from slurm.resources import Resources
@@ -140,7 +140,7 @@ def settings(**values: str) -> dict[str, Setting]:
 
 def test_numbers_move_into_resources() -> None:
     asked = settings(nodes="4-8", time="1-0", mem="64G", cpus_per_task="6", gres="gpu:a100:4,lustre:1", exclusive="")
-    resources, left = flags.apply(Resources(tasks_per_node=8, gpus_per_node=8), asked)
+    resources, left = header.apply(Resources(tasks_per_node=8, gpus_per_node=8), asked)
     assert resources == Resources(
         nodes=(4, 8),
         time_min=1440,
@@ -157,7 +157,7 @@ def test_numbers_move_into_resources() -> None:
 
 def test_header_has_no_task_count_and_all_cpus_of_a_node() -> None:
     resources = Resources(nodes=(2, 4), tasks_per_node=8, gpus_per_node=8, cpus_per_task=6, time_min=90, mem_gb=0)
-    pairs = flags.header(resources, settings(partition="p", requeue="no"))
+    pairs = header.header(resources, settings(partition="p", requeue="no"))
     assert pairs == [
         ("cpus-per-task", "48"),
         ("gpus-per-node", "8"),
@@ -170,24 +170,24 @@ def test_header_has_no_task_count_and_all_cpus_of_a_node() -> None:
 
 
 def test_a_shared_node_gives_every_task_a_core() -> None:
-    assert ("cpus-per-task", "8") in flags.header(Resources(tasks_per_node=8), {})
-    assert "cpus-per-task" not in dict(flags.header(Resources(tasks_per_node=8, exclusive=""), {}))
-    assert "cpus-per-task" not in dict(flags.header(Resources(), {}))
+    assert ("cpus-per-task", "8") in header.header(Resources(tasks_per_node=8), {})
+    assert "cpus-per-task" not in dict(header.header(Resources(tasks_per_node=8, exclusive=""), {}))
+    assert "cpus-per-task" not in dict(header.header(Resources(), {}))
 
 
 def test_gpus_as_gres_join_other_gres() -> None:
     resources = Resources(gpus_per_node=4, gpu_type="a100", gpu_request="gres")
-    assert ("gres", "gpu:a100:4,lustre:1") in flags.header(resources, settings(gres="lustre:1"))
+    assert ("gres", "gpu:a100:4,lustre:1") in header.header(resources, settings(gres="lustre:1"))
 
 
 @given(st.text(alphabet=st.characters(exclude_categories=["C", "Z"], include_characters=" "), min_size=1))
 def test_header_lines_stay_one_comment_line(value: str) -> None:
-    line = flags.header_line("comment", value)
+    line = header.header_line("comment", value)
     assert line.startswith("#SBATCH --comment=")
     assert len(line.splitlines()) == 1
 
 
 def test_percent_and_backslash_in_log_paths() -> None:
-    assert flags.path_pattern("/a b/100%", "%j.out") == "/a b/100%%/%j.out"
+    assert header.path_pattern("/a b/100%", "%j.out") == "/a b/100%%/%j.out"
     with pytest.raises(FlagError, match="backslash"):
-        flags.path_pattern("/a\\b", "%j.out")
+        header.path_pattern("/a\\b", "%j.out")

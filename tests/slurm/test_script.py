@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from slurm import script, sending, shell, verdict
+from slurm import script, submission, verdict
 from slurm.errors import FlagError
 from slurm.flags import Setting
 from slurm.resources import Resources
 from slurm.script import Script
-from slurm.sending import Need, Sending
+from slurm.submission import JobPlan, Need
 
 GOLDEN = Path(__file__).parent / "golden"
 STAGE = Path(script.__file__).parent / "stage.sbatch"
@@ -34,7 +35,8 @@ def plain(**changes: object) -> Script:
     values: dict[str, object] = {
         "resources": Resources(nodes=(4, 4), time_min=60),
         "settings": settings(partition="cpu"),
-        "command": ["/usr/bin/python3", "-m", "pipeline.worker", "runs/a", "extract"],
+        "program": ["/usr/bin/python3"],
+        "arguments": ["-m", "pipeline.worker", "runs/a", "extract"],
         "log_dir": "/data/runs/a/logs",
         "state_dir": "/data/runs/a/jobs",
     }
@@ -56,32 +58,30 @@ def test_script_with_everything() -> None:
         setup=["ulimit -l unlimited"],
         env={"NCCL_SOCKET_IFNAME": "ib0", "NOTE": "$(touch x); `y` \"z\" 'w'"},
         srun_args=["--cpu-bind=cores", "--container-image=/img/a b.sqsh"],
-        wrapper=["apptainer", "exec", "--nv", "/img/a b.sif"],
+        program=["apptainer", "exec", "--nv", "/img/a b.sif", "python3"],
     )
     golden("full.sbatch", script.render(full))
 
 
 def test_submit_sh() -> None:
+    common = {"section": "data", "stages": ()}
     chain = [
-        Sending(name="data", file="1 data.sbatch", extra=["--bbf=my file"]),
-        Sending(name="pretrain", file="pretrain.sbatch", needs=[Need(job="data")]),
-        Sending(
-            name="spare",
-            file="pretrain.sbatch",
-            needs=[Need(job="pretrain", kind="afternotok")],
-            stands_in_for="pretrain",
-        ),
-        Sending(name="report", file="r.sbatch", needs=[Need(job="pretrain"), Need(job="spare")], any_need=True),
-        Sending(name="alone", file="alone.sbatch", held_by_user=True),
+        JobPlan(name="1 data", **common),
+        JobPlan(name="pretrain", needs=(Need(job="1 data"),), **common),
+        JobPlan(name="spare", needs=(Need(job="pretrain", kind="afternotok"),), stands_in_for="pretrain", **common),
+        JobPlan(name="r", needs=(Need(job="pretrain"), Need(job="spare")), any_need=True, **common),
+        JobPlan(name="alone", settings=settings(hold=""), **common),
     ]
-    golden("submit.sh", sending.submit_sh(chain))
+    extra = {job.name: ["--bbf=my file"] if job.name == "1 data" else [] for job in chain}
+    golden("submit.sh", submission.submit_sh(chain, extra))
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"command": ["a\nb"]},
-        {"command": ["a", ":", "b"]},
+        {"program": ["a\nb"]},
+        {"arguments": ["a", ":", "b"]},
+        {"code": "/a\nb"},
         {"env": {"A B": "x"}},
         {"env": {"A": "x\ny"}},
         {"modules": ["a\nb"]},
@@ -96,11 +96,26 @@ def test_what_cannot_stand_on_one_line_is_refused(changes: dict[str, object]) ->
         script.render(plain(**changes))
 
 
-def test_hand_written_stage_script_shares_the_logic() -> None:
-    text = STAGE.read_text()
-    assert shell.BEFORE in text
-    assert shell.AFTER in text
-    subprocess.run(["bash", "-n", str(STAGE)], check=True)
+def test_every_batch_file_ends_with_the_same_shell_text() -> None:
+    assert script.render(plain()).endswith(f"\n}}\n\n{script.JOB_SH}")
+    assert f"least_s={verdict.LEAST_S} " in script.JOB_SH
+    assert f"most_tries={verdict.TRIES_WITHOUT_PROGRESS} " in script.JOB_SH
+
+
+def test_the_hand_written_stage_script_ends_with_it_too(job, tmp_path: Path) -> None:
+    """Slurm runs a copy that lies elsewhere; Python says where the rest is."""
+    (tmp_path / "job.sh").write_text(STAGE.read_text())
+    words = {"PYTHON": sys.executable, "PYTHONPATH": str(STAGE.parents[1]), "TASKS_PER_NODE": "2"}
+    code, calls, said = job(None, "a run", "phase1", "phase2", CODE="6", **words)
+    assert code == 6, said
+    assert calls[0] == (
+        "srun --ntasks-per-node=2 --cpus-per-task=1 --export=ALL --kill-on-bad-exit=1 --unbuffered --overcommit "
+        f"{sys.executable} -m pipeline.worker a run phase1 phase2"
+    )
+    assert (tmp_path / "a run" / "jobs" / "7.over").read_text() == "6 ended with code 6\n"
+    assert job(None, "run")[0] == 2
+    code, _, said = job(None, "run", "phase1", **words | {"PYTHON": "/bin/false"})
+    assert (code, "finds no package slurm" in said) == (7, True)
 
 
 SQUEUE = 'case $* in *%T*) echo "${STATE:-RUNNING}" ;; *) echo "${LEFT:-UNLIMITED}" ;; esac'
@@ -136,14 +151,17 @@ def job(tmp_path: Path):
     base = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "3"}
     base |= {"SLURM_JOB_NODELIST": "n1,n2,n3", "HOME": str(tmp_path)}
 
-    def run(requeue: bool = True, *words: str, gpus: int = 0, max_gpu_s: int = 0, **env: str):
+    def run(requeue: bool | None = True, *words: str, gpus: int = 0, max_gpu_s: int = 0, code: str = "", **env: str):
+        """``requeue`` None: the batch file that is there already."""
         made = plain(
             state_dir=str(tmp_path / "it's jobs"),
             settings=settings(requeue="") if requeue else {},
             resources=Resources(gpus_per_node=gpus),
             max_gpu_s=max_gpu_s,
+            code=code,
         )
-        (tmp_path / "job.sh").write_text(script.render(made))
+        if requeue is not None:
+            (tmp_path / "job.sh").write_text(script.render(made))
         (tmp_path / "log").write_text("")
         done = subprocess.run(
             ["/bin/bash", "job.sh", *words],

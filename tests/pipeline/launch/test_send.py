@@ -14,24 +14,26 @@ import pytest
 from pipeline import submit
 from pipeline.config import load_profile, load_recipe
 from pipeline.errors import ConfigError, InUseError
-from pipeline.launch import jobs as groups
-from pipeline.launch import scripts
+from pipeline.launch import code, jobs, request, scripts
+from pipeline.launch.request import Request
 from pipeline.node.preempt import STOP_SIGNALS, StopRequest
 from pipeline.run.journal import Journal, SentJob
 from pipeline.run.rundir import RunDir
 from pipeline.stages import table
-from slurm import queue, refusal, shell
+from slurm import queue, refusal, script
 from slurm.errors import FlagError
 from slurm.flags import Flag, Setting
-from slurm.sending import Need
+from slurm.profile import SECTIONS
+from slurm.resources import parse_nodes
+from slurm.submission import JobPlan, Need
 from support.running import SMALL, call
 
 GOLDEN = Path(__file__).parent / "golden"
 
 
-def plans(recipe: str = "bert_large", todo: list[str] | None = None, split: bool = False) -> list[groups.JobPlan]:
+def plans(recipe: str = "bert_large", todo: list[str] | None = None, split: bool = False) -> list[JobPlan]:
     stages = table(load_recipe(recipe))
-    return groups.jobs_of(stages, stages if todo is None else todo, split=split)
+    return jobs.jobs_of(stages, stages if todo is None else todo, split=split)
 
 
 def test_three_jobs_and_a_report() -> None:
@@ -74,10 +76,23 @@ def test_one_job_for_each_stage() -> None:
     assert not found["report"].any_need
 
 
-def ready(*flags: Flag, cluster: str = "dgx_a100_80g", nodes: str = "32", **environ: str) -> list[groups.JobPlan]:
+def ready(*flags: Flag, cluster: str = "dgx_a100_80g", nodes: str = "32", **environ: str) -> list[JobPlan]:
     profile = load_profile(cluster)
-    jobs = groups.with_spares(plans(), profile.spares) if profile.spares else plans()
-    return groups.equipped(jobs, profile, nodes, flags, environ)
+    asked = {name: jobs.asked_by(profile, name, parse_nodes(nodes), flags, environ) for name in SECTIONS}
+    return jobs.equipped(jobs.with_spares(plans(), profile.spares) if profile.spares else plans(), asked)
+
+
+def asked_for(path: Path, cluster: str = "generic", *words: object) -> Request:
+    """What a submit of bert_large asks for."""
+    return request.of([*map(str, ("--recipe", "bert_large", "--cluster", cluster, "--run", path, *words))])
+
+
+def text_of(job: JobPlan, cluster: str) -> str:
+    """Its script for a run elsewhere, without what differs between machines and from change to change."""
+    text = scripts.script_text(asked_for(Path("/scratch/runs/bert"), cluster), job)
+    for value, name in ((sys.executable, "PYTHON"), (str(code.ROOT), "CHECKOUT"), (code.digest(), "DIGEST")):
+        text = text.replace(value, name)
+    return text
 
 
 def test_what_the_jobs_ask_for() -> None:
@@ -108,8 +123,7 @@ def test_what_the_jobs_ask_for() -> None:
 
 def test_the_text_of_bert_large_on_32_nodes() -> None:
     _, pretrain, _, _ = ready()
-    text = scripts.script_text(RunDir(Path("/scratch/runs/bert")), load_profile("dgx_a100_80g"), pretrain)
-    text = text.replace(sys.executable, "PYTHON").replace(str(scripts.ROOT), "CHECKOUT")
+    text = text_of(pretrain, "dgx_a100_80g")
     file = GOLDEN / "bert_large_32_nodes.sbatch"
     if os.environ.get("REWRITE_GOLDEN"):
         file.write_text(text)
@@ -123,10 +137,9 @@ PROFILES = ("generic", "venv_modules", "conda", "pyxis", "apptainer", "preemptib
 def test_the_text_of_each_kind_of_site(cluster: str) -> None:
     """Header, environment and srun line of the pretraining job; the shell code around them is the same for all."""
     pretrain = next(job for job in ready(cluster=cluster, nodes="4") if job.name == "pretrain")
-    text = scripts.script_text(RunDir(Path("/scratch/runs/bert")), load_profile(cluster), pretrain)
-    text = text.replace(sys.executable, "PYTHON").replace(str(scripts.ROOT), "CHECKOUT")
+    text = text_of(pretrain, cluster)
     assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
-    text = text.replace(shell.BEFORE, "# …\n").replace(shell.AFTER, "# …\n")
+    text = text.replace(script.JOB_SH, "# …\n")
     file = GOLDEN / f"profile_{cluster}.sbatch"
     if os.environ.get("REWRITE_GOLDEN"):
         file.write_text(text)
@@ -134,10 +147,10 @@ def test_the_text_of_each_kind_of_site(cluster: str) -> None:
 
 
 def test_spare_jobs_go_on_where_requeue_is_refused() -> None:
-    jobs = {job.name: job for job in ready(cluster="preemptible_cancel", nodes="4")}
-    assert list(jobs)[5:8] == ["pretrain", "pretrain-2", "pretrain-3"]
+    chain = {job.name: job for job in ready(cluster="preemptible_cancel", nodes="4")}
+    assert list(chain)[5:8] == ["pretrain", "pretrain-2", "pretrain-3"]
     waits = {
-        name: [f"{need.kind}:{need.job}" for need in jobs[name].needs]
+        name: [f"{need.kind}:{need.job}" for need in chain[name].needs]
         for name in ("pretrain", "pretrain-2", "pretrain-3", "finetune", "report")
     }
     family = ["", "-2", "-3", "-4", "-5"]
@@ -146,22 +159,22 @@ def test_spare_jobs_go_on_where_requeue_is_refused() -> None:
     assert waits["pretrain-3"] == ["afternotok:pretrain", "afternotok:pretrain-2"]
     assert waits["finetune"] == [f"afterok:pretrain{n}" for n in family]
     assert waits["report"] == [f"afterany:finetune{n}" for n in family]
-    assert [jobs[name].any_need for name in waits] == [True, False, False, True, False]
-    assert {job.settings["kill-on-invalid-dep"].value for job in jobs.values()} == {"yes"}
+    assert [chain[name].any_need for name in waits] == [True, False, False, True, False]
+    assert {job.settings["kill-on-invalid-dep"].value for job in chain.values()} == {"yes"}
     run = RunDir(Path("/scratch/runs/bert"))
-    calls = {call.name: call for call in scripts.sendings(run, list(jobs.values()), "s")}
-    assert (calls["pretrain-3"].file, calls["pretrain-3"].stands_in_for) == ("pretrain.sbatch", "pretrain")
-    assert len({call.extra[0] for call in calls.values()}) == len(calls)  # the tags by which jobs are told apart
-    assert scripts.gpu_hours(list(jobs.values())) == 4 * 8 * 24 + 8
+    spare = chain["pretrain-3"]
+    assert (spare.file, spare.stands_in_for) == ("pretrain.sbatch", "pretrain")
+    assert len({scripts.tag_of(run, job, "s") for job in chain.values()}) == len(chain)  # told apart by them
+    assert scripts.gpu_hours(list(chain.values())) == 4 * 8 * 24 + 8
     with pytest.raises(ConfigError, match="--split"):
-        groups.with_spares(plans(split=True), 1)
-    alone = groups.with_spares(plans(todo=["phase1"]), 1)
+        jobs.with_spares(plans(split=True), 1)
+    alone = jobs.with_spares(plans(todo=["phase1"]), 1)
     assert [(job.name, len(job.needs)) for job in alone] == [("pretrain", 0), ("pretrain-2", 1)]
 
 
 def test_the_job_of_a_stage_is_the_spare_that_lives() -> None:
     journal = Journal(
-        sending="s", state="released", jobs=(held(101), dataclasses.replace(held(102), name="pretrain-2"))
+        submission="s", state="released", jobs=(held(101), dataclasses.replace(held(102), name="pretrain-2"))
     )
     dead, live = queue.Job(id="101", state="PREEMPTED"), queue.Job(id="102", state="RUNNING")
     assert journal.job_of("phase1", {"101": dead, "102": live}).id == "102"
@@ -171,20 +184,23 @@ def test_the_job_of_a_stage_is_the_spare_that_lives() -> None:
 
 
 def test_the_gpu_hours_of_a_run(tmp_path) -> None:
-    run, jobs = RunDir(tmp_path), ready(nodes="2")
+    run, chain = RunDir(tmp_path), ready(nodes="2")
     assert scripts.spent_gpu_hours(run) == 0
     (tmp_path / "jobs").mkdir()
     for name, text in (("7.0", "7200\n"), ("7.1", "1800"), ("8.0", ""), ("8.1", "²"), ("8.2", "-9000")):
         (tmp_path / "jobs" / f"{name}.gpu_s").write_text(text)  # the third is just being written
     os.mkfifo(tmp_path / "jobs" / "8.3.gpu_s")
     assert scripts.spent_gpu_hours(run) == 2.5
-    submit.check_budget(run, jobs, 0)
-    submit.check_budget(run, jobs, 2.8)
-    submit.check_budget(run, [job for job in jobs if job.name == "report"], 1)
+
+    def limited(hours: float) -> Request:
+        return asked_for(tmp_path, "generic", "--max-gpu-hours", hours)
+
+    submit.check_budget(limited(0), chain)
+    submit.check_budget(limited(2.8), chain)
+    submit.check_budget(limited(1), [job for job in chain if job.name == "report"])
     with pytest.raises(ConfigError, match=r"2\.50 GPU-hours are spent, --max-gpu-hours allows 2\.7"):
-        submit.check_budget(run, jobs, 2.7)  # less than a minute on 16 GPUs is left
-    text = scripts.script_text(run, load_profile("generic"), jobs[1], 2.6)
-    assert "\nmax_gpu_s=9360\n" in text
+        submit.check_budget(limited(2.7), chain)  # less than a minute on 16 GPUs is left
+    assert "\nmax_gpu_s=9360\n" in scripts.script_text(limited(2.6), chain[1])
 
 
 @pytest.mark.parametrize(
@@ -223,10 +239,8 @@ def test_scripts_are_written_without_slurm_and_as_they_are_sent(tmp_path, monkey
     assert not (tmp_path / "run").exists()
     for path in out.iterdir():
         assert subprocess.run(["bash", "-n", path], check=False).returncode == 0
-    jobs = ready(Flag("account", "proj x"), cluster="generic", nodes="4")
-    for job in jobs:
-        text = scripts.script_text(RunDir(tmp_path / "run"), load_profile("generic"), job)
-        assert (out / f"{job.name}.sbatch").read_text() == text
+    for job in ready(Flag("account", "proj x"), cluster="generic", nodes="4"):
+        assert (out / job.file).read_text() == scripts.script_text(asked_for(tmp_path / "run"), job)
     assert "--nice=5" in (out / "submit.sh").read_text()
 
 
@@ -347,10 +361,10 @@ def fake(monkeypatch, tmp_path) -> FakeSlurm:
 
 
 def send_once(run: RunDir, replace: bool = False) -> None:
-    from pipeline.launch.send import send, settle
+    from pipeline.launch.send import finish_interrupted, send
 
-    old = settle(run, replace=replace, say=lambda line: None)
-    send(run, load_profile("generic"), ready(cluster="generic", nodes="2"), old, [], lambda line: None)
+    old = finish_interrupted(run, replace=replace, say=lambda line: None)
+    send(asked_for(run.path), ready(cluster="generic", nodes="2"), old, lambda line: None)
 
 
 @pytest.mark.slow
@@ -375,7 +389,7 @@ def test_killed_at_any_call_a_second_submit_leaves_one_chain(fake, tmp_path, aft
         assert len(chains) <= 1  # never two chains that could run
         journal = Journal.read(run)
         if journal is not None and journal.state == "sending":  # not complete: its first job must not start
-            assert all(job["held"] for job in fake.live() if job["tag"].endswith(f"/{journal.sending}/data"))
+            assert all(job["held"] for job in fake.live() if job["tag"].endswith(f"/{journal.submission}/data"))
         fake.dies_at = 10**9
         send_once(run)
         assert [job["tag"].split("/")[2] for job in fake.live()] == ["data", "pretrain", "finetune", "report"]
@@ -399,7 +413,8 @@ def test_what_a_killed_submit_left_is_settled_even_where_the_run_is_at_work(fake
         send_once(run)
     assert fake.live() == first  # the half chain is gone
     journal = Journal.read(run)
-    dataclasses.replace(journal, sending=first[0]["tag"].split("/")[1], state="releasing", jobs=(held(101),)).write(run)
+    submission = first[0]["tag"].split("/")[1]
+    dataclasses.replace(journal, submission=submission, state="releasing", jobs=(held(101),)).write(run)
     fake.all["101"]["held"] = True
     with pytest.raises(InUseError):
         send_once(run)
@@ -408,7 +423,7 @@ def test_what_a_killed_submit_left_is_settled_even_where_the_run_is_at_work(fake
 
 
 def held(number: int) -> SentJob:
-    return SentJob(name="pretrain", stages=("phase1",), needs=(), ours=True, id=str(number))
+    return SentJob(name="pretrain", stages=("phase1",), needs=(), held_by_us=True, id=str(number))
 
 
 def test_a_refusal_of_slurm_leaves_the_older_chain(fake, tmp_path) -> None:
@@ -464,5 +479,5 @@ def test_status_and_cancel_when_slurm_does_not_answer(tmp_path) -> None:
 
 def test_submit_alone_imports_neither_submitit_nor_torch() -> None:
     assert "submitit" not in Path(submit.__file__).read_text().split("def to_slurm")[0]
-    code = "import pipeline.submit, sys; assert not {'submitit', 'torch', 'h5py'} & set(sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=scripts.ROOT, check=False).returncode == 0
+    program = "import pipeline.submit, sys; assert not {'submitit', 'torch', 'h5py'} & set(sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=code.ROOT, check=False).returncode == 0

@@ -1,0 +1,71 @@
+"""The code of a run: a copy of the packages in ``RUN/code``, in a folder that is named by the SHA-256 of its content.
+
+The jobs of a chain run the copy, whatever becomes of the checkout meanwhile. The batch script computes the same
+digest before it starts anything (``slurm/job.sh``): of the lines ``SHA-256  ./path``, sorted by path.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+
+import pipeline
+from pipeline.errors import EnvironmentFault
+from pipeline.run.rundir import RunDir
+
+ROOT = Path(pipeline.__file__).parents[1]  # the checkout
+PACKAGES = ("pipeline", "data_prep", "slurm")
+
+
+def shipped(root: Path = ROOT) -> list[str]:
+    """The packages' files, as ``pipeline/words.py``: no byte code, no hidden files."""
+    paths = (path for package in PACKAGES for path in (root / package).rglob("*") if path.is_file())
+    names = (path.relative_to(root).parts for path in paths)
+    return ["/".join(parts) for parts in names if not any(part.startswith((".", "__pycache__")) for part in parts)]
+
+
+def digest(root: Path = ROOT, names: list[str] | None = None) -> str:
+    """The SHA-256 that stands for the content of these files under ``root``; by default of the packages."""
+    lines = hashlib.sha256()
+    for name in sorted(shipped(root) if names is None else names):
+        lines.update(f"{hashlib.sha256((root / name).read_bytes()).hexdigest()}  ./{name}\n".encode())
+    return lines.hexdigest()
+
+
+def folder(run: RunDir, digest: str) -> Path:
+    return run.path / "code" / digest
+
+
+def is_intact(copy: Path) -> bool:
+    """Whether a copy still is what its name says, with nothing added."""
+    paths = [path for path in copy.rglob("*") if path.is_symlink() or not path.is_dir()]
+    if any(path.is_symlink() or not path.is_file() for path in paths):
+        return False
+    return digest(copy, [str(path.relative_to(copy)) for path in paths]) == copy.name
+
+
+def keep(run: RunDir, wanted: str) -> None:
+    """See to it that the run has a copy of the code with this digest, readable and never writable by others.
+
+    EnvironmentFault (7) where it is missing or changed and this checkout is no longer the same.
+    """
+    copy = folder(run, wanted)
+    if is_intact(copy):
+        return
+    if digest() != wanted:
+        raise EnvironmentFault(
+            f"{copy}: the code of this run is missing or was changed, and this checkout differs from it; "
+            f"--upgrade goes on with this checkout's"
+        )
+    temporary = copy.with_name(f".{wanted[:12]}-{os.getpid()}")
+    for name in shipped():
+        target = temporary / name
+        for missing in [path for path in reversed(target.parents) if not path.exists()]:
+            missing.mkdir(mode=0o755)
+        descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o444)
+        with open(descriptor, "wb") as file:
+            file.write((ROOT / name).read_bytes())
+    shutil.rmtree(copy, ignore_errors=True)
+    os.rename(temporary, copy)

@@ -1,0 +1,196 @@
+"""What a call of ``pipeline.submit`` asks for, made once out of its words and of the run that may be there already."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline import batch
+from pipeline.config import Recipe, load_profile, load_recipe, restore
+from pipeline.errors import ConfigError
+from pipeline.launch import code
+from pipeline.launch.jobs import Asked, asked_by
+from pipeline.run.rundir import RunDir, read_json
+from slurm import flags
+from slurm.profile import SECTIONS, Profile
+from slurm.resources import parse_nodes
+
+SLURM_ONLY = ("test-only", "write-scripts", "max-gpu-hours", "allow-mixed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One call of submit. ``stored`` is run.json as it was, empty for a run that is yet to begin.
+
+    ``nodes`` are those of pretraining, least and most; ``asked`` is what jobs of each section ask Slurm for, empty
+    without Slurm; ``extra`` goes to sbatch untouched; ``code`` is the digest of the code that the jobs will run.
+    """
+
+    run: RunDir
+    stored: Mapping[str, Any]
+    recipe: Recipe
+    profile: Profile
+    data_dir: Path
+    nodes: tuple[int, int]
+    asked: Mapping[str, Asked]
+    extra: tuple[str, ...]
+    code: str
+    settings: tuple[str, ...] = ()
+    stages: tuple[str, ...] = ()
+    max_gpu_hours: float = 0.0
+    allow_mixed: bool = False
+    split: bool = False
+    dry_run: bool = False
+    write_scripts: Path | None = None
+    test_only: bool = False
+    replace: bool = False
+    upgrade: bool = False
+
+    @property
+    def local(self) -> bool:
+        return self.profile.runner == "local"
+
+
+def of(words: Sequence[str]) -> Request:
+    """The request of a command line: recipe and profile from it, else from the run. ConfigError, FlagError."""
+    line = flags.split(words, sections=SECTIONS)
+    given = parser().parse_args(line.rest)
+    run = RunDir(given.run)
+    stored = read_json(run.path / "run.json") or {}
+    if not stored and (given.recipe is None or given.cluster is None):
+        raise ConfigError(f"{run.path} is not a run yet: name a --recipe and a --cluster")
+    origin = str(run.path / "run.json")
+    if given.recipe is not None:
+        recipe = load_recipe(given.recipe, given.settings)
+    else:
+        recipe = restore(Recipe, stored["recipe"], origin, given.settings)
+    profile = load_profile(given.cluster) if given.cluster is not None else restore(Profile, stored["profile"], origin)
+    if given.processes is not None:
+        if given.processes < 1:
+            raise ConfigError(f"--processes {given.processes}: must be at least 1")
+        profile = dataclasses.replace(profile, processes=given.processes)
+    wanted = [flag.value for flag in line.flags if flag.name == "nodes" and flag.section in ("", "pretrain")]
+    nodes = parse_nodes(wanted[-1] if wanted else str(stored.get("node_range", "1")))
+    asked: dict[str, Asked] = {}
+    if profile.runner == "local":
+        _refuse_slurms(profile, given, line)
+        ranks = profile.ranks(1)
+    else:
+        asked = {section: asked_by(profile, section, nodes, line.flags, os.environ) for section in SECTIONS}
+        ranks, nodes = asked["pretrain"].resources.most_tasks, asked["pretrain"].resources.nodes
+    for name, otherwise in (("max_gpu_hours", 0.0), ("allow_mixed", False)):
+        if getattr(given, name) is None:
+            setattr(given, name, stored.get(name, otherwise))
+    return Request(
+        run=run,
+        stored=stored,
+        recipe=choose_micro_batches(recipe, profile, ranks, stored, given.settings),
+        profile=profile,
+        data_dir=_data_dir(run, stored, profile, given),
+        nodes=nodes,
+        asked=asked,
+        extra=line.passthrough,
+        code=code.digest() if given.upgrade else str(stored.get("code") or code.digest()),
+        settings=tuple(given.settings),
+        stages=tuple(given.stages.split(",")) if given.stages else (),
+        **{name: getattr(given, name) for name in (*SWITCHES, "write_scripts", "max_gpu_hours", "allow_mixed")},
+    )
+
+
+SWITCHES = {
+    "split": "one job for each stage",
+    "dry_run": "show the jobs and where each setting comes from",
+    "test_only": "ask Slurm when the jobs would start; send nothing",
+    "replace": "cancel jobs of this run that are at work",
+    "upgrade": "go on with the code of this checkout instead of the code with which the run began",
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """Our own options; Slurm's are taken out before."""
+    made = argparse.ArgumentParser(
+        prog="python -m pipeline.submit",
+        description="Make or continue a run and send its chain to this machine or to Slurm.",
+        epilog="Slurm's options keep their names and letters (-p gpu -A project -t 2-00:00:00) and mean pretraining; "
+        "-p data=cpu addresses the jobs of one kind (data, pretrain, finetune), --no-qos removes what the profile "
+        "says, and words after -- go to sbatch untouched.",
+    )
+    add = made.add_argument
+    add("--recipe", help="what to train: a name in pipeline/recipes or a .toml file (default: the run's)")
+    add("--cluster", help="how the site runs jobs: a name in slurm/profiles or a .toml file (default: the run's)")
+    add("--run", type=Path, required=True, help="run directory: everything of this training")
+    add("--data", type=Path, help="folder of the corpora that the recipe names (default: the profile's)")
+    # taken out with Slurm's flags; named here to be explained
+    nodes_help = "nodes for pretraining, as 32 or 16-32; the global batch stays the same (default: the run's, else 1)"
+    add("--nodes", "-N", help=nodes_help)
+    add("--processes", type=int, help="local runner: ranks in training and data workers")
+    add("--stages", help="run only these, separated by commas")
+    set_help = "change a recipe value, such as phase1.steps=100"
+    add("--set", action="append", default=[], metavar="KEY=VALUE", dest="settings", help=set_help)
+    add = made.add_argument_group("Slurm").add_argument
+    for name, words in SWITCHES.items():
+        add(f"--{name.replace('_', '-')}", action="store_true", help=words)
+    add("--write-scripts", type=Path, metavar="DIR", help="write batch files and submit.sh; send nothing")
+    hours_help = "stop when all attempts of all jobs of the run have spent so much; 0: no limit (default: the run's)"
+    add("--max-gpu-hours", type=hours, metavar="H", help=hours_help)
+    mixed_help = "let GPUs of different models share a job"
+    add("--allow-mixed", action="store_true", default=None, help=mixed_help)
+    return made
+
+
+def hours(text: str) -> float:
+    """A finite number of at least 0, for argparse."""
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number of hours")
+    return value
+
+
+def _refuse_slurms(profile: Profile, given: argparse.Namespace, line: flags.CommandLine) -> None:
+    """ConfigError for Slurm's options where there is no Slurm."""
+    names = [flag.name for flag in line.flags if flag.name != "nodes"]
+    names += [name for name in SLURM_ONLY if getattr(given, name.replace("-", "_"))]
+    if names or line.passthrough:
+        named = ", ".join(f"--{name}" for name in names) or " ".join(line.passthrough)
+        raise ConfigError(f"{named}: means nothing to cluster profile {profile.name!r}, which has no Slurm")
+
+
+def _data_dir(run: RunDir, stored: Mapping[str, Any], profile: Profile, given: argparse.Namespace) -> Path:
+    """--data, else where the run found its corpora, else (a copy from another site) the folder of the profile."""
+    if given.data is not None:
+        return Path(given.data)
+    known = stored and (given.cluster is None or run.data_dir.is_dir())
+    return run.data_dir if known else Path(profile.data_dir)
+
+
+def choose_micro_batches(
+    recipe: Recipe, profile: Profile, ranks: int, stored: Mapping[str, Any], settings: Sequence[str]
+) -> Recipe:
+    """The recipe with each phase's micro_batch fixed: chosen when the run is created, kept afterwards."""
+    for name in ("phase1", "phase2"):
+        phase = getattr(recipe, name)
+        kept = (stored.get("recipe", {}).get(name) or {}).get("micro_batch")
+        if kept and not any(s.startswith(f"{name}.micro_batch=") for s in settings):
+            chosen = min(kept, phase.global_batch)
+        else:
+            limit = micro_batch_limit(recipe, profile, name)
+            chosen = batch.plan(phase.global_batch, limit, ranks).micro_batch
+        recipe = dataclasses.replace(recipe, **{name: dataclasses.replace(phase, micro_batch=chosen)})
+    return recipe
+
+
+def micro_batch_limit(recipe: Recipe, profile: Profile, phase_name: str) -> int:
+    """The recipe's micro_batch limited by the profile's; ConfigError when neither names one."""
+    key = f"{recipe.name}.{phase_name}.{recipe.train.precision}"
+    given = [value for value in (getattr(recipe, phase_name).micro_batch, profile.micro_batch.get(key)) if value]
+    if not given:
+        raise ConfigError(
+            f"no micro_batch for {key}: cluster profile {profile.name!r} has no such key in "
+            f"[micro_batch]; add it, or give --set {phase_name}.micro_batch=N"
+        )
+    return min(given)

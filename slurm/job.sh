@@ -1,0 +1,218 @@
+# shellcheck shell=bash disable=SC2154
+# What every batch file does around its srun line: bookkeeping before it, and after it the decision what happens next.
+# The head of the batch file sets:
+#   state           folder of the run's small files        stands_in_for   id of the job in whose place a spare runs
+#   requeue         yes, no                                 code            the run's copy of the code, named by its
+#   gpus_per_node   GPUs of each node                                       SHA-256; empty: what Python finds itself
+#   max_gpu_s       GPU-seconds for all attempts of the     tasks, cpus     per node, and cores of each; no cpus: what
+#                   run; 0: no limit                                        the job got, shared out
+#   srun_args=() program=() arguments=()   words of the srun line; "${program[@]}" --version must work
+#   site()          modules, set-up lines and environment of the site
+# For the ranks it exports JOB_VERDICT, JOB_TRIES and JOB_DEADLINE (slurm/verdict.py).
+least_s=60   # of the allowed GPU time: with less left nothing is started
+most_tries=2 # attempts without progress
+
+# may be unset when the job was sent with --export=NONE
+export PATH="${PATH:-/usr/local/bin:/usr/bin:/bin}"
+
+# signals are for the ranks; this shell lives on to decide what happens next
+ended=no
+trap 'ended=yes' TERM
+trap : USR1 USR2
+
+fail() {
+  echo "$1" >&2
+  exit "$2"
+}
+# the first line of a file, when it matches: what stands in a run folder is never run, nor computed with, unseen
+read_line() {
+  local line=
+  if [ -f "$1" ]; then read -r -n 4096 line <"$1"; fi 2>/dev/null
+  [[ $line =~ $2 ]]
+}
+# ends this job for good: no requeue, and spare jobs end at once
+over() {
+  echo "attempt $attempt: $1; not started again" >&2
+  echo "$2 $1" >"$series.over"
+  exit "$2"
+}
+
+attempt=${SLURM_RESTART_COUNT:-0}
+this=$SLURM_JOB_ID.$attempt
+mkdir -p "$state" || fail "$state: cannot be made" 6
+series=$state/${stands_in_for:-$SLURM_JOB_ID}
+# whoever may write into the run folder could plant a pipe, which would be waited for, or a device
+for file in "$state/$this".{verdict,gpu_s.new} "$series".{over,tries,bad_nodes}; do
+  if [ -e "$file" ] && [ ! -f "$file" ]; then fail "$file: not a plain file; take it away" 6; fi
+done
+if [ -s "$series.over" ]; then
+  read_line "$series.over" '^([0-9]{1,3}) ([[:print:]]{1,300})$' || fail "$series.over: not readable; take it away" 6
+  fail "nothing to do in the place of job ${series##*/}: ${BASH_REMATCH[2]}" "${BASH_REMATCH[1]}"
+fi
+if [ -n "$code" ]; then
+  sums=$(
+    cd "$code" && {
+      find . ! -type d ! -type f
+      find . -type f -print0 | LC_ALL=C sort -z | xargs -0 sha256sum
+    } | sha256sum
+  )
+  if [ "${sums%% *}" != "${code##*/}" ]; then
+    fail "$code: missing, or changed since this job was sent; python -m pipeline.submit --upgrade copies the code again" 7
+  fi
+fi
+export JOB_VERDICT="$state/$this.verdict"
+export JOB_TRIES="$series.tries"
+bad_nodes="$series.bad_nodes"
+
+# end of the allocation, read once: D-HH:MM:SS, MM:SS, or a word when there is no limit
+began=$(date +%s)
+end=9999999999
+left=$(timeout 60 squeue -h -j "$SLURM_JOB_ID" -o %L 2>/dev/null)
+if [[ $left =~ ^([0-9]+-)?[0-9]+(:[0-9]+){1,2}$ ]]; then
+  days=0
+  if [[ $left == *-* ]]; then days=${left%%-*}; fi
+  seconds=0
+  IFS=: read -r -a parts <<<"${left#*-}"
+  for part in "${parts[@]}"; do seconds=$((seconds * 60 + 10#$part)); done
+  end=$((began + 10#$days * 86400 + seconds))
+fi
+deadline=$end
+
+# GPU-seconds: each attempt notes its own in a file; their sum over all attempts and jobs of the run has a limit
+gpus=$((gpus_per_node * SLURM_JOB_NUM_NODES))
+note_gpu_s() {
+  echo $((gpus * ($(date +%s) - began))) >"$state/$this.gpu_s.new" && mv "$state/$this.gpu_s.new" "$state/$this.gpu_s"
+}
+left_s() {
+  local spent=0 file
+  for file in "$state"/*.gpu_s; do
+    if read_line "$file" '^[0-9]{1,15}$'; then spent=$((spent + 10#${BASH_REMATCH[0]})); fi
+  done
+  echo $(((max_gpu_s - spent) / gpus))
+}
+check_gpu_s() {
+  if [ "$gpus" -gt 0 ] && [ "$max_gpu_s" -gt 0 ] && [ "$(left_s)" -lt $least_s ]; then
+    over "the $((max_gpu_s / 60)) GPU-minutes that --max-gpu-hours allows are used up" 2
+  fi
+}
+if [ "$gpus" -gt 0 ]; then
+  note_gpu_s
+  check_gpu_s
+  if [ "$max_gpu_s" -gt 0 ] && [ $((began + $(left_s))) -lt "$end" ]; then deadline=$((began + $(left_s))); fi
+  (
+    trap '' TERM
+    while sleep 30; do
+      note_gpu_s
+      # for stages that look at no deadline, and for jobs of the run that spend at the same time
+      if [ "$max_gpu_s" -gt 0 ] && [ "$(left_s)" -le 0 ]; then scancel --signal=TERM "$SLURM_JOB_ID"; fi
+    done
+  ) >/dev/null 2>&1 &
+  noting=$!
+  disown # its end is no news
+  trap 'kill -9 "$noting" 2>/dev/null; note_gpu_s' EXIT
+fi
+if [ "$deadline" -lt 9999999999 ]; then export JOB_DEADLINE=$deadline; fi
+
+# nodes that an earlier attempt found to be bad do not take part
+spared=()
+if [ -s "$bad_nodes" ]; then
+  mapfile -t spared < <(scontrol show hostnames "$SLURM_JOB_NODELIST" | grep -Fxf "$bad_nodes")
+  if [ "${#spared[@]}" -ge "$SLURM_JOB_NUM_NODES" ]; then spared=(); fi
+fi
+part=()
+if [ "${#spared[@]}" -gt 0 ]; then
+  printf -v list '%s,' "${spared[@]}"
+  part=(--exclude="${list%,}" --nodes=$((SLURM_JOB_NUM_NODES - ${#spared[@]})))
+  echo "attempt $attempt: without ${spared[*]}, found bad before"
+fi
+echo "$this" >>"$JOB_TRIES"
+
+site
+if [ -n "$code" ]; then
+  # before any other copy, whatever the working folder is; a byte-code file would change the copy
+  export PYTHONPATH="$code${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1 PYTHONDONTWRITEBYTECODE=1
+fi
+cpus=${cpus:-$((SLURM_CPUS_ON_NODE > tasks ? SLURM_CPUS_ON_NODE / tasks : 1))}
+srun --ntasks-per-node="$tasks" --cpus-per-task="$cpus" --export=ALL --kill-on-bad-exit=1 --unbuffered \
+  "${srun_args[@]}" "${part[@]}" "${program[@]}" "${arguments[@]}"
+exit_code=$?
+
+# the first rank that failed knows best; srun's own code mixes those of all ranks
+last=$exit_code
+silent=no
+nodes=
+if read_line "$JOB_VERDICT" '^([0-9]{1,3})(( [A-Za-z0-9][A-Za-z0-9._-]*)*)$'; then
+  exit_code=${BASH_REMATCH[1]}
+  nodes=${BASH_REMATCH[2]}
+  last=$exit_code
+elif ! [[ $exit_code =~ ^([03-9]|7[5-7])$ ]]; then # killed, or it did not start
+  echo "attempt $attempt: no rank said why it ended (code $exit_code)"
+  silent=yes
+  exit_code=76
+fi
+
+# a job that Slurm is ending: a cancelled one must not come back, a preempted one comes back by itself unless its
+# script ends first, so wait to be killed; only after the time limit is it ours to ask
+wait_if_ended() {
+  if [ "$ended" = yes ] && [ "$(date +%s)" -lt "$end" ]; then
+    echo "attempt $attempt: code $exit_code; Slurm is ending this job"
+    sed -i "/^$this\$/d" "$JOB_TRIES" 2>/dev/null # no fault of ours
+    if [ "$requeue" != yes ]; then exit "$last"; fi
+    trap - TERM
+    sleep 3600
+    exit "$last"
+  fi
+}
+ask() {
+  answer=$(timeout 60 squeue -h -j "$SLURM_JOB_ID" -o %T 2>&1) || return
+  if [ "$answer" = COMPLETING ]; then ended=yes; fi # TERM may reach this shell late, or never
+  wait_if_ended
+  answer=$(timeout 60 scontrol requeue "$SLURM_JOB_ID" 2>&1)
+}
+# whether the job's program starts at all on one of its nodes
+starts() {
+  timeout 60 srun --nodes=1 --ntasks=1 --nodelist="$1" --export=ALL "${srun_args[@]}" "${program[@]}" --version
+} >/dev/null 2>&1 </dev/null
+
+case $exit_code in
+0) exit 0 ;;
+75 | 76 | 77) ;;
+*) over "ended with code $exit_code" "$exit_code" ;;
+esac
+sleep 2 # ranks hear of a cancel before others do
+wait_if_ended
+if [ $silent = yes ]; then
+  all=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+  good=$(
+    for node in $all; do starts "$node" && echo "$node" & done
+    wait
+  )
+  # on none: no fault of a node
+  if [ -n "$good" ]; then nodes=$(grep -vxF "$good" <<<"$all"); fi
+  for node in $nodes; do echo "attempt $attempt: the program does not start on $node"; done
+fi
+for node in $nodes; do echo "$node" >>"$bad_nodes"; done
+if [ -s "$JOB_TRIES" ] && [ "$(wc -l <"$JOB_TRIES")" -ge $most_tries ]; then
+  over "code $exit_code, $most_tries attempts without progress" "$last"
+fi
+if [ "$gpus" -gt 0 ]; then
+  note_gpu_s
+  check_gpu_s
+fi
+if [ "$requeue" != yes ]; then exit "$last"; fi
+command -v scontrol >/dev/null || fail "attempt $attempt: code $exit_code, but no scontrol here" "$last"
+pause=1
+until ask; do
+  case $answer in
+  *disabled* | *enied* | *"nvalid job id"* | *"not permitted"*)
+    fail "attempt $attempt: requeue refused: $answer" "$last"
+    ;;
+  esac
+  echo "attempt $attempt: requeue not confirmed ($answer); again in $pause s"
+  sleep "$pause"
+  pause=$((pause < 16 ? pause * 2 : 30))
+done
+echo "attempt $attempt: code $exit_code, requeued"
+trap - TERM
+sleep 120 # Slurm ends this shell
+exit "$last"
