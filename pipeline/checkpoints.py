@@ -11,6 +11,7 @@ from typing import Any
 from pipeline.engine.checkpoint import listing
 from pipeline.errors import run_command
 from pipeline.run.rundir import RunDir
+from pipeline.words import columns
 
 COLUMNS = ("stage", "attempt", "step", "verified", "digest")
 
@@ -35,13 +36,11 @@ def main() -> int:
 def table(rows: list[dict[str, Any]]) -> str:
     """Rows of ``listing`` in aligned columns, digests shortened."""
     words = {None: "not asked", True: "yes", False: "NO"}
-    cells = [COLUMNS] + [
+    cells = [
         (row["stage"], str(row["attempt"]), str(row["step"]), words[row["verified"]], (row["digest"] or "?")[:12])
         for row in rows
     ]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(COLUMNS))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
-    return "\n".join(lines) if rows else "no checkpoints yet"
+    return "\n".join(columns([COLUMNS, *cells])) if rows else "no checkpoints yet"
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from pipeline.errors import ConfigError, run_command
 from pipeline.launch.request import micro_batch_limit
 from pipeline.report import published
 from pipeline.run.interruptions import advise, chance_of_none, expected_restarts, young_s
+from pipeline.words import columns
 from slurm.profile import Profile
 
 COLUMNS = (
@@ -140,21 +141,22 @@ def show_saving(found: list[dict[str, Any]], asked: argparse.Namespace) -> None:
         f"\nInterruptions by {' and '.join(causes)};\na checkpoint holds the steps up for {asked.save_seconds:g} s, "
         f"a restart takes {asked.restart_seconds:g} s:"
     )
-    titles = ("nodes", "mean between", "save every", "in steps", "time lost", "hours", "restarts", "none at all")
-    print("  ".join(f"{title:>12s}" for title in titles))
+    cells = [("nodes", "mean between", "save every", "in steps", "time lost", "hours", "restarts", "none at all")]
     for row in found:
         known = "hours" in row
-        cells = [
-            str(row["nodes"]),
-            f"{row['between_s'] / 3600:.3g} h",
-            f"{row['interval_s']:,.0f} s",
-            f"{row['checkpoint_every']:,}" if known else "-",
-            f"{100 * row['lost']:.2f} %",
-            f"{row['hours']:.3g}" if known else "-",
-            f"{row['restarts']:.2g}" if known else "-",
-            f"{100 * row['chance_of_none']:.1f} %" if known else "-",
-        ]
-        print("  ".join(f"{cell:>12s}" for cell in cells))
+        cells.append(
+            (
+                str(row["nodes"]),
+                f"{row['between_s'] / 3600:.3g} h",
+                f"{row['interval_s']:,.0f} s",
+                f"{row['checkpoint_every']:,}" if known else "-",
+                f"{100 * row['lost']:.2f} %",
+                f"{row['hours']:.3g}" if known else "-",
+                f"{row['restarts']:.2g}" if known else "-",
+                f"{100 * row['chance_of_none']:.1f} %" if known else "-",
+            )
+        )
+    print("\n".join(columns(cells, right=range(8))))
     print(
         "save every: Daly 2006, which refines Young 1974; time lost: saving, doing again, restarting; "
         "--set train.checkpoint_every takes steps\n"
@@ -171,11 +173,10 @@ def show_saving(found: list[dict[str, Any]], asked: argparse.Namespace) -> None:
 
 
 def show(found: list[dict[str, Any]]) -> None:
-    print("  ".join(f"{name:>12s}" for name in COLUMNS))
-    for row in found:
+    table = columns([COLUMNS, *([str(row[name]) for name in COLUMNS] for row in found)], right=range(len(COLUMNS)))
+    for line, row in zip(table, [{}, *found], strict=True):
         better = row.get("better_micro_batch")
-        hint = f"  --set {row['phase']}.micro_batch={better} would balance the ranks" if better else ""
-        print("  ".join(f"{row[name]:>12}" for name in COLUMNS) + hint)
+        print(line + (f"  --set {row['phase']}.micro_batch={better} would balance the ranks" if better else ""))
     print(
         "world_size x rank_batch x steps is the same training for every row: "
         "rank_batch = micro_batch x accumulation, global_batch never changes"

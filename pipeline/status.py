@@ -6,16 +6,15 @@ import argparse
 import json
 import time
 from pathlib import Path
-from typing import Any
 
 from pipeline.errors import ConfigError, run_command
 from pipeline.run import account
 from pipeline.run.chain import Chain
 from pipeline.run.incidents import incidents
 from pipeline.run.rundir import RunDir
-from pipeline.run.state import Sent, events_of, survey
+from pipeline.run.state import Row, Sent, events_of, survey
 from pipeline.watch import follow_log, goes_on, print_log, short_line, watch
-from pipeline.words import in_short
+from pipeline.words import columns, in_short
 
 MOST_INCIDENTS = 5  # shown below the table; the report has all
 
@@ -43,9 +42,9 @@ def main() -> int:
         sent = Sent.of(run)
         silent = sent.silent if sent else ""
         rows = survey(run, sent)
-        found, said = account_of(run, rows), incidents(events_of(run))
-        told = {"account": found.to_dict() if found else None, "incidents": said}
-        print(json.dumps({"stages": rows, **told, **({"slurm": silent} if silent else {})}))
+        times = account_of(run, rows)
+        answer = {"stages": rows, "account": times.to_dict() if times else None, "incidents": incidents(events_of(run))}
+        print(json.dumps({**answer, **({"slurm": silent} if silent else {})}))
     else:
         print("\n".join(look(run, arguments.short)[0]))
     return 0
@@ -58,28 +57,34 @@ def look(run: RunDir, short: bool) -> tuple[list[str], bool]:
     more = any(goes_on(row) for row in rows)
     if short:
         return [short_line(run.path.resolve().name, rows, silent)], more
-    lines = []
-    for row in rows:
-        duration = f"{row['duration_s']:.1f} s" if "duration_s" in row else ""
-        job = f"{row.get('job', ''):>9s}  " if sent else ""
-        lines.append(f"{row['name']:12s} {row['state']:10s} {job}{duration:>10s}  {row.get('reason', '')}".rstrip())
+    cells = [
+        (
+            row["name"],
+            row["state"],
+            row.get("job", ""),
+            f"{row['duration_s']:.1f} s" if "duration_s" in row else "",
+            row.get("reason", ""),
+        )
+        for row in rows
+    ]
+    lines = columns([cell if sent else (*cell[:2], *cell[3:]) for cell in cells], right=(2, 3) if sent else (2,))
     lines += [f"! {line}" for line in incidents(events_of(run))[-MOST_INCIDENTS:]]
-    if found := account_of(run, rows):
-        lines.append(time_line(found))
+    if times := account_of(run, rows):
+        lines.append(time_line(times))
     if silent:
         lines.append(f"Slurm does not answer, states are from the run's own files: {silent}")
     return lines, more
 
 
-def account_of(run: RunDir, rows: list[dict[str, Any]]) -> account.RunAccount | None:
+def account_of(run: RunDir, rows: list[Row]) -> account.RunAccount | None:
     """Where the run's time went so far."""
     live = [row["name"] for row in rows if row["state"] == "running"]
     return account.read(run, Chain.of(run).stages, events_of(run), live, time.time())
 
 
-def time_line(found: account.RunAccount) -> str:
+def time_line(times: account.RunAccount) -> str:
     """The chain's time in a line: the whole, goodput, and every part above one per cent, the largest first."""
-    chain, whole = found.chain, found.chain.wall_s or 1.0
+    chain, whole = times.chain, times.chain.wall_s or 1.0
     shares = sorted(((seconds / whole, part) for part, seconds in chain.parts.items()), reverse=True)
     parts = [f"{account.PARTS[part]} {100 * share:.0f} %" for share, part in shares if share >= 0.01]
     goodput = f", goodput {100 * chain.goodput:.0f} %" if chain.goodput is not None else ""

@@ -18,6 +18,7 @@ from pipeline.launch.request import Request
 from pipeline.run.chain import Chain
 from pipeline.run.journal import Journal, live_jobs, refuse_running
 from pipeline.run.rundir import RunDir, read_json
+from pipeline.run.state import rows_of
 from pipeline.stages import TASKS
 from pipeline.worker import made_with
 from slurm import flags, queue
@@ -68,8 +69,10 @@ def planned(asked: Request) -> Chain:
 def selected(chain: Chain, asked: Request) -> dict[str, str]:
     """The stages to run with the reasons, which are printed."""
     todo = chain.select(asked.stages) if asked.stages else chain.todo()
+    ended = [row for row in rows_of(chain, held=False) if row["state"] in ("failed", "cancelled")]
+    before = {row["name"]: f"; {row['state']} before: {row['reason']}" for row in ended}
     for name, why in todo.items():
-        print(f"  will run {name:12s} {why}")
+        print(f"  will run {name:12s} {why}{before.get(name, '')}")
     return todo
 
 

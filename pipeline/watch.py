@@ -10,9 +10,9 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from pipeline.run.rundir import Attempt, StageDir
+from pipeline.run.state import Row
 from pipeline.words import in_short
 
 INTERVAL_S = 2.0  # between two questions to squeue
@@ -21,12 +21,12 @@ PHONE = 80  # characters
 CHUNK = 1 << 20
 
 
-def goes_on(row: dict[str, Any]) -> bool:
+def goes_on(row: Row) -> bool:
     """Whether a stage runs or can still start without anybody's help."""
     return row["state"] in ("running", "waiting", "unknown") and not row.get("stuck")
 
 
-def short_line(name: str, rows: Sequence[dict[str, Any]], silent: str = "") -> str:
+def short_line(name: str, rows: Sequence[Row], silent: str = "") -> str:
     """The run in at most 80 characters: what runs or is wrong or waits, and how many stages are done."""
     done = f"{sum(row['state'] == 'done' for row in rows)}/{len(rows)} done"
     of = {state: [row for row in rows if row["state"] == state] for state in ("running", "failed", "cancelled")}
@@ -44,7 +44,7 @@ def short_line(name: str, rows: Sequence[dict[str, Any]], silent: str = "") -> s
     return f"{name}{_cut(middle, PHONE - len(name) - 2 - len(done))}  {done}"
 
 
-def _figures(row: dict[str, Any]) -> list[str]:
+def _figures(row: Row) -> list[str]:
     step = f" {row['step']}" if "step" in row else ""
     parts = [f"{row['name']}{step}{'/' + str(row['steps']) if step and 'steps' in row else ''}"]
     parts += [f"loss {row['loss']:.3g}"] if "loss" in row else []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 import unicodedata
+from collections.abc import Container, Iterable, Sequence
 from typing import Any, TypeGuard
 
 
@@ -85,3 +86,15 @@ def in_short(seconds: float) -> str:
         if seconds < size * {"s": 90, "min": 90, "h": 48}[unit]:
             return f"{seconds / size:.{digits}f} {unit}"
     return f"{seconds / 86400:.1f} d"
+
+
+def columns(rows: Iterable[Sequence[str]], right: Container[int] = ()) -> list[str]:
+    """Rows of cells as lines for a terminal, two spaces between columns; those in ``right`` end flush."""
+    rows = list(rows)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+
+    def line(row: Sequence[str]) -> str:
+        cells = enumerate(zip(row, widths, strict=True))
+        return "  ".join(cell.rjust(width) if i in right else cell.ljust(width) for i, (cell, width) in cells).rstrip()
+
+    return [line(row) for row in rows]

@@ -37,6 +37,15 @@ def give(code: int, bad_nodes: Iterable[str] = (), environ: Mapping[str, str] | 
     return True
 
 
+def read_over(path: str | os.PathLike[str]) -> tuple[int, str] | None:
+    """Exit code and reason of a job that its batch script ended for good; None where it did not."""
+    if not os.path.isfile(path):  # a planted pipe would be waited for
+        return None
+    with open(path, encoding="utf-8", errors="replace") as file:
+        line = re.match(r"([0-9]{1,3}) (.{1,300})", file.read(4096))
+    return (int(line[1]), line[2]) if line else None
+
+
 def begin_try(name: str, path: str | os.PathLike[str]) -> None:
     """Note an attempt before it starts; the batch script does the same with ``echo``."""
     with open(path, "a", encoding="utf-8") as file:

@@ -9,6 +9,7 @@ from typing import Any
 
 from pipeline.errors import EnvironmentFault, run_command
 from pipeline.monitor import health
+from pipeline.words import columns
 
 COLUMNS = ("gpu", "name", "utilization_pct", "memory_used_mb", "power_w", "temperature_c", "sm_clock_mhz", "throttle")
 
@@ -23,9 +24,7 @@ def main() -> None:
         print(json.dumps({"node": node, "gpus": gpus}))
         return
     rows = [COLUMNS, *(tuple(_cell(gpu.get(column, "-")) for column in COLUMNS) for gpu in gpus)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print("\n".join(columns(rows)))
     for finding in findings:
         print(f"{finding['verdict']}: {finding['line']}")
 

@@ -15,7 +15,7 @@ from pipeline.run.account import RunAccount
 from pipeline.run.chain import Chain
 from pipeline.run.gpu_samples import GpuSamples
 from pipeline.run.rundir import RunDir, read_json
-from pipeline.run.state import events_of, state_of
+from pipeline.run.state import Row, events_of, rows_of
 from pipeline.stages import TASKS
 from pipeline.words import is_number
 from slurm.profile import Profile
@@ -23,7 +23,7 @@ from slurm.profile import Profile
 PHASES = ("phase1", "phase2")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Facts:
     """All that a report says, read from the run's files."""
 
@@ -31,7 +31,7 @@ class Facts:
     settings: Mapping[str, Any]
     recipe: Recipe
     profile: Profile
-    rows: list[dict[str, Any]]  # a stage each, as pipeline.status shows it; without the report itself
+    rows: list[Row]  # a stage each, as pipeline.status shows it; without the report itself
     results: dict[str, dict[str, Any]]  # of the stages that are done
     phases: list[Phase]
     scores: dict[str, dict[str, Any]]  # scores.json of the fine-tuning stages
@@ -54,30 +54,28 @@ def gather(run: RunDir, *, held: bool) -> Facts:
     chain, settings = Chain.of(run), run.settings
     origin = str(run.path / "run.json")
     recipe, profile = restore(Recipe, settings["recipe"], origin), restore(Profile, settings["profile"], origin)
-    todo = chain.todo()
-    events = events_of(run)
-    names = [name for name, stage in chain.stages.items() if not stage.always]
-    rows = {name: ended(state_of(chain, name, todo, held), events) for name in names}
-    done = [name for name in names if rows[name]["state"] == "done"]
-    results = {name: (run.stage(name).done or {}).get("result") for name in done}
-    live = [name for name, row in rows.items() if row["state"] == "running"]
+    rows = [row for row in rows_of(chain, held) if not chain.stages[row["name"]].always]
+    names = [row["name"] for row in rows]
+    done = {row["name"]: run.stage(row["name"]) for row in rows if row["state"] == "done"}
+    results = {name: (folder.done or {}).get("result") for name, folder in done.items()}
+    scores = {name: read_json(done[name].path / "scores.json") or {} for name in TASKS if name in done}
     phases = [Phase.read(name, getattr(recipe, name), run.stage(name)) for name in PHASES if name in names]
     throughput = {phase.name: phase.median("sequences_per_s") for phase in phases}
     throughput |= {name: median_rate(run, name) for name in TASKS if name in done}
-    scores = {name: read_json(run.stage(name).path / "scores.json") or {} for name in TASKS if name in done}
+    events, live = events_of(run), [row["name"] for row in rows if row["state"] == "running"]
     return Facts(
-        chain,
-        settings,
-        recipe,
-        profile,
-        list(rows.values()),
-        {name: found for name, found in results.items() if isinstance(found, dict)},
-        phases,
-        {name: found for name, found in scores.items() if isinstance(found.get("scores"), dict)},
-        events,
-        account.read(run, chain.stages, events, live, time.time()),
-        gpu_samples.read(run, names),
-        throughput,
+        chain=chain,
+        settings=settings,
+        recipe=recipe,
+        profile=profile,
+        rows=rows,
+        results={name: result for name, result in results.items() if isinstance(result, dict)},
+        phases=phases,
+        scores={name: record for name, record in scores.items() if isinstance(record.get("scores"), dict)},
+        events=events,
+        account=account.read(run, chain.stages, events, live, time.time()),
+        gpus=gpu_samples.read(run, names),
+        throughput=throughput,
     )
 
 
@@ -89,11 +87,3 @@ def median_rate(run: RunDir, name: str) -> float | None:
         return None
     known = [rate for rate in rates if is_number(rate)]
     return statistics.median(known) if known else None
-
-
-def ended(row: dict[str, Any], events: list[dict[str, Any]]) -> dict[str, Any]:
-    """The row of a stage whose processes were killed, so that only the runner could say that it failed."""
-    mine = [event for event in events if event.get("stage") == row["name"]]
-    if row["state"] != "todo" or not mine or mine[-1].get("event") != "failed":
-        return row
-    return {**row, "state": "failed", "reason": f"exit {mine[-1].get('code')}: {mine[-1].get('line')}"}

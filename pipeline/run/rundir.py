@@ -19,6 +19,7 @@ from typing import Any
 
 from data_prep.publish import publish_json
 from pipeline.errors import ConfigError, InUseError
+from pipeline.words import is_number
 
 BEGINNING_S = 30.0  # a stage's folder is begun in milliseconds
 
@@ -87,6 +88,29 @@ class Attempt:
     @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
+
+    def lines(self) -> list[dict[str, Any]]:
+        """The attempt's metric lines; none where the file cannot be read."""
+        try:
+            return [line for line in read_jsonl(self.metrics) if isinstance(line, dict)]
+        except (OSError, ValueError):
+            return []
+
+    @property
+    def resumed_from(self) -> int | None:
+        """The step from which this start went on, 0 for the beginning; None where that is not (yet) on record."""
+        record = read_json(self.path / "attempt.json")
+        step = None if record is None else (record.get("resumed_from") or {"step": 0}).get("step")
+        return int(step) if is_number(step) else None
+
+    @property
+    def span(self) -> tuple[float, float] | None:
+        """Unix times of the beginning and of the last sign of life; None where the beginning is not on record."""
+        began = self.owner.get("time")
+        if not is_number(began):
+            return None
+        times = [*(line.get("time") for line in self.lines()[-1:]), (self.verdict or {}).get("time")]
+        return began, max([began, *(time for time in times if is_number(time))])
 
     def judge(self, code: int, line: str, rank: int) -> bool:
         """Write the attempt's verdict; False when a rank that failed earlier has done so.

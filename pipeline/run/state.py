@@ -1,24 +1,74 @@
-"""The state of every stage of a run, by ONE rule, from its files and from what Slurm says of its jobs."""
+"""The state of every stage of a run, by ONE rule, from its files and from what Slurm says of its jobs.
+
+``RULE`` is the rule: what holds the stage now, and what its last attempt left, give its state. ``status``, the report
+and ``submit`` say what it says.
+"""
 
 from __future__ import annotations
 
 import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, NamedTuple, Required, TypedDict, cast
 
 from pipeline.errors import RESTART_CODES
 from pipeline.run.chain import Chain
-from pipeline.run.journal import Journal
-from pipeline.run.rundir import Attempt, RunDir, read_json, read_jsonl
-from pipeline.words import in_short
+from pipeline.run.journal import Journal, SentJob
+from pipeline.run.rundir import Attempt, RunDir
+from pipeline.words import in_short, visible
 from slurm import queue
 from slurm.errors import SlurmError
 from slurm.states import in_words
+from slurm.verdict import read_over
+
+State = Literal["todo", "waiting", "running", "done", "failed", "cancelled", "unknown"]
+Holder = Literal["nobody", "runner", "silent", "ended", "cancelled", "queued", "behind", "job"]
+Left = Literal["nothing", "open", "stopped", "restart", "failed"]
+Reason = Literal["why", "attempt", "needs", "progress", "nothing", "job", "queue", "ahead", "start"]
+
+RULE: Mapping[tuple[Holder, Left | Literal["any"]], tuple[State, Reason]] = {
+    # nobody works on it, or nobody that we know of: how its last attempt ended
+    ("nobody", "any"): ("todo", "why"),
+    ("silent", "any"): ("unknown", "nothing"),  # Slurm does not answer
+    ("ended", "any"): ("failed", "job"),  # its job ended, and the stage is not done
+    ("cancelled", "any"): ("cancelled", "job"),
+    **{(holder, "stopped"): ("cancelled", "attempt") for holder in ("nobody", "silent", "ended", "cancelled")},
+    **{(holder, "restart"): ("failed", "attempt") for holder in ("nobody", "silent", "ended", "cancelled")},
+    **{(holder, "failed"): ("failed", "attempt") for holder in ("nobody", "silent", "ended", "cancelled")},
+    # the local runner holds the run: it starts again what it has not given up
+    ("runner", "any"): ("waiting", "needs"),
+    ("runner", "open"): ("running", "progress"),
+    ("runner", "failed"): ("failed", "attempt"),
+    # a job of Slurm: in the queue; at work on an earlier stage; at work on this one
+    ("queued", "any"): ("waiting", "queue"),
+    ("behind", "any"): ("waiting", "ahead"),
+    ("job", "any"): ("running", "start"),
+    ("job", "open"): ("running", "progress"),
+}
+
+
+class Row(TypedDict, total=False):
+    """What is known of one stage. ``job``: the Slurm job of a stage that was sent and is not done."""
+
+    name: Required[str]
+    state: Required[State]
+    attempts: Required[int]
+    reason: str
+    job: str
+    duration_s: float
+    step: int
+    steps: int
+    loss: float
+    sequences_per_s: float
+    tokens_per_s: float
+    eta_s: float  # the median step time times the steps left
+    expected_start: float  # Unix time, by Slurm's estimate
+    stuck: bool  # waits for what can no longer happen
 
 
 @dataclass(frozen=True)
 class Sent:
-    """The run's last sending to Slurm and what Slurm says of its jobs; ``silent`` is why it says nothing.
+    """The run's last submission to Slurm and what Slurm says of its jobs; ``silent`` is why it says nothing.
 
     Jobs that squeue has forgotten are looked up in the accounting database, where there is one.
     """
@@ -40,6 +90,11 @@ class Sent:
         except SlurmError as error:
             return cls(journal, {}, str(error))
 
+    def job_of(self, stage: str) -> SentJob | None:
+        """The job that was sent for a stage; None where Slurm never took one."""
+        job = self.journal.job_of(stage, self.jobs)
+        return job if job is not None and job.id else None
+
 
 def events_of(run: RunDir) -> list[dict[str, Any]]:
     """The run's events; none where their file is damaged."""
@@ -49,57 +104,143 @@ def events_of(run: RunDir) -> list[dict[str, Any]]:
         return []
 
 
-def survey(run: RunDir, sent: Sent | None = None) -> list[dict[str, Any]]:
-    """One row for each stage: name, state (todo, waiting, running, done, failed, cancelled, unknown), reason, progress.
-
-    ``job`` is the Slurm job id of a stage that was sent and is not done.
-    """
-    chain = Chain.of(run)
-    todo, held = chain.todo(), run.is_held()
-    rows = []
-    for name in chain.stages:
-        job = sent.journal.job_of(name, sent.jobs) if sent and name in todo else None
-        if sent and job is not None and job.id:
-            rows.append({**sent_state(chain, name, todo, sent), "job": job.id})
-        else:
-            rows.append(state_of(chain, name, todo, held and sent is None))
-    return rows
+def survey(run: RunDir, sent: Sent | None = None) -> list[Row]:
+    """One row for each stage of the run as it is now."""
+    return rows_of(Chain.of(run), run.is_held() and sent is None, sent)
 
 
-def sent_state(chain: Chain, name: str, todo: dict[str, str], sent: Sent) -> dict[str, Any]:
-    """State of a stage that was sent and is not done."""
-    job = sent.journal.job_of(name, sent.jobs)
-    assert job is not None
-    found = sent.jobs.get(job.id)
-    row = state_of(chain, name, todo, held=False)
-    if sent.silent:
-        return row if row["state"] in ("failed", "cancelled") else {**row, "state": "unknown", "reason": ""}
-    if found is None or found.ended:
-        if found is not None and row["state"] == "todo":
-            row.update(state="cancelled" if found.state == "CANCELLED" else "failed", reason=in_words(found))
-        return row
-    if found.waiting:
-        stopped = chain.run.stage(name).attempts and chain.is_current(name)
-        again = f"{history(chain.run.stage(name).attempts, job.id)}; " if stopped else ""
-        row.update(state="waiting", reason=again + in_words(found, sent.journal.names))
-        if found.start is not None:
-            row["expected_start"] = found.start
-        return {**row, "stuck": True} if found.stuck else row
-    current = next(stage for stage in job.stages if stage in todo)
-    if name != current:
-        return {**row, "state": "waiting", "reason": f"waits for {current} in the same job"}
-    last = chain.run.stage(name).attempts[-1:] if chain.is_current(name) else []
-    mine = [one for one in last if one.verdict is None and job_id(one) == job.id]
-    if not mine or found.state != "RUNNING":
-        starting = "starts" if found.state == "RUNNING" else in_words(found)
-        return {**row, "state": "running", "reason": starting}
-    return {**row, **progress(chain, name, mine[0])}
+def rows_of(chain: Chain, held: bool, sent: Sent | None = None) -> list[Row]:
+    """One row for each stage; ``held``: a local runner is at work on the run."""
+    todo, gave_up = chain.todo(), {}
+    for event in events_of(chain.run):
+        if "stage" in event:
+            gave_up[str(event["stage"])] = event  # the newest; that it failed is what the local runner says last
+    return [Look(chain, name, todo, held, sent, gave_up.get(name, {})).row() for name in chain.stages]
 
 
-def progress(chain: Chain, name: str, attempt: Attempt) -> dict[str, Any]:
-    """State, figures and reason of a stage that works now; ``eta_s`` is the median step time times the steps left."""
-    row: dict[str, Any] = {"state": "running"}
-    own = [line for line in read_jsonl(attempt.metrics) if "loss" in line]
+class Ending(NamedTuple):
+    """How an attempt ended: exit code, line, Unix time."""
+
+    code: Any
+    line: str
+    time: float
+
+
+@dataclass(frozen=True)
+class Look:
+    """A look at one stage. ``event`` is the newest event that names it, or empty."""
+
+    chain: Chain
+    name: str
+    todo: Mapping[str, str]
+    held: bool
+    sent: Sent | None
+    event: Mapping[str, Any]
+
+    def row(self) -> Row:
+        """The stage's row, by the rule."""
+        folder = self.chain.run.stage(self.name)
+        attempts = folder.attempts
+        row: dict[str, Any] = {"name": self.name, "state": "done", "attempts": len(attempts)}
+        if self.name not in self.todo:
+            return cast(Row, {**row, "duration_s": (folder.done or {}).get("duration_s", 0.0)})
+        if not self.chain.is_current(self.name):
+            attempts = []
+        sent = self.sent.job_of(self.name) if self.sent else None
+        job = self.sent.jobs.get(sent.id) if self.sent and sent else None
+        if sent:
+            row["job"] = sent.id
+        holder = self.holder(sent, job)
+        ending = self.ending(attempts[-1] if attempts else None)
+        left = self.left(holder, job, attempts, ending)
+        row["state"], reason = RULE.get((holder, left)) or RULE[holder, "any"]
+        match reason:
+            case "why":
+                row["reason"] = self.todo[self.name]
+            case "attempt" if ending is not None:
+                row["reason"] = ending.line if row["state"] == "cancelled" else f"exit {ending.code}: {ending.line}"
+            case "needs":
+                pending = [need for need in self.chain.stages[self.name].needs if need in self.todo]
+                row["reason"] = f"waits for {', '.join(pending)}" if pending else "starts next"
+            case "progress":
+                row |= progress(self.chain, self.name, attempts)
+            case "job" if sent:
+                row["reason"] = over(self.chain.run, sent.id) or (in_words(job) if job else "")
+            case "queue" if job and self.sent:
+                row |= queued(job, attempts, self.sent.journal.names)
+            case "ahead" if sent:
+                row["reason"] = f"waits for {self.at_work(sent)} in the same job"
+            case "start" if job:
+                row["reason"] = "starts" if job.state == "RUNNING" else in_words(job)
+            case _:
+                row["reason"] = ""
+        return cast(Row, row)
+
+    def holder(self, sent: SentJob | None, job: queue.Job | None) -> Holder:
+        """What holds the stage."""
+        if self.sent is None or sent is None:
+            return "runner" if self.held else "nobody"
+        if self.sent.silent:
+            return "silent"
+        if job is None or job.ended:
+            if job is not None and job.state == "CANCELLED":
+                return "cancelled"
+            failed = over(self.chain.run, sent.id) or (job is not None and job.state != "COMPLETED")
+            return "ended" if failed else "nobody"
+        if job.waiting:
+            return "queued"
+        return "job" if self.at_work(sent) == self.name else "behind"
+
+    def at_work(self, sent: SentJob) -> str:
+        """The stage that a job works on: the first of its stages that is not done."""
+        return next(stage for stage in sent.stages if stage in self.todo)
+
+    def ending(self, last: Attempt | None) -> Ending | None:
+        """How the last attempt ended: by its own words, else (it was killed) by those of the runner that gave it up."""
+        verdict = last.verdict if last else None
+        if verdict is None and self.event.get("event") == "failed":
+            verdict = dict(self.event)
+        return Ending(verdict.get("code"), str(verdict.get("line")), verdict.get("time", 0.0)) if verdict else None
+
+    def left(self, holder: Holder, job: queue.Job | None, attempts: Sequence[Attempt], ending: Ending | None) -> Left:
+        """What the last attempt left behind, for whoever holds the stage now."""
+        done_before = self.chain.stages[self.name].always and self.chain.is_done(self.name)
+        if ending is None and (not attempts or done_before):
+            return "nothing"
+        if ending is None:
+            others = job is not None and (job.state != "RUNNING" or job_id(attempts[-1]) != job.id)
+            return "nothing" if others else "open"
+        if holder == "runner" and ending.time <= self.chain.run.held_since:
+            return "nothing"  # before this runner began
+        if self.event.get("event") == "failed":
+            return "failed"
+        if ending.code in (75, 130):
+            return "stopped"
+        return "restart" if ending.code in RESTART_CODES else "failed"
+
+
+def over(run: RunDir, job: str) -> str:
+    """Why the batch script of a job ended it for good; empty where it did not say."""
+    words = read_over(run.path / "jobs" / f"{job}.over")
+    return visible(f"exit {words[0]}: {words[1]}") if words else ""
+
+
+def queued(job: queue.Job, attempts: Sequence[Attempt], names: Mapping[str, str]) -> dict[str, Any]:
+    """Of a job in the queue: how its attempts ended, what it waits for, and when Slurm means to start it."""
+    again = f"{history(attempts, job.id)}; " if attempts else ""
+    row: dict[str, Any] = {"reason": again + in_words(job, names)}
+    if job.start is not None:
+        row["expected_start"] = job.start
+    if job.stuck:
+        row["stuck"] = True
+    return row
+
+
+def progress(chain: Chain, name: str, attempts: Sequence[Attempt]) -> dict[str, Any]:
+    """Figures and reason of a stage that works now, in the last of ``attempts``."""
+    row: dict[str, Any] = {}
+    attempt, before = attempts[-1], attempts[:-1]
+    own = [line for line in attempt.lines() if "loss" in line]
     # an attempt that was killed may have come further than its last checkpoint, where this one began
     metrics = own or [line for line in chain.run.stage(name).metrics() if "loss" in line]
     for key in ("step", "loss", "sequences_per_s", "tokens_per_s"):
@@ -112,24 +253,23 @@ def progress(chain: Chain, name: str, attempt: Attempt) -> dict[str, Any]:
         if times := [line["step_s"] for line in own if "step_s" in line]:
             row["eta_s"] = statistics.median(times) * (phase.steps - row["step"])
             words.append(f"ETA {in_short(row['eta_s'])}")
-    if attempt.number > 1:
-        origin = (read_json(attempt.path / "attempt.json") or {}).get("resumed_from")
-        words.append(history(chain.run.stage(name).attempts[: attempt.number - 1], job_id(attempt)))
-        words.append(f"resumed at step {origin['step']}" if origin else f"attempt {attempt.number}")
+    if before:
+        words.append(history(before, job_id(attempt)))
+        words.append(f"resumed at step {attempt.resumed_from}" if attempt.resumed_from else f"attempt {attempt.number}")
     return {**row, "reason": ", ".join(words)}
 
 
-def history(attempts: list[Attempt], job: str) -> str:
+def history(attempts: Sequence[Attempt], job: str) -> str:
     """How the attempts of a stage ended, in the order of first mention: "preempted twice, lost a rank".
 
     A job that was cancelled never comes back: what was stopped and is ``job`` again was preempted.
     """
     counts: dict[str, int] = {}
     for attempt in attempts:
-        verdict = attempt.verdict or {"code": None, "line": ""}
-        asked = "out of time" if "used up" in verdict["line"] else "preempted" if job_id(attempt) == job else "stopped"
-        ended = {75: asked, 76: "lost a rank", 77: "met a bad node", 130: "interrupted", None: "killed"}
-        word = ended.get(verdict["code"], f"failed with code {verdict['code']}")
+        ended = attempt.verdict or {"code": None, "line": ""}
+        asked = "out of time" if "used up" in ended["line"] else "preempted" if job_id(attempt) == job else "stopped"
+        words = {75: asked, 76: "lost a rank", 77: "met a bad node", 130: "interrupted", None: "killed"}
+        word = words.get(ended["code"], f"failed with code {ended['code']}")
         counts[word] = counts.get(word, 0) + 1
     often = {1: "", 2: " twice"}
     return ", ".join(f"{word}{often.get(count, f' {count} times')}" for word, count in counts.items())
@@ -138,29 +278,3 @@ def history(attempts: list[Attempt], job: str) -> str:
 def job_id(attempt: Attempt) -> str:
     """The Slurm job that made an attempt; for the local runner nothing that is the id of a job."""
     return str(attempt.owner.get("launch", "")).partition("-")[0]
-
-
-def ended_for_good(chain: Chain, verdict: dict[str, Any]) -> bool:
-    """Whether an attempt failed under the runner that holds the run now, and is not started again by it."""
-    return verdict["code"] not in RESTART_CODES and verdict["time"] > chain.run.held_since
-
-
-def state_of(chain: Chain, name: str, todo: dict[str, str], held: bool) -> dict[str, Any]:
-    folder, stage = chain.run.stage(name), chain.stages[name]
-    row: dict[str, Any] = {"name": name, "state": "todo", "attempts": len(folder.attempts)}
-    if name not in todo:
-        return {**row, "state": "done", "duration_s": (folder.done or {}).get("duration_s", 0.0)}
-    last = folder.attempts[-1] if folder.attempts and chain.is_current(name) else None
-    verdict = last.verdict if last else None
-    if verdict is None and last is not None and held and not (stage.always and chain.is_done(name)):
-        row.update(progress(chain, name, last))
-    elif held and not (verdict is not None and ended_for_good(chain, verdict)):
-        pending = [need for need in stage.needs if need in todo]
-        row.update(state="waiting", reason=f"waits for {', '.join(pending)}" if pending else "starts next")
-    elif verdict is not None and verdict["code"] in (75, 130):
-        row.update(state="cancelled", reason=verdict["line"])
-    elif verdict is not None:
-        row.update(state="failed", reason=f"exit {verdict['code']}: {verdict['line']}")
-    else:
-        row["reason"] = todo[name]
-    return row

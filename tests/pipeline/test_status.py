@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+import os
 import signal
 import subprocess
+import sys
 from datetime import datetime
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from pipeline.config import load_profile, load_recipe
 from pipeline.errors import ConfigError
+from pipeline.launch import request
+from pipeline.launch.local import run_chain
+from pipeline.report.facts import gather
+from pipeline.run.chain import Chain
 from pipeline.run.journal import Journal, SentJob
 from pipeline.run.rundir import Attempt, RunDir, append_jsonl
-from pipeline.run.state import Sent, survey
+from pipeline.run.state import RULE, Holder, Left, Sent, survey
 from pipeline.stages import table
 from pipeline.status import look, show_log
+from pipeline.submit import selected
 from pipeline.watch import follow_log, goes_on, short_line, watch
 from pipeline.words import in_short
 from slurm import queue
 from slurm.queue import Job
-from support.running import call, command
+from support.running import ROOT, call, command
 
 
 @pytest.fixture
@@ -197,6 +206,51 @@ def test_a_job_that_only_the_accounting_remembers(run, monkeypatch, state, words
     monkeypatch.setattr(queue, "accounted", lambda ids: {one: Job(id=one, state=state) for one in ids})
     row = next(row for row in survey(run, Sent.of(run)) if row["name"] == "phase1")
     assert (row["state"], words in row["reason"]) == ("failed", True)
+
+
+def test_the_rule_has_a_state_for_everything_that_may_be():
+    for holder, left in itertools.product(get_args(Holder), get_args(Left)):
+        assert RULE.get((holder, left), RULE.get((holder, "any"))), (holder, left)
+    for holder in ("nobody", "ended", "cancelled", "silent"):  # what an attempt said stands, whatever Slurm forgot
+        assert [RULE[holder, left][0] for left in ("stopped", "restart", "failed")] == ["cancelled", "failed", "failed"]
+
+
+def test_a_stage_killed_until_its_runner_gave_up_says_the_same_everywhere(run, monkeypatch, capsys):
+    """``status``, the report and the next ``submit``; only the runner is left to say it."""
+    python = run.path / "python"
+    python.write_text(
+        f"#!{sys.executable}\nimport os, sys\nfrom pathlib import Path\nsys.path.insert(0, {str(ROOT)!r})\n"
+        "from pipeline.run.rundir import RunDir\n_, _, _, run, stage = sys.argv\n"
+        "RunDir(Path(run)).stage(stage).new_attempt('x')\nos.kill(os.getpid(), 9)\n"
+    )
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    with run.held():
+        assert run_chain(run, {"extract": "not done yet"}, 1, 1) == 76
+        assert survey(run)[0]["state"] == "failed"  # also while the runner goes on with other stages
+    monkeypatch.undo()
+    row = survey(run)[0]
+    assert (row["state"], row["reason"], row["attempts"]) == ("failed", "exit 76: killed", 2)
+    assert gather(run, held=False).rows[0] == row
+    capsys.readouterr()
+    selected(Chain.of(run), request.of(["--run", str(run.path), "--stages", "extract"]))
+    assert capsys.readouterr().out == "  will run extract      continues; failed before: exit 76: killed\n"
+    run.stage("extract").new_attempt("y")
+    run.event("started", stage="extract")
+    assert survey(run)[0]["state"] == "todo"
+
+
+def test_a_job_that_its_batch_script_ended(run):
+    over = run.path / "jobs" / "7.over"
+    over.parent.mkdir()
+    over.write_text("137 code 76, 2 attempts without progress\n")
+    for job in ({"7": Job(id="7", state="FAILED")}, {}):  # also when Slurm has forgotten it
+        row = next(row for row in survey(run, Sent(sent_as(Job(id="7", state="")).journal, job)) if "job" in row)
+        assert (row["state"], row["reason"]) == ("failed", "exit 137: code 76, 2 attempts without progress")
+    over.unlink()
+    os.mkfifo(over)
+    row = next(row for row in survey(run, sent_as(Job(id="7", state="COMPLETED"))) if "job" in row)
+    assert (row["state"], row["reason"]) == ("todo", "not done yet")  # it ran, and there is more to do since
 
 
 def test_log_of_the_newest_attempt(run, capsys):
