@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -257,7 +258,21 @@ def origin_section(facts: Facts) -> Html:
         blocks.append(folded("Corpora and task data", table(head_, corpora, numeric=(1, 2))))
     blocks.append(folded(f"Recipe {facts.recipe.name}", values_table(dataclasses.asdict(facts.recipe))))
     blocks.append(folded(f"Cluster profile {facts.profile.name}", values_table(dataclasses.asdict(facts.profile))))
-    return section("Where it comes from", *blocks)
+    return section("Where it comes from", *map(note, code_changes(facts)), *blocks)
+
+
+def code_changes(facts: Facts) -> list[str]:
+    """From which step of which phase on the run was computed by other code than before."""
+    submitted = [event for event in facts.events if event.get("event") == "submitted" and event.get("code")]
+    lines = []
+    for before, after in itertools.pairwise(submitted):
+        starts = [(phase.name, start) for phase in facts.phases for start in phase.starts]
+        later = [(name, start) for name, start in starts if is_number(start.began) and start.began >= after["time"]]
+        if before["code"] != after["code"] and later:
+            name, start = later[0]
+            codes = f"{str(after['code'])[:12]} instead of {str(before['code'])[:12]}"
+            lines.append(f"{name} from step {number(start.from_step)} on: other code than before, {codes}.")
+    return lines
 
 
 def values_table(values: Mapping[str, Any]) -> Html:
