@@ -10,7 +10,7 @@ from typing import Any
 from pipeline.config import PhaseConfig
 from pipeline.report.chart import Chart, Line, Look, Point, draw
 from pipeline.report.page import Html, note, section, table, tag
-from pipeline.run.rundir import Attempt, StageDir, read_json, read_jsonl
+from pipeline.run.rundir import Attempt, StageDir
 from pipeline.words import duration, is_number, moment, number, percent
 
 Metrics = list[dict[str, Any]]
@@ -74,19 +74,15 @@ class Phase:
 
 
 def _start(attempt: Attempt) -> Start:
-    try:
-        lines = [line for line in read_jsonl(attempt.metrics) if is_number(line["step"])]
-    except (OSError, ValueError, KeyError, TypeError):
-        lines = []
-    owner, verdict = attempt.owner, attempt.verdict
-    origin = read_json(attempt.path / "attempt.json")
-    if origin is not None:
-        from_step = (origin.get("resumed_from") or {}).get("step", 0)
-    else:
-        from_step = lines[0]["step"] - 1 if lines else None
-    ended = verdict.get("time") if verdict else lines[-1].get("time") if lines else None
-    last_step = max((line["step"] for line in lines), default=None)
-    return Start(attempt.number, str(owner.get("host", "?")), owner.get("time"), ended, from_step, last_step, verdict)
+    steps = [line["step"] for line in attempt.lines if is_number(line.get("step"))]
+    from_step = attempt.resumed_from
+    if from_step is None and steps:
+        from_step = steps[0] - 1
+    began, ended = attempt.span or (None, None)
+    if ended == began:
+        ended = None
+    host, last_step = str(attempt.owner.get("host", "?")), max(steps, default=None)
+    return Start(attempt.number, host, began, ended, from_step, last_step, attempt.verdict)
 
 
 def phase_section(phase: Phase, remark: str) -> Html:

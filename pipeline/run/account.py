@@ -9,11 +9,11 @@ starts are seen once they are at work: the start of a job's script and interpret
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.run.rundir import Attempt, RunDir, StageDir, read_json, read_jsonl
+from pipeline.run.rundir import RunDir, StageDir
 from pipeline.stage import Stage
 from pipeline.words import is_number
 
@@ -34,8 +34,6 @@ the same after going back, did again; ``stopped`` the time up to the submission 
 
 NOT_ALLOCATED = ("queue", "stopped")
 USEFUL = ("compute", "communication")
-
-Line = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -82,8 +80,23 @@ class RunAccount:
 
 
 @dataclass(frozen=True)
+class Piece:
+    """What one metric line says of the time before it: Unix times, and the share of each part (together 1).
+
+    ``measured``: the line says so itself; older ones do not, and count as computing.
+    """
+
+    since: float
+    until: float
+    shares: Mapping[str, float]
+    step: float | None
+    seed: str
+    measured: bool
+
+
+@dataclass(frozen=True)
 class Times:
-    """One attempt: Unix times, the step it continued from (None where no steps are resumed), its metric lines.
+    """One attempt: Unix times, its pieces, the step it continued from (None where no steps are resumed).
 
     ``worked_from`` is when its stage's function began, where known. ``rollbacks``: (time, step gone back to).
     ``has_steps`` says that work which logged nothing was start-up.
@@ -91,12 +104,37 @@ class Times:
 
     began: float
     ended: float
-    lines: Sequence[Line] = ()
+    pieces: Sequence[Piece] = ()
     from_step: int | None = None
     worked_from: float | None = None
     rollbacks: Sequence[tuple[float, int]] = ()
     has_steps: bool = False
     finished: bool = False
+
+
+def pieces_of(lines: Iterable[Mapping[str, Any]]) -> list[Piece]:
+    """A metrics file's lines, whatever they hold, as pieces; of those without a time nothing is known.
+
+    Where no line says how its time was spent, the time between two of them was computing, and that before the first
+    one, but for its own step, start-up.
+    """
+    known = [line for line in lines if is_number(line.get("time"))]
+    measured = [line for line in known if is_number(line.get("since")) and isinstance(line.get("spent_s"), Mapping)]
+    pieces: list[Piece] = []
+    for line in measured or known:
+        until, step, spent = line["time"], line.get("step"), {"compute": 1.0}
+        if measured:
+            since = line["since"]
+            spent = {part: max(0.0, float(s)) for part, s in line["spent_s"].items() if is_number(s)} or {"other": 1.0}
+        elif pieces:
+            since = pieces[-1].until
+        else:
+            since = until - (line["step_s"] if is_number(line.get("step_s")) else 0.0)
+        total = sum(spent.values())
+        shares = {part: seconds / total if total else 1 / len(spent) for part, seconds in spent.items()}
+        seed = str(line.get("seed"))
+        pieces.append(Piece(since, until, shares, step if is_number(step) else None, seed, bool(measured)))
+    return pieces
 
 
 # -------------------------------------------------------------------- arithmetic
@@ -124,55 +162,33 @@ def stage_account(attempts: Sequence[Times], ready: float, submissions: Sequence
 def attempt_parts(attempt: Times, later: Sequence[Times], began: float, ended: float) -> dict[str, float]:
     """Seconds of ``began`` to ``ended`` by part; ``later`` are the attempts that came after."""
     parts = dict.fromkeys(PARTS, 0.0)
-    lines, timed = _timed(attempt.lines)
-    if not lines:
+    if not attempt.pieces:
         worked_from = ended if attempt.has_steps else min(max(attempt.worked_from or began, began), ended)
         return {**parts, "start_up": worked_from - began, "compute": ended - worked_from}
     cursor, before = began, "start_up"
-    for line, again in zip(lines, _redone(attempt, lines, later), strict=True):
-        since = min(max(line["since"], cursor), ended)
-        until = min(max(line["time"], since), ended)
+    for piece, again in zip(attempt.pieces, _redone(attempt, later), strict=True):
+        since = min(max(piece.since, cursor), ended)
+        until = min(max(piece.until, since), ended)
         parts[before] += since - cursor
-        spent = {part: max(0.0, float(s)) for part, s in line["spent_s"].items() if is_number(s)} or {"other": 1.0}
-        total = sum(spent.values())
-        for part, seconds in spent.items():
-            share = seconds / total if total else 1 / len(spent)
+        for part, share in piece.shares.items():
             parts[part if part in PARTS else "other"] += (until - since) * share * (1 - again)
         parts["rework"] += (until - since) * again
         cursor, before = until, "other"
-    parts["evaluation" if attempt.finished and not timed else "other"] += ended - cursor
+    parts["evaluation" if attempt.finished and not attempt.pieces[0].measured else "other"] += ended - cursor
     return parts
 
 
-def _timed(lines: Sequence[Line]) -> tuple[list[Line], bool]:
-    """Lines with ``since`` and ``spent_s``, and whether they came with them.
-
-    Older lines have neither: the time between two of them was computing, that before the first one start-up.
-    """
-    known = [line for line in lines if is_number(line.get("time"))]
-    timed = [line for line in known if is_number(line.get("since")) and isinstance(line.get("spent_s"), Mapping)]
-    if timed:
-        return timed, True
-    made: list[Line] = []
-    since = None
-    for line in known:
-        step_s = line["step_s"] if is_number(line.get("step_s")) else 0.0
-        begun = line["time"] - step_s if since is None else since
-        made.append({**line, "since": begun, "spent_s": {"compute": 1.0}})
-        since = line["time"]
-    return made, False
-
-
-def _redone(attempt: Times, lines: Sequence[Line], later: Sequence[Times]) -> list[float]:
-    """The share of each line's steps that were done again: those after the step that somebody went back to."""
-    seen_later = {(line.get("seed"), line.get("step")) for other in later for line in other.lines}
+def _redone(attempt: Times, later: Sequence[Times]) -> list[float]:
+    """The share of each piece's steps that were done again: those after the step that somebody went back to."""
+    seen_later = {(piece.seed, piece.step) for other in later for piece in other.pieces}
     back_to = [other.from_step for other in later if other.from_step is not None]
-    shares, before = [], attempt.from_step or 0
-    for line in lines:
-        step = line["step"] if is_number(line.get("step")) else before
-        kept = min([*back_to, *(to for time, to in attempt.rollbacks if time >= line["time"])], default=None)
+    shares: list[float] = []
+    before: float = attempt.from_step or 0
+    for piece in attempt.pieces:
+        step = before if piece.step is None else piece.step
+        kept = min([*back_to, *(to for time, to in attempt.rollbacks if time >= piece.until)], default=None)
         if attempt.from_step is None:
-            shares.append(float((line.get("seed"), line.get("step")) in seen_later))
+            shares.append(float((piece.seed, piece.step) in seen_later))
         elif kept is None or step <= kept:
             shares.append(0.0)
         else:
@@ -211,54 +227,44 @@ def run_account(
 # -------------------------------------------------------------------- from a run's files
 
 
-def read(run: RunDir, stages: Mapping[str, Stage], events: Sequence[Line], live: Collection[str], now: float,
-         ) -> RunAccount | None:  # fmt: skip
+def read(
+    run: RunDir, stages: Mapping[str, Stage], events: Sequence[Mapping[str, Any]], live: Collection[str], now: float
+) -> RunAccount | None:
     """The account of a run in whatever state; ``live`` are the stages at work. Damaged files cost their own figures."""
     submissions = [e["time"] for e in events if e.get("event") == "submitted" and is_number(e.get("time"))]
-    found = {
-        name: _attempts(run.stage(name), stage, events, now if name in live else None)
-        for name, stage in stages.items()
-        if not stage.always
-    }
-    histories = {name: attempts for name, attempts in found.items() if attempts}
+    rollbacks = [e for e in events if e.get("event") == "rolled_back" and is_number(e.get("time"))]
+    rollbacks = [e for e in rollbacks if is_number(e.get("to_step"))]
+    histories: dict[str, list[Times]] = {}
+    for name, stage in stages.items():
+        own = [e for e in rollbacks if e.get("stage") == name]
+        attempts = [] if stage.always else _attempts(run.stage(name), stage, own, now if name in live else None)
+        if attempts:
+            histories[name] = attempts
     return run_account(histories, {name: stages[name].needs for name in histories}, submissions)
 
 
-def _attempts(folder: StageDir, stage: Stage, events: Sequence[Line], now: float | None) -> list[Times]:
+def _attempts(folder: StageDir, stage: Stage, rollbacks: Sequence[Mapping[str, Any]], now: float | None) -> list[Times]:
     """The attempts whose beginning is on record; ``now`` for a stage at work."""
-    found, done, attempts = [], folder.done or {}, folder.attempts
-    known = [e for e in events if is_number(e.get("time")) and is_number(e.get("to_step"))]
-    mine = [e for e in known if e.get("event") == "rolled_back" and e.get("stage") == stage.name]
+    history, done, attempts = [], folder.done or {}, folder.attempts
     for attempt in attempts:
-        began = attempt.owner.get("time")
-        if not is_number(began):
+        if (span := attempt.span) is None:
             continue
-        lines = _lines(attempt)
-        finished = done.get("attempt") == attempt.number
-        seen = [line["time"] for line in lines if is_number(line.get("time"))]
-        ends = [(attempt.verdict or {}).get("time"), done.get("finished") if finished else None, *seen[-1:]]
-        ended = max([began, *(float(end) for end in ends if is_number(end))])
+        began, ended = span
+        started, finished = (done.get(key) if done.get("attempt") == attempt.number else None
+                             for key in ("started", "finished"))  # fmt: skip
+        if is_number(finished):
+            ended = max(ended, finished)
         if ended == began and now is not None and attempt is attempts[-1]:
             ended = max(began, now)
-        origin = read_json(attempt.path / "attempt.json")
-        step = ((origin.get("resumed_from") or {"step": 0}).get("step")) if origin is not None else None
-        started = done.get("started") if finished else None
         times = Times(
             began=began,
             ended=ended,
-            lines=lines,
-            from_step=int(step) if is_number(step) else None,
+            pieces=pieces_of(attempt.lines),
+            from_step=attempt.resumed_from,
             worked_from=started if is_number(started) else None,
-            rollbacks=[(e["time"], e["to_step"]) for e in mine if e.get("attempt") == attempt.number],
+            rollbacks=[(e["time"], e["to_step"]) for e in rollbacks if e.get("attempt") == attempt.number],
             has_steps=stage.width == "ranks",
-            finished=finished,
+            finished=done.get("attempt") == attempt.number,
         )
-        found.append(times)
-    return found
-
-
-def _lines(attempt: Attempt) -> list[dict[str, Any]]:
-    try:
-        return [line for line in read_jsonl(attempt.metrics) if isinstance(line, dict)]
-    except (OSError, ValueError):
-        return []
+        history.append(times)
+    return history

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import json
 import os
 import socket
@@ -89,8 +90,9 @@ class Attempt:
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 
+    @functools.cached_property
     def lines(self) -> list[dict[str, Any]]:
-        """The attempt's metric lines; none where the file cannot be read."""
+        """The attempt's metric lines, read once; none where the file cannot be read."""
         try:
             return [line for line in read_jsonl(self.metrics) if isinstance(line, dict)]
         except (OSError, ValueError):
@@ -109,8 +111,9 @@ class Attempt:
         began = self.owner.get("time")
         if not is_number(began):
             return None
-        times = [*(line.get("time") for line in self.lines()[-1:]), (self.verdict or {}).get("time")]
-        return began, max([began, *(time for time in times if is_number(time))])
+        logged = [line["time"] for line in self.lines if is_number(line.get("time"))]
+        told = (self.verdict or {}).get("time")
+        return began, max([began, *logged[-1:], *([told] if is_number(told) else [])])
 
     def judge(self, code: int, line: str, rank: int) -> bool:
         """Write the attempt's verdict; False when a rank that failed earlier has done so.

@@ -240,7 +240,7 @@ def progress(chain: Chain, name: str, attempts: Sequence[Attempt]) -> dict[str, 
     """Figures and reason of a stage that works now, in the last of ``attempts``."""
     row: dict[str, Any] = {}
     attempt, before = attempts[-1], attempts[:-1]
-    own = [line for line in attempt.lines() if "loss" in line]
+    own = [line for line in attempt.lines if "loss" in line]
     # an attempt that was killed may have come further than its last checkpoint, where this one began
     metrics = own or [line for line in chain.run.stage(name).metrics() if "loss" in line]
     for key in ("step", "loss", "sequences_per_s", "tokens_per_s"):
