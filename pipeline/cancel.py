@@ -7,7 +7,7 @@ from pathlib import Path
 
 from data_prep.publish import publish_text
 from pipeline.errors import ConfigError, run_command
-from pipeline.run.journal import Journal, SentJob, live_jobs, name_of
+from pipeline.run.journal import Journal, live_jobs, name_of
 from pipeline.run.rundir import RunDir
 from slurm import queue
 
@@ -31,18 +31,18 @@ def main() -> int:
 
 def cancel_jobs(run: RunDir, stage: str | None) -> None:
     """Cancel the run's jobs in Slurm; a running one saves first."""
-    found = live_jobs(run)
+    jobs = live_jobs(run)
     journal = Journal.read(run)
     if stage is not None and journal is not None:
         wanted = and_dependents(journal, stage)
-        found = [job for job in found if name_of(job) in wanted]
-    if not found:
+        jobs = [job for job in jobs if name_of(job) in wanted]
+    if not jobs:
         print(f"{run.path}: nothing {f'of {stage} ' if stage else ''}is queued or running")
         return
-    print(" ".join(queue.cancel(job.id for job in found)))
-    for job in found:
+    print(" ".join(queue.cancel(job.id for job in jobs)))
+    for job in jobs:
         print(f"cancelled {name_of(job)} (job {job.id})" + ("" if job.waiting else "; it saves first"))
-    run.event("cancelled", jobs=[job.id for job in found], stage=stage)
+    run.event("cancelled", jobs=[job.id for job in jobs], stage=stage)
 
 
 def and_dependents(journal: Journal, stage: str) -> set[str]:
@@ -51,11 +51,11 @@ def and_dependents(journal: Journal, stage: str) -> set[str]:
     if home is None:
         known = [name for job in journal.jobs for name in job.stages]
         raise ConfigError(f"no job of this run has a stage {stage!r}; they have {', '.join(known)}")
-    found: dict[str, SentJob] = {home.name: home}
+    names = {home.name}
     for job in journal.jobs:  # needs come first
-        if set(job.needs) & found.keys():
-            found[job.name] = job
-    return set(found)
+        if names.intersection(job.needs):
+            names.add(job.name)
+    return names
 
 
 if __name__ == "__main__":

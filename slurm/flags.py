@@ -1,6 +1,6 @@
 """Users' Slurm flags, under Slurm's own names and letters. ``slurm.header`` spells them for sbatch.
 
-Where a value comes from: flag > SBATCH_* environment > profile > hint of the recipe. ``flags.csv`` is from sbatch(1).
+Where a value comes from: flag > SBATCH_* environment > profile. ``flags.csv`` is from sbatch(1).
 """
 
 from __future__ import annotations
@@ -185,17 +185,16 @@ def resolve(
     environ: Mapping[str, str] | None = None,
     profile: Mapping[str, str] | None = None,
     profile_name: str = "profile",
-    hints: Mapping[str, str] | None = None,
 ) -> dict[str, Setting]:
-    """All settings of one section, each with its source, as flag > SBATCH_* > profile > recipe hint.
+    """All settings of one section, each with its source, as flag > SBATCH_* > profile.
 
-    ``profile`` and ``hints`` map option names to values; a bare flag means ``default_section``, or every section when
+    ``profile`` maps option names to values; a bare flag means ``default_section``, or every section when
     the option concerns the whole chain (account, mail, …). Raises FlagError for a name that sbatch does not have.
     """
     settings: dict[str, Setting] = {}
-    for source, given in (("recipe", hints or {}), (profile_name, profile or {})):
-        for name, value in given.items():
-            _put(settings, Flag(known(name, source), check_text(f"{source}: {name}", value)), source)
+    for name, value in (profile or {}).items():
+        flag = Flag(known(name, profile_name), check_text(f"{profile_name}: {name}", value))
+        _put(settings, flag, profile_name)
     for name, (variable, value) in variables(os.environ if environ is None else environ).items():
         _put(settings, Flag(name, check_text(variable, value)), variable)
     ordered = sorted(flags, key=lambda flag: flag.section != "")  # stable: an addressed flag beats a bare one
@@ -235,14 +234,14 @@ def known(name: str, source: str) -> str:
 
 def variables(environ: Mapping[str, str]) -> dict[str, tuple[str, str]]:
     """Option name → (variable, value) of the SBATCH_* variables that a chain respects."""
-    found = {}
+    values = {}
     for option in OPTIONS.values():
         value = environ.get(option.variable) if option.variable else None
         if value is not None and (value or option.argument != "yes"):
-            found[option.name] = (option.variable, value if option.argument != "no" else "")
+            values[option.name] = (option.variable, value if option.argument != "no" else "")
     if "SBATCH_NO_REQUEUE" in environ:
-        found["requeue"] = ("SBATCH_NO_REQUEUE", "no")
-    return found
+        values["requeue"] = ("SBATCH_NO_REQUEUE", "no")
+    return values
 
 
 def ignored(environ: Mapping[str, str]) -> list[str]:

@@ -77,18 +77,18 @@ class Profile:
         )
 
     def section(self, name: str) -> Section:
-        found: Section = getattr(self, name)
-        return found
+        section: Section = getattr(self, name)
+        return section
 
     def options(self, section: str) -> dict[str, str]:
         """sbatch options of a section by long name, spelled as on a command line."""
         part = self.section(section)
-        found = {name: getattr(part, name) for name in ("partition", "account", "qos", "constraint", "time")}
-        found["cpus-per-task"] = None if part.cpus_per_task is None else str(part.cpus_per_task)
-        found["mem"] = None if part.mem_gb is None else format_memory(part.mem_gb)
-        found["exclusive"] = "" if part.exclusive else None
-        found["requeue"] = "" if self.requeue else "no"
-        found["signal"] = f"USR2@{self.signal_s}" if self.signal_s else None
+        options = {name: getattr(part, name) for name in ("partition", "account", "qos", "constraint", "time")}
+        options["cpus-per-task"] = None if part.cpus_per_task is None else str(part.cpus_per_task)
+        options["mem"] = None if part.mem_gb is None else format_memory(part.mem_gb)
+        options["exclusive"] = "" if part.exclusive else None
+        options["requeue"] = "" if self.requeue else "no"
+        options["signal"] = f"USR2@{self.signal_s}" if self.signal_s else None
         # a spare that is not needed, and what waits for a stage that failed with all its spares, must not wait for ever
-        found["kill-on-invalid-dep"] = "yes" if self.spares else None
-        return {**{name: value for name, value in found.items() if value is not None}, **self.sbatch, **part.sbatch}
+        options["kill-on-invalid-dep"] = "yes" if self.spares else None
+        return {**{name: value for name, value in options.items() if value is not None}, **self.sbatch, **part.sbatch}

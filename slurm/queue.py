@@ -14,17 +14,11 @@ from typing import TypeVar
 from slurm.command import Answer, run, which
 from slurm.errors import ControllerDown, Refused, SlurmError
 
-Found = TypeVar("Found")
+T = TypeVar("T")
 TIMEOUT_S = 30.0
 PATIENCE_S = 120.0  # how long a controller that is down is asked again
 SEPARATOR = "\x1f"
-SQUEUE_FIELDS = {"id": "%i", "state": "%T", "reason": "%r", "nodes": "%D", "node_list": "%N", "partition": "%P"} | {
-    "start": "%S",
-    "left": "%L",
-    "dependency": "%E",
-    "name": "%j",
-    "comment": "%k",
-}
+SQUEUE_FIELDS = {"id": "%i", "state": "%T", "reason": "%r", "start": "%S", "dependency": "%E", "comment": "%k"}
 DOWN = re.compile(
     r"Unable to contact slurm controller|Socket timed out|Connection refused|Connection timed out|Zero Bytes were"
     r"|Unable to establish control|Transport endpoint|munge.*(?:Failed to access|Socket communication)"
@@ -51,20 +45,14 @@ WAITING = frozenset(["PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPEC
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One job as Slurm sees it now. ``start`` and times are seconds since 1970; None when Slurm does not say."""
+    """One job as Slurm sees it now. ``start`` is in seconds since 1970; None when Slurm does not say."""
 
     id: str
     state: str
     reason: str = ""
-    nodes: int = 0
-    node_list: str = ""
-    partition: str = ""
     start: float | None = None
-    left_s: int | None = None
     dependency: str = ""
-    name: str = ""
     comment: str = ""
-    exit_code: int | None = None
 
     @property
     def ended(self) -> bool:
@@ -108,8 +96,8 @@ def tell(argv: Sequence[str], *, patience_s: float = PATIENCE_S, say: Callable[[
 
 
 def patiently(
-    action: Callable[[], Found], *, patience_s: float = PATIENCE_S, say: Callable[[str], None] | None = None
-) -> Found:
+    action: Callable[[], T], *, patience_s: float = PATIENCE_S, say: Callable[[str], None] | None = None
+) -> T:
     """Repeat while it raises ControllerDown, with growing pauses, for at most ``patience_s`` seconds."""
     end = time.monotonic() + patience_s
     pause_s = 1.0
@@ -142,29 +130,18 @@ def jobs(ids: Iterable[str | int] | None = None) -> dict[str, Job]:
         return {}
     if not answer.ok:
         raise SlurmError(f"squeue: {answer.said}")
-    found = (_job(line) for line in answer.out.split("\n") if line)
-    return {job.id: job for job in found if job is not None and (wanted is None or job.id in wanted)}
+    read = (_job(line) for line in answer.out.split("\n") if line)
+    return {job.id: job for job in read if job is not None and (wanted is None or job.id in wanted)}
 
 
 def _job(line: str) -> Job | None:
     fields = line.split(SEPARATOR)
-    if len(fields) < len(SQUEUE_FIELDS):
+    if len(fields) != len(SQUEUE_FIELDS):
         return None
-    value = dict(zip(SQUEUE_FIELDS, fields, strict=False))
-    none = {name: "" if text in ("N/A", "(null)", "None") else text for name, text in value.items()}
-    return Job(
-        id=value["id"],
-        state=value["state"],
-        reason=none["reason"],
-        nodes=int(value["nodes"]) if value["nodes"].isdigit() else 0,
-        node_list=none["node_list"],
-        partition=value["partition"],
-        start=_when(value["start"]),
-        left_s=_seconds(value["left"]),
-        dependency=none["dependency"],
-        name=value["name"],
-        comment=none["comment"],
-    )
+    values = zip(SQUEUE_FIELDS, fields, strict=True)
+    said = {name: "" if text in ("N/A", "(null)", "None") else text for name, text in values}
+    start = said.pop("start")
+    return Job(**said, start=_when(start))
 
 
 def _when(text: str) -> float | None:
@@ -174,51 +151,16 @@ def _when(text: str) -> float | None:
         return None
 
 
-def _seconds(text: str) -> int | None:
-    found = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text)
-    if not found:
-        return None
-    days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
-    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
-
-
-def details(job_id: str | int) -> dict[str, str]:
-    """``scontrol show job`` as a dict of words without spaces (Restarts, ExitCode, …); {} for an unknown job."""
-    answer = ask(["scontrol", "--oneliner", "show", "job", str(job_id)])
-    if not answer.ok:
-        return {}
-    return dict(re.findall(r"(?:^|\s)([A-Za-z][\w:/]*)=(\S*)", answer.out))
-
-
-def config() -> dict[str, str]:
-    """``scontrol show config`` as a dict."""
-    lines = tell(["scontrol", "show", "config"], patience_s=0).splitlines()
-    pairs = (line.partition("=") for line in lines if "=" in line)
-    return {name.strip(): value.strip() for name, _, value in pairs}
-
-
 def accounted(ids: Iterable[str | int]) -> dict[str, Job]:
     """What the accounting database knows of jobs, by id; {} where there is none. One call for all ids."""
     wanted = ",".join(str(job_id) for job_id in ids)
     if not wanted or which("sacct") is None:
         return {}
-    form = "JobIDRaw,State,ExitCode,NNodes,NodeList,Partition"
-    argv = ["sacct", "-X", "-n", "-P", f"--delimiter={SEPARATOR}", f"--jobs={wanted}", f"--format={form}"]
+    argv = ["sacct", "-X", "-n", "-P", f"--delimiter={SEPARATOR}", f"--jobs={wanted}", "--format=JobIDRaw,State"]
     answer = run(argv, timeout_s=TIMEOUT_S, env=clean_environment())
-    found = {}
-    for line in answer.out.splitlines() if answer.ok else ():
-        fields = line.split(SEPARATOR)
-        if len(fields) == len(form.split(",")):
-            job_id, state, code, nodes, node_list, partition = fields
-            found[job_id] = Job(
-                id=job_id,
-                state=state.split()[0] if state else "",  # "CANCELLED by 1000"
-                exit_code=int(code.partition(":")[0]) if code.partition(":")[0].isdigit() else None,
-                nodes=int(nodes) if nodes.isdigit() else 0,
-                node_list="" if node_list == "None assigned" else node_list,
-                partition=partition,
-            )
-    return found
+    rows = [line.split(SEPARATOR) for line in answer.out.splitlines() if answer.ok]
+    # "CANCELLED by 1000"
+    return {row[0]: Job(id=row[0], state=row[1].partition(" ")[0]) for row in rows if len(row) == 2}
 
 
 def cancel(ids: Iterable[str | int], *, patience_s: float = PATIENCE_S) -> list[str]:
@@ -237,21 +179,6 @@ def cancel(ids: Iterable[str | int], *, patience_s: float = PATIENCE_S) -> list[
 def release(ids: Iterable[str | int]) -> None:
     for job_id in ids:
         tell(["scontrol", "release", str(job_id)])
-
-
-def hold(ids: Iterable[str | int]) -> None:
-    for job_id in ids:
-        tell(["scontrol", "hold", str(job_id)])
-
-
-def requeue(job_id: str | int) -> None:
-    """Put a running or ended job back into the queue, with its old id."""
-    tell(["scontrol", "requeue", str(job_id)])
-
-
-def set_dependency(job_id: str | int, dependency: str) -> None:
-    """Replace what a waiting job waits for ("" for nothing); also frees a job stuck on a failed one."""
-    tell(["scontrol", "update", f"JobId={job_id}", f"Dependency={dependency}"])
 
 
 def estimate_start(script: Path, extra: Sequence[str] = ()) -> str:

@@ -14,7 +14,6 @@ from collections.abc import Iterable, Mapping
 VERDICT = "JOB_VERDICT"  # path of the verdict of this attempt
 TRIES = "JOB_TRIES"  # path of the list of attempts since the last progress, one a line
 DEADLINE = "JOB_DEADLINE"  # when this attempt must end, in seconds since 1970; absent when there is no limit
-RESTART = (75, 76, 77)  # stopped cleanly, peer lost, bad node: the batch script asks for a requeue
 TRIES_WITHOUT_PROGRESS = 2
 LEAST_S = 60  # of the allowed GPU time: with less left nothing is started
 

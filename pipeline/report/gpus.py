@@ -32,19 +32,19 @@ JOULES_PER_KWH = 3.6e6
 
 def incident_section(facts: Facts) -> Html | None:
     """What stood out in the run, with the GPU of every slow rank; None when nothing did."""
-    said: list[Any] = list(incidents(facts.events))
-    said += [words for rank, host in slow_ranks(facts) if (words := beside_others(facts, rank, host))]
-    said += [words for gpu in (facts.gpus.gpus if facts.gpus else []) if (words := errors_of(gpu))]
-    if not said:
+    lines: list[Any] = list(incidents(facts.events))
+    lines += [words for rank, host in slow_ranks(facts) if (words := beside_others(facts, rank, host))]
+    lines += [words for gpu in (facts.gpus.gpus if facts.gpus else []) if (words := errors_of(gpu))]
+    if not lines:
         return None
     hint = note("A node is left out with --exclude=NODE; the training is the same on any other.")
-    return section("What stood out", tag("ul", *[tag("li", line) for line in said]), hint)
+    return section("What stood out", tag("ul", *[tag("li", line) for line in lines]), hint)
 
 
 def slow_ranks(facts: Facts) -> list[tuple[int, str]]:
     """(rank, host) of every slow rank on record."""
-    found = [event for event in facts.events if event.get("event") == "slow_rank"]
-    ranks = [(event["rank"], str(event.get("host"))) for event in found if isinstance(event.get("rank"), int)]
+    events = [event for event in facts.events if event.get("event") == "slow_rank"]
+    ranks = [(event["rank"], str(event.get("host"))) for event in events if isinstance(event.get("rank"), int)]
     return list(dict.fromkeys(ranks))
 
 
@@ -143,23 +143,23 @@ def band(series: Mapping[str, list[Point]], flagged: set[str]) -> list[Line]:
         Line(f"{name} of {len(series)} GPUs", [(x, of(at[x])) for x in sorted(at)], look, legend=legend)
         for name, legend, of, look in BAND
     ]
-    shown = [label for label in series if label in flagged][:3]
-    return lines + [Line(label, series[label], "second", legend=label) for label in shown]
+    stood_out = [label for label in series if label in flagged][:3]
+    return lines + [Line(label, series[label], "second", legend=label) for label in stood_out]
 
 
 def energy_table(facts: Facts, samples: GpuSamples) -> Html:
     """Energy by stage, also per million samples for the phases, done again or not."""
     rows = []
     for stage in dict.fromkeys(span.stage for span in samples.spans):
-        mine = [gpu for gpu in samples.gpus if gpu.seconds.get(stage)]
-        kwh = sum(gpu.energy_j.get(stage, 0.0) for gpu in mine) / JOULES_PER_KWH
-        seconds = sum(gpu.seconds[stage] for gpu in mine)
+        sampled = [gpu for gpu in samples.gpus if gpu.seconds.get(stage)]
+        kwh = sum(gpu.energy_j.get(stage, 0.0) for gpu in sampled) / JOULES_PER_KWH
+        seconds = sum(gpu.seconds[stage] for gpu in sampled)
         trained = next((p.reached * p.config.global_batch for p in facts.phases if p.name == stage), 0.0)
         mean_w = JOULES_PER_KWH * kwh / seconds if seconds else None
         rows.append(
             (
                 tag("code", stage),
-                number(len(mine)),
+                number(len(sampled)),
                 number(seconds / 3600, 3),
                 number(kwh, 3),
                 number(kwh / trained * 1e6, 3) if trained else "–",

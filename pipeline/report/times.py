@@ -29,13 +29,13 @@ STYLE = (
 
 def time_section(facts: Facts) -> Html:
     """Where the time went."""
-    found = facts.account
-    if found is None:
+    times = facts.account
+    if times is None:
         return section("Where the time went", note("Nothing has run yet."))
-    shown = {"The chain": found.chain}
-    shown |= {name: found.stages[name] for name in (p.name for p in facts.phases) if name in found.stages}
-    bars = [bar(name, account, f"time-{index}") for index, (name, account) in enumerate(shown.items())]
-    return section("Where the time went", tag("div", *bars, class_="bars"), parts_table(shown), *remarks(found))
+    accounts = {"The chain": times.chain}
+    accounts |= {name: times.stages[name] for name in (p.name for p in facts.phases) if name in times.stages}
+    bars = [bar(name, account, f"time-{index}") for index, (name, account) in enumerate(accounts.items())]
+    return section("Where the time went", tag("div", *bars, class_="bars"), parts_table(accounts), *remarks(times))
 
 
 def bar(name: str, account: Account, key: str) -> Html:
@@ -58,28 +58,23 @@ def bar(name: str, account: Account, key: str) -> Html:
     return join(words, svg)
 
 
-def parts_table(shown: Mapping[str, Account]) -> Html:
+def parts_table(accounts: Mapping[str, Account]) -> Html:
     """Time and share of every part that took any, one column for each account."""
     rows = []
     for part, words in PARTS.items():
-        if any(account.parts[part] > 0 for account in shown.values()):
+        if any(account.parts[part] > 0 for account in accounts.values()):
             swatch = tag("svg", tag("rect", width=10, height=10, class_=f"part-{part}"), viewBox="0 0 10 10",
                          class_="swatch", aria_hidden="true")  # fmt: skip
             cells = [
-                f"{duration(a.parts[part])} · {percent(a.parts[part] / (a.wall_s or 1.0))}" for a in shown.values()
+                f"{duration(a.parts[part])} · {percent(a.parts[part] / (a.wall_s or 1.0))}" for a in accounts.values()
             ]
             rows.append((join(swatch, words), *cells))
-    return table(("", *shown), rows, numeric=range(1, len(shown) + 1), class_="parts")
+    return table(("", *accounts), rows, numeric=range(1, len(accounts) + 1), class_="parts")
 
 
-def seconds_and_share(account: Account, part: str) -> str:
-    seconds = account.parts[part]
-    return f"{duration(seconds)} · {percent(seconds / account.wall_s)}" if seconds > 0 else "–"
-
-
-def remarks(found: RunAccount) -> list[Html]:
-    path = " → ".join(found.path)
-    beside = len(found.stages) > len(found.path)
+def remarks(times: RunAccount) -> list[Html]:
+    path = " → ".join(times.path)
+    beside = len(times.stages) > len(times.path)
     return [
         note("Goodput = computing and communication of steps that count ÷ time in which processes ran."),
         note(f"The chain is its critical path, {path}{'; what ran beside it cost no time' if beside else ''}."),

@@ -117,12 +117,20 @@ class GpuSamples:
 
     def of_rank(self, host: str, local_rank: int) -> Gpu | None:
         """The GPU of a node's n-th rank."""
-        mine = [gpu for gpu in self.gpus if gpu.node == short_host(host)]
-        return mine[local_rank] if local_rank < len(mine) else None
+        there = [gpu for gpu in self.gpus if gpu.node == short_host(host)]
+        return there[local_rank] if local_rank < len(there) else None
 
 
 def read(run: RunDir, stages: Iterable[str], most_bytes: int = MOST_BYTES) -> GpuSamples | None:
     """The samples of the run's stages, in order; None when there are none."""
+    files = _sampled(run, stages)
+    size = sum(path.stat().st_size for _, paths in files for path in paths)
+    stride = next((step for step in STRIDES if size / step <= most_bytes), STRIDES[-1])
+    return _folded(files, stride) if files else None
+
+
+def _sampled(run: RunDir, stages: Iterable[str]) -> list[tuple[Span, list[Path]]]:
+    """Each attempt that was sampled, laid behind the one before it, with its files."""
     files: list[tuple[Span, list[Path]]] = []
     offset = 0.0
     for stage in stages:
@@ -132,27 +140,27 @@ def read(run: RunDir, stages: Iterable[str], most_bytes: int = MOST_BYTES) -> Gp
             if ends:
                 files.append((Span(stage, attempt.number, min(ends), max(ends), offset), paths))
                 offset += max(ends) - min(ends)
-    if not files:
-        return None
-    size = sum(path.stat().st_size for _, paths in files for path in paths)
-    stride = next((step for step in STRIDES if size / step <= most_bytes), STRIDES[-1])
-    bins = max(1, min(MOST_BINS, int(offset / stride)))
+    return files
+
+
+def _folded(files: list[tuple[Span, list[Path]]], stride: int) -> GpuSamples | None:
+    """Every ``stride``-th line of the files, folded into the GPUs that they tell of."""
+    spans = [span for span, _ in files]
+    length = spans[-1].offset + spans[-1].ended - spans[-1].began
+    bins = max(1, min(MOST_BINS, int(length / stride)))
     gpus: dict[tuple[str, int], Gpu] = {}
     unread = 0
-    for span, paths in files:
-        for path in paths:
-            for line in _lines(path, stride):
-                if line is None or not is_number(line.get("time")) or not isinstance(line.get("gpu"), int):
-                    unread += 1
-                    continue
-                at = span.offset + min(max(line["time"], span.began), span.ended) - span.began
-                key = (short_host(line.get("node", path.stem)), line["gpu"])
-                line |= {"stage": span.stage, "attempt": span.attempt}
-                gpu = gpus.setdefault(key, Gpu(*key, pause_s=max(PAUSE_S, 2.0 * stride)))
-                gpu.add(line, span.stage, min(int(at / (offset or 1) * bins), bins - 1))
-    if not gpus:
-        return None
-    return GpuSamples([span for span, _ in files], [gpus[key] for key in sorted(gpus)], bins, unread, stride)
+    for span, line, node in ((span, line, path.stem) for span, paths in files for path in paths
+                             for line in _lines(path, stride)):  # fmt: skip
+        if line is None or not is_number(line.get("time")) or not isinstance(line.get("gpu"), int):
+            unread += 1
+            continue
+        at = span.offset + min(max(line["time"], span.began), span.ended) - span.began
+        key = (short_host(line.get("node", node)), line["gpu"])
+        line |= {"stage": span.stage, "attempt": span.attempt}
+        gpu = gpus.setdefault(key, Gpu(*key, pause_s=max(PAUSE_S, 2.0 * stride)))
+        gpu.add(line, span.stage, min(int(at / (length or 1) * bins), bins - 1))
+    return GpuSamples(spans, [gpus[key] for key in sorted(gpus)], bins, unread, stride) if gpus else None
 
 
 def _lines(path: Path, stride: int) -> Iterator[dict[str, Any] | None]:
@@ -168,10 +176,10 @@ def _lines(path: Path, stride: int) -> Iterator[dict[str, Any] | None]:
 
 def _parsed(raw: bytes) -> dict[str, Any] | None:
     try:
-        found = json.loads(raw)
-    except ValueError:
+        line = json.loads(raw)
+    except (ValueError, RecursionError):
         return None
-    return found if isinstance(found, dict) else None
+    return line if isinstance(line, dict) else None
 
 
 def _ends(path: Path) -> list[float]:
@@ -183,11 +191,11 @@ def _ends(path: Path) -> list[float]:
             last = file.read().splitlines()
     except OSError:
         return []
-    found = []
+    ends = []
     for lines in (first, reversed(last)):
         times = ((_parsed(raw) or {}).get("time") for raw in lines)
-        found += [next((float(time) for time in times if is_number(time)), None)]
-    return [time for time in found if time is not None]
+        ends += [next((float(time) for time in times if is_number(time)), None)]
+    return [time for time in ends if time is not None]
 
 
 def _list(value: Any) -> list[Any]:

@@ -20,7 +20,7 @@ def incidents(events: Iterable[Event]) -> list[str]:
         keys = SAME.get(str(event.get("event")))
         if keys is not None:
             lines.setdefault((event["event"], *(str(event.get(key)) for key in keys)), []).append(event)
-    return [visible(SAID[key[0]](found)) for key, found in lines.items()]
+    return [visible(SAID[key[0]](same)) for key, same in lines.items()]
 
 
 def short_host(name: Any) -> str:

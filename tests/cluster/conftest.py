@@ -76,6 +76,11 @@ class DevCluster:
     def state(self, job_id: str) -> str:
         return self.call("squeue", "-h", "-t", "all", "-j", job_id, "-o", "%T")
 
+    def words(self, *show: str) -> dict[str, str]:
+        """``scontrol show`` as a dict of words without spaces: of a job, Restarts, ExitCode and so on."""
+        text = self.call("scontrol", "--oneliner", "show", *show)
+        return dict(re.findall(r"(?:^|\s)([A-Za-z][\w:/]*) *= *(\S*)", text))
+
     def wait(self, condition: Callable[[], object], what: str, limit_s: float = 30) -> None:
         """Poll until the condition holds; fails after ``limit_s`` with the queue as it is."""
         end = time.monotonic() + limit_s

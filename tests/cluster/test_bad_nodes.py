@@ -79,5 +79,5 @@ def test_a_prolog_that_fails(strict, prepared: Path) -> None:
     again = sent(prepared, *words)["pretrain"]
     assert again != job
     wait_done(strict, prepared, again)
-    assert queue.details(again)["NodeList"] == "strict-n[02-03]"
+    assert strict.words("job", again)["NodeList"] == "strict-n[02-03]"
     assert states(prepared)["phase1"] == "done", said(prepared)

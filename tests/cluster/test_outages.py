@@ -24,7 +24,7 @@ def test_stops_when_its_gpu_hours_are_spent(slurm, prepared, user) -> None:
     words = ["--nodes", 2, "--stages", "phase1", "--set", "phase1.steps=100000", "--set", "phase1.warmup=0.01"]
     job = sent(prepared, *words, "--max-gpu-hours", "0.05", cluster=cluster)["pretrain"]
     slurm.wait(lambda: slurm.state(job) in ("FAILED", "COMPLETED"), "the job has ended", 120)
-    assert queue.details(job)["ExitCode"] == "2:0"
+    assert slurm.words("job", job)["ExitCode"] == "2:0"
     assert "the 3 GPU-minutes that --max-gpu-hours allows are used up; not started again" in said(prepared)
     assert ("phase1", metrics(prepared, 1)[-1]["step"]) in digests(prepared)
     again = send(prepared, *words, cluster=cluster)

@@ -219,7 +219,7 @@ def test_after_the_end_of_a_rank(slurm, tmp_path: Path) -> None:
     queue.cancel([dying])
     slurm.wait_state(wrong, "FAILED")
     slurm.wait(lambda: queue.jobs([orphan])[orphan].stuck, "the orphan can never start")
-    queue.set_dependency(orphan, "")
+    slurm.call("scontrol", "update", f"JobId={orphan}", "Dependency=")
     slurm.wait_state(child, "COMPLETED")
     slurm.wait_state(orphan, "COMPLETED")
     slurm.wait_state(killed, "FAILED")
@@ -228,9 +228,9 @@ def test_after_the_end_of_a_rank(slurm, tmp_path: Path) -> None:
     assert sorted(hosts) == ["test-n01", "test-n03", "test-n04"]
     assert "again" in log(tmp_path, back)
     assert "2 attempts without progress; not started again" in log(tmp_path, killed)
-    details = queue.details(dying)
+    details = slurm.words("job", dying)
     assert (details["JobState"], details["Restarts"]) == ("CANCELLED", "0"), log(tmp_path, dying)
-    assert (queue.details(back)["Restarts"], queue.details(wrong)["Restarts"]) == ("1", "0")
+    assert (slurm.words("job", back)["Restarts"], slurm.words("job", wrong)["Restarts"]) == ("1", "0")
 
 
 def test_submit_sh_sends_a_chain_or_nothing(slurm, tmp_path: Path) -> None:
@@ -269,7 +269,7 @@ def test_slurms_own_words_for_rejections(slurm, tmp_path: Path) -> None:
     assert "to start at" in queue.estimate_start(tmp_path / "t.sbatch")
     with pytest.raises(SlurmError, match="not available"):
         queue.estimate_start(tmp_path / "t.sbatch", ["--nodes=64"])
-    assert queue.config()["ClusterName"] == "test"
+    assert slurm.words("config")["ClusterName"] == "test"
     assert queue.accounted([1]) == {}
 
 

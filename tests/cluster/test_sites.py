@@ -30,7 +30,7 @@ def site(make_cluster, base: Path, slurm, monkeypatch: pytest.MonkeyPatch, reque
 @pytest.mark.parametrize("site", [False], indirect=True)
 def test_preempted_by_term_alone(site, prepared: Path, reference: Path, tmp_path: Path) -> None:
     """preempt_send_user_signal is not set: ten seconds between TERM and KILL, and still no step is done twice."""
-    assert queue.config()["SlurmctldParameters"] == "(null)"
+    assert site.words("config")["SlurmctldParameters"] == "(null)"
     job = sent(prepared, *WORDS)["pretrain"]
     site.wait(lambda: len(metrics(prepared, 1)) >= 20, "phase 1 trains", 60)
     site.sbatch("sleep 2", tmp_path, "--partition=high", "--nodes=2", "--exclusive")

@@ -95,13 +95,11 @@ def test_an_addressed_flag_beats_a_bare_one_in_any_order() -> None:
 
 def test_precedence_and_sources() -> None:
     layers = {
-        "hints": {"time": "10", "mem": "1G", "constraint": "r", "partition": "r"},
         "profile": {"mem": "2G", "constraint": "p", "partition": "p"},
         "profile_name": "profile site",
         "environ": {"SBATCH_CONSTRAINT": "e", "SBATCH_PARTITION": "e", "SBATCH_TIMELIMIT": ""},
     }
     assert resolve(["-p", "f"], **layers) == {
-        "time": ("10", "recipe"),
         "mem": ("2G", "profile site"),
         "constraint": ("e", "SBATCH_CONSTRAINT"),
         "partition": ("f", "flag"),
