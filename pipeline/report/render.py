@@ -13,7 +13,6 @@ from typing import Any
 from data_prep.publish import publish_text
 from pipeline.node.job import Job
 from pipeline.report import chart, page
-from pipeline.report import times as time_panel
 from pipeline.report.curves import Phase, phase_section
 from pipeline.report.facts import Facts, gather
 from pipeline.report.gpus import gpu_section, incident_section
@@ -68,7 +67,7 @@ def render(facts: Facts) -> str:
         published_section(facts),
         origin_section(facts),
     ]
-    return document(f"{facts.name}: BERT training report", page.STYLE + chart.STYLE + time_panel.STYLE, *body)
+    return document(f"{facts.name}: BERT training report", page.STYLE + chart.STYLE, *body)
 
 
 # -------------------------------------------------------------------- head

@@ -11,21 +11,6 @@ from pipeline.words import duration, percent
 
 WIDTH, HEIGHT = 940, 22
 
-STYLE = (
-    ":root { --compute: #0b5fb0; --communication: #74a5d8; --data: #8267b0; --evaluation: #3f8f83; "
-    "--checkpoint: #c2913a; --start-up: #98a1ae; --rework: #b4530a; --other: #c3c9d2; --queue: #dfe3e8; "
-    "--stopped: #eef0f3; }\n"
-    "@media (prefers-color-scheme: dark) { :root { --compute: #6db3ff; --communication: #3c6ea3; --data: #a58bd6; "
-    "--evaluation: #58b3a4; --checkpoint: #d9ac58; --start-up: #7a8594; --rework: #f0a35e; --other: #4d5561; "
-    "--queue: #363d48; --stopped: #272c34; } }\n"
-    + "".join(f".part-{part} {{ fill: var(--{part.replace('_', '-')}); }}\n" for part in PARTS)
-    + ".bars p { margin: .9rem 0 .3rem; max-width: none; font-size: .95rem; }\n"
-    ".bars p span { color: var(--quiet); font-size: .9rem; }\n"
-    ".bars svg { height: 1.4rem; border-radius: .25rem; }\n"
-    ".parts td:first-child { white-space: nowrap; }\n"
-    "td svg.swatch { display: inline-block; width: .8rem; height: .8rem; margin-right: .5rem; }\n"
-)
-
 
 def time_section(facts: Facts) -> Html:
     """Where the time went."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Required, TypedDict, cast
+from typing import Any, Literal, Required, TypedDict, cast
 
 from pipeline.errors import RESTART_CODES
 from pipeline.run.chain import Chain
@@ -22,28 +22,22 @@ from slurm.states import in_words
 from slurm.verdict import read_over
 
 State = Literal["todo", "waiting", "running", "done", "failed", "cancelled", "unknown"]
-Holder = Literal["nobody", "runner", "silent", "ended", "cancelled", "queued", "behind", "job"]
+Holder = Literal["nobody", "silent", "ended", "cancelled", "runner", "queued", "behind", "job"]
 Left = Literal["nothing", "open", "stopped", "restart", "failed"]
-Reason = Literal["why", "attempt", "needs", "progress", "nothing", "job", "queue", "ahead", "start"]
 
-RULE: Mapping[tuple[Holder, Left | Literal["any"]], tuple[State, Reason]] = {
-    # nobody works on it, or nobody that we know of: how its last attempt ended
-    ("nobody", "any"): ("todo", "why"),
-    ("silent", "any"): ("unknown", "nothing"),  # Slurm does not answer
-    ("ended", "any"): ("failed", "job"),  # its job ended, and the stage is not done
-    ("cancelled", "any"): ("cancelled", "job"),
-    **{(holder, "stopped"): ("cancelled", "attempt") for holder in ("nobody", "silent", "ended", "cancelled")},
-    **{(holder, "restart"): ("failed", "attempt") for holder in ("nobody", "silent", "ended", "cancelled")},
-    **{(holder, "failed"): ("failed", "attempt") for holder in ("nobody", "silent", "ended", "cancelled")},
-    # the local runner holds the run: it starts again what it has not given up
-    ("runner", "any"): ("waiting", "needs"),
-    ("runner", "open"): ("running", "progress"),
-    ("runner", "failed"): ("failed", "attempt"),
+TOLD = {"stopped": ("cancelled", "verdict"), "restart": ("failed", "verdict"), "failed": ("failed", "verdict")}
+RULE: Mapping[Holder, Mapping[str, tuple[str, str]]] = {
+    # what holds the stage: what its last attempt left → (state, what the reason is made of)
+    "nobody": {**TOLD, "any": ("todo", "why")},
+    "silent": {**TOLD, "any": ("unknown", "nothing")},  # Slurm does not answer
+    "ended": {**TOLD, "any": ("failed", "job")},  # its job has ended, and the stage is not done
+    "cancelled": {**TOLD, "any": ("cancelled", "job")},
+    # the local runner, which starts again what it has not given up
+    "runner": {"open": ("running", "progress"), "failed": ("failed", "verdict"), "any": ("waiting", "needs")},
     # a job of Slurm: in the queue; at work on an earlier stage; at work on this one
-    ("queued", "any"): ("waiting", "queue"),
-    ("behind", "any"): ("waiting", "ahead"),
-    ("job", "any"): ("running", "start"),
-    ("job", "open"): ("running", "progress"),
+    "queued": {"any": ("waiting", "queue")},
+    "behind": {"any": ("waiting", "ahead")},
+    "job": {"open": ("running", "progress"), "any": ("running", "start")},
 }
 
 
@@ -118,14 +112,6 @@ def rows_of(chain: Chain, held: bool, sent: Sent | None = None) -> list[Row]:
     return [Look(chain, name, todo, held, sent, gave_up.get(name, {})).row() for name in chain.stages]
 
 
-class Ending(NamedTuple):
-    """How an attempt ended: exit code, line, Unix time."""
-
-    code: Any
-    line: str
-    time: float
-
-
 @dataclass(frozen=True)
 class Look:
     """A look at one stage. ``event`` is the newest event that names it, or empty."""
@@ -148,32 +134,31 @@ class Look:
             attempts = []
         sent = self.sent.job_of(self.name) if self.sent else None
         job = self.sent.jobs.get(sent.id) if self.sent and sent else None
+        holder = self.holder(sent, job)
+        verdict = self.verdict(attempts)
+        rules = RULE[holder]
+        row["state"], reason = rules.get(self.left(holder, job, attempts, verdict), rules["any"])
+        row["reason"] = ""
         if sent:
             row["job"] = sent.id
-        holder = self.holder(sent, job)
-        ending = self.ending(attempts[-1] if attempts else None)
-        left = self.left(holder, job, attempts, ending)
-        row["state"], reason = RULE.get((holder, left)) or RULE[holder, "any"]
-        match reason:
-            case "why":
-                row["reason"] = self.todo[self.name]
-            case "attempt" if ending is not None:
-                row["reason"] = ending.line if row["state"] == "cancelled" else f"exit {ending.code}: {ending.line}"
-            case "needs":
-                pending = [need for need in self.chain.stages[self.name].needs if need in self.todo]
-                row["reason"] = f"waits for {', '.join(pending)}" if pending else "starts next"
-            case "progress":
-                row |= progress(self.chain, self.name, attempts)
-            case "job" if sent:
-                row["reason"] = over(self.chain.run, sent.id) or (in_words(job) if job else "")
-            case "queue" if job and self.sent:
-                row |= queued(job, attempts, self.sent.journal.names)
-            case "ahead" if sent:
-                row["reason"] = f"waits for {self.at_work(sent)} in the same job"
-            case "start" if job:
-                row["reason"] = "starts" if job.state == "RUNNING" else in_words(job)
-            case _:
-                row["reason"] = ""
+        if reason == "why":
+            row["reason"] = self.todo[self.name]
+        elif reason == "verdict":
+            line = str(verdict.get("line"))
+            row["reason"] = line if row["state"] == "cancelled" else f"exit {verdict.get('code')}: {line}"
+        elif reason == "needs":
+            pending = [need for need in self.chain.stages[self.name].needs if need in self.todo]
+            row["reason"] = f"waits for {', '.join(pending)}" if pending else "starts next"
+        elif reason == "progress":
+            row |= progress(self.chain, self.name, attempts)
+        elif sent and reason == "ahead":
+            row["reason"] = f"waits for {self.at_work(sent)} in the same job"
+        elif sent and reason == "job":
+            row["reason"] = over(self.chain.run, sent.id) or (in_words(job) if job else "")
+        elif job and reason == "start":
+            row["reason"] = "starts" if job.state == "RUNNING" else in_words(job)
+        elif job and self.sent and reason == "queue":
+            row |= queued(job, attempts, self.sent.journal.names)
         return cast(Row, row)
 
     def holder(self, sent: SentJob | None, job: queue.Job | None) -> Holder:
@@ -195,28 +180,27 @@ class Look:
         """The stage that a job works on: the first of its stages that is not done."""
         return next(stage for stage in sent.stages if stage in self.todo)
 
-    def ending(self, last: Attempt | None) -> Ending | None:
-        """How the last attempt ended: by its own words, else (it was killed) by those of the runner that gave it up."""
-        verdict = last.verdict if last else None
-        if verdict is None and self.event.get("event") == "failed":
-            verdict = dict(self.event)
-        return Ending(verdict.get("code"), str(verdict.get("line")), verdict.get("time", 0.0)) if verdict else None
+    def verdict(self, attempts: Sequence[Attempt]) -> Mapping[str, Any]:
+        """Of the last attempt: its own, else (it was killed) that of the runner which gave it up; empty without one."""
+        own = attempts[-1].verdict if attempts else None
+        return own or (self.event if self.event.get("event") == "failed" else {})
 
-    def left(self, holder: Holder, job: queue.Job | None, attempts: Sequence[Attempt], ending: Ending | None) -> Left:
+    def left(
+        self, holder: Holder, job: queue.Job | None, attempts: Sequence[Attempt], verdict: Mapping[str, Any]
+    ) -> Left:
         """What the last attempt left behind, for whoever holds the stage now."""
-        done_before = self.chain.stages[self.name].always and self.chain.is_done(self.name)
-        if ending is None and (not attempts or done_before):
-            return "nothing"
-        if ending is None:
+        if not verdict:
+            if not attempts or (self.chain.stages[self.name].always and self.chain.is_done(self.name)):
+                return "nothing"
             others = job is not None and (job.state != "RUNNING" or job_id(attempts[-1]) != job.id)
             return "nothing" if others else "open"
-        if holder == "runner" and ending.time <= self.chain.run.held_since:
+        if holder == "runner" and verdict.get("time", 0.0) <= self.chain.run.held_since:
             return "nothing"  # before this runner began
         if self.event.get("event") == "failed":
             return "failed"
-        if ending.code in (75, 130):
+        if verdict.get("code") in (75, 130):
             return "stopped"
-        return "restart" if ending.code in RESTART_CODES else "failed"
+        return "restart" if verdict.get("code") in RESTART_CODES else "failed"
 
 
 def over(run: RunDir, job: str) -> str:
@@ -228,12 +212,8 @@ def over(run: RunDir, job: str) -> str:
 def queued(job: queue.Job, attempts: Sequence[Attempt], names: Mapping[str, str]) -> dict[str, Any]:
     """Of a job in the queue: how its attempts ended, what it waits for, and when Slurm means to start it."""
     again = f"{history(attempts, job.id)}; " if attempts else ""
-    row: dict[str, Any] = {"reason": again + in_words(job, names)}
-    if job.start is not None:
-        row["expected_start"] = job.start
-    if job.stuck:
-        row["stuck"] = True
-    return row
+    start = {} if job.start is None else {"expected_start": job.start}
+    return {"reason": again + in_words(job, names), **start, **({"stuck": True} if job.stuck else {})}
 
 
 def progress(chain: Chain, name: str, attempts: Sequence[Attempt]) -> dict[str, Any]:

@@ -237,3 +237,9 @@ def test_inference_stands_beside_transformers(tmp_path):
     whole = page_of(finished_run(tmp_path / "again")).text
     assert "squad, 384 tokens 32 pipeline forward real bf16 61.5 520 537 553 not known" in whole
     assert "squad, 384 tokens 32 transformers forward real bf16 40.25" in whole
+
+
+def test_every_part_of_the_time_has_its_colour() -> None:
+    for part in PARTS:
+        assert f".part-{part} {{ fill: var(--{part.replace('_', '-')}); }}" in STYLE
+        assert STYLE.count(f"--{part.replace('_', '-')}: #") == 2, part  # light and dark
