@@ -118,7 +118,7 @@ def execute(chain: Chain, stage: Stage, job: Job) -> None:
             time.sleep(1.0)  # the peer may know better what happened, and its verdict comes first
         if isinstance(error, StoppedCleanly) and newer_than(job.out, started):
             verdict.made_progress()
-        first = attempt.judge(code, line, job.rank)
+        first = attempt.write_verdict(code, line, job.rank)
         _tell_script(error)
         if first:
             raise

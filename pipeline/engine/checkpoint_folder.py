@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from data_prep.publish import file_sha256, publish_json, sync_folder
 from pipeline.engine.tensor_file import write_safetensors
 from pipeline.errors import CheckpointError, InUseError, NumericalError, StorageError
-from pipeline.run.rundir import read_json, told
+from pipeline.run.rundir import describe_owner, read_json
 
 Arrays = Mapping[str, NDArray[Any]]
 FORMAT = 1
@@ -283,9 +283,11 @@ def _fence(attempt_dir: Path, owner: Mapping[str, Any] | None) -> None:
     except OSError as error:
         raise StorageError(f"{attempt_dir} cannot be read: {error.strerror or error}") from error
     if mine is not None and newest > mine:
-        raise InUseError(f"attempt {newest} ({told(successor)}) has taken over from attempt {mine}")
+        raise InUseError(f"attempt {newest} ({describe_owner(successor)}) has taken over from attempt {mine}")
     if found != owner:
-        raise InUseError(f"{attempt_dir} was moved aside or belongs to another start ({told(found)}); this one stops")
+        raise InUseError(
+            f"{attempt_dir} was moved aside or belongs to another start ({describe_owner(found)}); this one stops"
+        )
 
 
 def _refuse_non_finite(tensors: Arrays, what: str) -> None:

@@ -63,7 +63,7 @@ def _be_child(parent: int, stacks: BinaryIO, job: Job, work: Callable[[], None])
         die_with_parent(parent)
         faulthandler.register(STACKS, file=stacks)  # in C: works whatever holds the interpreter's lock
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-        job.heartbeat.pulsate()
+        job.heartbeat.show_liveness()
         code = exit_code_of(work)
         sys.stdout.flush()
         sys.stderr.flush()
@@ -165,7 +165,7 @@ class Watch:
             self._stop_for_gpu(now)
         elif beat.where != "waiting" and still_s > limit_s(beat.where, beat.longest_s):
             self._hung(still_s, beat.where, beat.step, now)
-        elif beat.where != "working" and (silent_s := now - max(beat.pulse_s, resumed)) > HANG_S:
+        elif beat.where != "working" and (silent_s := now - max(beat.alive_s, resumed)) > HANG_S:
             self._hung(silent_s, beat.where, beat.step, now)
         elif beat.where != "working" and still_s > PEERS_DUMP_S - LOOK_S:
             self._ask_peers(beat.where, now)
@@ -199,7 +199,7 @@ class Watch:
 
     def _decide(self, code: int, line: str, bad_nodes: list[str] | None = None) -> None:
         self.code = code
-        if self.job.attempt.judge(code, line, self.job.rank):
+        if self.job.attempt.write_verdict(code, line, self.job.rank):
             print(line, file=sys.stderr, flush=True)
         verdict.give(code, bad_nodes or [])
 

@@ -112,10 +112,10 @@ class Attempt:
         if not is_number(began):
             return None
         logged = [line["time"] for line in self.lines if is_number(line.get("time"))]
-        told = (self.verdict or {}).get("time")
-        return began, max([began, *logged[-1:], *([told] if is_number(told) else [])])
+        ended = (self.verdict or {}).get("time")
+        return began, max([began, *logged[-1:], *([ended] if is_number(ended) else [])])
 
-    def judge(self, code: int, line: str, rank: int) -> bool:
+    def write_verdict(self, code: int, line: str, rank: int) -> bool:
         """Write the attempt's verdict; False when a rank that failed earlier has done so.
 
         On a disk that takes nothing the verdict is the process's exit code alone.
@@ -152,7 +152,7 @@ class StageDir:
         attempts = self.attempts
         if attempts and record.get("attempt", attempts[-1].number) < attempts[-1].number:
             raise InUseError(
-                f"attempt {attempts[-1].number} ({told(attempts[-1].owner)}) has taken over from attempt "
+                f"attempt {attempts[-1].number} ({describe_owner(attempts[-1].owner)}) has taken over from attempt "
                 f"{record['attempt']} of {self.path.name}; this one does not mark it done"
             )
         publish_json(self.path / "done.json", dict(record))
@@ -287,7 +287,7 @@ class RunDir:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise InUseError(
-                    f"{self.path}: {told(self._holder())} is using this run; wait for it, or stop it with "
+                    f"{self.path}: {describe_owner(self._holder())} is using this run; wait for it, or stop it with "
                     f"python -m pipeline.cancel {self.path}"
                 ) from None
             file.truncate(0)
@@ -322,7 +322,7 @@ class RunDir:
             time.sleep(0.01)
 
 
-def told(owner: Mapping[str, Any] | None) -> str:
+def describe_owner(owner: Mapping[str, Any] | None) -> str:
     """An owner of a run or an attempt for people: process, host and since when."""
     owner = owner or {}
     try:

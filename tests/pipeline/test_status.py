@@ -56,20 +56,20 @@ def test_nothing_begun_is_todo(run):
 
 def test_while_a_runner_is_at_work(run):
     earlier = run.stage("shard").new_attempt("earlier")
-    earlier.judge(3, "a bad file, corrected since", 0)
+    earlier.write_verdict(3, "a bad file, corrected since", 0)
     with run.held():
         run.stage("extract").new_attempt("now")
         assert states(run)["extract"] == "running"
         assert states(run)["shard"] == "waiting"  # it failed before this runner began
-        run.stage("shard").new_attempt("now").judge(3, "a bad file", 0)
+        run.stage("shard").new_attempt("now").write_verdict(3, "a bad file", 0)
         assert states(run)["shard"] == "failed"
-        run.stage("vocab").new_attempt("now").judge(76, "lost a peer", 0)
+        run.stage("vocab").new_attempt("now").write_verdict(76, "lost a peer", 0)
         assert states(run)["vocab"] == "waiting"  # it is started again
 
 
 @pytest.mark.parametrize(("code", "state"), [(3, "failed"), (5, "failed"), (75, "cancelled"), (130, "cancelled")])
 def test_after_the_runner_has_gone(run, code, state):
-    run.stage("extract").new_attempt("x").judge(code, "the reason", 0)
+    run.stage("extract").new_attempt("x").write_verdict(code, "the reason", 0)
     row = survey(run)[0]
     assert row["state"] == state
     assert "the reason" in row["reason"]
@@ -108,7 +108,7 @@ def test_short_is_one_line_for_a_phone(run):
         (line,), more = look(run, short=True)
         assert more
         assert line == f"demo  phase1 350/700  loss 6.41  201 seq/s  ETA 3 min  0/{STAGES} done"
-        at_work(run, range(0)).judge(3, "a bad file " * 20, 0)
+        at_work(run, range(0)).write_verdict(3, "a bad file " * 20, 0)
         (line,), _ = look(run, short=True)
         assert len(line) == 80
         assert "failed phase1: exit 3: a bad file" in line
@@ -183,7 +183,7 @@ def test_what_became_of_earlier_attempts(run):
     """Stopped in this job: preempted; in another job, which never comes back: stopped by whoever cancelled it."""
     ends = [("5-0-0", 75, "asked"), ("7-0-0", 75, "asked"), ("7-1-0", 75, "asked"), ("7-2-0", 76, "lost")]
     for launch, code, line in [*ends, ("7-3-0", 75, "28 s before its time or GPU-hours are used up")]:
-        run.stage("phase1").new_attempt(launch).judge(code, line, 0)
+        run.stage("phase1").new_attempt(launch).write_verdict(code, line, 0)
     start = datetime.now().replace(hour=23, minute=59, second=58, microsecond=0).timestamp()
     waiting = sent_as(Job(id="7", state="PENDING", reason="Resources", start=start))
     row = next(row for row in survey(run, waiting) if row["name"] == "phase1")

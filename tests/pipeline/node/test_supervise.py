@@ -27,7 +27,7 @@ from pipeline.node.preempt import StopRequest
 from pipeline.run.rundir import RunDir
 
 module.HANG_S, module.PEERS_DUMP_S, module.LOOK_S, module.LEAVE_S = 1.0, 1.0, 0.1, 3.0
-heartbeat.PULSE_S = 0.05  # as far below HANG_S as in the product
+heartbeat.LIVENESS_S = 0.05  # as far below HANG_S as in the product
 {before}
 run = RunDir(Path(sys.argv[1]))
 attempt = run.stage("phase1").new_attempt("launch")
@@ -129,7 +129,7 @@ def test_a_hang_is_named_with_its_stacks(tmp_path, body, frame):
 
 @pytest.mark.slow
 def test_waiting_for_others_is_no_hang(tmp_path):
-    """Waiting, it may do so for longer than work may take; a busy machine may keep its pulse back for a while."""
+    """Waiting, it may do so for longer than work may take; a busy machine may keep its liveness back for a while."""
     assert end(start(tmp_path, "time.sleep(5)", "waiting", before="module.HANG_S = 2.5")) == (0, "whole\n", "")
 
 

@@ -150,7 +150,7 @@ def failed_run(path: Path, line: str) -> Chain:
         finish(chain, name, RESULTS[name])
     attempt = start(chain, "phase1")
     train(attempt, "phase1", 1, 60, None, 400)
-    attempt.judge(5, line, 1)
+    attempt.write_verdict(5, line, 1)
     return chain
 
 
@@ -197,7 +197,7 @@ def test_hostile_texts_are_shown_not_obeyed(tmp_path):
     (chain.run.path / "run.json").write_text(json.dumps(settings))
     attempt = start(chain, "phase1")
     (attempt.path / "owner.json").write_text(json.dumps({"host": HOSTILE, "time": HOSTILE}))
-    attempt.judge(5, HOSTILE, 0)
+    attempt.write_verdict(5, HOSTILE, 0)
     page = page_of(chain)
     assert page.text.count("<script>alert(1)</script>") >= 5
     assert r"\x1b[31m\u202eevil" in page.text

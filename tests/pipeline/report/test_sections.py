@@ -12,6 +12,7 @@ import pytest
 
 from pipeline.report.facts import gather
 from pipeline.report.gpus import MOST_LINES, band, few_lines
+from pipeline.report.page import STYLE
 from pipeline.report.render import render
 from pipeline.run import gpu_samples
 from pipeline.run.account import PARTS

@@ -45,8 +45,8 @@ def test_ranks_join_the_attempt_of_their_own_launch(tmp_path):
 
 def test_the_first_verdict_stands(tmp_path):
     attempt = Attempt(tmp_path)
-    attempt.judge(5, "loss is not finite", 1)
-    attempt.judge(76, "lost a peer", 0)
+    attempt.write_verdict(5, "loss is not finite", 1)
+    attempt.write_verdict(76, "lost a peer", 0)
     assert attempt.verdict is not None
     assert (attempt.verdict["code"], attempt.verdict["rank"]) == (5, 1)
 
