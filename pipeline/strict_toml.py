@@ -176,11 +176,8 @@ _NAMES = {int: "a whole number", float: "a number", str: "a string", bool: "true
 
 def _check_bounds(value: Any, spec: dataclasses.Field[Any], where: str, errors: list[str]) -> None:
     low, high, above = (spec.metadata.get(key) for key in ("low", "high", "above"))
-    choices = spec.metadata.get("choices")
     if isinstance(value, float) and not math.isfinite(value):
         errors.append(f"{where} = {value}: expected a finite number")
-    elif choices is not None and value not in choices:
-        errors.append(f"{where} = {_show(value)}: {_hint(str(value), choices)}")
     elif low is not None and value < low:
         errors.append(f"{where} = {value}: must be at least {low}")
     elif high is not None and value > high:

@@ -61,18 +61,18 @@ def watch(look: Callable[[], tuple[list[str], bool]]) -> None:
 
     A terminal is redrawn; anything else gets the lines that changed since they were last shown.
     """
-    shown: list[str] = []
+    before: list[str] = []
     while True:
         lines, more = look()
         if sys.stdout.isatty():
             width = shutil.get_terminal_size().columns
             sys.stdout.write("\x1b[H" + "".join(f"{_cut(line, width)}\x1b[K\n" for line in lines) + "\x1b[J")
         else:
-            sys.stdout.writelines(f"{line}\n" for line in lines if line not in shown)
+            sys.stdout.writelines(f"{line}\n" for line in lines if line not in before)
         sys.stdout.flush()
         if not more:
             return
-        shown = lines
+        before = lines
         time.sleep(INTERVAL_S)
 
 

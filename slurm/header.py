@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 
 from slurm.errors import FlagError
 from slurm.flags import Setting, check_text
@@ -18,26 +19,21 @@ from slurm.resources import (
     parse_time,
 )
 
+# settings that are numbers of Resources: the field, and how sbatch reads them
+NUMBERS: Mapping[str, tuple[str, Callable[[str], object]]] = {
+    "nodes": ("nodes", parse_nodes),
+    "time": ("time_min", parse_time),
+    "mem": ("mem_gb", parse_memory_gb),
+    "exclusive": ("exclusive", str),
+    "cpus-per-task": ("cpus_per_task", partial(parse_count, "cpus-per-task")),
+    "ntasks-per-node": ("tasks_per_node", partial(parse_count, "ntasks-per-node")),
+}
+
 
 def apply(resources: Resources, settings: Mapping[str, Setting]) -> tuple[Resources, dict[str, Setting]]:
     """Move the settings that are numbers into the resources; returns those and the settings left for the header."""
     left = dict(settings)
-    changes: dict[str, object] = {}
-
-    def taken(name: str) -> str | None:
-        return left.pop(name).value if name in left else None
-
-    if (text := taken("nodes")) is not None:
-        changes["nodes"] = parse_nodes(text)
-    if (text := taken("time")) is not None:
-        changes["time_min"] = parse_time(text)
-    if (text := taken("mem")) is not None:
-        changes["mem_gb"] = parse_memory_gb(text)
-    if (text := taken("exclusive")) is not None:
-        changes["exclusive"] = text
-    for name, field in (("cpus-per-task", "cpus_per_task"), ("ntasks-per-node", "tasks_per_node")):
-        if (text := taken(name)) is not None:
-            changes[field] = parse_count(name, text)
+    changes = {field: parse(left.pop(name).value) for name, (field, parse) in NUMBERS.items() if name in left}
     if {"mem-per-cpu", "mem-per-gpu"} & left.keys():
         changes["mem_gb"] = None
     changes |= _gpus(left)

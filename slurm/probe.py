@@ -74,16 +74,16 @@ def ask(partition: str = "") -> Facts:
 def draft(facts: Facts) -> str:
     """A profile in TOML. FlagError for a partition that there is not; SlurmError when none is default or named."""
     config = dict(re.findall(r"^(\w+)\s*= *(.*?)\s*$", facts.config, re.MULTILINE))
-    partitions = {found["PartitionName"]: found for found in _records(facts.partitions, "PartitionName")}
+    partitions = {record["PartitionName"]: record for record in _records(facts.partitions, "PartitionName")}
     chosen = _choose(partitions, facts.partition)
     nodes = [*_records(facts.nodes, "NodeName")]
-    mine = [node for node in nodes if chosen["PartitionName"] in node.get("Partitions", "").split(",")]
-    gpus = _most_common_gpus(mine)
+    own = [node for node in nodes if chosen["PartitionName"] in node.get("Partitions", "").split(",")]
+    gpus = _most_common_gpus(own)
     lines = [
         f"# Drafted by slurm.probe from Slurm {config.get('SLURM_VERSION', 'of an unknown version')}: read every line.",
         *_machine(config, chosen, gpus, nodes),
         *_ending(config, chosen),
-        *_sections(chosen, gpus, mine, nodes, facts),
+        *_sections(chosen, gpus, own, nodes, facts),
     ]
     if gpus.count:
         _, title, table = (PROFILES / "generic.toml").read_text(encoding="utf-8").partition("[micro_batch]")
@@ -105,9 +105,9 @@ def _choose(partitions: dict[str, dict[str, str]], wanted: str) -> dict[str, str
         if wanted not in partitions:
             raise FlagError(f"--partition {wanted}: Slurm shows no such partition; it shows {known}")
         return partitions[wanted]
-    for found in partitions.values():
-        if found.get("Default") == "YES":
-            return found
+    for partition in partitions.values():
+        if partition.get("Default") == "YES":
+            return partition
     raise SlurmError(f"this Slurm has no default partition; name one with --partition; it shows {known}")
 
 
@@ -122,7 +122,7 @@ def _gres(text: str) -> tuple[str, int]:
 
 
 def _most_common_gpus(nodes: list[dict[str, str]]) -> Gpus:
-    counts = Counter(found for node in nodes if (found := _gres(node.get("Gres", "")))[1])
+    counts = Counter(gpus for node in nodes if (gpus := _gres(node.get("Gres", "")))[1])
     if not counts:
         return Gpus(all_nodes=len(nodes))
     (kind, count), number = counts.most_common(1)[0]
@@ -185,11 +185,11 @@ def _ending(config: dict[str, str], chosen: dict[str, str]) -> Iterator[str]:
 def _sections(
     chosen: dict[str, str],
     gpus: Gpus,
-    mine: list[dict[str, str]],
+    own: list[dict[str, str]],
     nodes: list[dict[str, str]],
     facts: Facts,
 ) -> Iterator[str]:
-    name, cpus, memory_gb = chosen["PartitionName"], _least(mine, "CPUTot"), _least(mine, "RealMemory") // 1024
+    name, cpus, memory_gb = chosen["PartitionName"], _least(own, "CPUTot"), _least(own, "RealMemory") // 1024
     share = max(1, gpus.count)
     rows = [line.split("|") for line in facts.states.splitlines() if line.startswith(f"{name}|")]
     states = ", ".join(f"{row[1]} nodes {row[2]}" for row in rows if len(row) == 3)

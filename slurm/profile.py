@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from slurm.resources import Resources, format_memory
 
@@ -35,10 +36,10 @@ class Profile:
     """One site. ``micro_batch`` maps opaque keys ``recipe.phase.precision`` to the largest micro-batch that fits."""
 
     name: str
-    runner: str = field(default="slurm", metadata={"choices": ("slurm", "local")})
+    runner: Literal["slurm", "local"] = "slurm"
     gpus_per_node: int = field(default=8, metadata={"low": 0})
     gpu_type: str = ""  # as in --gpus-per-node=TYPE:8
-    gpu_request: str = field(default="gpus-per-node", metadata={"choices": ("gpus-per-node", "gres")})
+    gpu_request: Literal["gpus-per-node", "gres"] = "gpus-per-node"
     tasks_per_node: int = field(default=1, metadata={"low": 1})  # ranks per node where there are no GPUs
     processes: int = field(default=2, metadata={"low": 1})  # local runner: ranks and data workers
     threads: int = field(default=1, metadata={"low": 1})  # CPU threads per rank; changes the bits of a result

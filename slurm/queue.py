@@ -139,9 +139,9 @@ def _job(line: str) -> Job | None:
     if len(fields) != len(SQUEUE_FIELDS):
         return None
     values = zip(SQUEUE_FIELDS, fields, strict=True)
-    said = {name: "" if text in ("N/A", "(null)", "None") else text for name, text in values}
-    start = said.pop("start")
-    return Job(**said, start=_when(start))
+    texts = {name: "" if text in ("N/A", "(null)", "None") else text for name, text in values}
+    start = texts.pop("start")
+    return Job(**texts, start=_when(start))
 
 
 def _when(text: str) -> float | None:

@@ -31,8 +31,8 @@ def blame(words: str, settings: Mapping[str, Setting], extra: Sequence[str] = ()
     """`` (--partition=gpu from SBATCH_PARTITION)`` for the options in play that the words may mean; "" without one."""
     names: list[str] = []
     for pattern, about in ABOUT:
-        if found := re.search(pattern, words, re.IGNORECASE):
-            names += about or [found["name"]]
+        if match := re.search(pattern, words, re.IGNORECASE):
+            names += about or [match["name"]]
             break
     known = [f"{spell(name, settings[name].value)} from {settings[name].source}" for name in names if name in settings]
     known += [f"{word} after --" for word in extra if word.removeprefix("--").partition("=")[0] in names]

@@ -39,11 +39,11 @@ class Resources:
 
 def parse_nodes(text: str) -> tuple[int, int]:
     """``"16"`` → (16, 16), ``"16-32"`` → (16, 32); sbatch's suffix ``k`` means 1024. FlagError otherwise."""
-    found = re.fullmatch(r"(\d{1,7})(k?)(?:-(\d{1,7})(k?))?", text, re.ASCII)
-    if not found:
+    match = re.fullmatch(r"(\d{1,7})(k?)(?:-(\d{1,7})(k?))?", text, re.ASCII)
+    if not match:
         raise FlagError(f"--nodes={text}: write a number or a range, as 16 or 16-32")
-    least = int(found[1]) * (1024 if found[2] else 1)
-    most = least if found[3] is None else int(found[3]) * (1024 if found[4] else 1)
+    least = int(match[1]) * (1024 if match[2] else 1)
+    most = least if match[3] is None else int(match[3]) * (1024 if match[4] else 1)
     if not 1 <= least <= most:
         raise FlagError(f"--nodes={text}: at least 1 node, and the smaller number first")
     return least, most
@@ -56,19 +56,19 @@ def parse_time(text: str) -> int:
     """
     if text.upper() in ("-1", "INFINITE", "UNLIMITED"):
         return UNLIMITED
-    found = re.fullmatch(r"(?:(\d{1,6})-)?(\d{1,9})(?::(\d{1,9}))?(?::(\d{1,9}))?", text, re.ASCII)
-    if not found:
+    match = re.fullmatch(r"(?:(\d{1,6})-)?(\d{1,9})(?::(\d{1,9}))?(?::(\d{1,9}))?", text, re.ASCII)
+    if not match:
         raise FlagError(
             f"--time={text}: write minutes, MM:SS, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS, as in 90 or 1-12:00:00"
         )
-    numbers = [int(part) for part in found.groups()[1:] if part is not None]
-    if found[1] is not None:  # D-HH[:MM[:SS]]
+    numbers = [int(part) for part in match.groups()[1:] if part is not None]
+    if match[1] is not None:  # D-HH[:MM[:SS]]
         hours, minutes, seconds = (*numbers, 0, 0)[:3]
     elif len(numbers) == 3:
         hours, minutes, seconds = numbers
     else:  # MM[:SS]
         hours, minutes, seconds = 0, numbers[0], (*numbers, 0)[1]
-    total_s = ((int(found[1] or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+    total_s = ((int(match[1] or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
     return -(-total_s // 60)
 
 
@@ -82,10 +82,10 @@ def format_time(minutes: int) -> str:
 
 def parse_memory_gb(text: str) -> float:
     """GiB of ``500`` (MB), ``500M``, ``64G``, ``1T``, ``64GB``; 0 asks for all memory of a node."""
-    found = re.fullmatch(r"(\d{1,12})([KMGT]?)B?", text.upper(), re.ASCII)
-    if not found:
+    match = re.fullmatch(r"(\d{1,12})([KMGT]?)B?", text.upper(), re.ASCII)
+    if not match:
         raise FlagError(f"--mem={text}: write a number and K, M, G or T, as in 64G")
-    return int(found[1]) * MEMORY_MB[found[2]] / 1024
+    return int(match[1]) * MEMORY_MB[match[2]] / 1024
 
 
 def format_memory(mem_gb: float) -> str:
@@ -95,10 +95,10 @@ def format_memory(mem_gb: float) -> str:
 
 def parse_gpus(text: str, flag: str = "--gpus-per-node") -> tuple[str, int]:
     """``"8"`` → ("", 8), ``"a100:4"`` → ("a100", 4)."""
-    found = re.fullmatch(r"(?:([A-Za-z][\w.-]*):)?(\d{1,4})", text, re.ASCII)
-    if not found:
+    match = re.fullmatch(r"(?:([A-Za-z][\w.-]*):)?(\d{1,4})", text, re.ASCII)
+    if not match:
         raise FlagError(f"{flag}={text}: write a number, or a type and a number, as in a100:8")
-    return found[1] or "", int(found[2])
+    return match[1] or "", int(match[2])
 
 
 def parse_count(flag: str, text: str) -> int:

@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
+import secrets
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pipeline
 from pipeline.errors import EnvironmentFault
@@ -38,10 +42,19 @@ def folder(run: RunDir, digest: str) -> Path:
     return run.path / "code" / digest
 
 
+def of_run(stored: Mapping[str, Any]) -> str:
+    """The digest of the code with which a run began, by its run.json; this checkout's where none stands there."""
+    noted = str(stored.get("code"))
+    return noted if re.fullmatch(r"[0-9a-f]{64}", noted) else digest()
+
+
 def is_intact(copy: Path) -> bool:
-    """Whether a copy still is what its name says, with nothing added."""
+    """Whether a copy still is what its name says, with nothing added, and ours.
+
+    Who else may write into the run folder could leave a copy of other code there, with its right name.
+    """
     paths = [path for path in copy.rglob("*") if path.is_symlink() or not path.is_dir()]
-    if any(path.is_symlink() or not path.is_file() for path in paths):
+    if any(path.is_symlink() or not path.is_file() or path.stat().st_uid != os.geteuid() for path in paths):
         return False
     return digest(copy, [str(path.relative_to(copy)) for path in paths]) == copy.name
 
@@ -49,17 +62,17 @@ def is_intact(copy: Path) -> bool:
 def keep(run: RunDir, wanted: str) -> None:
     """See to it that the run has a copy of the code with this digest, readable and never writable by others.
 
-    EnvironmentFault (7) where it is missing or changed and this checkout is no longer the same.
+    EnvironmentFault (7) where it is missing, changed or somebody else's and this checkout is no longer the same.
     """
     copy = folder(run, wanted)
     if is_intact(copy):
         return
     if digest() != wanted:
         raise EnvironmentFault(
-            f"{copy}: the code of this run is missing or was changed, and this checkout differs from it; "
-            f"--upgrade goes on with this checkout's"
+            f"{copy}: the code of this run is missing, changed or somebody else's, and this checkout differs from "
+            f"it; --upgrade goes on with this checkout's"
         )
-    temporary = copy.with_name(f".{wanted[:12]}-{os.getpid()}")
+    temporary, aside = (copy.with_name(f".{kind}-{secrets.token_hex(4)}") for kind in ("new", "old"))
     for name in shipped():
         target = temporary / name
         for missing in [path for path in reversed(target.parents) if not path.exists()]:
@@ -67,5 +80,7 @@ def keep(run: RunDir, wanted: str) -> None:
         descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o444)
         with open(descriptor, "wb") as file:
             file.write((ROOT / name).read_bytes())
-    shutil.rmtree(copy, ignore_errors=True)
+    if copy.exists():
+        os.rename(copy, aside)
     os.rename(temporary, copy)
+    shutil.rmtree(aside, ignore_errors=True)

@@ -95,7 +95,7 @@ def of(words: Sequence[str]) -> Request:
         nodes=nodes,
         asked=asked,
         extra=line.passthrough,
-        code=code.digest() if given.upgrade else str(stored.get("code") or code.digest()),
+        code=code.digest() if given.upgrade else code.of_run(stored),
         settings=tuple(given.settings),
         stages=tuple(given.stages.split(",")) if given.stages else (),
         **{name: getattr(given, name) for name in (*SWITCHES, "write_scripts", "max_gpu_hours", "allow_mixed")},
@@ -113,14 +113,14 @@ SWITCHES = {
 
 def parser() -> argparse.ArgumentParser:
     """Our own options; Slurm's are taken out before."""
-    made = argparse.ArgumentParser(
+    options = argparse.ArgumentParser(
         prog="python -m pipeline.submit",
         description="Make or continue a run and send its chain to this machine or to Slurm.",
         epilog="Slurm's options keep their names and letters (-p gpu -A project -t 2-00:00:00) and mean pretraining; "
         "-p data=cpu addresses the jobs of one kind (data, pretrain, finetune), --no-qos removes what the profile "
         "says, and words after -- go to sbatch untouched.",
     )
-    add = made.add_argument
+    add = options.add_argument
     add("--recipe", help="what to train: a name in pipeline/recipes or a .toml file (default: the run's)")
     add("--cluster", help="how the site runs jobs: a name in slurm/profiles or a .toml file (default: the run's)")
     add("--run", type=Path, required=True, help="run directory: everything of this training")
@@ -132,7 +132,7 @@ def parser() -> argparse.ArgumentParser:
     add("--stages", help="run only these, separated by commas")
     set_help = "change a recipe value, such as phase1.steps=100"
     add("--set", action="append", default=[], metavar="KEY=VALUE", dest="settings", help=set_help)
-    add = made.add_argument_group("Slurm").add_argument
+    add = options.add_argument_group("Slurm").add_argument
     for name, words in SWITCHES.items():
         add(f"--{name.replace('_', '-')}", action="store_true", help=words)
     add("--write-scripts", type=Path, metavar="DIR", help="write batch files and submit.sh; send nothing")
@@ -140,7 +140,7 @@ def parser() -> argparse.ArgumentParser:
     add("--max-gpu-hours", type=hours, metavar="H", help=hours_help)
     mixed_help = "let GPUs of different models share a job"
     add("--allow-mixed", action="store_true", default=None, help=mixed_help)
-    return made
+    return options
 
 
 def hours(text: str) -> float:

@@ -141,7 +141,8 @@ def test_hostile_strings_arrive_unharmed_or_are_refused(slurm, tmp_path: Path, s
     assert len(jobs) + len(refused) == len(strings)
     assert all(len(words.splitlines()) == 1 for words in refused)
     for job, (text, _) in jobs.items():
-        assert (known[job].name, known[job].comment) == (text, text)
+        assert known[job].comment == text
+        assert slurm.call("squeue", "-h", "-j", job, "-o", "<%j>") == f"<{text}>"
         assert f"MailUser={text}" in slurm.call("scontrol", "show", "job", job) or text != text.strip()
     slurm.call("scontrol", "release", *jobs)
     slurm.wait(lambda: all(job.ended for job in queue.jobs(jobs).values()), "all have run", 60)

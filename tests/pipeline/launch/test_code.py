@@ -121,6 +121,15 @@ def test_the_copy_is_made_again_from_the_same_code_only(tmp_path: Path, copy: Pa
     assert code.is_intact(copy)
 
 
+def test_neither_a_place_elsewhere_nor_a_strangers_copy_is_taken_for_the_runs_code(copy: Path) -> None:
+    for hostile in (f"../../{copy.name}", "$(touch x)", copy.name.upper(), f"{copy.name}\n", 7, None):
+        assert code.of_run({"code": hostile}) == code.digest()
+    assert code.of_run({"code": "b" * 64}) == "b" * 64
+    if os.geteuid() == 0:
+        os.chown(copy / "pipeline" / "worker.py", 12345, -1)
+        assert not code.is_intact(copy)
+
+
 def submitted(run: Path, *words: object) -> subprocess.CompletedProcess[str]:
     return call("submit", "--run", run, *words)
 
