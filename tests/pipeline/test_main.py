@@ -9,7 +9,12 @@ import sys
 from pipeline.__main__ import COMMANDS
 from support.running import ROOT
 
-TOOLS = {"pipeline", "slurm.devcluster", "data_prep.sample_text"}  # itself, and what serves developers
+TOOLS = {
+    "pipeline",
+    "pipeline.bench.gpu_reference",
+    "slurm.devcluster",
+    "data_prep.sample_text",
+}  # itself, and what serves developers
 
 
 def test_every_command_is_listed_and_no_other() -> None:

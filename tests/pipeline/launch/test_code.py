@@ -194,7 +194,8 @@ def test_the_report_says_from_which_step(tmp_path: Path) -> None:
     assert "other code" not in page_of(chain).text
     second = chain.run.stage("phase1").attempts[1].path / "owner.json"
     owner = json.loads(second.read_text())
-    events = [{"time": owner["time"] - late, "event": "submitted", "code": c * 64} for late, c in ((1, "a"), (0, "b"))]
+    codes = ((2, "a"), (1, "a"), (0, "b"))  # seconds before the second attempt
+    events = [{"time": owner["time"] - early, "event": "submitted", "code": c * 64} for early, c in codes]
     (chain.run.path / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
     assert (
         "phase1 from step 175 on: other code than before, bbbbbbbbbbbb instead of aaaaaaaaaaaa" in page_of(chain).text
