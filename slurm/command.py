@@ -77,11 +77,3 @@ def run(
     except (OSError, ValueError) as error:
         raise SlurmError(f"{argv[0]}: cannot be run: {error}") from None
     return Answer(argv=tuple(argv), code=done.returncode, out=done.stdout, err=done.stderr)
-
-
-def must(argv: Sequence[str], *, timeout_s: float = 30.0, env: Mapping[str, str] | None = None) -> str:
-    """Run ``argv`` and return its stdout; SlurmError with the command's own words when it fails."""
-    answer = run(argv, timeout_s=timeout_s, env=env)
-    if not answer.ok:
-        raise SlurmError(f"{' '.join(argv)}: {answer.said}")
-    return answer.out

@@ -30,32 +30,19 @@ class Option:
     variable: str
 
 
-REFUSED = {
-    "array": "a stage is one job, not an array",
-    "dependency": "the chain sets the dependencies itself",
-    "error": "logs go to the run folder",
-    "gpus": "ask for GPUs per node, with --gpus-per-node",
-    "gpus-per-socket": "ask for GPUs per node, with --gpus-per-node",
-    "gpus-per-task": "GPUs bound to tasks hide each other from NCCL; use --gpus-per-node",
-    "input": "jobs read no standard input",
-    "ntasks": "a task count would freeze the number of nodes; use --nodes and --ntasks-per-node",
-    "ntasks-per-gpu": "use --ntasks-per-node",
-    "open-mode": "logs of a requeued job are always appended",
-    "output": "logs go to the run folder",
-    "parsable": "submit prints the job ids itself",
-    "wait": "submit never waits; use the status command",
-    "wrap": "the chain sets the commands itself",
-}
-REFUSED_LETTERS = dict(
-    pair.split()
-    for pair in ["a array", "d dependency", "e error", "G gpus", "i input", "n ntasks", "o output", "W wait"]
-)
+def rows_of(table: str) -> list[dict[str, str]]:
+    """The rows of a CSV file of this package."""
+    with Path(__file__).with_name(table).open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
 # options of which sbatch takes one: the one of the stronger source removes the others
 ALTERNATIVES = ({"mem", "mem-per-cpu", "mem-per-gpu"}, {"exclusive", "oversubscribe"}, {"gres", "gpus-per-node"})
 
 
-with Path(__file__).with_name("flags.csv").open(encoding="utf-8", newline="") as _file:
-    OPTIONS = {row["name"]: Option(**row) for row in csv.DictReader(_file)}
+OPTIONS = {row["name"]: Option(**row) for row in rows_of("flags.csv")}
+REFUSED = {row["name"]: row["why"] for row in rows_of("flags_refused.csv")}  # those that a chain sets itself
+REFUSED_LETTERS = {row["letter"]: row["name"] for row in rows_of("flags_refused.csv") if row["letter"]}
 LETTERS = {option.letter: option.name for option in OPTIONS.values() if option.letter}
 REMOVED = "\0removed"  # never a user's value: control characters are refused
 

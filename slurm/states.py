@@ -6,52 +6,12 @@ import re
 from collections.abc import Mapping
 from datetime import datetime
 
+from slurm.flags import rows_of
 from slurm.queue import Job
 
-STATES = {
-    "BOOT_FAIL": "its nodes did not boot",
-    "CANCELLED": "cancelled",
-    "COMPLETED": "done",
-    "COMPLETING": "ending",
-    "CONFIGURING": "its nodes are getting ready",
-    "DEADLINE": "could not end before its deadline",
-    "FAILED": "failed",
-    "NODE_FAIL": "lost a node",
-    "OUT_OF_MEMORY": "ran out of memory",
-    "PREEMPTED": "preempted",
-    "REQUEUED": "starts again",
-    "REQUEUE_HOLD": "to start again, but held",
-    "RUNNING": "running",
-    "STAGE_OUT": "copying its files out",
-    "STOPPED": "stopped",
-    "SUSPENDED": "suspended",
-    "TIMEOUT": "reached its time limit",
-}
-REASONS = {
-    "BeginTime": "waits until it may begin",
-    "Cleaning": "its last attempt is still being cleaned up",
-    "Dependency": "waits for another job",
-    "DependencyNeverSatisfied": "can never start: a job that it waits for has failed",
-    "InvalidAccount": "the account is not valid",
-    "InvalidQOS": "the QOS is not valid",
-    "JobHeldAdmin": "held by an administrator",
-    "JobHeldUser": "held by you",
-    "job_requeued_in_held_state": "held by Slurm after a requeue",
-    "launch_failed_requeued_held": "held by Slurm after a failed launch",
-    "Licenses": "waits for licenses",
-    "MaxRequeueExceeded": "requeued too often for this site",
-    "NodeDown": "a node that it needs is down",
-    "PartitionDown": "its partition is down",
-    "PartitionInactive": "its partition is inactive",
-    "PartitionNodeLimit": "asks for more nodes than its partition gives",
-    "PartitionTimeLimit": "asks for more time than its partition gives",
-    "Prolog": "its nodes are getting ready",
-    "Priority": "waits behind jobs of higher priority",
-    "ReqNodeNotAvail": "a node that it needs is not available",
-    "Reservation": "waits for its reservation",
-    "Resources": "next in line, waits for free nodes",
-    "BadConstraints": "no node fits its request",
-}
+STATES, REASONS = (
+    {row["name"]: row["words"] for row in rows_of("states.csv") if row["kind"] == kind} for kind in ("state", "reason")
+)
 LIMIT = re.compile(r"(?P<whose>QOS|Assoc)(?P<scope>Grp|Max)(?P<what>\w+?)(?P<per>Per\w+|Limit)?$")
 
 

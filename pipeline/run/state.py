@@ -138,9 +138,7 @@ class Look:
         verdict = self.verdict(attempts)
         rules = RULE[holder]
         row["state"], reason = rules.get(self.left(holder, job, attempts, verdict), rules["any"])
-        row["reason"] = ""
-        if sent:
-            row["job"] = sent.id
+        row |= {"reason": "", **({"job": sent.id} if sent else {})}
         if reason == "why":
             row["reason"] = self.todo[self.name]
         elif reason == "verdict":
@@ -168,10 +166,9 @@ class Look:
         if self.sent.silent:
             return "silent"
         if job is None or job.ended:
-            if job is not None and job.state == "CANCELLED":
-                return "cancelled"
-            failed = over(self.chain.run, sent.id) or (job is not None and job.state != "COMPLETED")
-            return "ended" if failed else "nobody"
+            state = job.state if job else "COMPLETED"  # Slurm forgets a job some minutes after its end
+            failed = state != "COMPLETED" or over(self.chain.run, sent.id)
+            return "cancelled" if state == "CANCELLED" else "ended" if failed else "nobody"
         if job.waiting:
             return "queued"
         return "job" if self.at_work(sent) == self.name else "behind"

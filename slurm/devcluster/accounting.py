@@ -6,9 +6,10 @@ import os
 import pwd
 import time
 
-from slurm.command import must, run
+from slurm.command import run
 from slurm.devcluster import conf, processes
 from slurm.devcluster.layout import Layout
+from slurm.devcluster.processes import must
 from slurm.errors import SlurmError
 
 MARIADB_OPTIONS = (

@@ -6,8 +6,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from slurm.command import must, run, which
+from slurm.command import run, which
 from slurm.devcluster.layout import Layout
+from slurm.devcluster.processes import must
 from slurm.errors import SlurmError
 
 NETNS = Path("/run/netns")

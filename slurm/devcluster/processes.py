@@ -9,11 +9,19 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from slurm.command import which
+from slurm.command import run, which
 from slurm.devcluster.layout import Layout
 from slurm.errors import SlurmError
 
 OWNER = "SLURM_DEVCLUSTER_DAEMON"  # in the environment of every daemon: the cluster's state folder
+
+
+def must(argv: Sequence[str], *, timeout_s: float = 30.0, env: Mapping[str, str] | None = None) -> str:
+    """Run ``argv`` and return its stdout; SlurmError with the command's own words when it fails."""
+    answer = run(argv, timeout_s=timeout_s, env=env)
+    if not answer.ok:
+        raise SlurmError(f"{' '.join(argv)}: {answer.said}")
+    return answer.out
 
 
 def start(layout: Layout, role: str, argv: Sequence[str], env: Mapping[str, str] | None = None) -> int:
