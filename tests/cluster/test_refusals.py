@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -17,7 +18,7 @@ from pipeline.run.rundir import RunDir
 from slurm import queue
 from slurm.devcluster import cluster, processes
 from slurm.errors import ControllerDown
-from support.running import SMALL, call
+from support.running import ROOT, SMALL, call, command
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
 
@@ -56,13 +57,17 @@ def live(slurm) -> list[str]:
 
 def test_a_controller_that_comes_back_is_waited_for(slurm, restarted, run) -> None:
     stop_controller(slurm)
-    back = threading.Timer(4, start_controller, [slurm])
-    back.start()
-    done = call("submit", *run)
-    back.join()
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "does not answer" in done.stdout
-    assert "asking again for 1" in done.stdout  # of the 120 s
+    out = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "env": {**os.environ, "PYTHONUNBUFFERED": "1"}}
+    with subprocess.Popen(command("submit", *run), text=True, cwd=ROOT, **out) as process:
+        assert process.stdout is not None
+        lines = []
+        for line in process.stdout:
+            if "does not answer" in line and not any("does not answer" in before for before in lines):
+                start_controller(slurm)
+            lines.append(line)
+    said = "".join(lines)
+    assert process.returncode == 0, said
+    assert "asking again for 1" in said  # of the 120 s
     assert len(live(slurm)) == 4
 
 
