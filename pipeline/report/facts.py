@@ -81,9 +81,6 @@ def gather(run: RunDir, *, held: bool) -> Facts:
 
 def median_rate(run: RunDir, name: str) -> float | None:
     """Median training sequences/s of a fine-tuning stage; None where its lines tell none."""
-    try:
-        rates = [line.get("sequences_per_s") for line in run.stage(name).metrics()]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
+    rates = [line.get("sequences_per_s") for attempt in run.stage(name).attempts for line in attempt.lines]
     known = [rate for rate in rates if is_number(rate)]
     return statistics.median(known) if known else None
