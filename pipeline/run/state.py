@@ -89,7 +89,7 @@ def sent_state(chain: Chain, name: str, todo: dict[str, str], sent: Sent) -> dic
     if name != current:
         return {**row, "state": "waiting", "reason": f"waits for {current} in the same job"}
     last = chain.run.stage(name).attempts[-1:] if chain.is_current(name) else []
-    mine = [one for one in last if one.verdict is None and job_id(one) == job.id]
+    mine = [one for one in last if one.verdict is None and one.job_id == job.id]
     if not mine or found.state != "RUNNING":
         starting = "starts" if found.state == "RUNNING" else in_words(found)
         return {**row, "state": "running", "reason": starting}
@@ -114,7 +114,7 @@ def progress(chain: Chain, name: str, attempt: Attempt) -> dict[str, Any]:
             words.append(f"ETA {in_short(row['eta_s'])}")
     if attempt.number > 1:
         origin = (read_json(attempt.path / "attempt.json") or {}).get("resumed_from")
-        words.append(history(chain.run.stage(name).attempts[: attempt.number - 1], job_id(attempt)))
+        words.append(history(chain.run.stage(name).attempts[: attempt.number - 1], attempt.job_id))
         words.append(f"resumed at step {origin['step']}" if origin else f"attempt {attempt.number}")
     return {**row, "reason": ", ".join(words)}
 
@@ -126,18 +126,14 @@ def history(attempts: list[Attempt], job: str) -> str:
     """
     counts: dict[str, int] = {}
     for attempt in attempts:
-        verdict = attempt.verdict or {"code": None, "line": ""}
-        asked = "out of time" if "used up" in verdict["line"] else "preempted" if job_id(attempt) == job else "stopped"
+        verdict = attempt.verdict or {"code": None, "cause": None}
+        out_of = {"time_limit": "out of time", "gpu_hours": "out of GPU-hours"}
+        asked = out_of.get(verdict["cause"], "preempted" if attempt.job_id == job else "stopped")
         ended = {75: asked, 76: "lost a rank", 77: "met a bad node", 130: "interrupted", None: "killed"}
         word = ended.get(verdict["code"], f"failed with code {verdict['code']}")
         counts[word] = counts.get(word, 0) + 1
     often = {1: "", 2: " twice"}
     return ", ".join(f"{word}{often.get(count, f' {count} times')}" for word, count in counts.items())
-
-
-def job_id(attempt: Attempt) -> str:
-    """The Slurm job that made an attempt; for the local runner nothing that is the id of a job."""
-    return str(attempt.owner.get("launch", "")).partition("-")[0]
 
 
 def ended_for_good(chain: Chain, verdict: dict[str, Any]) -> bool:
