@@ -1,14 +1,14 @@
 """THE chain: every stage from raw text to the report, in order. Read this file first.
 
 extract -> shard (-> vocab) -> samples_128, samples_512 -> phase1 -> phase2 -> export -> squad, mrpc, sst2, inference
--> report. A phase 2 that starts from weights of its own (``phase2.start``) needs no phase 1, and the chain has none.
+-> report. Samples are made once for each length, and there are as many phases as the recipe has.
 """
 
 from __future__ import annotations
 
 import dataclasses
 
-from pipeline.config import PhaseConfig, Recipe, TaskConfig
+from pipeline.config import DataConfig, PhaseConfig, Recipe, TaskConfig, defaults_of
 from pipeline.stage import Stage
 
 TASKS = ("squad", "mrpc", "sst2")
@@ -27,6 +27,7 @@ def table(recipe: Recipe) -> dict[str, Stage]:
             job="data",
             width="workers",
             config={"max_document_mb": data.max_document_mb},
+            defaults=defaults_of(DataConfig),
             inputs={
                 kind: tuple(f"data:{name}" for name in getattr(data, kind)) for kind in ("wikipedia", "books", "jsonl")
             },
@@ -44,6 +45,7 @@ def table(recipe: Recipe) -> dict[str, Stage]:
                 "test_fraction": data.test_fraction,
                 "seed": data.seed,
             },
+            defaults=defaults_of(DataConfig),
             inputs={"documents": "extract:"},
         ),
     ]
@@ -55,11 +57,11 @@ def table(recipe: Recipe) -> dict[str, Stage]:
                 job="data",
                 width="one",
                 config={"vocab_size": data.vocab_size, **language},
+                defaults=defaults_of(DataConfig),
                 inputs={"shards": "shard:"},
             )
         )
-    phases = [recipe.phase2] if recipe.phase2.start else [recipe.phase1, recipe.phase2]
-    for seq_len in dict.fromkeys(phase.seq_len for phase in phases):
+    for seq_len in dict.fromkeys(phase.seq_len for phase in recipe.phases.values()):
         chain.append(
             Stage(
                 name=samples_name(seq_len),
@@ -73,12 +75,14 @@ def table(recipe: Recipe) -> dict[str, Stage]:
                     "short_seq_prob": data.short_seq_prob,
                     "seed": data.seed,
                 },
+                defaults=defaults_of(DataConfig),
                 inputs={"shards": "shard:", "vocab": vocab},
             )
         )
-    if recipe.phase2.start is None:
-        chain.append(phase_stage(recipe, "phase1", recipe.phase1, None, vocab))
-    chain.append(phase_stage(recipe, "phase2", recipe.phase2, "phase1#checkpoint", vocab))
+    before = None
+    for name, phase in recipe.phases.items():
+        chain.append(phase_stage(recipe, name, phase, before, vocab))
+        before = f"{name}#checkpoint"
     chain.append(
         Stage(
             name="export",
@@ -86,7 +90,8 @@ def table(recipe: Recipe) -> dict[str, Stage]:
             job="finetune",
             width="one",
             config={**language, "data": (*data.wikipedia, *data.books, *data.jsonl), "licences": data.licences},
-            inputs={"checkpoint": "phase2#checkpoint", "vocab": vocab},
+            defaults=defaults_of(DataConfig),
+            inputs={"checkpoint": f"{list(recipe.phases)[-1]}#checkpoint", "vocab": vocab},
         )
     )
     for name in tasks:

@@ -24,6 +24,7 @@ from pipeline.run.chain import Chain
 from pipeline.run.journal import Journal, live_jobs, refuse_running
 from pipeline.run.rundir import RunDir, read_json
 from pipeline.stages import TASKS
+from pipeline.strict_toml import table_of
 from pipeline.worker import made_with
 from slurm import flags, queue
 from slurm.errors import Refused, SlurmError
@@ -61,6 +62,7 @@ def main() -> int:
         todo = selected(chain, arguments)
         if not todo:
             return nothing_to_do(run)
+        move_aside(chain, arguments)
         code = run_chain(run, todo, profile.processes, profile.threads)
     if code == 0:
         show_results(run)
@@ -69,10 +71,20 @@ def main() -> int:
 
 def selected(chain: Chain, arguments: argparse.Namespace) -> dict[str, str]:
     """The stages to run with the reasons, which are printed."""
-    todo = chain.select(arguments.stages.split(",")) if arguments.stages else chain.todo()
+    remake = chain.with_followers(arguments.remake)
+    todo = chain.select(arguments.stages.split(","), remake) if arguments.stages else chain.todo(remake)
     for name, why in todo.items():
         print(f"  will run {name:12s} {why}")
+    if older := [name for name in chain.older() if name not in todo]:
+        named = ",".join(older)
+        print(f"  kept: {named}, made by an older version of the stage; --remake {named} makes it again")
     return todo
+
+
+def move_aside(chain: Chain, arguments: argparse.Namespace) -> None:
+    """What ``--remake`` names goes to RUN/old with all that was made from it."""
+    for name in chain.with_followers(arguments.remake):
+        chain.run.stage(name).move_aside()
 
 
 def nothing_to_do(run: RunDir) -> int:
@@ -102,6 +114,7 @@ def to_slurm(run: RunDir, recipe: Recipe, profile: Profile, arguments: argparse.
     begin(run, recipe, profile, arguments)
     if not todo:
         return nothing_to_do(run)
+    move_aside(chain, arguments)
     if ignored := flags.ignored(os.environ):
         print(f"without effect: {', '.join(ignored)}")
     sent = send(run, profile, jobs, old, arguments.extra, print, arguments.max_gpu_hours)
@@ -152,6 +165,7 @@ def without_sending(chain: Chain, profile: Profile, arguments: argparse.Namespac
         folder, limit = arguments.write_scripts, arguments.max_gpu_hours
         for path in scripts.write_scripts(folder, run, profile, jobs, arguments.extra, limit):
             print(path)
+        move_aside(chain, arguments)
         print(f"send them with  bash {folder / 'submit.sh'}")
     if arguments.test_only:
         for name, estimate in try_out(run, profile, jobs, arguments).items():
@@ -195,8 +209,9 @@ def begin(run: RunDir, recipe: Recipe, profile: Profile, arguments: argparse.Nam
     publish_json(
         run.path / "run.json",
         {
+            **(read_json(run.path / "run.json") or {}),
             "format": 1,
-            "recipe": dataclasses.asdict(recipe),
+            "recipe": table_of(recipe),
             "profile": dataclasses.asdict(profile),
             "nodes": arguments.most_nodes,
             "node_range": arguments.nodes,

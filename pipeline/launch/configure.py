@@ -62,22 +62,22 @@ def choose_micro_batches(
     recipe: Recipe, profile: Profile, ranks: int, stored: dict[str, Any] | None, settings: list[str]
 ) -> Recipe:
     """The recipe with each phase's micro_batch fixed: chosen when the run is created, kept afterwards."""
-    for name in ("phase1", "phase2"):
-        phase = getattr(recipe, name)
+    phases = {}
+    for name, phase in recipe.phases.items():
         kept = ((stored or {}).get("recipe", {}).get(name) or {}).get("micro_batch")
         if kept and not any(s.startswith(f"{name}.micro_batch=") for s in settings):
             chosen = min(kept, phase.global_batch)
         else:
             limit = micro_batch_limit(recipe, profile, name)
             chosen = batch.plan(phase.global_batch, limit, ranks).micro_batch
-        recipe = dataclasses.replace(recipe, **{name: dataclasses.replace(phase, micro_batch=chosen)})
-    return recipe
+        phases[name] = dataclasses.replace(phase, micro_batch=chosen)
+    return dataclasses.replace(recipe, phases=phases)
 
 
 def micro_batch_limit(recipe: Recipe, profile: Profile, phase_name: str) -> int:
     """The recipe's micro_batch limited by the profile's; ConfigError when neither names one."""
     key = f"{recipe.name}.{phase_name}.{recipe.train.precision}"
-    given = [value for value in (getattr(recipe, phase_name).micro_batch, profile.micro_batch.get(key)) if value]
+    given = [value for value in (recipe.phases[phase_name].micro_batch, profile.micro_batch.get(key)) if value]
     if not given:
         raise ConfigError(
             f"no micro_batch for {key}: cluster profile {profile.name!r} has no such key in "

@@ -38,6 +38,13 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--processes", type=int, help="local runner: ranks in training and data workers")
     parser.add_argument("--stages", help="run only these, separated by commas")
     parser.add_argument(
+        "--remake",
+        type=lambda text: text.split(","),
+        default=[],
+        metavar="STAGES",
+        help="make these again with all that follows from them, though they are done; what is there goes to RUN/old",
+    )
+    parser.add_argument(
         "--set",
         action="append",
         default=[],

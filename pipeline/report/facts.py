@@ -20,8 +20,6 @@ from pipeline.stages import TASKS
 from pipeline.words import is_number
 from slurm.profile import Profile
 
-PHASES = ("phase1", "phase2")
-
 
 @dataclass(frozen=True)
 class Facts:
@@ -61,7 +59,7 @@ def gather(run: RunDir, *, held: bool) -> Facts:
     done = [name for name in names if rows[name]["state"] == "done"]
     results = {name: (run.stage(name).done or {}).get("result") for name in done}
     live = [name for name, row in rows.items() if row["state"] == "running"]
-    phases = [Phase.read(name, getattr(recipe, name), run.stage(name)) for name in PHASES if name in names]
+    phases = [Phase.read(name, phase, run.stage(name)) for name, phase in recipe.phases.items()]
     throughput = {phase.name: phase.median("sequences_per_s") for phase in phases}
     throughput |= {name: median_rate(run, name) for name in TASKS if name in done}
     scores = {name: read_json(run.stage(name).path / "scores.json") or {} for name in TASKS if name in done}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 
 import pytest
 from hypothesis import given
@@ -18,6 +17,7 @@ from pipeline.config import (
     science,
 )
 from pipeline.errors import ConfigError
+from pipeline.strict_toml import table_of
 from slurm.profile import PROFILES
 
 TINY = (RECIPES / "tiny.toml").read_text(encoding="utf-8")
@@ -44,7 +44,7 @@ def test_every_profile_loads_under_its_own_name(path):
 
 def test_nvidias_two_phase_science():
     recipe = load_recipe("bert_large")
-    model, one, two = recipe.model, recipe.phase1, recipe.phase2
+    model, one, two = recipe.model, *recipe.phases.values()
     assert (model.hidden_size, model.num_hidden_layers, model.num_attention_heads) == (1024, 24, 16)
     assert (model.intermediate_size, model.hidden_act) == (4096, "tanh")
     assert (one.seq_len, one.max_predictions, one.global_batch, one.steps) == (128, 20, 65536, 7038)
@@ -107,7 +107,7 @@ def test_all_errors_at_once(tmp_path):
 
 
 def test_a_setting_beats_the_file_and_is_named_in_its_errors(tmp_path):
-    assert load_recipe("tiny", ["phase1.steps=7"]).phase1.steps == 7
+    assert load_recipe("tiny", ["phase1.steps=7"]).phases["phase1"].steps == 7
     assert load_recipe("tiny", ["optimizer.name=adamw"]).optimizer.name == "adamw"
     assert refusal(tmp_path, TINY, "phase1.steps=0") == ["--set phase1.steps = 0: must be at least 1"]
     assert "key=value" in refusal(tmp_path, TINY, "phase1.steps")[0]
@@ -130,7 +130,7 @@ def test_a_deeply_nested_file_is_refused_not_a_crash(tmp_path):
 @pytest.mark.parametrize("name", ["tiny", "bert_large"])
 def test_what_a_run_stores_restores_equal(name):
     recipe = load_recipe(name)
-    assert restore(Recipe, dataclasses.asdict(recipe), "run.json") == recipe
+    assert restore(Recipe, table_of(recipe), "run.json") == recipe
 
 
 def test_only_scientific_fields_reach_the_fingerprint():

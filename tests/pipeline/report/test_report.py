@@ -276,7 +276,7 @@ def large_run(path: Path, examples: int = 10570, *settings: str, device: str = "
     chain = begin(path, "bert_large", "dgx_a100_80g", "phase1.micro_batch=256", "phase2.micro_batch=32", *settings)
     for name in sorted({"phase1", "phase2"} & set(chain.stages)):
         attempt = start(chain, name)
-        steps = getattr(gather(chain.run, held=False).recipe, name).steps
+        steps = gather(chain.run, held=False).recipe.phases[name].steps
         for step in range(1, steps + 1, 3):
             figures = {
                 "loss": 1.25,

@@ -15,6 +15,7 @@ from pipeline.errors import ConfigError
 from pipeline.run.chain import Chain
 from pipeline.run.rundir import RunDir
 from pipeline.stages import table
+from pipeline.strict_toml import table_of
 from pipeline.worker import function_of
 
 ALL = [
@@ -41,7 +42,7 @@ def chain_of(path: Path, *settings: str, corpora: dict | None = None) -> Chain:
     (path / "run.json").write_text(
         json.dumps(
             {
-                "recipe": dataclasses.asdict(recipe),
+                "recipe": table_of(recipe),
                 "profile": dataclasses.asdict(load_profile("local")),
                 "corpora": corpora or {},
                 "data_dir": ".",
