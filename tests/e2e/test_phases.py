@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.slow]
 
 def trained(run: Path, data: Path, stages: str, *words: object) -> list[str]:
     """Submit up to ``stages``; the names of the stages that ran."""
-    options = ["--recipe", RECIPE, "--cluster", "local", "--processes", 2, "--run", run, "--data", data]
+    options = ["--recipe", RECIPE, "--cluster", "local", "--processes", 1, "--run", run, "--data", data]
     done = call("submit", *options, "--stages", stages, *SHORT, *words)
     assert done.returncode == 0, done.stdout + done.stderr
     return [line.split()[2] for line in done.stdout.splitlines() if line.startswith("  will run")]

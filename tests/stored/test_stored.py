@@ -15,10 +15,13 @@ from pathlib import Path
 import pytest
 
 from data_prep.manifest import load, publish_manifest, read_manifest
+from pipeline.config import load_recipe
 from pipeline.engine import checkpoint_folder
 from pipeline.report.facts import gather
 from pipeline.run.chain import Chain
 from pipeline.run.rundir import RunDir
+from pipeline.stage import fingerprints
+from pipeline.stages import table
 from support.running import call, states
 
 HERE = Path(__file__).parent
@@ -51,6 +54,7 @@ def test_a_finished_run_is_finished_for_this_version_and_for_a_later_one(tmp_pat
     assert facts.scores.keys() == {"squad", "mrpc", "sst2"}
     newer = by_newer(run)
     assert newer["todo"] == {}
+    assert newer["fresh"] == fingerprints(table(load_recipe("tiny")), {}, {})
     assert newer["older"] == [name for name, stage in facts.chain.stages.items() if not stage.always]
 
 
