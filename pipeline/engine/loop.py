@@ -63,7 +63,7 @@ class Loop:
         self.job, self.ranks, self.task = job, ranks, task
         self.settings = settings = task.settings
         identity = task.identity()
-        self.peers = Peers(job, ranks.group, ranks.device, identity)
+        self.peers = Peers(job, ranks.group, ranks.device, identity, type(task).__module__)
         model = task.model().to(ranks.device)
         trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         self.gradients = GradientBuffer([parameter for _, parameter in trained])

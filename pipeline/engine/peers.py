@@ -37,12 +37,12 @@ WINDOW = 20  # steps
 LEAST_LOSS_S = 1.0  # in a window; less is noise
 
 
-def introduction(config: Mapping[str, Any], threads: int, device: torch.device) -> dict[str, Any]:
-    """What a rank says of itself: host, a hash of its configuration and of the package's code, versions, GPU."""
+def introduction(config: Mapping[str, Any], threads: int, device: torch.device, task: str) -> dict[str, Any]:
+    """What a rank says of itself: host, a hash of its configuration and of the task's code, versions, GPU."""
     return {
         "host": socket.gethostname(),
         "config": _digest(json.dumps(science(config), sort_keys=True).encode()),
-        "code": code_digest(),
+        "code": code_digest(task),
         "torch": torch.__version__,
         "numpy": np.__version__,
         "python": platform.python_version(),
@@ -52,13 +52,13 @@ def introduction(config: Mapping[str, Any], threads: int, device: torch.device) 
     }
 
 
-def code_digest(task: str = "pretrain", root: Path = Path(__file__).parents[2]) -> str:
+def code_digest(task: str, root: Path = Path(__file__).parents[2]) -> str:
     """One hash of the statements that compute, wherever in ``COMPUTES`` they lie and whatever is said about them.
 
     Taken are all top-level statements as syntax trees without docstrings, in order of their text; imports from our
-    own packages, which say only where something lies, are left out. ``task`` is a room: pretrain or finetune.
+    own packages, which say only where something lies, are left out. ``task`` is a module of the task's own room.
     """
-    files = [path for place in (f"pipeline/{task}/*.py", *COMPUTES) for path in root.glob(place)]
+    files = [path for place in (str(Path(*task.split(".")[:-1], "*.py")), *COMPUTES) for path in root.glob(place)]
     texts = {ast.dump(node) for path in files for node in _bare(ast.parse(path.read_bytes())).body}
     return _digest("\n".join(sorted(texts)).encode())
 
@@ -122,9 +122,9 @@ class Peers:
     Raises EnvironmentFault when they do not. ``own`` is this rank's introduction.
     """
 
-    def __init__(self, job: Job, group: Group, device: torch.device, config: Mapping[str, Any]):
+    def __init__(self, job: Job, group: Group, device: torch.device, config: Mapping[str, Any], task: str):
         self.job, self.group = job, group
-        self.own = introduction(config, job.threads, device)
+        self.own = introduction(config, job.threads, device, task)
         ranks = introduced(self.own, group, device)
         self.hosts = [str(record["host"]) for record in ranks]
         self.mixed = job.run.exists and bool(job.run.settings.get("allow_mixed"))

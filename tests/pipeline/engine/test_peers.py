@@ -35,10 +35,13 @@ def test_mixed_gpus_may_be_allowed_and_are_said():
 
 
 def test_the_introduction_of_this_process_is_complete_and_fits():
-    found = peers.introduction({"train": {"seed": 1}}, 1, torch.device("cpu"))
+    found = peers.introduction({"train": {"seed": 1}}, 1, torch.device("cpu"), "pipeline.pretrain.task")
     assert found.keys() == RECORD.keys()
     assert peers.introduced(found, None, torch.device("cpu")) == [found]
-    assert found["config"] != peers.introduction({"train": {"seed": 2}}, 1, torch.device("cpu"))["config"]
+    assert (
+        found["config"]
+        != peers.introduction({"train": {"seed": 2}}, 1, torch.device("cpu"), "pipeline.pretrain.task")["config"]
+    )
 
 
 def test_every_single_flipped_bit_of_a_parameter_changes_the_digest():
@@ -109,12 +112,12 @@ def test_the_digest_of_the_code_is_of_what_computes_not_of_where_it_lies_or_what
         for name, text in files.items():
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / name).write_text(text)
-        return peers.code_digest("pretrain", tmp_path)
+        return peers.code_digest("pipeline.pretrain.task", tmp_path)
 
     assert (digest(PROGRAM) == digest(changes)) == same
 
 
 def test_the_digest_of_this_code_covers_every_room_that_computes():
-    assert peers.code_digest() == peers.code_digest("pretrain") != peers.code_digest("finetune")
+    assert peers.code_digest("pipeline.pretrain.task") != peers.code_digest("pipeline.finetune.task")
     root = Path(peers.__file__).parents[2]
     assert all(list(root.glob(place)) for place in peers.COMPUTES)
