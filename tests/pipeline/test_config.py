@@ -164,6 +164,8 @@ def test_a_phase_that_starts_from_weights_of_its_own_leaves_out_those_before():
     assert table(recipe)["phase2"].inputs["start"] == "data:bert"
     first = load_recipe("tiny", ["phase1.start=bert", "data.vocab=vocab.txt"])
     assert list(first.phases) == ["phase1", "phase2"]
+    assert table(first)["phase1"].inputs["start"] == "data:bert"
+    assert table(first)["phase2"].inputs["start"] == "phase1#checkpoint"
 
 
 def test_only_what_is_stored_may_hold_what_only_a_newer_version_knows(capsys):

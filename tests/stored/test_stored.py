@@ -10,9 +10,12 @@ import os
 import subprocess
 import sys
 import tarfile
+from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from stored.make import write_data
 
 from data_prep.manifest import load, publish_manifest, read_manifest
 from pipeline.config import load_recipe
@@ -22,6 +25,7 @@ from pipeline.run.chain import Chain
 from pipeline.run.rundir import RunDir
 from pipeline.stage import fingerprints
 from pipeline.stages import table
+from pipeline.submit import selected
 from support.running import call, states
 
 HERE = Path(__file__).parent
@@ -109,3 +113,28 @@ def test_a_run_of_a_later_version_is_read_as_far_as_it_is_understood(tmp_path):
     assert {row["state"] for row in json.loads(done.stdout)["stages"]} == {"done"}
     assert done.stderr.count("means nothing to this version") == 1  # the recipe, once, however often it is read
     assert "newer, phase1.newer" in done.stderr
+
+
+def test_remake_moves_a_stage_and_what_follows_from_it_aside(tmp_path):
+    run = unpacked(tmp_path, VERSIONS[-1], "finished")
+    options = ["--run", run.path, "--cluster", "generic", "--data", write_data(tmp_path / "data")]
+    planned = call("submit", *options, "--remake", "mrpc,export", "--dry-run")
+    assert planned.returncode == 0, planned.stderr
+    again = ["export", "squad", "mrpc", "sst2", "inference"]
+    assert [line.split()[2] for line in planned.stdout.splitlines() if "will run" in line] == [*again, "report"]
+    assert not (run.path / "old").exists()
+    written = call("submit", *options, "--remake", "mrpc,export", "--write-scripts", tmp_path / "scripts")
+    assert written.returncode == 0, written.stderr
+    assert sorted(path.name for path in (run.path / "old").iterdir()) == sorted(f"{name}-1" for name in again)
+    assert list(Chain.of(run).todo()) == [*again, "report"]
+    assert Chain.of(run).todo()["mrpc"] == "not done yet"
+
+
+def test_submit_names_what_an_older_version_has_made(tmp_path, capsys):
+    chain = Chain.of(unpacked(tmp_path, VERSIONS[-1], "finished"))
+    stages = {name: replace(stage, version=1 + (name in ("vocab", "sst2"))) for name, stage in chain.stages.items()}
+    todo = selected(replace(chain, stages=stages), Namespace(remake=["sst2"], stages=None))
+    assert list(todo) == ["sst2", "report"]
+    assert (
+        "kept: vocab, made by an older version of the stage; --remake vocab makes it again" in capsys.readouterr().out
+    )
