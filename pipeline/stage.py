@@ -67,8 +67,10 @@ class Stage:
         now = self.record(needs, corpora)
         lines = differences(record.get("config", {}), self.config, self.defaults)
         for key, words in (("corpora", "file {} changed"), ("needs", "its need {} changed")):
-            before = record.get(key, {})
-            lines += [words.format(name) for name, value in now[key].items() if before.get(name) != value]
+            before = record.get(key)
+            before = before if isinstance(before, Mapping) else {}
+            names = dict.fromkeys([*now[key], *before])
+            lines += [words.format(name) for name in names if before.get(name, ...) != now[key].get(name, ...)]
         return lines + differences(record.get("inputs", now["inputs"]), now["inputs"])  # version 0.1.0 wrote none
 
 

@@ -70,9 +70,15 @@ def test_a_value_that_is_really_another_makes_it_stale(tmp_path, version):
     settings["recipe"]["data"]["test_fraction"] = 0.01  # its default, which it was not
     (run.path / "run.json").write_text(json.dumps(settings))
     todo = Chain.of(run).todo()
-    assert "extract" not in todo
+    assert next(iter(todo)) == "shard"
     assert todo["shard"] == "test_fraction was 0.2, is 0.01"
     assert "optimizer.weight_decay was 0.01, is 0.02" in todo["phase1"]
+    settings["recipe"]["data"].update(jsonl=[], books=["books"])  # one file less, one more
+    (run.path / "run.json").write_text(json.dumps(settings))
+    assert "file books changed; file text.jsonl changed" in Chain.of(run).todo()["extract"]
+    settings["recipe"]["data"].update(jsonl=["more.jsonl", "text.jsonl"], books=[])
+    (run.path / "run.json").write_text(json.dumps({**settings, "corpora": {**settings["corpora"], "more.jsonl": {}}}))
+    assert "file more.jsonl changed" in Chain.of(run).todo()["extract"]
 
 
 @pytest.mark.parametrize("version", VERSIONS)
