@@ -111,6 +111,8 @@ def _mean_and_deviation(measured: str, metric: str) -> str:
 
 
 def _loss(recipe: Recipe, measured: Measured) -> tuple[list[Row], list[str]]:
+    if any(phase.start for phase in recipe.phases.values()):
+        return [], ["Training loss and time are not comparable: this run started from weights that others trained."]
     if list(recipe.phases) != list(SCHEDULE):
         names = " and ".join(recipe.phases)
         return [], [f"Training loss and time are not comparable: this run has {names}, the published one two phases."]
@@ -120,8 +122,6 @@ def _loss(recipe: Recipe, measured: Measured) -> tuple[list[Row], list[str]]:
                 f"Training loss and time are not comparable: {name} ran {phase.steps} steps of {phase.global_batch:,} "
                 f"samples of length {phase.seq_len}, the published run {steps} of {global_batch:,} of length {seq_len}."
             ]
-    if any(phase.start for phase in recipe.phases.values()):
-        return [], ["Training loss and time are not comparable: this run started from weights that others trained."]
     if not is_number(measured.final_loss):
         return [], ["There is no final training loss yet to put beside the published one."]
     (best,) = _select(metric="final_loss", statistic="best of 5 seeds")

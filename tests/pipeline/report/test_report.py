@@ -343,6 +343,8 @@ def test_hours_are_compared_on_the_published_machine(tmp_path):
     [
         ("phase1.steps=90", "Training loss and time are not comparable: phase1 ran 90 steps"),
         ('phase2.start="others.safetensors"', "this run started from weights that others trained"),
+        ('phases=["phase1"]', "this run has phase1, the published one two phases"),
+        ("phase1.seq_len=64", "No published phase1 throughput on 1 × DGX A100 80GB"),
     ],
 )
 def test_what_is_not_comparable_is_not_compared(tmp_path, settings, why):
