@@ -7,6 +7,7 @@ extract -> shard (-> vocab) -> samples_128, samples_512 -> phase1 -> phase2 -> e
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 from pipeline.config import DataConfig, PhaseConfig, Recipe, TaskConfig, defaults_of
 from pipeline.stage import Stage
@@ -19,23 +20,21 @@ def table(recipe: Recipe) -> dict[str, Stage]:
     data, tasks = recipe.data, [name for name in TASKS if getattr(recipe, name) is not None]
     language = {"lowercase": data.lowercase, "strip_accents": data.strip_accents}
     vocab = f"data:{data.vocab}" if data.vocab else "vocab:vocab.txt"
+    of_data = functools.partial(Stage, job="data", defaults=defaults_of(DataConfig))
 
     chain = [
-        Stage(
+        of_data(
             name="extract",
             run="data_prep.extract:run",
-            job="data",
             width="workers",
             config={"max_document_mb": data.max_document_mb},
-            defaults=defaults_of(DataConfig),
             inputs={
                 kind: tuple(f"data:{name}" for name in getattr(data, kind)) for kind in ("wikipedia", "books", "jsonl")
             },
         ),
-        Stage(
+        of_data(
             name="shard",
             run="data_prep.shard:run",
-            job="data",
             width="workers",
             config={
                 "language": data.language,
@@ -45,28 +44,24 @@ def table(recipe: Recipe) -> dict[str, Stage]:
                 "test_fraction": data.test_fraction,
                 "seed": data.seed,
             },
-            defaults=defaults_of(DataConfig),
             inputs={"documents": "extract:"},
         ),
     ]
     if not data.vocab:
         chain.append(
-            Stage(
+            of_data(
                 name="vocab",
                 run="data_prep.wordpiece:run",
-                job="data",
                 width="one",
                 config={"vocab_size": data.vocab_size, **language},
-                defaults=defaults_of(DataConfig),
                 inputs={"shards": "shard:"},
             )
         )
     for seq_len in dict.fromkeys(phase.seq_len for phase in recipe.phases.values()):
         chain.append(
-            Stage(
+            of_data(
                 name=samples_name(seq_len),
                 run="data_prep.samples:run",
-                job="data",
                 width="workers",
                 config={
                     "seq_len": seq_len,
@@ -75,7 +70,6 @@ def table(recipe: Recipe) -> dict[str, Stage]:
                     "short_seq_prob": data.short_seq_prob,
                     "seed": data.seed,
                 },
-                defaults=defaults_of(DataConfig),
                 inputs={"shards": "shard:", "vocab": vocab},
             )
         )
