@@ -71,7 +71,9 @@ def run_stage(run: RunDir, name: str) -> None:
                 f"run python -m pipeline.submit --run {run.path}"
             )
     if stage.job != "data" and stage.width != "ranks" and topology.rank > 0:
-        return  # a task too many: rank 0 does the work alone
+        if not stage.always:
+            wait_for_rank_0(chain, name, topology)  # which does the work alone; the job's next stage may need it
+        return
     attempt = take_attempt(chain, name, topology)
     os.environ[EXCHANGE] = str(attempt.path)  # where the tasks of a data stage share its work without MPI
     profile = restore(Profile, run.settings["profile"], str(run.path / "run.json"))
@@ -89,6 +91,21 @@ def run_stage(run: RunDir, name: str) -> None:
         supervise(job, lambda: execute(chain, stage, job))
     else:
         execute(chain, stage, job)
+
+
+def wait_for_rank_0(chain: Chain, name: str, topology: Topology) -> None:
+    """Wait until a stage that one process does is done, looking once a second.
+
+    Raises SystemExit with rank 0's code where its attempt ended, StoppedCleanly when asked to stop.
+    """
+    stop_at_once()
+    attempt = chain.run.stage(name).join_attempt(topology.launch, PATIENCE_S)
+    while not chain.is_done(name):
+        if attempt is None:
+            raise PeerLost(f"{name}: rank {topology.rank} waited {PATIENCE_S:.0f} s for rank 0 to begin an attempt")
+        if ended := attempt.verdict:
+            raise SystemExit(ended["code"])
+        time.sleep(1.0)
 
 
 def execute(chain: Chain, stage: Stage, job: Job) -> None:
