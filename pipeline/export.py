@@ -166,7 +166,7 @@ def write_model(to: Path, source: Source, tokenizer: Tokenizer, *, card: str, re
     The padding rows of the vocabulary are left out, and a pooler that question answering does not read.
     ConfigError when ``to`` exists and ``replace`` is not set, CheckpointError when the vocabulary is not the model's.
     """
-    from pipeline.engine.tensor_file import write_safetensors
+    from pipeline.bert.tensor_file import write_safetensors
 
     vocabulary = Vocabulary.load(tokenizer.vocab)
     config, size = source.config, vocabulary.size
