@@ -92,6 +92,8 @@ def data_section(facts: Facts) -> Html:
         head = ("Text", "Documents", "Sentences", "Words", "Shards", "Size")
         said.append(table(head, rows, numeric=range(1, 6)))
     said.append(samples_table(facts))
+    notes = [result.get("notes") for result in facts.results.values()]
+    said += [note(str(line)) for lines in notes if isinstance(lines, list) for line in lines]
     return section("Data", *said)
 
 

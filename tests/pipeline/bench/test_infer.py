@@ -18,9 +18,9 @@ from pipeline.bench import inputs as bench_inputs
 from pipeline.bench.engines import Pipeline, Transformers
 from pipeline.bench.infer import interleaved, run
 from pipeline.bench.inputs import GLUE, cut_to_one_window, full_samples, invented, workloads
+from pipeline.bert.folder import ModelFolder
 from pipeline.config import InferenceConfig
 from pipeline.errors import CheckpointError, ConfigError, EnvironmentFault, run_command
-from pipeline.finetune.model_folder import ModelFolder
 from pipeline.finetune.options import SQUAD
 
 WORDS = [f"{a}{b}{c}" for a in "bdfgk" for b in "aeiou" for c in "lmnrst"]
