@@ -93,7 +93,8 @@ def data_section(facts: Facts) -> Html:
         said.append(table(head, rows, numeric=range(1, 6)))
     said.append(samples_table(facts))
     notes = [result.get("notes") for result in facts.results.values()]
-    said += [note(str(line)) for lines in notes if isinstance(lines, list) for line in lines]
+    lines = [str(line) for each in notes if isinstance(each, list) for line in each]
+    said += map(note, dict.fromkeys(lines))  # the seeds of a task say the same
     return section("Data", *said)
 
 
