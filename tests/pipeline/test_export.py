@@ -339,6 +339,8 @@ def test_every_head_goes_from_nvidia_to_transformers_and_back(tmp_path, vocab, n
         ours = model(batch, batch.slot) if kind == "BertForPreTraining" else model(batch)
     expected = outputs_of(kind, tmp_path / "hf", ids, segments)
     ours = ours if isinstance(ours, tuple) else (ours,)
+    if kind == "BertForQuestionAnswering":
+        ours = tuple(scores[:, : len(ids)] for scores in ours)  # -inf behind
     if kind == "BertForPreTraining":
         expected[1], ours = expected[1][None], (ours[0][:, :size], ours[1])
     for own, other in zip(ours, expected, strict=True):

@@ -93,7 +93,7 @@ def test_both_engines_compute_the_same_logits(model: Path, text: Path, task: str
     for own, other in zip(first, second, strict=True):
         if task == SQUAD:
             real = torch.arange(own.shape[1]) < torch.from_numpy(samples.lengths)[:, None]
-            own, other = own[real], other[real]
+            own, other = own[real], other[real[:, : other.shape[1]]]  # theirs ends with the longest sample
         assert own.std() > 0.01
         torch.testing.assert_close(own, other, rtol=0, atol=2e-5)
 

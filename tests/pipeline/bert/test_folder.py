@@ -384,7 +384,7 @@ def test_a_task_goes_from_transformers_to_us_and_back(tmp_path: Path) -> None:
         out = theirs(input_ids=torch.tensor([[2, 7, 9, 3]]), token_type_ids=torch.tensor([[0, 0, 1, 1]]))
     for own, other, their in zip(first, second, (out.start_logits, out.end_logits), strict=True):
         assert torch.equal(own, other)
-        torch.testing.assert_close(own, their, rtol=0, atol=1e-5)
+        torch.testing.assert_close(own[:, :4], their, rtol=0, atol=1e-5)
     with pytest.raises(CheckpointError, match=r"no qa_outputs\.\* in it"):
         folder.load_into(again, "qa_outputs.", seed=None)
 
