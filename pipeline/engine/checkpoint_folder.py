@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.publish import file_sha256, publish_json, sync_folder
-from pipeline.engine.tensor_file import write_safetensors
+from pipeline.bert.tensor_file import write_safetensors
 from pipeline.errors import CheckpointError, InUseError, NumericalError, StorageError
 from pipeline.run.rundir import read_json, told
 

@@ -93,6 +93,9 @@ def data_section(facts: Facts) -> Html:
         head = ("Text", "Documents", "Sentences", "Words", "Shards", "Size")
         said.append(table(head, rows, numeric=range(1, 6)))
     said.append(samples_table(facts))
+    notes = [result.get("notes") for result in facts.results.values()]
+    lines = [str(line) for each in notes if isinstance(each, list) for line in each]
+    said += map(note, dict.fromkeys(lines))  # the seeds of a task say the same
     return section("Data", *said)
 
 

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from safetensors.numpy import load_file
 
+from pipeline.bert.tensor_file import write_safetensors
 from pipeline.engine import checkpoint, checkpoint_folder, storage
 from pipeline.engine.checkpoint import Saver, check_identity, lineage, listing, newest_verified, read, rotate, save
-from pipeline.engine.tensor_file import write_safetensors
 from pipeline.errors import CheckpointError, InUseError, NumericalError, StorageError
 
 ROOT = Path(__file__).parents[3]
