@@ -72,7 +72,7 @@ def test_a_layer_is_one_graph_of_at_most_50_kernels_and_computes_what_it_did(com
         expected, wanted = forward_and_backward(stack, hidden, blocks, run_layer.__wrapped__)
         torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
         for ours, theirs in zip(gradients, wanted, strict=True):
-            assert (ours - theirs).norm() <= 1e-5 * theirs.norm().clamp_min(1e-3)
+            assert (ours - theirs).norm() <= 1e-5 * theirs.norm().clamp_min(1e-2)  # a key's bias has no gradient
     assert (counters["stats"]["unique_graphs"], dict(counters["graph_break"])) == (1, {})
     assert 0 < metrics.generated_kernel_count <= 50
 
