@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from support.running import ROOT, SMALL, command, states, submit
+from support.running import ROOT, command, states
 
 
 @pytest.mark.slow
