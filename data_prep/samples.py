@@ -23,7 +23,7 @@ from data_prep.hdf5 import Shard, token_dtype, write_shard
 from data_prep.pairs import SPECIAL_TOKENS, assemble, draw_pairs, truncate
 from data_prep.publish import remove_leftovers
 from data_prep.splitmix import Ints
-from data_prep.wordpiece import Encoder, Vocabulary
+from data_prep.wordpiece import Encoder, Vocabulary, unknown_note
 
 SPLITS = ("train", "test")
 
@@ -68,10 +68,12 @@ def run(
     """Write ``train-00000.hdf5 …``, ``test-00000.hdf5 …`` and ``manifest.json`` into ``job.out``.
 
     Each text is paired ``dupe_factor`` times (test text once). Returns the counts of the manifest. Raises
-    DataError for a text shard that does not match its manifest, or a vocabulary without special tokens.
+    DataError for a text shard that does not match its manifest, or a vocabulary without special tokens or in another
+    case than the text.
     """
     settings = Settings(vocab, seq_len, lowercase, strip_accents, dupe_factor, short_seq_prob, seed)
     vocabulary = Vocabulary.load(vocab)
+    vocabulary.check_case(lowercase, vocab)
     source = manifest.read_manifest(shards)
     rows = run_all(
         functools.partial(_make, shards, job.out, settings, vocabulary.sha256),
@@ -90,6 +92,10 @@ def run(
         "shards": rows,
         **{split: _totals([row for row in rows if row["split"] == split], seq_len) for split in SPLITS},
     }
+    shares = [(split, *(value[split].get(key, 0) for key in ("unknown_tokens", "text_tokens"))) for split in SPLITS]
+    value["notes"] = [line for split, *counts in shares if (line := unknown_note(f"{split} text", *counts))]
+    for line in value["notes"]:
+        job.say(line)
     return dict(run_all(functools.partial(_finish, job.out), [value], 1)[0])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import random
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep import manifest
-from data_prep.errors import DataError
+from data_prep.errors import DataError, refuse_pointer
 from data_prep.fanout import Job, run_all
 from data_prep.publish import publish_bytes
 
@@ -26,11 +27,18 @@ TRAINING_TEXT_MB = 200
 """Enough text for a vocabulary of 30,000; taken evenly from the heads of all training shards."""
 ALPHABET_COVERAGE = 0.9999
 """Share of the characters of the text that get a piece of their own; the rest become [UNK]."""
+CAPITALS = 0.05
+"""Share of words with capitals above which a vocabulary is not one for lower-cased text; bert-base-uncased has none."""
+UNKNOWN = 0.01
+"""Share of [UNK] in a text that is worth a line."""
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """A ``vocab.txt``: line number (from 0) = id. ``special`` maps pad, unk, cls, sep, mask to ids."""
+    """A vocabulary: place (from 0) = id. ``special`` maps pad, unk, cls, sep, mask to ids.
+
+    ``sha256`` is that of the tokens, a line each: a BOM, line ends and the file's format are no difference.
+    """
 
     tokens: tuple[str, ...]
     sha256: str
@@ -38,21 +46,27 @@ class Vocabulary:
 
     @property
     def size(self) -> int:
-        """Number of lines, before any padding of the model's matrix."""
+        """Number of tokens, before any padding of the model's matrix."""
         return len(self.tokens)
 
     @classmethod
     def load(cls, path: Path) -> Vocabulary:
-        """Read a vocabulary; DataError for a special token or line that is missing, double, or not UTF-8."""
+        """Read a ``vocab.txt`` or the WordPiece of a ``tokenizer.json``.
+
+        DataError for a special token or line that is missing, double, or not UTF-8.
+        """
         if path.exists() and not path.is_file():
             raise DataError(f"vocabulary {path} is no regular file")
         try:
-            data = path.read_bytes()
-            lines = data.decode("utf-8").replace("\r\n", "\n").removesuffix("\n").split("\n")
+            refuse_pointer(path)
+            text = path.read_bytes().decode("utf-8-sig")
         except FileNotFoundError:
             raise DataError(f"vocabulary {path} does not exist") from None
         except UnicodeDecodeError as error:
             raise DataError(f"vocabulary {path} is not UTF-8 (byte {error.start})") from None
+        lines = text.replace("\r\n", "\n").removesuffix("\n").split("\n")
+        if path.suffix == ".json":
+            lines = _tokens_of_json(path, text)
         ids: dict[str, int] = {}
         for number, token in enumerate(lines):
             if not token:
@@ -66,7 +80,41 @@ class Vocabulary:
                 f"{' '.join(SPECIAL.values())}, each on its own line"
             )
         special = {name: ids[token] for name, token in SPECIAL.items()}
-        return cls(tuple(lines), hashlib.sha256(data).hexdigest(), special)
+        return cls(tuple(lines), hashlib.sha256("".join(f"{line}\n" for line in lines).encode()).hexdigest(), special)
+
+    def check_case(self, lowercase: bool, origin: Path) -> None:
+        """DataError when text is lower-cased, but more than `CAPITALS` of the words are written with capitals."""
+        words = [token for token in self.tokens if token.lower() != token.upper() and token[0] != "["]
+        capitals = sum(word != word.lower() for word in words)
+        if lowercase and capitals > CAPITALS * len(words):
+            raise DataError(
+                f"vocabulary {origin}: {capitals} of {len(words)} words have capitals and would never be met, since "
+                "text is lower-cased: switch lower-casing off (data.lowercase = false, of a model do_lower_case in its "
+                "tokenizer_config.json), or take the uncased vocabulary"
+            )
+
+
+def unknown_note(origin: str, unknown: int, tokens: int) -> str:
+    """A line when more than `UNKNOWN` of the tokens of a text are [UNK]; else nothing."""
+    if unknown <= UNKNOWN * tokens:
+        return ""
+    return (
+        f"{origin}: {unknown} of {tokens} tokens ({unknown / tokens:.1%}) are [UNK]: does the vocabulary belong to "
+        "this text, its case and its accents?"
+    )
+
+
+def _tokens_of_json(path: Path, text: str) -> list[str]:
+    """The tokens of a tokenizer.json by id, which must count from 0."""
+    try:
+        ids: dict[str, int] = json.loads(text)["model"]["vocab"]
+        tokens = sorted(ids, key=ids.__getitem__)
+        whole = [ids[token] for token in tokens] == list(range(len(tokens)))
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        whole = False
+    if not whole:
+        raise DataError(f"{path} holds no WordPiece vocabulary (model.vocab: each token with its id, from 0 on)")
+    return tokens
 
 
 class Encoder:

@@ -1,14 +1,18 @@
 """Recipe and profile files to frozen dataclasses: strict, all errors at once, each with file, line and key.
 
 The dataclasses below are the reference of the recipe's keys. A field marked ``science=False`` may change without
-making finished stages stale. Imported by the login-node commands, so nothing heavy may be imported here.
+making finished stages stale. A field at its default leaves no trace in what a run records, so new fields may come with
+a default that means what was done before; a default that is there never changes.
+Imported by the login-node commands, so nothing heavy may be imported here.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -77,7 +81,7 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """[train]: what both pretraining phases share."""
+    """[train]: what all pretraining phases share."""
 
     precision: Precision = "bf16"
     reduction: Literal["fast", "tree"] = "fast"
@@ -107,7 +111,10 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseConfig:
-    """[phase1], [phase2]: one pretraining phase; both run the same code."""
+    """[phase1], [phase2], …: one pretraining phase; all run the same code.
+
+    It begins with the weights that ``start`` names, else with those of the phase before, else with random ones.
+    """
 
     seq_len: int = limited(low=16, high=65536)
     max_predictions: int = limited(low=1)
@@ -117,7 +124,7 @@ class PhaseConfig:
     warmup: float = limited(low=0, high=1)  # proportion of steps
     schedule: Literal["poly", "linear", "constant", "cosine"] = "poly"
     steps: int = limited(low=1)
-    start: str | None = None  # weights to begin with, under --data: a Hugging Face folder or NVIDIA's .pt
+    start: str | None = None  # a Hugging Face folder or NVIDIA's .pt under --data; the phases before are left out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,15 +182,18 @@ class TaskConfig(FinetuneConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What to train. Knows no node count and no path of a site."""
+    """What to train. Knows no node count and no path of a site.
+
+    ``phases`` in a file is a list of names that selects some of its tables [phase1], [phase2], … in that order;
+    without it all are taken, by number.
+    """
 
     name: str
     model: ModelConfig
     data: DataConfig
     train: TrainConfig
     optimizer: OptimizerConfig
-    phase1: PhaseConfig
-    phase2: PhaseConfig
+    phases: dict[str, PhaseConfig] = field(metadata={"tables": r"phase[1-9][0-9]?"})
     squad: TaskConfig | None = None
     mrpc: TaskConfig | None = None
     sst2: TaskConfig | None = None
@@ -195,9 +205,7 @@ def load_recipe(name: str, settings: Iterable[str] = ()) -> Recipe:
 
     Raises ConfigError with one line for each error.
     """
-    recipe = read_toml(Recipe, name, RECIPES, "recipe", settings)
-    raise_all(f"{name}: {line}" for line in _contradictions(recipe))
-    return recipe
+    return _sound(read_toml(Recipe, name, RECIPES, "recipe", settings), name)
 
 
 def load_profile(name: str) -> Profile:
@@ -206,27 +214,83 @@ def load_profile(name: str) -> Profile:
 
 
 def restore(cls: type[T], values: dict[str, Any], origin: str, settings: Iterable[str] = ()) -> T:
-    """Rebuild a dataclass from the JSON kept in a run, with new ``--set`` settings applied."""
+    """Rebuild a dataclass from the JSON kept in a run (see `table_of`), with new ``--set`` settings applied.
+
+    Keys that only a newer version knows are left out, which is said once.
+    """
     errors: list[str] = []
+    unknown: list[str] = []
     table, where = apply_settings(values, settings, errors)
-    made = build(cls, table, Source(origin, "", where), "", errors)
+    made = build(cls, table, Source(origin, "", where, unknown), "", errors)
     raise_all(errors)
-    if isinstance(made, Recipe):
-        raise_all(f"{origin}: {line}" for line in _contradictions(made))
+    if unknown:
+        _warn_once(f"{origin}: {', '.join(unknown)} means nothing to this version and is left out")
     assert made is not None
-    return made
+    return _sound(made, origin)
 
 
-def science(value: Any) -> Any:
-    """The JSON form of a configuration without the fields that do not change results."""
+@functools.cache
+def _warn_once(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def _sound(made: T, origin: str) -> T:
+    """A recipe without contradictions and without the phases that a later one's ``start`` makes useless."""
+    if not isinstance(made, Recipe):
+        return made
+    raise_all(f"{origin}: {line}" for line in _contradictions(made))
+    names = list(made.phases)
+    first = max((names.index(name) for name, phase in made.phases.items() if phase.start), default=0)
+    return dataclasses.replace(made, phases={name: made.phases[name] for name in names[first:]})
+
+
+def defaults_of(cls: type) -> dict[str, Any]:
+    """Field name to default value, of the fields that have one."""
+    values = {f.name: f.default for f in dataclasses.fields(cls)}
+    values |= {f.name: f.default_factory() for f in dataclasses.fields(cls) if callable(f.default_factory)}
+    return {name: value for name, value in values.items() if value is not dataclasses.MISSING}
+
+
+NOTHING: Mapping[str, Any] = {}
+
+
+def science(value: Any, defaults: Mapping[str, Any] = NOTHING) -> Any:
+    """The JSON form of what changes results: dataclasses, also inside mappings and lists, by their scientific fields.
+
+    A field at its default is left out, and so is a key of a mapping that holds what ``defaults`` says.
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        kept = [f for f in dataclasses.fields(value) if f.metadata.get("science", True)]
-        return {f.name: science(getattr(value, f.name)) for f in kept}
-    if isinstance(value, dict):
-        return {key: science(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [science(item) for item in value]
-    return value
+        return science(_scientific(value), defaults_of(type(value)))
+    if isinstance(value, Mapping):
+        return {k: science(v) for k, v in value.items() if k not in defaults or v != defaults[k]}
+    return [science(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def differences(before: Any, now: Any, defaults: Mapping[str, Any] = NOTHING, where: str = "") -> list[str]:
+    """Lines ``KEY was X, is Y`` between a ``science`` that was written down and the configuration as it is now.
+
+    ``now`` is what ``science`` takes, not what it gives. Absent means default on both sides, so that neither a field
+    that is newer than the record nor a record that spells defaults out (as version 0.1.0 did) makes a difference.
+    """
+    known: Mapping[str, Any] = NOTHING
+    if dataclasses.is_dataclass(now) and not isinstance(now, type):
+        known, defaults, now = vars(now), defaults_of(type(now)), _scientific(now)
+    if not (isinstance(before, Mapping) and isinstance(now, Mapping)):
+        return [] if before == science(now) else [f"{where} was {before}, is {science(now)}"]
+    lines = []
+    for key in dict.fromkeys([*before, *now]):
+        if key not in now and key in known:
+            continue  # no science, or none any more
+        was, value = (side.get(key, defaults.get(key, ABSENT)) for side in (before, now))
+        lines += differences(was if key in before else science(was), value, where=f"{where}.{key}" if where else key)
+    return lines
+
+
+ABSENT = "(absent)"
+
+
+def _scientific(value: Any) -> dict[str, Any]:
+    return {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.metadata.get("science", True)}
 
 
 def _contradictions(recipe: Recipe) -> list[str]:
@@ -238,7 +302,7 @@ def _contradictions(recipe: Recipe) -> list[str]:
             f"model.hidden_size = {model.hidden_size} is not divisible by "
             f"model.num_attention_heads = {model.num_attention_heads}"
         )
-    for name, phase in (("phase1", recipe.phase1), ("phase2", recipe.phase2)):
+    for name, phase in recipe.phases.items():
         if phase.seq_len > model.max_position_embeddings:
             lines.append(
                 f"{name}.seq_len = {phase.seq_len} exceeds "
@@ -265,13 +329,13 @@ def _contradictions(recipe: Recipe) -> list[str]:
             )
     if not (data.wikipedia or data.books or data.jsonl):
         lines.append("[data] names no corpus: give at least one of wikipedia, books, jsonl")
-    if data.vocab is None and (recipe.phase1.start or recipe.phase2.start):
+    starts = [phase.start for phase in recipe.phases.values() if phase.start is not None]
+    if data.vocab is None and starts:
         lines.append("data.vocab is missing: weights to start from are worth nothing without their own vocab.txt")
     if fault := language_fault(data.language):
         lines.append(fault)
     tasks = [task for task in (recipe.squad, recipe.mrpc, recipe.sst2) if task is not None]
-    single = [name for name in (data.vocab, recipe.phase1.start, recipe.phase2.start) if name is not None]
-    named = [*data.wikipedia, *data.books, *data.jsonl, *single]
+    named = [*data.wikipedia, *data.books, *data.jsonl, *([data.vocab] if data.vocab is not None else []), *starts]
     for name in [*named, *(file for task in tasks for file in (task.train, task.eval))]:
         if not name.strip(". /") or name.startswith("/") or ".." in name.split("/"):
             lines.append(f"{name[:40]!r} is no name of a file below --data DIR")

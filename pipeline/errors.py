@@ -11,15 +11,22 @@ import io
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Literal
 
 from data_prep.errors import escaped
+
+Cause = Literal[
+    "signal", "time_limit", "gpu_hours", "peer", "hang", "node", "gpu", "disk", "numerical", "configuration", "data",
+    "checkpoint", "environment", "in_use", "slurm", "defect",
+]  # fmt: skip
 
 
 class PipelineError(Exception):
     """A refusal or a stop: one line saying what, where, the numbers and what to do."""
 
     exit_code = 1
+    cause: Cause | None = None  # where it is more exact than CAUSES[exit_code]
 
 
 class ConfigError(PipelineError):
@@ -69,6 +76,10 @@ class StoppedCleanly(PipelineError):
 
     exit_code = 75
 
+    def __init__(self, line: str, cause: Cause | None = None) -> None:
+        super().__init__(line)
+        self.cause = cause
+
 
 class PeerLost(PipelineError):
     """Another rank died or hung; start me again."""
@@ -93,6 +104,11 @@ class NodeFault(PipelineError):
 
 
 RESTART_CODES = (75, 76, 77)
+CAUSES: Mapping[int, Cause] = {
+    1: "defect", 2: "configuration", 3: "data", 4: "checkpoint", 5: "numerical", 6: "disk", 7: "environment",
+    8: "in_use", 9: "slurm", 75: "signal", 76: "peer", 77: "node", 130: "signal",
+}  # fmt: skip
+"""The cause that an exit code stands for where nobody says a more exact one."""
 STORAGE_ERRNOS = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE),
     *(errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG),
@@ -109,6 +125,11 @@ def describe(error: BaseException) -> tuple[str, int]:
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", 130
     return f"{type(error).__name__}: {error}", 1
+
+
+def cause_of(error: BaseException) -> Cause:
+    """Why an attempt ended, as a word that programs read."""
+    return getattr(error, "cause", None) or CAUSES.get(describe(error)[1], "defect")
 
 
 def exit_code_of(work: Callable[[], int | None]) -> int:

@@ -3,77 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import secrets
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from data_prep.fanout import Job
-from data_prep.publish import publish_bytes, publish_json, publish_text, sync_folder
-from data_prep.wordpiece import SPECIAL, Vocabulary
-from pipeline.bert.config import ACTIVATIONS, VOCAB_ROWS, BertConfig, padded_vocab
+from data_prep.publish import publish_json
+from pipeline.bert.config import ACTIVATIONS, BertConfig
 from pipeline.errors import CheckpointError, ConfigError, run_command
 
 if TYPE_CHECKING:
-    from pipeline.engine.checkpoint import Checkpoint
+    from pipeline.bert.folder import Source
 
-# Which class of Hugging Face a set of weights belongs to, by the key that only this class has.
-ARCHITECTURES = {
-    "cls.seq_relationship.weight": "BertForPreTraining",
-    "qa_outputs.weight": "BertForQuestionAnswering",
-    "classifier.weight": "BertForSequenceClassification",
-}
-ENCODER, QUESTION_ANSWERING = "BertModel", "BertForQuestionAnswering"
-POOLER = "bert.pooler."
 NVIDIA_EPS = 1e-12  # of every LayerNorm; NVIDIA's code knows no other
-NVIDIA_CONFIG = (
-    "attention_probs_dropout_prob",
-    "hidden_act",
-    "hidden_dropout_prob",
-    "hidden_size",
-    "initializer_range",
-    "intermediate_size",
-    "max_position_embeddings",
-    "num_attention_heads",
-    "num_hidden_layers",
-    "type_vocab_size",
-    "vocab_size",
-)
-
-
-@dataclass(frozen=True)
-class Source:
-    """Trained weights under our names, fp32, padding rows of the vocabulary included; ``origin`` is for people.
-
-    ``labels`` are the names of a classifier's classes, where they are known.
-    """
-
-    config: BertConfig
-    arrays: Mapping[str, NDArray[Any]]
-    origin: str
-    labels: tuple[str, ...] = ()
-
-    @property
-    def architecture(self) -> str:
-        """Hugging Face's class for these weights."""
-        return next((kind for key, kind in ARCHITECTURES.items() if key in self.arrays), ENCODER)
-
-
-@dataclass(frozen=True)
-class Tokenizer:
-    """The vocabulary that the weights were trained with, and how text is prepared for it."""
-
-    vocab: Path
-    lowercase: bool
-    strip_accents: bool
 
 
 def read_source(path: Path, config_file: Path | None = None, hidden_act: str | None = None) -> Source:
@@ -82,67 +26,36 @@ def read_source(path: Path, config_file: Path | None = None, hidden_act: str | N
     ``config_file`` and ``hidden_act`` say what an NVIDIA file does not (`pipeline.bert.weights.load_nvidia`).
     CheckpointError when it is none of these or not whole.
     """
-    if path.is_file() or (path / "config.json").is_file():
-        return _of_others(path, config_file, hidden_act)
+    from pipeline.bert import folder
     from pipeline.engine import checkpoint
 
+    if path.is_file():
+        return _of_nvidia(path, config_file, hidden_act)
+    if (path / folder.MODEL).is_file():
+        return folder.read_folder(path)
+    saved = None
     if (path / "manifest.json").is_file():
-        return _of_checkpoint(checkpoint.read(path, tensors=("weights",)))
-    if (path / "attempts").is_dir():
-        found = checkpoint.newest_verified(path, print, tensors=("weights",))
-        if found:
-            return _of_checkpoint(found)
-    raise CheckpointError(
-        f"{path} holds no weights: give a checkpoint (…/step-00000100), a stage (RUN/stages/phase2), a folder with "
-        "config.json or a file of NVIDIA's BERT"
-    )
+        saved = checkpoint.read(path, tensors=("weights",))
+    elif (path / "attempts").is_dir():
+        saved = checkpoint.newest_verified(path, print, tensors=("weights",))
+    if saved is None:
+        raise CheckpointError(
+            f"{path} holds no weights: give a checkpoint (…/step-00000100), a stage (RUN/stages/phase2), a folder with "
+            "config.json or a file of NVIDIA's BERT"
+        )
+    config = BertConfig.from_dict(saved.model)
+    return folder.Source(config, saved.weights, f"step {saved.step} of {saved.stage}").checked()
 
 
-def _of_others(path: Path, config_file: Path | None, hidden_act: str | None) -> Source:
-    from pipeline.bert.weights import config_beside, load_hugging_face, load_nvidia
+def _of_nvidia(file: Path, config_file: Path | None, hidden_act: str | None) -> Source:
+    from pipeline.bert.folder import Source
+    from pipeline.bert.weights import config_beside, load_nvidia
 
-    labels: tuple[str, ...] = ()
-    if path.is_dir():
-        config, state = load_hugging_face(path)
-        named = json.loads((path / "config.json").read_text(encoding="utf-8")).get("id2label")
-        if isinstance(named, dict):
-            labels = tuple(str(label) for label in named.values())
-    else:
-        config_file = config_file or config_beside(path)
-        if config_file is None:
-            raise ConfigError(f"{path} does not tell its model: name its base.json or large.json by --config FILE")
-        config, state = load_nvidia(path, config_file, hidden_act=hidden_act)
-    kind = "folder" if path.is_dir() else "file"
-    source = Source(config, {name: tensor.numpy() for name, tensor in state.items()}, f"the {kind} {path.name}", labels)
-    _check_whole(source)
-    return source
-
-
-def _check_whole(source: Source) -> None:
-    """CheckpointError unless the weights are those of their class, all and no others; only a pooler may be missing."""
-    import torch
-
-    from pipeline.bert import heads
-    from pipeline.bert.encoder import Bert
-    from pipeline.bert.weights import check_fit
-
-    kind, arrays = source.architecture, source.arrays
-    with torch.device("meta"):
-        if kind == ENCODER:
-            own = {f"bert.{name}": tensor for name, tensor in Bert(source.config).state_dict().items()}
-        elif "classifier.weight" in arrays:
-            own = heads.BertForSequenceClassification(source.config, len(arrays["classifier.weight"])).state_dict()
-        else:
-            own = getattr(heads, kind)(source.config).state_dict()
-    if kind in (ENCODER, QUESTION_ANSWERING) and not any(name.startswith(POOLER) for name in arrays):
-        own = {name: tensor for name, tensor in own.items() if not name.startswith(POOLER)}
-    check_fit({name: array.shape for name, array in arrays.items()}, own, f"{source.origin} is no whole {kind}")
-
-
-def _of_checkpoint(found: Checkpoint) -> Source:
-    source = Source(BertConfig.from_dict(found.model), found.weights, f"step {found.step} of {found.stage}")
-    _check_whole(source)
-    return source
+    config_file = config_file or config_beside(file)
+    if config_file is None:
+        raise ConfigError(f"{file} does not tell its model: name its base.json or large.json by --config FILE")
+    config, state = load_nvidia(file, config_file, hidden_act=hidden_act)
+    return Source(config, {name: tensor.numpy() for name, tensor in state.items()}, f"the file {file.name}").checked()
 
 
 def run(
@@ -153,50 +66,24 @@ def run(
     Returns ``model`` (the folder's name), ``step_of`` (where the weights are from), ``vocab_size`` and
     ``parameters`` as exported.
     """
+    from pipeline.bert.folder import write_folder
+    from pipeline.bert.tokenizer import Tokenizer
+
     source = read_source(checkpoint)
     tokenizer = Tokenizer(vocab, lowercase, strip_accents)
-    facts = write_model(job.out / "model", source, tokenizer, card=model_card(source, **card), replace=True)
+    facts = write_folder(job.out / "model", source, tokenizer, card=model_card(source, **card), replace=True)
     job.say(f"model of {facts['parameters'] / 1e6:.1f} million parameters from {source.origin}")
     return {"model": "model", **facts}
 
 
-def write_model(to: Path, source: Source, tokenizer: Tokenizer, *, card: str, replace: bool = False) -> dict[str, Any]:
-    """Write the folder ``to``: model.safetensors, config.json, vocab.txt, tokenizer_config.json, README.md.
+def folder_of_nvidia(file: Path, config_file: Path, vocab: Path, to: Path) -> Path:
+    """Write the folder ``to`` with the model of NVIDIA's ``file`` in place of what is there; returns ``to``."""
+    from pipeline.bert.folder import write_folder
+    from pipeline.bert.tokenizer import read_tokenizer
 
-    The padding rows of the vocabulary are left out, and a pooler that question answering does not read.
-    ConfigError when ``to`` exists and ``replace`` is not set, CheckpointError when the vocabulary is not the model's.
-    """
-    from pipeline.engine.tensor_file import write_safetensors
-
-    vocabulary = Vocabulary.load(tokenizer.vocab)
-    config, size = source.config, vocabulary.size
-    if padded_vocab(size) != config.vocab_size:
-        raise CheckpointError(
-            f"{tokenizer.vocab} has {size} tokens, but the model of {source.origin} has {config.vocab_size} rows "
-            f"({padded_vocab(size)} needed): it was trained with another vocabulary"
-        )
-    arrays = {
-        name: (array[:size] if name in VOCAB_ROWS else array).astype(np.float32, copy=False)
-        for name, array in source.arrays.items()
-        if not (source.architecture == QUESTION_ANSWERING and name.startswith(POOLER))
-    }
-    described = {
-        "architectures": [source.architecture],
-        **config.to_hugging_face(vocab_size=size, pad_token_id=vocabulary.special["pad"]),
-        "dtype": "float32",
-    }
-    if "classifier.weight" in arrays:
-        labels = source.labels or [f"LABEL_{i}" for i in range(len(arrays["classifier.weight"]))]
-        described["id2label"] = {str(i): label for i, label in enumerate(labels)}
-        described["label2id"] = {label: i for i, label in enumerate(labels)}
-    with _publishing_folder(to, replace=replace) as folder:
-        write_safetensors(folder / "model.safetensors", arrays)
-        publish_json(folder / "config.json", described)
-        publish_bytes(folder / "vocab.txt", "".join(f"{token}\n" for token in vocabulary.tokens).encode())
-        publish_json(folder / "tokenizer_config.json", _tokenizer_config(tokenizer, config))
-        publish_text(folder / "README.md", card)
-    parameters = sum(array.size for array in arrays.values())
-    return {"step_of": source.origin, "vocab_size": size, "parameters": parameters}
+    source = read_source(file, config_file)
+    write_folder(to, source, read_tokenizer(file.parent, vocab), card=model_card(source), replace=True)
+    return to
 
 
 def write_nvidia_file(to: Path, source: Source) -> None:
@@ -216,103 +103,37 @@ def write_nvidia_file(to: Path, source: Source) -> None:
             f"{source.origin} has layer_norm_eps {source.config.layer_norm_eps:g}, NVIDIA's code only {NVIDIA_EPS:g}"
         )
     described = source.config.to_dict() | {"hidden_act": "gelu"}
+    del described["init"], described["layer_norm_eps"]  # NVIDIA's base.json has no word for them
     to.parent.mkdir(parents=True, exist_ok=True)
-    publish_json(to.with_name(f"{to.stem}_config.json"), {key: described[key] for key in NVIDIA_CONFIG})
+    publish_json(to.with_name(f"{to.stem}_config.json"), described)
     state = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in source.arrays.items()}
     write_nvidia(to, state, source.config.hidden_act)
 
 
-def _tokenizer_config(tokenizer: Tokenizer, config: BertConfig) -> dict[str, Any]:
-    return {
-        "tokenizer_class": "BertTokenizer",
-        "do_lower_case": tokenizer.lowercase,
-        "strip_accents": tokenizer.strip_accents,
-        "tokenize_chinese_chars": True,
-        "model_max_length": config.max_position_embeddings,
-        **{f"{name}_token": token for name, token in SPECIAL.items()},
-    }
-
-
-def model_card(
-    source: Source,
-    *,
-    data: Sequence[str] = (),
-    licences: Sequence[str] = (),
-    scores: Mapping[str, Mapping[str, float]] | None = None,
-) -> str:
-    """README.md of an exported model: what it is, what it was trained on under which licences, how it scored."""
+def model_card(source: Source, *, data: Sequence[str] = (), licences: Sequence[str] = ()) -> str:
+    """README.md of an exported model: what it is, what it was trained on, and under which licences."""
     config = source.config
-    rows = [
-        f"| {task} | {', '.join(f'{name} {value:.2f}' for name, value in values.items())} |"
-        for task, values in (scores or {}).items()
-    ]
-    return "\n".join(
-        [
-            "---",
-            "library_name: transformers",
-            "pipeline_tag: fill-mask",
-            "---",
-            "",
-            "# BERT",
-            "",
-            f"Weights of {source.origin}: {config.num_hidden_layers} layers of {config.hidden_size}, "
-            f"{config.num_attention_heads} heads, at most {config.max_position_embeddings} tokens.",
-            "Load with `transformers.BertForPreTraining.from_pretrained` and `transformers.AutoTokenizer`.",
-            "",
-            "## Data",
-            "",
-            *([f"* {name}" for name in data] or ["Not recorded."]),
-            "",
-            "## Licences of the data",
-            "",
-            *([f"* {name}" for name in licences] or ["Not recorded: check them before you pass the model on."]),
-            "",
-            "## Scores",
-            "",
-            *(["| task | scores |", "|---|---|", *rows] if rows else ["Not measured yet."]),
-            "",
-        ]
-    )
+    corpora = "\n".join(f"* {name}" for name in data) or "Not recorded."
+    terms = "\n".join(f"* {name}" for name in licences) or "Not recorded: check them before you pass the model on."
+    return f"""---
+library_name: transformers
+pipeline_tag: fill-mask
+---
 
+# BERT
 
-@contextmanager
-def _publishing_folder(to: Path, *, replace: bool) -> Iterator[Path]:
-    """A temporary folder that becomes ``to`` when the block ends well; remains of killed writers are removed."""
-    if to.exists() and not replace:
-        raise ConfigError(f"{to} exists already: name a folder that does not")
-    to.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in to.parent.glob(f".{to.name}.*.tmp"):
-        shutil.rmtree(leftover)
-    temporary, old = (to.with_name(f".{to.name}.{secrets.token_hex(4)}.tmp") for _ in range(2))
-    temporary.mkdir()
-    try:
-        yield temporary
-        sync_folder(temporary)
-        if to.exists():
-            os.replace(to, old)
-        os.replace(temporary, to)
-        sync_folder(to.parent)
-    except BaseException:
-        if old.exists() and not to.exists():
-            os.replace(old, to)
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+Weights of {source.origin}: {config.num_hidden_layers} layers of {config.hidden_size}, \
+{config.num_attention_heads} heads, at most {config.max_position_embeddings} tokens.
+Load with `transformers.BertForPreTraining.from_pretrained` and `transformers.AutoTokenizer`.
 
+## Data
 
-def _tokenizer_of(options: argparse.Namespace, folder: Path) -> Tokenizer:
-    """The tokenizer that lies in ``folder``, or what the command line says of that of a checkpoint."""
-    beside = folder / "tokenizer_config.json"
-    try:
-        said = json.loads(beside.read_bytes()) if beside.is_file() else {}
-    except ValueError as error:
-        raise CheckpointError(f"{beside} is not JSON: {error}") from error
-    vocab = options.vocab or folder / "vocab.txt"
-    if not vocab.is_file():
-        raise ConfigError(f"{folder} holds no vocab.txt: name the one it was trained with by --vocab FILE")
-    lowercase = bool(said.get("do_lower_case", True)) and not options.cased
-    strip_accents = bool(lowercase if said.get("strip_accents") is None else said["strip_accents"])
-    return Tokenizer(vocab, lowercase, strip_accents and not options.keep_accents)
+{corpora}
+
+## Licences of the data
+
+{terms}
+"""
 
 
 def main() -> int:
@@ -339,9 +160,14 @@ def main() -> int:
             print("note: this model has the exact GELU; NVIDIA's code since 2022 computes the tanh one in its place")
         parameters = sum(array.size for array in source.arrays.values())
     else:
-        tokenizer = _tokenizer_of(options, path if path.is_dir() else path.parent)
+        from pipeline.bert.folder import write_folder
+        from pipeline.bert.tokenizer import read_tokenizer
+
+        given = {"do_lower_case": options.cased, "strip_accents": options.keep_accents}
+        settings = {name: False for name, off in given.items() if off}
+        tokenizer = read_tokenizer(path if path.is_dir() else path.parent, options.vocab, **settings)
         source = read_source(path, options.config, options.gelu)
-        parameters = write_model(options.destination, source, tokenizer, card=model_card(source))["parameters"]
+        parameters = write_folder(options.destination, source, tokenizer, card=model_card(source))["parameters"]
     print(f"{options.destination}: {parameters / 1e6:.1f} million parameters of {source.origin}")
     return 0
 

@@ -85,10 +85,10 @@ def node_counts(text: str) -> list[int]:
 def rows(recipe: Recipe, profile: Profile, nodes: list[int], with_ranks: bool = False) -> list[dict[str, Any]]:
     """One row for each phase and node count; ``rank_batch`` and ``accumulation`` are those of the busiest rank."""
     found = []
-    for name in ("phase1", "phase2"):
+    for name, phase in recipe.phases.items():
         limit = micro_batch_limit(recipe, profile, name)
         for count in nodes:
-            plan = batch.plan(getattr(recipe, name).global_batch, limit, profile.ranks(count))
+            plan = batch.plan(phase.global_batch, limit, profile.ranks(count))
             row: dict[str, Any] = {
                 "phase": name,
                 "nodes": count,
@@ -120,7 +120,7 @@ def checkpoint_row(recipe: Recipe, profile: Profile, nodes: int, asked: argparse
         "lost": advice.lost,
         "restart_lost": advice.restart_lost,
     }
-    steps = {name: getattr(recipe, name).steps for name in ("phase1", "phase2")}
+    steps = {name: phase.steps for name, phase in recipe.phases.items()}
     step_s = published.step_seconds(recipe, profile.name, nodes)
     if asked.hours:
         step_s = dict.fromkeys(steps, asked.hours * 3600 / sum(steps.values()))

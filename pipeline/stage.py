@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from pipeline.config import science
+from pipeline.config import differences, science
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +17,8 @@ class Stage:
 
     ``run`` names ``module:function``, called as ``function(job, **config, **inputs)``. An input is
     ``stage:path`` (inside the folder of a need), ``stage#output`` (a path that the need's done mark declares)
-    or ``data:name`` (a file under ``--data``).
+    or ``data:name`` (a file under ``--data``). A value of ``config`` that ``defaults`` names leaves no trace.
+    ``version`` is raised when the stage's work changes its results: what an older version made stays done.
     """
 
     name: str
@@ -25,9 +26,11 @@ class Stage:
     job: Literal["data", "pretrain", "finetune"]
     width: Literal["ranks", "workers", "one"]  # W ranks of one group, one process with W workers, or one process
     config: Mapping[str, Any] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
     inputs: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)
     after: tuple[str, ...] = ()  # needs that give no input file
     always: bool = False  # runs also when a need failed, and is stale whenever any stage changed
+    version: int = 1
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -44,22 +47,44 @@ class Stage:
         texts = [t for value in self.inputs.values() for t in ((value,) if isinstance(value, str) else value)]
         return [(t, None if t.startswith("data:") else t.replace("#", ":").split(":")[0]) for t in texts]
 
-    def fingerprint(self, needs: Mapping[str, str], corpora: Mapping[str, Any]) -> str:
-        """Hash of the stage's name, scientific configuration, input files and its needs' fingerprints."""
+    def record(self, needs: Mapping[str, str], corpora: Mapping[str, Any]) -> dict[str, Any]:
+        """What is written down of the stage's making: name, science, inputs, the needs' fingerprints, and their hash.
+
+        Where the code lies and which version it has is no part of the hash.
+        """
         content = {
-            "name": self.name,
-            "run": self.run,
-            "config": science(dict(self.config)),
-            "inputs": {key: value if isinstance(value, str) else list(value) for key, value in self.inputs.items()},
+            "stage": self.name,
+            "config": science(self.config, self.defaults),
+            "inputs": science({key: value for key, value in self.inputs.items() if value}),
             "needs": {name: needs[name] for name in self.needs},
             "corpora": {name: corpora.get(name) for name in self.corpora},
         }
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+        digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        return {**content, "fingerprint": digest[:16], "version": self.version}
+
+    def changes(self, record: Mapping[str, Any], needs: Mapping[str, str], corpora: Mapping[str, Any]) -> list[str]:
+        """Lines on what has changed since ``record`` was written, by whatever version; none where it still holds."""
+        now = self.record(needs, corpora)
+        lines = differences(record.get("config", {}), self.config, self.defaults)
+        for key, words in (("corpora", "file {} changed"), ("needs", "its need {} changed")):
+            before = record.get(key)
+            before = before if isinstance(before, Mapping) else {}
+            names = dict.fromkeys([*now[key], *before])
+            lines += [words.format(name) for name in names if before.get(name, ...) != now[key].get(name, ...)]
+        return lines + differences(record.get("inputs", now["inputs"]), now["inputs"])  # version 0.1.0 wrote none
 
 
-def fingerprints(stages: Mapping[str, Stage], corpora: Mapping[str, Any]) -> dict[str, str]:
-    """Fingerprint of every stage; ``stages`` is ordered so that needs come first."""
-    found: dict[str, str] = {}
+def fingerprints(
+    stages: Mapping[str, Stage], corpora: Mapping[str, Any], records: Mapping[str, Iterable[Mapping[str, Any]]]
+) -> dict[str, str]:
+    """Fingerprint of every stage; ``stages`` is ordered so that needs come first.
+
+    A stage keeps that of one of its ``records`` that still holds, so that the hash may be made of other things from
+    one version to the next.
+    """
+    prints: dict[str, str] = {}
     for name, stage in stages.items():
-        found[name] = stage.fingerprint(found, corpora)
-    return found
+        known = [record for record in records.get(name, ()) if "fingerprint" in record]
+        kept = (record for record in known if not stage.changes(record, prints, corpora))
+        prints[name] = next(kept, stage.record(prints, corpora))["fingerprint"]
+    return prints

@@ -1,14 +1,15 @@
 """THE chain: every stage from raw text to the report, in order. Read this file first.
 
 extract -> shard (-> vocab) -> samples_128, samples_512 -> phase1 -> phase2 -> export -> squad, mrpc, sst2, inference
--> report. A phase 2 that starts from weights of its own (``phase2.start``) needs no phase 1, and the chain has none.
+-> report. Samples are made once for each length, and there are as many phases as the recipe has.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 
-from pipeline.config import PhaseConfig, Recipe, TaskConfig
+from pipeline.config import DataConfig, PhaseConfig, Recipe, TaskConfig, defaults_of
 from pipeline.stage import Stage
 
 TASKS = ("squad", "mrpc", "sst2")
@@ -19,22 +20,21 @@ def table(recipe: Recipe) -> dict[str, Stage]:
     data, tasks = recipe.data, [name for name in TASKS if getattr(recipe, name) is not None]
     language = {"lowercase": data.lowercase, "strip_accents": data.strip_accents}
     vocab = f"data:{data.vocab}" if data.vocab else "vocab:vocab.txt"
+    of_data = functools.partial(Stage, job="data", defaults=defaults_of(DataConfig))
 
     chain = [
-        Stage(
+        of_data(
             name="extract",
             run="data_prep.extract:run",
-            job="data",
             width="workers",
             config={"max_document_mb": data.max_document_mb},
             inputs={
                 kind: tuple(f"data:{name}" for name in getattr(data, kind)) for kind in ("wikipedia", "books", "jsonl")
             },
         ),
-        Stage(
+        of_data(
             name="shard",
             run="data_prep.shard:run",
-            job="data",
             width="workers",
             config={
                 "language": data.language,
@@ -49,22 +49,19 @@ def table(recipe: Recipe) -> dict[str, Stage]:
     ]
     if not data.vocab:
         chain.append(
-            Stage(
+            of_data(
                 name="vocab",
                 run="data_prep.wordpiece:run",
-                job="data",
                 width="one",
                 config={"vocab_size": data.vocab_size, **language},
                 inputs={"shards": "shard:"},
             )
         )
-    phases = [recipe.phase2] if recipe.phase2.start else [recipe.phase1, recipe.phase2]
-    for seq_len in dict.fromkeys(phase.seq_len for phase in phases):
+    for seq_len in dict.fromkeys(phase.seq_len for phase in recipe.phases.values()):
         chain.append(
-            Stage(
+            of_data(
                 name=samples_name(seq_len),
                 run="data_prep.samples:run",
-                job="data",
                 width="workers",
                 config={
                     "seq_len": seq_len,
@@ -76,9 +73,10 @@ def table(recipe: Recipe) -> dict[str, Stage]:
                 inputs={"shards": "shard:", "vocab": vocab},
             )
         )
-    if recipe.phase2.start is None:
-        chain.append(phase_stage(recipe, "phase1", recipe.phase1, None, vocab))
-    chain.append(phase_stage(recipe, "phase2", recipe.phase2, "phase1#checkpoint", vocab))
+    before = None
+    for name, phase in recipe.phases.items():
+        chain.append(phase_stage(recipe, name, phase, before, vocab))
+        before = f"{name}#checkpoint"
     chain.append(
         Stage(
             name="export",
@@ -86,7 +84,8 @@ def table(recipe: Recipe) -> dict[str, Stage]:
             job="finetune",
             width="one",
             config={**language, "data": (*data.wikipedia, *data.books, *data.jsonl), "licences": data.licences},
-            inputs={"checkpoint": "phase2#checkpoint", "vocab": vocab},
+            defaults=defaults_of(DataConfig),
+            inputs={"checkpoint": f"{list(recipe.phases)[-1]}#checkpoint", "vocab": vocab},
         )
     )
     for name in tasks:

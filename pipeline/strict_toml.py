@@ -12,7 +12,7 @@ import re
 import tomllib
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -28,11 +28,15 @@ LONG_KEY = re.compile(r"""(?<![\w-])(?:(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*\.
 
 @dataclass(frozen=True)
 class Source:
-    """Where values come from, to say it in errors: the file, its text, and the keys that --set gave."""
+    """Where values come from, to say it in errors: the file, its text, and the keys that --set gave.
+
+    What a program has written may hold keys of a newer version: ``unknown`` collects those. People's are refused.
+    """
 
     file: str
     text: str
     set_keys: frozenset[str] = frozenset()
+    unknown: list[str] | None = None
 
     def at(self, section: str, key: str) -> str:
         dotted = f"{section}.{key}" if section else key
@@ -109,18 +113,56 @@ def build(cls: type[T], table: dict[str, Any], source: Source, section: str, err
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     before = len(errors)
+    tables = [key for spec in fields.values() for key in _named(spec, table)]
     for key in table:
-        if key not in fields:
-            errors.append(f"{source.at(section, key)}: unknown key; {_hint(key, fields)}")
+        dotted = f"{section}.{key}" if section else key
+        if key in fields or key in tables:
+            continue
+        if source.unknown is not None and not any(f"{given}.".startswith(f"{dotted}.") for given in source.set_keys):
+            source.unknown.append(dotted)
+        else:
+            errors.append(f"{source.at(section, key)}: unknown key; {_hint(key, [*fields, *tables])}")
     values: dict[str, Any] = {}
     for name, spec in fields.items():
-        if name in table:
+        if "tables" in spec.metadata:
+            values[name] = _tables(typing.get_args(hints[name])[1], spec, table, source, errors)
+        elif name in table:
             inner = f"{section}.{name}" if section else name
             values[name] = _value(hints[name], table[name], source, section, spec, inner, errors)
         elif spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:
             where = f"{source.file}: {f'[{section}] ' if section else ''}"
             errors.append(f"{where}{name} is missing")
     return cls(**values) if len(errors) == before else None
+
+
+def table_of(made: Any) -> dict[str, Any]:
+    """What `build` reads: the JSON form of a dataclass in the shape of its file."""
+    table: dict[str, Any] = {}
+    many = [spec.name for spec in dataclasses.fields(made) if "tables" in spec.metadata]
+    for name, value in dataclasses.asdict(made).items():
+        table |= {name: list(value), **value} if name in many else {name: value}
+    return table
+
+
+def _named(spec: dataclasses.Field[Any], table: Mapping[str, Any]) -> list[str]:
+    """The keys of ``table`` that a field of many tables takes, by number."""
+    pattern = spec.metadata.get("tables")
+    return sorted((key for key in table if pattern and re.fullmatch(pattern, key)), key=lambda key: (len(key), key))
+
+
+def _tables(
+    kind: type[T], spec: dataclasses.Field[Any], table: dict[str, Any], source: Source, errors: list[str]
+) -> dict[str, T | None]:
+    """The tables of a field by name, in the order that the list under the field's own name gives."""
+    names, where = _named(spec, table), source.at("", spec.name)
+    made = {name: build(kind, table[name], source, name, errors) for name in names if isinstance(table[name], dict)}
+    errors += [f"{source.at('', name)}: expected a table, found {_show(table[name])}" for name in {*names} - {*made}]
+    chosen = table.get(spec.name, names)
+    if not isinstance(chosen, list) or not chosen or any(chosen.count(name) != 1 for name in chosen):
+        errors.append(f"{where}: expected a list of different tables of this file, at least one, found {_show(chosen)}")
+        return {}
+    errors += [f"{where}: no table [{name}]; {_hint(str(name), names)}" for name in chosen if name not in names]
+    return {name: made.get(name) for name in chosen if name in names}
 
 
 def _value(

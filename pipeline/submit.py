@@ -20,6 +20,7 @@ from pipeline.run.journal import Journal, live_jobs, refuse_running
 from pipeline.run.rundir import RunDir, read_json
 from pipeline.run.state import rows_of
 from pipeline.stages import TASKS
+from pipeline.strict_toml import table_of
 from pipeline.worker import made_with
 from slurm import flags, queue
 from slurm.errors import Refused, SlurmError
@@ -55,6 +56,7 @@ def main() -> int:
         todo = selected(chain, asked)
         if not todo:
             return nothing_to_do(run)
+        move_aside(chain, asked)
         exit_code = run_chain(run, todo, profile.processes, profile.threads)
     if exit_code == 0:
         show_results(run)
@@ -68,12 +70,22 @@ def planned(asked: Request) -> Chain:
 
 def selected(chain: Chain, asked: Request) -> dict[str, str]:
     """The stages to run with the reasons, which are printed."""
-    todo = chain.select(asked.stages) if asked.stages else chain.todo()
+    remake = chain.with_followers(asked.remake)
+    todo = chain.select(asked.stages, remake) if asked.stages else chain.todo(remake)
     ended = [row for row in rows_of(chain, held=False) if row["state"] in ("failed", "cancelled")]
     before = {row["name"]: f"; {row['state']} before: {row['reason']}" for row in ended}
     for name, why in todo.items():
         print(f"  will run {name:12s} {why}{before.get(name, '')}")
+    if older := [name for name in chain.older() if name not in todo]:
+        named = ",".join(older)
+        print(f"  kept: {named}, made by an older version of the stage; --remake {named} makes it again")
     return todo
+
+
+def move_aside(chain: Chain, asked: Request) -> None:
+    """What ``--remake`` names goes to RUN/old with all that was made from it."""
+    for name in chain.with_followers(asked.remake):
+        chain.run.stage(name).move_aside()
 
 
 def nothing_to_do(run: RunDir) -> int:
@@ -103,6 +115,7 @@ def to_slurm(asked: Request) -> int:
     begin(asked)
     if not todo:
         return nothing_to_do(asked.run)
+    move_aside(chain, asked)
     if ignored := flags.ignored(os.environ):
         print(f"without effect: {', '.join(ignored)}")
     for job, sent in zip(jobs, send(asked, jobs, old, print), strict=True):
@@ -152,6 +165,7 @@ def without_sending(chain: Chain, asked: Request) -> int:
     if asked.write_scripts:
         for path in scripts.write_scripts(asked.write_scripts, asked, jobs):
             print(path)
+        move_aside(chain, asked)
         print(f"send them with  bash {asked.write_scripts / 'submit.sh'}")
     if asked.test_only:
         for name, estimate in try_out(asked, jobs).items():
@@ -204,8 +218,9 @@ def begin(asked: Request) -> None:
     publish_json(
         run.path / "run.json",
         {
+            **stored,
             "format": 1,
-            "recipe": dataclasses.asdict(asked.recipe),
+            "recipe": table_of(asked.recipe),
             "profile": dataclasses.asdict(asked.profile),
             "nodes": asked.nodes[1],
             "node_range": "-".join(map(str, dict.fromkeys(asked.nodes))),

@@ -20,7 +20,7 @@ from data_prep.errors import DataError
 from data_prep.fanout import EXCHANGE, die_with_parent
 from data_prep.publish import publish_json
 from pipeline.config import restore
-from pipeline.errors import PeerLost, StoppedCleanly, describe, run_command
+from pipeline.errors import PeerLost, StoppedCleanly, cause_of, describe, run_command
 from pipeline.node.device import set_defaults
 from pipeline.node.job import Job, Topology
 from pipeline.node.memory import keep_memory
@@ -71,11 +71,14 @@ def run_stage(run: RunDir, name: str) -> None:
                 f"run python -m pipeline.submit --run {run.path}"
             )
     if stage.job != "data" and stage.width != "ranks" and topology.rank > 0:
-        return  # a task too many: rank 0 does the work alone
+        if not stage.always:
+            wait_for_rank_0(chain, name, topology)  # which does the work alone; the job's next stage may need it
+        return
     attempt = take_attempt(chain, name, topology)
     os.environ[EXCHANGE] = str(attempt.path)  # where the tasks of a data stage share its work without MPI
     profile = restore(Profile, run.settings["profile"], str(run.path / "run.json"))
-    stop = StopRequest(deadline=verdict.deadline() if topology.rank == 0 else None, warning_s=profile.signal_s)
+    deadline = verdict.deadline() if topology.rank == 0 else None
+    stop = StopRequest(deadline=deadline, limit=verdict.limit(), warning_s=profile.signal_s)
     if stage.width == "ranks":
         stop.listen()
     else:
@@ -88,6 +91,21 @@ def run_stage(run: RunDir, name: str) -> None:
         supervise(job, lambda: execute(chain, stage, job))
     else:
         execute(chain, stage, job)
+
+
+def wait_for_rank_0(chain: Chain, name: str, topology: Topology) -> None:
+    """Wait until a stage that one process does is done, looking once a second.
+
+    Raises SystemExit with rank 0's code where its attempt ended, StoppedCleanly when asked to stop.
+    """
+    stop_at_once()
+    attempt = chain.run.stage(name).join_attempt(topology.launch, PATIENCE_S)
+    while not chain.is_done(name):
+        if attempt is None:
+            raise PeerLost(f"{name}: rank {topology.rank} waited {PATIENCE_S:.0f} s for rank 0 to begin an attempt")
+        if ended := attempt.verdict:
+            raise SystemExit(ended["code"])
+        time.sleep(1.0)
 
 
 def execute(chain: Chain, stage: Stage, job: Job) -> None:
@@ -114,11 +132,11 @@ def execute(chain: Chain, stage: Stage, job: Job) -> None:
             raise PeerLost(f"{name}: rank {job.rank} waited for rank 0, which did not mark the stage done")
     except (Exception, KeyboardInterrupt) as error:
         line, code = describe(error)
-        if isinstance(error, PeerLost):
+        if isinstance(error, PeerLost) or (isinstance(error, StoppedCleanly) and job.stop.reason is None):
             time.sleep(1.0)  # the peer may know better what happened, and its verdict comes first
         if isinstance(error, StoppedCleanly) and newer_than(job.out, started):
             verdict.made_progress()
-        first = attempt.write_verdict(code, line, job.rank)
+        first = attempt.write_verdict(code, line, job.rank, cause_of(error))
         _tell_script(error)
         if first:
             raise
@@ -156,7 +174,7 @@ def take_attempt(chain: Chain, name: str, topology: Topology) -> Attempt:
                 folder.move_aside()
             folder.path.mkdir(parents=True, exist_ok=True)
             publish_json(folder.path / "stage.json", chain.record(name))
-            attempt = folder.new_attempt(topology.launch)
+            attempt = folder.new_attempt(topology.launch, **topology.place)
         chain.run.event("started", stage=name, attempt=attempt.number, world_size=topology.world_size)
         return attempt
     joined = folder.join_attempt(topology.launch, PATIENCE_S)

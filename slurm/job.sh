@@ -8,7 +8,7 @@
 #                   run; 0: no limit                                        the job got, shared out
 #   srun_args=() program=() arguments=()   words of the srun line; "${program[@]}" --version must work
 #   site()          modules, set-up lines and environment of the site
-# For the ranks it exports JOB_VERDICT, JOB_TRIES and JOB_DEADLINE (slurm/verdict.py).
+# For the ranks it exports JOB_VERDICT, JOB_TRIES, JOB_DEADLINE and JOB_LIMIT (slurm/verdict.py).
 least_s=60   # of the allowed GPU time: with less left nothing is started
 most_tries=2 # attempts without progress
 
@@ -98,7 +98,10 @@ check_gpu_s() {
 if [ "$gpus" -gt 0 ]; then
   note_gpu_s
   check_gpu_s
-  if [ "$max_gpu_s" -gt 0 ] && [ $((began + $(left_s))) -lt "$end" ]; then deadline=$((began + $(left_s))); fi
+  if [ "$max_gpu_s" -gt 0 ] && [ $((began + $(left_s))) -lt "$end" ]; then
+    deadline=$((began + $(left_s)))
+    export JOB_LIMIT=gpu_hours
+  fi
   (
     trap '' TERM
     while sleep 30; do

@@ -10,10 +10,12 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping
+from typing import Literal
 
 VERDICT = "JOB_VERDICT"  # path of the verdict of this attempt
 TRIES = "JOB_TRIES"  # path of the list of attempts since the last progress, one a line
 DEADLINE = "JOB_DEADLINE"  # when this attempt must end, in seconds since 1970; absent when there is no limit
+LIMIT = "JOB_LIMIT"  # "gpu_hours" where the deadline is not that of Slurm's time limit
 TRIES_WITHOUT_PROGRESS = 2
 LEAST_S = 60  # of the allowed GPU time: with less left nothing is started
 
@@ -74,3 +76,8 @@ def deadline(environ: Mapping[str, str] | None = None) -> float | None:
     """When this attempt must end, in seconds since 1970; None without a limit."""
     text = (os.environ if environ is None else environ).get(DEADLINE, "")
     return float(text) if re.fullmatch(r"\d{1,12}", text, re.ASCII) else None
+
+
+def limit(environ: Mapping[str, str] | None = None) -> Literal["time_limit", "gpu_hours"]:
+    """Which limit the deadline of this attempt is."""
+    return "gpu_hours" if (os.environ if environ is None else environ).get(LIMIT) == "gpu_hours" else "time_limit"

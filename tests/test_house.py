@@ -111,7 +111,7 @@ def test_pages_name_only_what_exists():
 
 
 def test_a_name_that_does_not_exist_is_noticed():
-    assert exists("pipeline/stage.py:Stage.fingerprint")
+    assert exists("pipeline/stage.py:Stage.record")
     assert exists("tests/faults/checkpoints*.py")
     assert not exists("pipeline/stage.py:Stage.nothing")
     assert not exists("pipeline/nothing.py")

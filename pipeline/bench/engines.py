@@ -13,16 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.bench.inputs import Pairs, settings_of, squad_of
-from pipeline.bert.heads import BertForQuestionAnswering, BertForSequenceClassification, initialised
+from pipeline.bert.encoder import initialise
+from pipeline.bert.folder import HEADS, POOLER, ModelFolder
 from pipeline.bert.packing import Batch
-from pipeline.bert.weights import load_into
+from pipeline.bert.weight_files import load_into
 from pipeline.engine.precision import AUTOCAST
 from pipeline.engine.ranks import Ranks
 from pipeline.finetune.glue import TASKS, Table
-from pipeline.finetune.model_folder import HEADS, POOLER, ModelFolder
 from pipeline.finetune.options import SQUAD
 from pipeline.finetune.predict import packed
-from pipeline.finetune.problems import GlueProblem, SquadProblem
+from pipeline.finetune.problems import GlueProblem, Problem, SquadProblem
 from pipeline.finetune.samples import Samples
 
 PAIR_TASK = TASKS["mrpc"]  # two texts, two classes
@@ -54,7 +54,7 @@ class Pipeline:
         settings = settings_of(seq_len)
         self.squad = SquadProblem(settings, folder.tokenizer) if task == SQUAD else None
         self.glue = GlueProblem(PAIR_TASK, settings, folder.tokenizer)
-        self.model = model_of(task, folder).to(device, AUTOCAST.get(precision, torch.float32))
+        self.model = model_of(self.squad or self.glue, folder).to(device, AUTOCAST.get(precision, torch.float32))
 
     def ask(self, pairs: Pairs) -> Samples:
         """The pairs as samples, one each, which the next judgement refers to."""
@@ -148,19 +148,13 @@ def _best_text(start: Any, end: Any, offsets: Any, inside: Any, context: str) ->
     return answers[0]["text"] if answers else ""
 
 
-def model_of(task: str, folder: ModelFolder) -> nn.Module:
+def model_of(problem: Problem, folder: ModelFolder) -> nn.Module:
     """The task's model with the folder's encoder and a random head; all of it random when the folder has no weights."""
-    config = folder.config
-    generator = torch.Generator().manual_seed(0)
-    model: BertForQuestionAnswering | BertForSequenceClassification
-    if task == SQUAD:
-        model = initialised(BertForQuestionAnswering(config), generator)
-    else:
-        model = initialised(BertForSequenceClassification(config, len(PAIR_TASK.labels)), generator)
-    if any((folder.path / name).is_file() for name in ("model.safetensors", "pytorch_model.bin")):
-        _, state = folder.loaded
-        new = HEADS if any(name.startswith(POOLER) for name in state) else (*HEADS, POOLER)
-        load_into(model, state, origin=str(folder.path), new=new, drop=HEADS)
+    model = problem.new_model(folder.config)
+    initialise(model, folder.config, torch.Generator().manual_seed(0))
+    if folder.has_weights:
+        new = HEADS if any(name.startswith(POOLER) for name in folder.state) else (*HEADS, POOLER)
+        load_into(model, folder.state, origin=str(folder.path), new=new, drop=HEADS)
     return model.eval()
 
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from pipeline.bench.engines import Engine
     from pipeline.bench.inputs import Workload
-    from pipeline.finetune.model_folder import ModelFolder
+    from pipeline.bert.folder import ModelFolder
 
 LEAST_ROUNDS = 5  # timed batches of each engine, however long they take
 MOST_BATCHES = 32  # different ones, prepared before timing
@@ -66,8 +66,8 @@ def run(job: Job, *, config: InferenceConfig, model: Path, text: Path | None = N
 
     from pipeline.bench.engines import transformers_is_there
     from pipeline.bench.inputs import workloads
+    from pipeline.bert.folder import ModelFolder
     from pipeline.engine.precision import autocast_for
-    from pipeline.finetune.model_folder import ModelFolder
     from pipeline.node.device import chosen_device
 
     folder, device = ModelFolder(model), chosen_device()

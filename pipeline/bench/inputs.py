@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from data_prep.publish import publish_json, publish_text
+from data_prep.publish import publish_text
 from data_prep.wordpiece import SPECIAL
 from pipeline.bert.config import BertConfig, padded_vocab
+from pipeline.bert.folder import write_description
+from pipeline.bert.tokenizer import Tokenizer
 from pipeline.config import FinetuneConfig, InferenceConfig
 from pipeline.errors import ConfigError
 from pipeline.finetune.options import SQUAD, defaults
-from pipeline.finetune.problems import SquadProblem, Tokenizer
+from pipeline.finetune.problems import SquadProblem
 from pipeline.finetune.samples import Samples
 from pipeline.finetune.squad import Question, Squad, read_squad, split_words
 
@@ -131,14 +134,11 @@ def write_shape(size: str, to: Path) -> None:
     """A folder ``to`` with configuration and an invented vocabulary, but no weights, of BERT ``base`` or ``large``."""
     if size not in SIZES:
         raise ConfigError(f"--model {size}: no such folder; give one, or {' or '.join(SIZES)} for random weights")
-    config = BertConfig(vocab_size=padded_vocab(VOCAB_SIZE), **SIZES[size])  # type: ignore[arg-type]
-    syllables = [consonant + vowel for consonant in "bcdfghjklmnprstvwz" for vowel in "aeiou"]
-    letters = "abcdefghijklmnopqrstuvwxyz0123456789.,?!'-"
-    tokens = [*SPECIAL.values(), *letters, *(f"##{letter}" for letter in letters), *syllables]
-    tokens += [first + second for first in syllables for second in syllables]
-    tokens += [f"##{first}{second}" for first in syllables for second in syllables]
-    third = (first + second + third for first in syllables for second in syllables for third in syllables)
-    tokens += [token for token, _ in zip(third, range(VOCAB_SIZE - len(tokens)), strict=False)]
+    syllables = list(map("".join, itertools.product("bcdfghjklmnprstvwz", "aeiou")))
+    pairs = list(map("".join, itertools.product(syllables, repeat=2)))
+    pieces = (*"abcdefghijklmnopqrstuvwxyz0123456789.,?!'-", *syllables, *pairs)
+    tokens = [*SPECIAL.values(), *pieces, *(f"##{piece}" for piece in pieces)]
+    tokens += itertools.islice(map("".join, itertools.product(pairs, syllables)), VOCAB_SIZE - len(tokens))
     publish_text(to / "vocab.txt", "".join(f"{token}\n" for token in tokens))
-    publish_json(to / "config.json", config.to_hugging_face(vocab_size=VOCAB_SIZE))
-    publish_json(to / "tokenizer_config.json", {"tokenizer_class": "BertTokenizer", "do_lower_case": True})
+    config = BertConfig(vocab_size=padded_vocab(VOCAB_SIZE), **SIZES[size])  # type: ignore[arg-type]
+    write_description(to, config, Tokenizer(to / "vocab.txt", lowercase=True, strip_accents=True))

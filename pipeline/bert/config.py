@@ -5,23 +5,30 @@ Imports no torch, so that recipes can be validated on a login node.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
+from data_prep.errors import refuse_pointer
 from pipeline.errors import ConfigError
 
 VOCAB_MULTIPLE = 8
+PADDINGS = (8, 64, 128)  # multiples to which others pad the rows of a vocabulary
 # The tensors with one row per token of the padded vocabulary.
 VOCAB_ROWS = ("bert.embeddings.word_embeddings.weight", "cls.predictions.bias")
 ACTIVATIONS = ("erf", "tanh")
 INITS = ("bert", "nvidia")
-# Names that Hugging Face uses for the two GELUs; the first of each kind is the one we write.
+# Names that transformers has for the two GELUs; the first of each kind is the one we write.
 HUGGING_FACE_ACTIVATIONS = {
     "gelu": "erf",
+    "gelu_python": "erf",
     "gelu_pytorch_tanh": "tanh",
+    "gelu_python_tanh": "tanh",
     "gelu_new": "tanh",
     "gelu_fast": "tanh",
+    "gelu_accurate": "tanh",
 }
 # Options of Hugging Face's BertConfig that change the mathematics, with the only value that this model has.
 REQUIRED_VALUES = {
@@ -36,6 +43,11 @@ REQUIRED_VALUES = {
 def padded_vocab(size: int) -> int:
     """Vocabulary rows in the model for ``size`` real tokens: the next multiple of 8 (30522 → 30528)."""
     return -(-size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+def is_padding(rows: int, size: int) -> bool:
+    """Whether a model with ``rows`` vocabulary rows may be one of ``size`` tokens, by anyone's padding."""
+    return rows in (-(-size // multiple) * multiple for multiple in PADDINGS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,3 +151,17 @@ class BertConfig:
         }
         taken.pop("init", None)
         return cls(**taken)
+
+
+def read_object(path: Path, error: type[Exception]) -> dict[str, Any]:
+    """The JSON object in a file of a model folder; ``error`` when there is none."""
+    try:
+        refuse_pointer(path, error)
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError(f"a JSON object is needed, found {type(values).__name__}")
+        return values
+    except OSError as fault:
+        raise error(f"{path} cannot be read: {fault.strerror}") from fault
+    except (ValueError, RecursionError) as fault:
+        raise error(f"{path} is no JSON object: {fault}") from fault

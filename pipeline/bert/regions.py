@@ -22,15 +22,13 @@ _enabled = False
 def compile_regions(device: torch.device) -> bool:
     """Let all regions run compiled from here on where ``device`` is a GPU; whether they will.
 
-    Kernels are chosen by rule, never by a timing, so that another process computes the same bits. Whether regions are
-    compiled, and PyTorch's version, belong to a training's identity.
+    With deterministic algorithms the compiler chooses by rule, never by a timing, what changes bits, so that another
+    process computes the same ones. Whether regions are compiled belongs to a training's identity, as the version does.
     """
     global _enabled
     _enabled = device.type == "cuda"
     if _enabled:
-        from torch._inductor import config
-
-        config.deterministic = True
+        torch.use_deterministic_algorithms(True)  # the compiler's own switch follows it, and is lost if set alone
     return _enabled
 
 

@@ -1,23 +1,25 @@
 """Weight files of others, read and written: Hugging Face's safetensors and pickles, NVIDIA's ``ckpt_*.pt``.
 
 Every reader gives named tensors under our names, which are Hugging Face's; nothing that could run code is loaded.
+Into a model they go strictly: a key that is missing, surplus or of another shape is an error that names it.
 """
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from data_prep.errors import refuse_pointer
 from data_prep.publish import publishing
-from pipeline.bert.config import VOCAB_ROWS, BertConfig, padded_vocab
+from pipeline.bert.config import VOCAB_ROWS, BertConfig, is_padding, padded_vocab, read_object
 from pipeline.errors import CheckpointError, ConfigError
 
 State = dict[str, Tensor]
@@ -81,17 +83,19 @@ def padded(state: State, rows: int) -> State:
     return state
 
 
+def cut(config: BertConfig, state: State, size: int) -> tuple[BertConfig, State]:
+    """Both with the rows of ``size`` tokens padded our way, where they have those of a wider padding; else as given."""
+    if not is_padding(config.vocab_size, size):
+        return config, state
+    rows = padded_vocab(size)
+    cut_state = {name: tensor[:rows] if name in VOCAB_ROWS else tensor for name, tensor in state.items()}
+    return replace(config, vocab_size=rows), cut_state
+
+
 def read_config(path: Path) -> BertConfig:
     """The model that a configuration in JSON describes, Hugging Face's or NVIDIA's; CheckpointError if none."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError(f"a JSON object is needed, found {type(values).__name__}")
-        return BertConfig.from_hugging_face(values)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is no model configuration: {error}") from error
+        return BertConfig.from_hugging_face(read_object(path, CheckpointError))
     except ConfigError as error:
         raise CheckpointError(f"{path.parent}: {'; '.join(str(error).splitlines())}") from error
 
@@ -102,6 +106,7 @@ def read_safetensors(path: Path) -> Mapping[str, Any]:
     from safetensors.torch import load_file
 
     try:
+        refuse_pointer(path, CheckpointError)
         return dict(load_file(path))
     except (OSError, SafetensorError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}; copy it again") from error
@@ -119,6 +124,7 @@ def read_pickled(path: Path) -> Mapping[str, Any]:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # nearly any kind on foreign bytes; torch's own text advises to read unsafely
+        refuse_pointer(path, CheckpointError)
         raise CheckpointError(
             f"{path} cannot be read ({type(error).__name__}): it is damaged, or holds more than tensors, which could "
             "run code when read; copy it again, or save its tensors alone"
@@ -148,3 +154,44 @@ def write_nvidia(path: Path, state: Mapping[str, Tensor], hidden_act: str) -> No
         model[DECODER] = model[WORD_EMBEDDINGS]  # the same storage: it is written once
     with publishing(path) as file:
         torch.save({"model": model, GELU_KEY: hidden_act}, file)
+
+
+def load_into(
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    *,
+    origin: str = "weights",
+    new: Iterable[str] = (),
+    drop: Iterable[str] = (),
+) -> None:
+    """Copy ``state`` into ``model``; what does not fit is listed in one CheckpointError and nothing is copied.
+
+    Parameters below the prefixes ``new`` keep their values and must not be in ``state``; what lies below the
+    prefixes ``drop`` in ``state`` is left out (the pretraining heads, when a task begins).
+    """
+    kept = {name: tensor for name, tensor in state.items() if not name.startswith(tuple(drop))}
+    own = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(tuple(new))}
+    what = f"{origin} does not fit this {type(model).__name__}"
+    check_fit({name: tuple(tensor.shape) for name, tensor in kept.items()}, own, what)
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(kept[name])
+
+
+def check_fit(shapes: Mapping[str, tuple[int, ...]], own: Mapping[str, Tensor], what: str) -> None:
+    """CheckpointError listing all `misfits`."""
+    if faults := misfits(shapes, own):
+        raise CheckpointError(f"{what}: {'; '.join(faults)}")
+
+
+def misfits(shapes: Mapping[str, tuple[int, ...]], own: Mapping[str, Tensor]) -> list[str]:
+    """All names of ``shapes`` that are missing, surplus or unlike those of ``own``, in words."""
+    faults = []
+    if missing := sorted(own.keys() - shapes.keys()):
+        faults.append(f"missing {', '.join(missing)}")
+    if surplus := sorted(shapes.keys() - own.keys()):
+        faults.append(f"surplus {', '.join(surplus)}")
+    for name in sorted(own.keys() & shapes.keys()):
+        if tuple(own[name].shape) != tuple(shapes[name]):
+            faults.append(f"{name} is {list(shapes[name])} instead of {list(own[name].shape)}")
+    return faults

@@ -1,63 +1,52 @@
-"""Weights of others in, strictly: Hugging Face folders and NVIDIA's ``ckpt_*.pt``, under our names (Hugging Face's).
-
-A key that is missing, surplus or of another shape is an error that names it: weights are never taken in part.
-"""
+"""Weights of others to start a pretraining from: Hugging Face folders, and NVIDIA's ``ckpt_*.pt`` of any year."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
 
 from data_prep.wordpiece import Vocabulary
 from pipeline.bert.config import BertConfig, padded_vocab
+from pipeline.bert.folder import load_hugging_face
 from pipeline.bert.heads import BertForPreTraining
-from pipeline.bert.weight_files import (
-    WORD_EMBEDDINGS,
-    State,
-    canonical,
-    padded,
-    read_config,
-    read_nvidia,
-    read_pickled,
-    read_safetensors,
-)
+from pipeline.bert.tokenizer import PLAIN, WHOLE, difference, read_tokenizer
+from pipeline.bert.weight_files import WORD_EMBEDDINGS, State, cut, misfits, padded, read_config, read_nvidia
 from pipeline.errors import CheckpointError
 
-# What two configurations must share for the weights of one to mean the same in the other.
-SHAPE = (
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-    "hidden_act",
-    "max_position_embeddings",
-    "type_vocab_size",
-    "layer_norm_eps",
-)
+# All but these must be equal in two configurations, for the weights of one to mean the same in the other.
+FREE = ("hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range", "init")
+# Where a tensor shows a size: its name and dimension.
+SHOWN_BY = {
+    "vocab_size": (WORD_EMBEDDINGS, 0),
+    "hidden_size": (WORD_EMBEDDINGS, 1),
+    "intermediate_size": ("bert.encoder.layer.0.intermediate.dense.weight", 0),
+    "max_position_embeddings": ("bert.embeddings.position_embeddings.weight", 0),
+    "type_vocab_size": ("bert.embeddings.token_type_embeddings.weight", 0),
+}
 NO_CONFIG = ("tokenizer_config.json", "generation_config.json", "adapter_config.json")
 
 
 def load_start(path: Path, config: BertConfig, vocab: Path | None) -> State:
     """All weights of a `BertForPreTraining` of ``config`` to begin a phase with, fp32, from a file of others.
 
-    ``path`` is a Hugging Face folder (a vocab.txt in it must equal ``vocab``) or a ``.pt`` of NVIDIA's BERT, of
+    ``path`` is a Hugging Face folder (a vocabulary in it must equal ``vocab``) or a ``.pt`` of NVIDIA's BERT, of
     any year, with or without its configuration beside it. What an NVIDIA file does not tell (its GELU, without a
     configuration its heads) is taken to be as in ``config``. CheckpointError names every field of the
     configuration that differs and every key that is missing or surplus; both pretraining heads must be there.
     """
     if path.is_dir():
         found, state = load_hugging_face(path)
-        if vocab is not None and (path / "vocab.txt").is_file():
-            _same_vocabulary(path / "vocab.txt", vocab)
+        beside = any((path / name).is_file() for name in (WHOLE, PLAIN))
+        if vocab and beside and (line := difference(read_tokenizer(path).vocab, vocab)):
+            raise CheckpointError(f"{line}; name the vocabulary that belongs to these weights as data.vocab")
     elif path.is_file():
         found, state = _nvidia_start(path, config)
     else:
         raise CheckpointError(f"{path}: no such Hugging Face folder or NVIDIA checkpoint to start from")
+    if vocab:
+        found, state = cut(found, state, Vocabulary.load(vocab).size)
     if not any(name.startswith("cls.") for name in state):
         raise CheckpointError(
             f"{path} holds an encoder without pretraining heads (no cls.*): pretraining goes on only from a model "
@@ -65,8 +54,8 @@ def load_start(path: Path, config: BertConfig, vocab: Path | None) -> State:
         )
     faults = [
         f"{name} is {getattr(found, name)}, the recipe's is {getattr(config, name)}"
-        for name in SHAPE
-        if getattr(found, name) != getattr(config, name)
+        for name in found.to_dict()
+        if name not in FREE and getattr(found, name) != getattr(config, name)
     ]
     with torch.device("meta"):
         own = BertForPreTraining(found).state_dict()
@@ -90,18 +79,6 @@ def _told_gelu(config: BertConfig) -> str | None:
     return "tanh" if config.hidden_act == "tanh" else None
 
 
-def _same_vocabulary(theirs: Path, ours: Path) -> None:
-    """CheckpointError with the first line in which two vocabularies differ."""
-    first, second = Vocabulary.load(theirs).tokens, Vocabulary.load(ours).tokens
-    for number in range(max(len(first), len(second))):
-        there, here = (repr(tokens[number]) if number < len(tokens) else "nothing" for tokens in (first, second))
-        if there != here:
-            raise CheckpointError(
-                f"{theirs} differs from {ours} in line {number + 1}: {there}, not {here}; name the vocabulary that "
-                "belongs to these weights as data.vocab"
-            )
-
-
 def config_beside(file: Path) -> Path | None:
     """config.json, bert_config.json or another ``*_config.json`` in the folder of ``file``, if any.
 
@@ -120,37 +97,17 @@ def config_beside(file: Path) -> Path | None:
 
 def config_of_shapes(state: State, like: BertConfig) -> BertConfig:
     """``like`` with the sizes that the tensors of ``state`` show (their heads, GELU and eps they do not)."""
-
-    def size(name: str, dimension: int, default: int) -> int:
-        return state[name].shape[dimension] if name in state and state[name].dim() > dimension else default
-
-    layers = {name.split(".")[3] for name in state if name.startswith("bert.encoder.layer.")}
-    sizes = {
-        "vocab_size": padded_vocab(size(WORD_EMBEDDINGS, 0, like.vocab_size)),
-        "hidden_size": size(WORD_EMBEDDINGS, 1, like.hidden_size),
-        "num_hidden_layers": len(layers) or like.num_hidden_layers,
-        "intermediate_size": size("bert.encoder.layer.0.intermediate.dense.weight", 0, like.intermediate_size),
-        "max_position_embeddings": size("bert.embeddings.position_embeddings.weight", 0, like.max_position_embeddings),
-        "type_vocab_size": size("bert.embeddings.token_type_embeddings.weight", 0, like.type_vocab_size),
+    shown = {
+        name: state[tensor].shape[dimension]
+        for name, (tensor, dimension) in SHOWN_BY.items()
+        if tensor in state and state[tensor].dim() > dimension
     }
-    heads = like.num_attention_heads if sizes["hidden_size"] % like.num_attention_heads == 0 else 1
-    return BertConfig.from_dict(like.to_dict() | sizes | {"num_attention_heads": heads})
-
-
-def load_hugging_face(folder: Path) -> tuple[BertConfig, State]:
-    """Configuration and fp32 state of a folder with config.json and model.safetensors or pytorch_model.bin.
-
-    The vocabulary is padded to a multiple of 8 (see `canonical`). CheckpointError for anything that is not a
-    readable BERT.
-    """
-    config = read_config(folder / "config.json")
-    safe, pickled = folder / "model.safetensors", folder / "pytorch_model.bin"
-    if safe.is_file():
-        return config, canonical(read_safetensors(safe), config, origin=str(safe))
-    if pickled.is_file():
-        return config, canonical(read_pickled(pickled), config, origin=str(pickled))
-    hint = " (weights in several files: save them as one)" if list(folder.glob("*.index.json")) else ""
-    raise CheckpointError(f"{folder}: neither model.safetensors nor pytorch_model.bin is there{hint}")
+    shown["vocab_size"] = padded_vocab(shown.get("vocab_size", like.vocab_size))
+    layers = {name.split(".")[3] for name in state if name.startswith("bert.encoder.layer.")}
+    shown["num_hidden_layers"] = len(layers) or like.num_hidden_layers
+    if shown.get("hidden_size", like.hidden_size) % like.num_attention_heads:
+        shown["num_attention_heads"] = 1
+    return BertConfig.from_dict(like.to_dict() | shown)
 
 
 def load_nvidia(file: Path, config_file: Path, *, hidden_act: str | None = None) -> tuple[BertConfig, State]:
@@ -168,44 +125,3 @@ def load_nvidia(file: Path, config_file: Path, *, hidden_act: str | None = None)
     if shown and hidden_act and shown != hidden_act:
         raise CheckpointError(f"{file} was trained with the {shown} GELU, not {hidden_act}")
     return replace(config, hidden_act=shown or hidden_act or ""), padded(state, config.vocab_size)
-
-
-def load_into(
-    model: nn.Module,
-    state: Mapping[str, Tensor],
-    *,
-    origin: str = "weights",
-    new: Iterable[str] = (),
-    drop: Iterable[str] = (),
-) -> None:
-    """Copy ``state`` into ``model``; what does not fit is listed in one CheckpointError and nothing is copied.
-
-    Parameters below the prefixes ``new`` keep their values and must not be in ``state``; what lies below the
-    prefixes ``drop`` in ``state`` is left out (the pretraining heads, when a task begins).
-    """
-    kept = {name: tensor for name, tensor in state.items() if not name.startswith(tuple(drop))}
-    own = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(tuple(new))}
-    what = f"{origin} does not fit this {type(model).__name__}"
-    check_fit({name: tuple(tensor.shape) for name, tensor in kept.items()}, own, what)
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(kept[name])
-
-
-def check_fit(shapes: Mapping[str, tuple[int, ...]], own: Mapping[str, Tensor], what: str) -> None:
-    """CheckpointError listing all `misfits`."""
-    if faults := misfits(shapes, own):
-        raise CheckpointError(f"{what}: {'; '.join(faults)}")
-
-
-def misfits(shapes: Mapping[str, tuple[int, ...]], own: Mapping[str, Tensor]) -> list[str]:
-    """All names of ``shapes`` that are missing, surplus or unlike those of ``own``, in words."""
-    faults = []
-    if missing := sorted(own.keys() - shapes.keys()):
-        faults.append(f"missing {', '.join(missing)}")
-    if surplus := sorted(shapes.keys() - own.keys()):
-        faults.append(f"surplus {', '.join(surplus)}")
-    for name in sorted(own.keys() & shapes.keys()):
-        if tuple(own[name].shape) != tuple(shapes[name]):
-            faults.append(f"{name} is {list(shapes[name])} instead of {list(own[name].shape)}")
-    return faults

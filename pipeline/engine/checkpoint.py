@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.config import differences
 from pipeline.engine.checkpoint_folder import (
     MANIFEST,
     Checkpoint,
@@ -247,26 +248,12 @@ def lineage(stage_dir: Path) -> Iterator[Path]:
 
 
 def check_identity(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Raise CheckpointError listing every field of a checkpoint's identity that is not as wanted."""
-    old, new = dict(_leaves(found)), dict(_leaves(wanted))
-    differing = [
-        f"{key} {old.get(key, '(absent)')} → {new.get(key, '(absent)')}"
-        for key in sorted({*old, *new})
-        if (key in old, old.get(key)) != (key in new, new.get(key))
-    ]
-    if differing:
+    """Raise CheckpointError listing all `differences` of a checkpoint's identity from that of this training."""
+    if differing := differences(found, wanted):
         raise CheckpointError(
             f"the checkpoint belongs to another training: {'; '.join(differing)}; give back the old values or use a "
             f"new run directory"
         )
-
-
-def _leaves(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in fields.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
 
 
 def listing(run_dir: Path, *, check: bool = False) -> list[dict[str, Any]]:

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.publish import file_sha256, publish_json, sync_folder
-from pipeline.engine.tensor_file import write_safetensors
+from pipeline.bert.tensor_file import write_safetensors
 from pipeline.errors import CheckpointError, InUseError, NumericalError, StorageError
 from pipeline.run.rundir import describe_owner, read_json
 
@@ -183,8 +183,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         fault = f"{MANIFEST} has SHA-256 {actual[:8]}.., it says {wanted[:8]}.. of itself"
     elif manifest.get("format") != FORMAT:
         fault = f"{MANIFEST} has format {manifest.get('format')!r}, this version reads {FORMAT}"
-    elif {key: type(value) for key, value in manifest.items()} != FIELDS or not _names_files(manifest["files"]):
-        fault = f"{MANIFEST} has other fields than this version writes"
+    elif {key: type(manifest.get(key)) for key in FIELDS} != FIELDS or not _names_files(manifest["files"]):
+        fault = f"{MANIFEST} lacks fields that this version reads"
     elif folder.name != step_folder(folder.parent, manifest["step"]).name:
         fault = f"{MANIFEST} is that of step {manifest['step']}"
     else:

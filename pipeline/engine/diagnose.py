@@ -26,5 +26,6 @@ def culprit(accumulator: Accumulator, sums: Sums) -> str | None:
         for name, parameter in state.model.named_parameters():
             if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
                 ids = ", ".join(map(str, micro_batch.ids[:8])) + (" ..." if len(micro_batch.ids) > 8 else "")
-                return f"micro-batch {index}: loss {float(loss.detach()):.4g}, the gradient of {name} is not finite (samples {ids})"
+                value = float(loss.detach())
+                return f"micro-batch {index}: loss {value:.4g}, the gradient of {name} is not finite (samples {ids})"
     return None

@@ -16,6 +16,7 @@ import torch
 
 from pipeline.batch import BatchPlan
 from pipeline.bert.regions import compile_regions
+from pipeline.config import science
 from pipeline.engine import checkpoint, optim
 from pipeline.engine.accumulate import Accumulator, Sums
 from pipeline.engine.diagnose import culprit
@@ -62,7 +63,7 @@ class Loop:
         self.job, self.ranks, self.task = job, ranks, task
         self.settings = settings = task.settings
         identity = task.identity()
-        self.peers = Peers(job, ranks.group, ranks.device, identity)
+        self.peers = Peers(job, ranks.group, ranks.device, identity, type(task).__module__)
         model = task.model().to(ranks.device)
         trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         self.gradients = GradientBuffer([parameter for _, parameter in trained])
@@ -299,7 +300,7 @@ class Loop:
                 attempt=self.job.attempt.number,
                 step=state.step,
                 sample_position=state.samples,
-                identity=state.identity,
+                identity=science(state.identity),
                 model=state.model.config.to_dict(),
                 permanent=permanent,
                 **state.named(),
@@ -313,7 +314,8 @@ class Loop:
         write_line(self.job, self.clock, self.state.step)  # where the time of the last save went
         raise StoppedCleanly(
             f"asked to stop ({self.job.stop.reason or 'by another rank'}); "
-            f"step {self.state.step} of {self.settings.steps} is saved"
+            f"step {self.state.step} of {self.settings.steps} is saved",
+            self.job.stop.cause,
         )
 
     def finish_saving(self) -> None:

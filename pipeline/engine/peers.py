@@ -4,6 +4,7 @@ and which of them is slow.
 
 from __future__ import annotations
 
+import ast
 import bisect
 import hashlib
 import json
@@ -20,24 +21,28 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data_prep.publish import file_sha256
+from pipeline.config import science
 from pipeline.errors import EnvironmentFault, NodeFault, PeerLost
 from pipeline.node.distributed import Group
 from pipeline.node.job import Job
 
 RECORD_BYTES = 2048
+COMPUTES = (  # what decides the bits of a training beside its task: model, engine, batches, the data's reader
+    *("pipeline/bert/*.py", "pipeline/engine/*.py", "pipeline/batch.py"),
+    *("data_prep/hdf5.py", "data_prep/masking.py", "data_prep/splitmix.py"),
+)
 MUST_AGREE = ("config", "code", "torch", "numpy", "threads")
 SLOW = 1.43  # times the others' median: their share of it is below 0.7
 WINDOW = 20  # steps
 LEAST_LOSS_S = 1.0  # in a window; less is noise
 
 
-def introduction(config: Mapping[str, Any], threads: int, device: torch.device) -> dict[str, Any]:
-    """What a rank says of itself: host, a hash of its configuration and of the package's code, versions, GPU."""
+def introduction(config: Mapping[str, Any], threads: int, device: torch.device, task: str) -> dict[str, Any]:
+    """What a rank says of itself: host, a hash of its configuration and of the task's code, versions, GPU."""
     return {
         "host": socket.gethostname(),
-        "config": _digest(json.dumps(config, sort_keys=True).encode()),
-        "code": code_digest(),
+        "config": _digest(json.dumps(science(config), sort_keys=True).encode()),
+        "code": code_digest(task),
         "torch": torch.__version__,
         "numpy": np.__version__,
         "python": platform.python_version(),
@@ -47,11 +52,33 @@ def introduction(config: Mapping[str, Any], threads: int, device: torch.device) 
     }
 
 
-def code_digest() -> str:
-    """One hash of the sources of pipeline and data_prep, as they lie beside this file."""
-    root = Path(__file__).parents[2]
-    files = sorted(path for package in ("pipeline", "data_prep") for path in (root / package).rglob("*.py"))
-    return _digest("".join(f"{path.relative_to(root)} {file_sha256(path)}\n" for path in files).encode())
+def code_digest(task: str, root: Path = Path(__file__).parents[2]) -> str:
+    """One hash of the statements that compute, wherever in ``COMPUTES`` they lie and whatever is said about them.
+
+    Taken are all top-level statements as syntax trees without docstrings, in order of their text; imports from our
+    own packages, which say only where something lies, are left out. ``task`` is a module of the task's own room.
+    """
+    files = [path for place in (str(Path(*task.split(".")[:-1], "*.py")), *COMPUTES) for path in root.glob(place)]
+    texts = {ast.dump(node) for path in files for node in _bare(ast.parse(path.read_bytes())).body}
+    return _digest("\n".join(sorted(texts)).encode())
+
+
+def _bare(tree: ast.Module) -> ast.Module:
+    """The tree without docstrings (strings that are statements) and without imports from our own packages."""
+    for node in ast.walk(tree):
+        for name, value in ast.iter_fields(node):
+            if isinstance(value, list):
+                setattr(node, name, [item for item in value if not _says_only(item)])
+    return tree
+
+
+def _says_only(node: Any) -> bool:
+    match node:
+        case ast.Expr(value=ast.Constant(value=str())):
+            return True
+        case ast.ImportFrom(module=str(module)):
+            return module.partition(".")[0] in ("pipeline", "data_prep", "slurm", "__future__")
+    return False
 
 
 def introduced(own: Mapping[str, Any], group: Group, device: torch.device) -> list[dict[str, Any]]:
@@ -95,9 +122,9 @@ class Peers:
     Raises EnvironmentFault when they do not. ``own`` is this rank's introduction.
     """
 
-    def __init__(self, job: Job, group: Group, device: torch.device, config: Mapping[str, Any]):
+    def __init__(self, job: Job, group: Group, device: torch.device, config: Mapping[str, Any], task: str):
         self.job, self.group = job, group
-        self.own = introduction(config, job.threads, device)
+        self.own = introduction(config, job.threads, device, task)
         ranks = introduced(self.own, group, device)
         self.hosts = [str(record["host"]) for record in ranks]
         self.mixed = job.run.exists and bool(job.run.settings.get("allow_mixed"))

@@ -93,7 +93,7 @@ class TrainingState:
 
     def load_weights(self, found: checkpoint.Checkpoint) -> None:
         """Take over the weights alone, of this training or of the phase before."""
-        checkpoint.check_identity({"model": found.model}, {"model": self.model.config.to_dict()})
+        checkpoint.check_identity({"model": found.model}, {"model": self.model.config})
         self.model.load_state_dict({key: torch.from_numpy(value) for key, value in found.weights.items()})
 
     @staticmethod

@@ -85,7 +85,10 @@ class Task(Protocol):
         """What `evaluate` found, in a line for people."""
 
     def identity(self) -> Mapping[str, Any]:
-        """What must be equal for a checkpoint to be gone on from, beside what the engine itself adds."""
+        """What must be equal for a checkpoint to be gone on from, beside what the engine itself adds.
+
+        Configurations are put in as they are, so that their `science` is compared field by field, defaults absent.
+        """
 
     def finish(self, model: Model, ranks: Ranks) -> Mapping[str, Any]:
         """Called by all ranks after the last step; returns the stage's result beside step and checkpoint."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,9 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from data_prep.wordpiece import Encoder
 from pipeline.bert.config import BertConfig
 from pipeline.bert.heads import BertForQuestionAnswering, BertForSequenceClassification, Model
+from pipeline.bert.tokenizer import Tokenizer
 from pipeline.config import FinetuneConfig
 from pipeline.engine.ranks import Ranks
 from pipeline.finetune import glue, squad
@@ -27,15 +26,6 @@ from pipeline.finetune.squad_metric import score
 Outputs = Any  # what the model's forward returns
 Logits = NDArray[np.float32]
 Ints = NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class Tokenizer:
-    """The tokenizer of a model folder."""
-
-    encoder: Encoder
-    lowercase: bool
-    strip_accents: bool
 
 
 class Problem(Protocol):

@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch import Tensor
 from data_prep.errors import DataError
 from data_prep.publish import file_sha256, publish_json
 from pipeline.batch import BatchPlan
+from pipeline.bert.folder import ModelFolder
 from pipeline.bert.heads import Model
 from pipeline.bert.packing import Batch, arrangement, layout
 from pipeline.config import FinetuneConfig, OptimizerConfig, science
@@ -30,7 +31,6 @@ from pipeline.engine.precision import autocast_for
 from pipeline.engine.ranks import Ranks
 from pipeline.engine.task import MicroBatch, Settings
 from pipeline.errors import ConfigError
-from pipeline.finetune.model_folder import ModelFolder
 from pipeline.finetune.options import MODES, SQUAD
 from pipeline.finetune.predict import predict
 from pipeline.finetune.problems import Problem, problem_of
@@ -161,7 +161,9 @@ class Finetuning:
         self.samples = self._read_train() if files.train is not None and "train" in modes else None
         self.evaluations = self._read_evaluations()
         settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in NO_SETTINGS}
-        self.facts |= settings
+        self.facts |= {**settings, "notes": list(filter(None, self._notes()))}
+        for line in self.facts["notes"]:
+            job.say(line)
         self.steps_in_epoch = math.ceil(len(self.samples or ()) / config.batch)
         steps = config.epochs * self.steps_in_epoch
         self.settings = Settings(
@@ -203,6 +205,14 @@ class Finetuning:
             evaluations[name] = problem, samples
             self.facts |= {ending(key, name): count for key, count in counts.items()}
         return evaluations
+
+    def _notes(self) -> Iterator[str]:
+        """What people should know of the files' text."""
+        read = {self.files.evaluations[name]: samples for name, (_, samples) in self.evaluations.items()}
+        if self.files.train is not None and self.samples is not None:
+            read[self.files.train] = self.samples
+        for path, samples in read.items():
+            yield self.source.tokenizer.unknown_note(str(path), samples.tokens)
 
     # ---------------------------------------------------------------- where it begins
 
@@ -278,7 +288,7 @@ class Finetuning:
         scores = self.predict(model, ranks)
         if ranks.rank == 0:
             shutil.rmtree(self.job.out / "model", ignore_errors=True)  # of a start that came no further
-            self.source.save(model, self.job.out / "model", self.problem, self._card(scores))
+            self.source.save(model, self.job.out / "model", self.problem.labels, self._card(scores))
             self._publish(
                 {**record_of_seed(self.seed, scores, self.problem.metric), "steps": self.settings.steps}, scores
             )

@@ -43,18 +43,19 @@ def corpora_of(recipe: Recipe) -> list[str]:
 
 
 def estimated_bytes(recipe: Recipe, data_dir: Path) -> int:
-    """Rough need: clean text twice (documents, shards), samples of both lengths, three checkpoints a phase."""
+    """Rough need: clean text twice (documents, shards), samples of each length, three checkpoints a phase."""
     grows = {".bz2": 2.5, ".gz": 2.0, ".xml": 0.6}  # compressed or marked-up bytes to bytes of clean text
     text = sum(
         size_of(data_dir / name) * grows.get(Path(name).suffix, 1.0)
         for name in (*recipe.data.wikipedia, *recipe.data.books, *recipe.data.jsonl)
     )
-    samples = 2 * recipe.data.dupe_factor * text / 4.4 * 2.2  # characters per token, bytes per token
+    lengths = {phase.seq_len for phase in recipe.phases.values()}
+    samples = len(lengths) * recipe.data.dupe_factor * text / 4.4 * 2.2  # characters per token, bytes per token
     model = recipe.model
     parameters = recipe.data.vocab_size * model.hidden_size + model.num_hidden_layers * (
         4 * model.hidden_size**2 + 2 * model.hidden_size * model.intermediate_size
     )
-    return int(2 * text + samples + (recipe.train.keep_checkpoints + 1) * 2 * 12 * parameters)
+    return int(2 * text + samples + (recipe.train.keep_checkpoints + 1) * len(recipe.phases) * 12 * parameters)
 
 
 def size_of(path: Path) -> int:

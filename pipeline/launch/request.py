@@ -42,6 +42,7 @@ class Request:
     code: str
     settings: tuple[str, ...] = ()
     stages: tuple[str, ...] = ()
+    remake: tuple[str, ...] = ()
     max_gpu_hours: float = 0.0
     allow_mixed: bool = False
     split: bool = False
@@ -98,6 +99,7 @@ def of(words: Sequence[str]) -> Request:
         code=code.digest() if given.upgrade else code.of_run(stored),
         settings=tuple(given.settings),
         stages=tuple(given.stages.split(",")) if given.stages else (),
+        remake=tuple(given.remake.split(",")) if given.remake else (),
         **{name: getattr(given, name) for name in (*SWITCHES, "write_scripts", "max_gpu_hours", "allow_mixed")},
     )
 
@@ -130,6 +132,8 @@ def parser() -> argparse.ArgumentParser:
     add("--nodes", "-N", help=nodes_help)
     add("--processes", type=int, help="local runner: ranks in training and data workers")
     add("--stages", help="run only these, separated by commas")
+    remake_help = "make these again with all that follows, though they are done; what is there goes to RUN/old"
+    add("--remake", metavar="STAGES", help=remake_help)
     set_help = "change a recipe value, such as phase1.steps=100"
     add("--set", action="append", default=[], metavar="KEY=VALUE", dest="settings", help=set_help)
     add = options.add_argument_group("Slurm").add_argument
@@ -172,22 +176,22 @@ def choose_micro_batches(
     recipe: Recipe, profile: Profile, ranks: int, stored: Mapping[str, Any], settings: Sequence[str]
 ) -> Recipe:
     """The recipe with each phase's micro_batch fixed: chosen when the run is created, kept afterwards."""
-    for name in ("phase1", "phase2"):
-        phase = getattr(recipe, name)
+    phases = {}
+    for name, phase in recipe.phases.items():
         kept = (stored.get("recipe", {}).get(name) or {}).get("micro_batch")
         if kept and not any(s.startswith(f"{name}.micro_batch=") for s in settings):
             chosen = min(kept, phase.global_batch)
         else:
             limit = micro_batch_limit(recipe, profile, name)
             chosen = batch.plan(phase.global_batch, limit, ranks).micro_batch
-        recipe = dataclasses.replace(recipe, **{name: dataclasses.replace(phase, micro_batch=chosen)})
-    return recipe
+        phases[name] = dataclasses.replace(phase, micro_batch=chosen)
+    return dataclasses.replace(recipe, phases=phases)
 
 
 def micro_batch_limit(recipe: Recipe, profile: Profile, phase_name: str) -> int:
     """The recipe's micro_batch limited by the profile's; ConfigError when neither names one."""
     key = f"{recipe.name}.{phase_name}.{recipe.train.precision}"
-    given = [value for value in (getattr(recipe, phase_name).micro_batch, profile.micro_batch.get(key)) if value]
+    given = [value for value in (recipe.phases[phase_name].micro_batch, profile.micro_batch.get(key)) if value]
     if not given:
         raise ConfigError(
             f"no micro_batch for {key}: cluster profile {profile.name!r} has no such key in "

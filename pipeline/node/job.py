@@ -24,6 +24,7 @@ class Topology:
     world_size: int
     local_rank: int
     launch: str  # the same for all ranks of one start, different for every start
+    place: Mapping[str, str | int] = field(default_factory=dict)  # job_id, restart and step of a start by Slurm
 
     @classmethod
     def of(cls, environment: Mapping[str, str]) -> Topology:
@@ -37,9 +38,13 @@ class Topology:
                 break
         else:
             rank, world_size, local_rank = 0, 1, 0
-        slurm = [environment.get(f"SLURM_{part}", "") for part in ("JOB_ID", "RESTART_COUNT", "STEP_ID")]
-        default = "-".join(slurm) if slurm[0] else f"{socket.gethostname()}-{os.getpid()}"
-        return cls(rank, world_size, local_rank, environment.get("PIPELINE_LAUNCH", default))
+        if "PIPELINE_LAUNCH" in environment:
+            return cls(rank, world_size, local_rank, environment["PIPELINE_LAUNCH"])
+        job, restart, step = (environment.get(f"SLURM_{part}", "") for part in ("JOB_ID", "RESTART_COUNT", "STEP_ID"))
+        if not job:
+            return cls(rank, world_size, local_rank, f"{socket.gethostname()}-{os.getpid()}")
+        place: dict[str, str | int] = {"job_id": job, "restart": int(restart or 0), "step": step}
+        return cls(rank, world_size, local_rank, f"{job}-{restart}-{step}", place)
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ import signal
 import time
 from dataclasses import dataclass
 from types import FrameType
+from typing import Literal
 
-from pipeline.errors import StoppedCleanly
+from pipeline.errors import Cause, StoppedCleanly
 
 RESERVE_S = 30.0  # before the deadline: leaving, and what cannot be measured
 EARLY_S = 60.0  # Slurm's warning signals may come so much too early (sbatch(1), --signal)
@@ -19,7 +20,9 @@ class StopRequest:
     """Set by a signal, or by a time limit that comes near; read at step boundaries."""
 
     reason: str | None = None
+    cause: Cause | None = None
     deadline: float | None = None  # when Slurm ends this job, in seconds since 1970
+    limit: Literal["time_limit", "gpu_hours"] = "time_limit"  # what ends it then
     warning_s: float = 0.0  # Slurm sends a signal so long before
     longest_step_s: float = 0.0
 
@@ -29,7 +32,9 @@ class StopRequest:
         def note(number: int, frame: FrameType | None) -> None:
             name = signal.Signals(number).name
             warned = self.deadline is not None and time.time() > self.deadline - self.warning_s - EARLY_S
-            self.reason = self.reason or (f"{name}, {self._left()}" if warned else name)
+            if self.reason is None:
+                self.reason = f"{name}, {self._left()}" if warned else name
+                self.cause = self.limit if warned else "signal"
 
         for number in STOP_SIGNALS:
             signal.signal(number, note)
@@ -39,7 +44,7 @@ class StopRequest:
         self.longest_step_s = max(self.longest_step_s, step_s)
         needed_s = 2 * save_s + self.longest_step_s + RESERVE_S
         if self.reason is None and self.deadline is not None and time.time() > self.deadline - needed_s:
-            self.reason = self._left()
+            self.reason, self.cause = self._left(), self.limit
 
     def _left(self) -> str:
         left_s = max(0.0, (self.deadline or 0.0) - time.time())

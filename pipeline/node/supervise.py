@@ -20,7 +20,7 @@ from types import FrameType
 from typing import Any, BinaryIO, NoReturn
 
 from data_prep.fanout import die_with_parent
-from pipeline.errors import exit_code_of
+from pipeline.errors import Cause, exit_code_of
 from pipeline.monitor.sampler import Sampler
 from pipeline.node.job import Job
 from pipeline.node.preempt import STOP_SIGNALS
@@ -150,7 +150,7 @@ class Watch:
         if number == signal.SIGABRT and beat.where == "waiting":
             time.sleep(NCCL_S)  # the rank that is to blame says so first
             what = "lost its peers: NCCL ended it (SIGABRT) while it waited for them"
-        self._decide(76, f"rank {self.job.rank} on {self.host} {what} after step {beat.step}")
+        self._decide(76, f"rank {self.job.rank} on {self.host} {what} after step {beat.step}", "peer")
 
     def _look(self, now: float, resumed: float) -> None:
         beat = self.job.heartbeat.read()
@@ -176,7 +176,7 @@ class Watch:
             f"rank {self.job.rank} on {self.host} hung: no sign of life for {still_s:.0f} s while {where}, after step "
             f"{step}; the stacks of all ranks are in attempts/{self.job.attempt.path.name}/stacks.txt"
         )
-        self._decide(76, line)
+        self._decide(76, line, "hang")
         self.leave_by = now + PEERS_DUMP_S
 
     def _stop_for_gpu(self, now: float) -> None:
@@ -184,7 +184,7 @@ class Watch:
         facts = self.unfit[0]
         line = f"{facts['line']}; {self.job.stage} stops here and goes on without {self.host}"
         self.job.run.event("gpu_health", **facts)
-        self._decide(77, line, bad_nodes=[self.host])
+        self._decide(77, line, "gpu", bad_nodes=[self.host])
         os.kill(self.pid, signal.SIGUSR2)
         self.leave_by = now + LEAVE_S
 
@@ -197,9 +197,9 @@ class Watch:
             self._keep_stacks()
         self.leave_by = now + (PEERS_DUMP_S if where == "starting" else LEAVE_S)  # nothing to save before a step
 
-    def _decide(self, code: int, line: str, bad_nodes: list[str] | None = None) -> None:
+    def _decide(self, code: int, line: str, cause: Cause, bad_nodes: list[str] | None = None) -> None:
         self.code = code
-        if self.job.attempt.write_verdict(code, line, self.job.rank):
+        if self.job.attempt.write_verdict(code, line, self.job.rank, cause):
             print(line, file=sys.stderr, flush=True)
         verdict.give(code, bad_nodes or [])
 

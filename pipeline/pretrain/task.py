@@ -19,7 +19,7 @@ from pipeline.bert.config import BertConfig, padded_vocab
 from pipeline.bert.heads import BertForPreTraining, initialised, pretraining_loss_sums
 from pipeline.bert.packing import Arrangement, Batch, arrangement, layout
 from pipeline.bert.weights import load_start
-from pipeline.config import ModelConfig, OptimizerConfig, PhaseConfig, TrainConfig, science
+from pipeline.config import ModelConfig, OptimizerConfig, PhaseConfig, TrainConfig
 from pipeline.engine import checkpoint
 from pipeline.engine.checkpoint_folder import MANIFEST
 from pipeline.engine.loop import train as train_task
@@ -112,7 +112,7 @@ class Pretraining:
             return initialised(bert, torch.Generator().manual_seed(self.settings.seed))
         if (self.start / MANIFEST).exists():
             origin, before = self.start.parent.parent.parent.name, checkpoint.read(self.start, tensors=("weights",))
-            checkpoint.check_identity({"model": before.model}, {"model": self.config.to_dict()})
+            checkpoint.check_identity({"model": before.model}, {"model": self.config})
             weights = {name: torch.from_numpy(values) for name, values in before.weights.items()}
         else:
             origin, weights = self.start.name, load_start(self.start, self.config, self.vocab)
@@ -122,8 +122,7 @@ class Pretraining:
 
     def identity(self) -> Mapping[str, Any]:
         """The data by its hashes, and the science of the configuration."""
-        science_of = {name: science(part) for name, part in self.science.items()}
-        return {"data": self.data.manifest.sha256, "vocab": self.data.manifest.vocab_sha256, **science_of}
+        return {"data": self.data.manifest.sha256, "vocab": self.data.manifest.vocab_sha256, **self.science}
 
     # ---------------------------------------------------------------- a batch
 

@@ -20,8 +20,6 @@ from pipeline.stages import TASKS
 from pipeline.words import is_number
 from slurm.profile import Profile
 
-PHASES = ("phase1", "phase2")
-
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
@@ -59,7 +57,7 @@ def gather(run: RunDir, *, held: bool) -> Facts:
     done = {row["name"]: run.stage(row["name"]) for row in rows if row["state"] == "done"}
     results = {name: (folder.done or {}).get("result") for name, folder in done.items()}
     scores = {name: read_json(done[name].path / "scores.json") or {} for name in TASKS if name in done}
-    phases = [Phase.read(name, getattr(recipe, name), run.stage(name)) for name in PHASES if name in names]
+    phases = [Phase.read(name, phase, run.stage(name)) for name, phase in recipe.phases.items()]
     throughput = {phase.name: phase.median("sequences_per_s") for phase in phases}
     throughput |= {name: median_rate(run, name) for name in TASKS if name in done}
     events, live = events_of(run), [row["name"] for row in rows if row["state"] == "running"]

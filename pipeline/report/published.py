@@ -62,12 +62,11 @@ def step_seconds(recipe: Recipe, cluster: str, nodes: int) -> dict[str, float]:
     BERT-large on the machine of the cluster profile, in the recipe's precision, on exactly so many nodes.
     """
     found = {}
-    for name, (seq_len, _, _) in SCHEDULE.items():
-        phase = getattr(recipe, name)
+    for name, phase in recipe.phases.items():
         rows = _machine_rows(recipe, cluster, measured=name, nodes=str(nodes), gpus_per_node="8")
-        if rows and phase.seq_len == seq_len and _has_shape(recipe.model, LARGE):
+        if rows and phase.seq_len == SCHEDULE[name][0] and _has_shape(recipe.model, LARGE):
             found[name] = phase.global_batch / float(rows[-1]["value"])
-    return found if len(found) == len(SCHEDULE) else {}
+    return found if found.keys() == recipe.phases.keys() else {}
 
 
 def _has_shape(model: ModelConfig, shape: Mapping[str, int]) -> bool:
@@ -112,15 +111,17 @@ def _mean_and_deviation(measured: str, metric: str) -> str:
 
 
 def _loss(recipe: Recipe, measured: Measured) -> tuple[list[Row], list[str]]:
-    for name, (seq_len, global_batch, steps) in SCHEDULE.items():
-        phase = getattr(recipe, name)
+    if any(phase.start for phase in recipe.phases.values()):
+        return [], ["Training loss and time are not comparable: this run started from weights that others trained."]
+    if list(recipe.phases) != list(SCHEDULE):
+        names = " and ".join(recipe.phases)
+        return [], [f"Training loss and time are not comparable: this run has {names}, the published one two phases."]
+    for (name, phase), (seq_len, global_batch, steps) in zip(recipe.phases.items(), SCHEDULE.values(), strict=True):
         if (phase.seq_len, phase.global_batch, phase.steps) != (seq_len, global_batch, steps):
             return [], [
                 f"Training loss and time are not comparable: {name} ran {phase.steps} steps of {phase.global_batch:,} "
                 f"samples of length {phase.seq_len}, the published run {steps} of {global_batch:,} of length {seq_len}."
             ]
-    if recipe.phase1.start or recipe.phase2.start:
-        return [], ["Training loss and time are not comparable: this run started from weights that others trained."]
     if not is_number(measured.final_loss):
         return [], ["There is no final training loss yet to put beside the published one."]
     (best,) = _select(metric="final_loss", statistic="best of 5 seeds")
@@ -155,10 +156,11 @@ def _throughput(recipe: Recipe, measured: Measured) -> tuple[list[Row], list[str
     precision = PRECISIONS.get(recipe.train.precision, recipe.train.precision)
     rows, missing = [], []
     for name, value in measured.throughput.items():
-        nodes, gpus = (measured.nodes, "8") if name in SCHEDULE else (1, "1")  # a task is fine-tuned on one GPU
-        where = f"{nodes} × {machine}" if name in SCHEDULE else f"one GPU of a {machine}"
+        phase = recipe.phases.get(name)
+        nodes, gpus = (measured.nodes, "8") if phase else (1, "1")  # a task is fine-tuned on one GPU
+        where = f"{nodes} × {machine}" if phase else f"one GPU of a {machine}"
         found = _machine_rows(recipe, measured.cluster, measured=name, nodes=str(nodes), gpus_per_node=gpus)
-        if found:
+        if found and (phase is None or phase.seq_len == SCHEDULE[name][0]):
             shown = " and ".join(number(float(row["value"])) for row in found)
             rows.append((f"{name}, training sequences/s (median)", number(value), shown, f"{where}, {precision}"))
         else:

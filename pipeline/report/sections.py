@@ -12,6 +12,7 @@ from pipeline.report.facts import Facts
 from pipeline.report.page import Html, folded, join, note, section, table, tag
 from pipeline.report.published import Measured, compare, published
 from pipeline.report.scores import dataset, shown_scores
+from pipeline.strict_toml import table_of
 from pipeline.words import duration, is_number, number, percent, size, spoken
 
 
@@ -40,12 +41,11 @@ MADE = {
     "shard": (("train.sentences", "{} training sentences"), ("test.sentences", "{} held out")),
     "vocab": (("vocab_size", "{} entries"),),
     "samples": (("train.rows", "{} training samples"), ("test.rows", "{} held out")),
-    "phase1": (("samples", "{} samples"), ("eval_mlm_loss", "held-out MLM loss {}"), ("checkpoint", "{}")),
-    "phase2": (("samples", "{} samples"), ("eval_mlm_loss", "held-out MLM loss {}"), ("checkpoint", "{}")),
+    "phase": (("samples", "{} samples"), ("eval_mlm_loss", "held-out MLM loss {}"), ("checkpoint", "{}")),
     "export": (("parameters", "model of {} parameters"),),
     "inference": (("device", "measured on {}"),),
 }
-"""What the stage table says of a result: dotted keys and how their values are put."""
+"""What the stage table says of a result, by its name without number: dotted keys and how their values are put."""
 
 
 def made(facts: Facts, name: str) -> str:
@@ -53,7 +53,8 @@ def made(facts: Facts, name: str) -> str:
     if name in facts.scores:
         return f"{dataset(facts.scores[name])}: {shown_scores(facts.scores[name])}"
     result = facts.results.get(name, {})
-    words = [put.format(number(value)) for key, put in MADE.get(name.split("_")[0], ()) if (value := at(result, key))]
+    parts = MADE.get(name.rstrip("_0123456789"), ())
+    words = [put.format(number(value)) for key, put in parts if (value := at(result, key))]
     return ", ".join(words) or in_words(result)
 
 
@@ -93,6 +94,9 @@ def data_section(facts: Facts) -> Html:
         head = ("Text", "Documents", "Sentences", "Words", "Shards", "Size")
         said.append(table(head, rows, numeric=range(1, 6)))
     said.append(samples_table(facts))
+    notes = [result.get("notes") for result in facts.results.values()]
+    lines = [str(line) for each in notes if isinstance(each, list) for line in each]
+    said += map(note, dict.fromkeys(lines))  # the seeds of a task say the same
     return section("Data", *said)
 
 
@@ -256,7 +260,7 @@ def origin_section(facts: Facts) -> Html:
     if corpora:
         head_ = ("Name", "Size", "Files", "Digest")
         blocks.append(folded("Corpora and task data", table(head_, corpora, numeric=(1, 2))))
-    blocks.append(folded(f"Recipe {facts.recipe.name}", values_table(dataclasses.asdict(facts.recipe))))
+    blocks.append(folded(f"Recipe {facts.recipe.name}", values_table(table_of(facts.recipe))))
     blocks.append(folded(f"Cluster profile {facts.profile.name}", values_table(dataclasses.asdict(facts.profile))))
     return section("Where it comes from", *map(note, code_changes(facts)), *blocks)
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.config import Recipe, restore, science
+from pipeline.config import Recipe, restore
 from pipeline.errors import ConfigError
 from pipeline.run.rundir import RunDir
 from pipeline.stage import Stage, fingerprints
@@ -33,7 +33,8 @@ class Chain:
     def planned(cls, run: RunDir, recipe: Recipe, corpora: Mapping[str, Any]) -> Chain:
         """The chain of a recipe, whether or not the run exists yet."""
         stages = table(recipe)
-        return cls(run, stages, fingerprints(stages, corpora), corpora)
+        records = {name: [r for r in (run.stage(name).begun, run.stage(name).done) if r] for name in stages}
+        return cls(run, stages, fingerprints(stages, corpora, records), corpora)
 
     def is_done(self, name: str) -> bool:
         """Whether the stage's done mark carries the current fingerprint."""
@@ -46,37 +47,45 @@ class Chain:
 
     def record(self, name: str) -> dict[str, Any]:
         """What a stage's folder says about its making: compared later to tell what changed."""
-        stage = self.stages[name]
-        return {
-            "stage": name,
-            "fingerprint": self.prints[name],
-            "config": science(dict(stage.config)),
-            "corpora": {key: self.corpora.get(key) for key in stage.corpora},
-            "needs": {need: self.prints[need] for need in stage.needs},
-        }
+        return {**self.stages[name].record(self.prints, self.corpora), "fingerprint": self.prints[name]}
 
-    def todo(self) -> dict[str, str]:
-        """Stages to run, in order, each with the reason in words."""
+    def older(self) -> list[str]:
+        """The finished stages that an older version of their work has made; they stay done."""
+        finished = [name for name, stage in self.stages.items() if not stage.always and self.is_done(name)]
+        made_by = {name: (self.run.stage(name).done or {}).get("version", 1) for name in finished}
+        return [name for name, version in made_by.items() if version < self.stages[name].version]
+
+    def with_followers(self, names: Iterable[str]) -> list[str]:
+        """``names`` and all stages that need one of them, in order, but for those that follow any change anyway."""
+        chosen = list(self._known(names, "--remake"))
+        for name, stage in self.stages.items():
+            if name not in chosen and not stage.always and set(stage.needs).intersection(chosen):
+                chosen.append(name)
+        return [name for name in self.stages if name in chosen]
+
+    def todo(self, remake: Collection[str] = ()) -> dict[str, str]:
+        """Stages to run, in order, each with the reason in words; those of ``remake`` though they are done."""
         reasons: dict[str, str] = {}
         for name, stage in self.stages.items():
-            if stage.always:
+            if name in remake:
+                reasons[name] = "made again"
+            elif stage.always:
                 if reasons or not self.is_done(name) or self._older_than_a_need(name):
                     reasons[name] = "a stage changed" if self.is_done(name) else "not done yet"
             elif not self.is_current(name):
-                reasons[name] = self._what_changed(name)
+                before = self.run.stage(name).begun or {}
+                changes = self.stages[name].changes(before, self.prints, self.corpora)
+                reasons[name] = "; ".join(changes) or "its definition changed"
             elif not self.is_done(name):
                 reasons[name] = "continues" if self.run.stage(name).attempts else "not done yet"
         return reasons
 
-    def select(self, names: Iterable[str]) -> dict[str, str]:
+    def select(self, names: Iterable[str], remake: Collection[str] = ()) -> dict[str, str]:
         """The part of ``todo`` that ``--stages`` names; ConfigError when a need is neither done nor in it."""
-        wanted = list(names)
-        for name in wanted:
-            if name not in self.stages:
-                raise ConfigError(f"--stages: no stage {name!r}; the stages are {', '.join(self.stages)}")
-        reasons = {name: why for name, why in self.todo().items() if name in wanted}
+        wanted, todo = list(self._known(names, "--stages")), self.todo(remake)
+        reasons = {name: why for name, why in todo.items() if name in wanted}
         for name in reasons:
-            missing = [n for n in self.stages[name].needs if n not in wanted and not self.is_done(n)]
+            missing = [need for need in self.stages[name].needs if need not in wanted and need in todo]
             if missing and not self.stages[name].always:
                 raise ConfigError(
                     f"--stages: {name} needs {', '.join(missing)}, which is neither done nor named; "
@@ -84,32 +93,12 @@ class Chain:
                 )
         return reasons
 
+    def _known(self, names: Iterable[str], option: str) -> Iterator[str]:
+        for name in names:
+            if name not in self.stages:
+                raise ConfigError(f"{option}: no stage {name!r}; the stages are {', '.join(self.stages)}")
+            yield name
+
     def _older_than_a_need(self, name: str) -> bool:
         mine = (self.run.stage(name).done or {}).get("finished", 0)
         return any((self.run.stage(n).done or {}).get("finished", 0) > mine for n in self.stages[name].needs)
-
-    def _what_changed(self, name: str) -> str:
-        before, now = self.run.stage(name).begun or {}, self.record(name)
-        changes = [*_differences(before.get("config", {}), now["config"])]
-        changes += [
-            f"file {key} changed"
-            for key, value in now["corpora"].items()
-            if before.get("corpora", {}).get(key) != value
-        ]
-        changes += [
-            f"its need {key} changed"
-            for key, value in now["needs"].items()
-            if before.get("needs", {}).get(key) != value
-        ]
-        return "; ".join(changes) or "its definition changed"
-
-
-def _differences(before: Any, now: Any, where: str = "") -> list[str]:
-    if isinstance(before, dict) and isinstance(now, dict):
-        keys = dict.fromkeys([*before, *now])
-        return [
-            line
-            for key in keys
-            for line in _differences(before.get(key), now.get(key), f"{where}.{key}" if where else key)
-        ]
-    return [] if before == now else [f"{where} was {before}, is {now}"]

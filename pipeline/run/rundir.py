@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.publish import publish_json
-from pipeline.errors import ConfigError, InUseError
+from pipeline.errors import CAUSES, Cause, ConfigError, InUseError
 from pipeline.words import is_number
 
 BEGINNING_S = 30.0  # a stage's folder is begun in milliseconds
@@ -79,8 +79,16 @@ class Attempt:
         return read_json(self.path / "owner.json") or {}
 
     @property
+    def job_id(self) -> str:
+        """The Slurm job that made this attempt; of the local runner something that is no job's."""
+        owner = self.owner
+        return str(owner["job_id"] if "job_id" in owner else owner.get("launch", "")).partition("-")[0]  # 0.1.0: launch
+
+    @property
     def verdict(self) -> dict[str, Any] | None:
-        return read_json(self.path / "verdict.json")
+        """``code``, ``cause``, ``line``, ``rank``, ``host``, ``time``; None while nobody has judged."""
+        record = read_json(self.path / "verdict.json")
+        return None if record is None else {"cause": CAUSES.get(record.get("code", 1), "defect"), **record}
 
     @property
     def log(self) -> Path:
@@ -115,12 +123,14 @@ class Attempt:
         ended = (self.verdict or {}).get("time")
         return began, max([began, *logged[-1:], *([ended] if is_number(ended) else [])])
 
-    def write_verdict(self, code: int, line: str, rank: int) -> bool:
+    def write_verdict(self, code: int, line: str, rank: int, cause: Cause | None = None) -> bool:
         """Write the attempt's verdict; False when a rank that failed earlier has done so.
 
         On a disk that takes nothing the verdict is the process's exit code alone.
         """
-        record = {"code": code, "line": line, "rank": rank, "host": socket.gethostname(), "time": time.time()}
+        cause = cause or CAUSES.get(code, "defect")
+        record: dict[str, Any] = {"code": code, "cause": cause, "line": line, "rank": rank}
+        record |= {"host": socket.gethostname(), "time": time.time()}
         try:
             descriptor = os.open(self.path / "verdict.json", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         except FileExistsError:
@@ -182,8 +192,11 @@ class StageDir:
         names = os.listdir(folder) if folder.is_dir() else []
         return [Attempt(folder / name) for name in sorted(names) if name.isdigit()]
 
-    def new_attempt(self, launch: str) -> Attempt:
-        """Take the next attempt number by creating its folder, which only one process can."""
+    def new_attempt(self, launch: str, **place: str | int) -> Attempt:
+        """Take the next attempt number by creating its folder, which only one process can.
+
+        ``place``: ``job_id``, ``restart`` and ``step`` of a start by Slurm, for ``owner.json``.
+        """
         folder = self.path / "attempts"
         folder.mkdir(parents=True, exist_ok=True)
         number = self.attempts[-1].number + 1 if self.attempts else 1
@@ -196,7 +209,7 @@ class StageDir:
                 continue
             publish_json(
                 attempt.path / "owner.json",
-                {"launch": launch, "host": socket.gethostname(), "pid": os.getpid(), "time": time.time()},
+                {"launch": launch, **place, "host": socket.gethostname(), "pid": os.getpid(), "time": time.time()},
             )
             return attempt
 

@@ -189,7 +189,7 @@ class Look:
         if not verdict:
             if not attempts or (self.chain.stages[self.name].always and self.chain.is_done(self.name)):
                 return "nothing"
-            others = job is not None and (job.state != "RUNNING" or job_id(attempts[-1]) != job.id)
+            others = job is not None and (job.state != "RUNNING" or attempts[-1].job_id != job.id)
             return "nothing" if others else "open"
         if holder == "runner" and verdict.get("time", 0.0) <= self.chain.run.held_since:
             return "nothing"  # before this runner began
@@ -231,7 +231,7 @@ def progress(chain: Chain, name: str, attempts: Sequence[Attempt]) -> dict[str, 
             row["eta_s"] = statistics.median(times) * (phase.steps - row["step"])
             words.append(f"ETA {in_short(row['eta_s'])}")
     if before:
-        words.append(history(before, job_id(attempt)))
+        words.append(history(before, attempt.job_id))
         words.append(f"resumed at step {attempt.resumed_from}" if attempt.resumed_from else f"attempt {attempt.number}")
     return {**row, "reason": ", ".join(words)}
 
@@ -243,15 +243,11 @@ def history(attempts: Sequence[Attempt], job: str) -> str:
     """
     counts: dict[str, int] = {}
     for attempt in attempts:
-        ended = attempt.verdict or {"code": None, "line": ""}
-        asked = "out of time" if "used up" in ended["line"] else "preempted" if job_id(attempt) == job else "stopped"
+        ended = attempt.verdict or {"code": None, "cause": None}
+        out_of = {"time_limit": "out of time", "gpu_hours": "out of GPU-hours"}
+        asked = out_of.get(ended["cause"], "preempted" if attempt.job_id == job else "stopped")
         words = {75: asked, 76: "lost a rank", 77: "met a bad node", 130: "interrupted", None: "killed"}
         word = words.get(ended["code"], f"failed with code {ended['code']}")
         counts[word] = counts.get(word, 0) + 1
     often = {1: "", 2: " twice"}
     return ", ".join(f"{word}{often.get(count, f' {count} times')}" for word, count in counts.items())
-
-
-def job_id(attempt: Attempt) -> str:
-    """The Slurm job that made an attempt; for the local runner nothing that is the id of a job."""
-    return str(attempt.owner.get("launch", "")).partition("-")[0]

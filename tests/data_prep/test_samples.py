@@ -111,9 +111,29 @@ def test_samples_decode_to_the_text(made: tuple[Path, Path, Path, dict[str, Any]
             assert seen == set(range(60)) - {3}
 
 
+def test_text_that_the_vocabulary_hardly_knows_is_told_before_training(tmp_path: Path) -> None:
+    text, vocab = text_folder(tmp_path / "text"), tmp_path / "vocab.txt"
+    said: list[str] = []
+    job = FolderJob(tmp_path / "out")
+    job.say = said.append  # type: ignore[method-assign]
+    vocab.write_text("\n".join([*SPECIAL.values(), *WORDS[4:], "."]) + "\n")  # without four of the words
+    facts = samples.run(job, shards=text, vocab=vocab, **SETTINGS)
+    train = facts["train"]
+    share = train["unknown_tokens"] / train["text_tokens"]
+    assert share > 0.01
+    assert facts["notes"][0].startswith(
+        f"train text: {train['unknown_tokens']} of {train['text_tokens']} tokens ({share:.1%}) are [UNK]"
+    )
+    assert [line for line in said if "[UNK]" in line] == facts["notes"]
+    vocab.write_text("\n".join([*SPECIAL.values(), *(word.title() for word in WORDS)]) + "\n")
+    with pytest.raises(DataError, match=f"vocab.txt: {len(WORDS)} of {len(WORDS)} words have capitals"):
+        samples.run(job, shards=text, vocab=vocab, **SETTINGS)
+
+
 def test_the_manifest_counts_everything(made: tuple[Path, Path, Path, dict[str, Any]]) -> None:
     text, vocab, out, facts = made
     manifest = read_manifest(out)
+    assert facts["notes"] == []
     assert sorted(path.name for path in out.iterdir()) == [
         "manifest.json",
         "test-00000.hdf5",

@@ -103,8 +103,8 @@ def test_transformers_finds_the_same_held_out_loss(demo):
     """The exported model, loaded and computed by transformers on padded rows, knows the context that we report."""
     recipe = load_recipe("tiny")
     folder = demo / "stages" / "samples_128"
-    train = PretrainingData(folder, "train", recipe.phase1, recipe.train)
-    test = PretrainingData(folder, "test", recipe.phase1, dataclasses.replace(recipe.train, masking="static"))
+    train = PretrainingData(folder, "train", recipe.phases["phase1"], recipe.train)
+    test = PretrainingData(folder, "test", recipe.phases["phase1"], dataclasses.replace(recipe.train, masking="static"))
     batches = heldout(test, 256, 32)
     model = transformers.BertForPreTraining.from_pretrained(demo / "model").eval()
     losses = []

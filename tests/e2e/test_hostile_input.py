@@ -92,7 +92,7 @@ def samples(small_run: Path, tmp_path: Path) -> Path:
 
 def open_samples(folder: Path) -> PretrainingData:
     recipe = load_recipe(str(SMALL))
-    return PretrainingData(folder, "train", recipe.phase1, recipe.train)
+    return PretrainingData(folder, "train", recipe.phases["phase1"], recipe.train)
 
 
 @pytest.mark.parametrize("kind", SHARDS)

@@ -212,7 +212,7 @@ def test_each_value_makes_exactly_its_dependants_stale(key: str, vocab: str | No
     recipe = replace(recipe, data=replace(recipe.data, vocab=vocab))
     new: Any = {"language": "de", "lowercase": False, "strip_accents": False}[key]
     changed = replace(recipe, data=replace(recipe.data, **{key: new}))
-    before, after = (fingerprints(table(given), {}) for given in (recipe, changed))
+    before, after = (fingerprints(table(given), {}, {}) for given in (recipe, changed))
     assert {name for name in after if before[name] == after[name]} == UNTOUCHED[key]
 
 

@@ -18,8 +18,9 @@ import pytest
 import torch
 
 from pipeline.bert.config import BertConfig
+from pipeline.bert.folder import load_hugging_face
 from pipeline.bert.heads import BertForPreTraining
-from pipeline.bert.weights import load_hugging_face, load_nvidia
+from pipeline.bert.weights import load_nvidia
 from pipeline.engine.checkpoint_folder import read
 from pipeline.errors import CheckpointError
 from pipeline.export import read_source

@@ -126,7 +126,7 @@ def begun_again(run: Path, base: Path, samples: Path, difference: Difference) ->
     if difference.outcome == REFUSED:
         assert code == CheckpointError.exit_code, f"{key}: exit code {code}: {said[-400:]}"
         assert len(naming) == 1, f"{key} is not named once: {said[-400:]}"
-        assert " → " in naming[0], f"{key}: {naming[0]}"
+        assert " was " in naming[0], f"{key}: {naming[0]}"
         assert {path: path.read_bytes() for path in before} == before, f"{key}: the checkpoints were touched"
         return
     assert code == 0, f"{key}: exit code {code}: {said[-400:]}"

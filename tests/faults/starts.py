@@ -17,6 +17,7 @@ from faults import training, zygote
 from pipeline.config import DataConfig, Recipe, load_profile
 from pipeline.run.chain import Chain
 from pipeline.run.rundir import RunDir
+from pipeline.strict_toml import table_of
 
 LANES = 3  # at once: more than this machine's cores, because a start also waits for disk and peers
 SAMPLES = f"samples_{training.SEQ_LEN}"
@@ -35,11 +36,10 @@ def begun(run: Path, **changes: Any) -> RunDir:
         data=DataConfig(jsonl=("none.jsonl",), vocab="vocab.txt"),
         train=train,
         optimizer=optimizer,
-        phase1=phase,
-        phase2=phase,
+        phases={"phase1": phase},
     )
     profile = load_profile("local")
-    settings = {"recipe": dataclasses.asdict(recipe), "profile": dataclasses.asdict(profile)}
+    settings = {"recipe": table_of(recipe), "profile": dataclasses.asdict(profile)}
     training.make_samples(run / "stages" / SAMPLES)
     (run / "vocab.txt").write_text("".join(f"[unused{number}]\n" for number in range(training.VOCAB)))
     (run / "run.json").write_text(json.dumps({**settings, "corpora": {}, "data_dir": "."}))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 
 import pytest
 from hypothesis import given
@@ -11,13 +12,17 @@ from hypothesis import strategies as st
 
 from pipeline.config import (
     RECIPES,
+    OptimizerConfig,
     Recipe,
+    differences,
     load_profile,
     load_recipe,
     restore,
     science,
 )
 from pipeline.errors import ConfigError
+from pipeline.stages import table
+from pipeline.strict_toml import table_of
 from slurm.profile import PROFILES
 
 TINY = (RECIPES / "tiny.toml").read_text(encoding="utf-8")
@@ -44,7 +49,7 @@ def test_every_profile_loads_under_its_own_name(path):
 
 def test_nvidias_two_phase_science():
     recipe = load_recipe("bert_large")
-    model, one, two = recipe.model, recipe.phase1, recipe.phase2
+    model, one, two = recipe.model, *recipe.phases.values()
     assert (model.hidden_size, model.num_hidden_layers, model.num_attention_heads) == (1024, 24, 16)
     assert (model.intermediate_size, model.hidden_act) == (4096, "tanh")
     assert (one.seq_len, one.max_predictions, one.global_batch, one.steps) == (128, 20, 65536, 7038)
@@ -81,6 +86,13 @@ MUTATIONS = [
     ("max_seq_len = 64", "max_seq_len = 4096", "exceeds", "sst2.max_seq_len"),
     ('dataset = "question and', 'datasets = "question and', "did you mean 'dataset'", "mrpc"),
     ("[model]", "[model", "not valid TOML", "my.toml"),
+    ("[phase2]", "[phase_2]", "did you mean 'phase", "phase_2"),
+    ("[phase2]", "[phase0]", "unknown key", "phase0"),
+    ('name = "tiny"', 'name = "tiny"\nphases = ["phase3"]', "no table [phase3]", "my.toml:4: phases"),
+    ('name = "tiny"', 'name = "tiny"\nphases = ["phase1", "phase1"]', "different tables", "phases"),
+    ('name = "tiny"', 'name = "tiny"\nphases = []', "at least one", "phases"),
+    ('name = "tiny"', 'name = "tiny"\nphases = "phase1"', "a list", "phases"),
+    ('name = "tiny"', 'name = "tiny"\nphase3 = 7', "expected a table", "phase3"),
 ]
 
 
@@ -107,7 +119,7 @@ def test_all_errors_at_once(tmp_path):
 
 
 def test_a_setting_beats_the_file_and_is_named_in_its_errors(tmp_path):
-    assert load_recipe("tiny", ["phase1.steps=7"]).phase1.steps == 7
+    assert load_recipe("tiny", ["phase1.steps=7"]).phases["phase1"].steps == 7
     assert load_recipe("tiny", ["optimizer.name=adamw"]).optimizer.name == "adamw"
     assert refusal(tmp_path, TINY, "phase1.steps=0") == ["--set phase1.steps = 0: must be at least 1"]
     assert "key=value" in refusal(tmp_path, TINY, "phase1.steps")[0]
@@ -130,7 +142,87 @@ def test_a_deeply_nested_file_is_refused_not_a_crash(tmp_path):
 @pytest.mark.parametrize("name", ["tiny", "bert_large"])
 def test_what_a_run_stores_restores_equal(name):
     recipe = load_recipe(name)
-    assert restore(Recipe, dataclasses.asdict(recipe), "run.json") == recipe
+    assert restore(Recipe, table_of(recipe), "run.json") == recipe
+
+
+def test_phases_are_taken_by_number_or_as_selected():
+    second = dataclasses.asdict(load_recipe("tiny").phases["phase2"])
+    third = [f"phase10.{key}={value}" for key, value in second.items() if value is not None]
+    assert list(load_recipe("tiny", third).phases) == ["phase1", "phase2", "phase10"]
+    for names in (["phase1"], ["phase2"], ["phase10", "phase1"]):
+        recipe = load_recipe("tiny", [*third, f"phases={names}"])
+        assert list(recipe.phases) == names
+        assert restore(Recipe, json.loads(json.dumps(table_of(recipe))), "run.json") == recipe
+        assert [name for name in table(recipe) if name.startswith("phase")] == names
+        assert table(recipe)["export"].inputs["checkpoint"] == f"{names[-1]}#checkpoint"
+
+
+def test_a_phase_that_starts_from_weights_of_its_own_leaves_out_those_before():
+    recipe = load_recipe("tiny", ["phase2.start=bert", "data.vocab=vocab.txt"])
+    assert list(recipe.phases) == ["phase2"]
+    assert "samples_128" not in table(recipe)
+    assert table(recipe)["phase2"].inputs["start"] == "data:bert"
+    first = load_recipe("tiny", ["phase1.start=bert", "data.vocab=vocab.txt"])
+    assert list(first.phases) == ["phase1", "phase2"]
+    assert table(first)["phase1"].inputs["start"] == "data:bert"
+    assert table(first)["phase2"].inputs["start"] == "phase1#checkpoint"
+
+
+def test_only_what_is_stored_may_hold_what_only_a_newer_version_knows(capsys):
+    recipe = load_recipe("tiny")
+    stored = {**table_of(recipe), "later": 1}
+    stored["train"] = {**stored["train"], "later": {"a": 1}}
+    for _ in range(2):
+        assert restore(Recipe, stored, "later/run.json") == recipe
+    assert (
+        capsys.readouterr().err == "later/run.json: later, train.later means nothing to this version and is left out\n"
+    )
+    for setting in ("later=2", "train.later=2", "train.later.a=2"):
+        with pytest.raises(ConfigError, match="unknown key"):
+            restore(Recipe, stored, "later/run.json", [setting])
+
+
+def spelled_out(value):
+    """The science as version 0.1.0 wrote it: every scientific field, also at its default."""
+    if not dataclasses.is_dataclass(value):
+        return value
+    kept = [f.name for f in dataclasses.fields(value) if f.metadata.get("science", True)]
+    return {name: spelled_out(getattr(value, name)) for name in kept}
+
+
+CHANGES = st.sampled_from(
+    [
+        {},
+        {"weight_decay": 0.5},
+        {"backend": "torch"},
+        {"betas": (0.9, 0.99)},
+        {"name": "adamw", "variant": "nvlamb"},
+        {"eps": 1e-6},
+    ]
+)
+
+
+@given(CHANGES, CHANGES, st.booleans())
+def test_absent_means_default_on_both_sides(before, now, spelled):
+    before, now = OptimizerConfig(**before), OptimizerConfig(**now)
+    written = spelled_out(before) if spelled else science(before)
+    written = json.loads(json.dumps({"optimizer": written}))
+    same = science(before) == science(now)
+    assert (differences(written, {"optimizer": now}) == []) == same
+    assert same == (dataclasses.replace(before, backend="auto") == dataclasses.replace(now, backend="auto"))
+
+
+def test_differences_name_every_key_with_both_values():
+    now = {"optimizer": OptimizerConfig(eps=1e-8), "task": "squad", "steps": 3}
+    assert differences({"optimizer": {"gone": 1}, "task": "mrpc"}, now, defaults={"steps": 3}) == [
+        "optimizer.gone was 1, is (absent)",
+        "optimizer.eps was 1e-06, is 1e-08",
+        "task was mrpc, is squad",
+    ]
+    assert differences({}, {"steps": 3}) == ["steps was (absent), is 3"]
+    assert (
+        differences({"optimizer": {"backend": "torch"}}, {"optimizer": OptimizerConfig()}) == []
+    )  # no science any more
 
 
 def test_only_scientific_fields_reach_the_fingerprint():

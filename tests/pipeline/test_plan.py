@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 
 from pipeline.config import load_profile, load_recipe
 from pipeline.plan import node_counts, rows
+from slurm.profile import PROFILES
 
 # NVIDIA's published strong-scaling table with its two misprints corrected:
 # nodes, rank batch, accumulation in FP16 and in TF32, for phase 1 and phase 2.
@@ -149,3 +151,22 @@ def test_impossible_rates_are_refused(words):
     assert done.returncode == 2
     assert words[0] in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_any_phase_has_its_rows_by_its_own_key_of_the_profile(tmp_path):
+    site = tmp_path / "site.toml"
+    profile = (PROFILES / "dgx_a100_80g.toml").read_text()
+    site.write_text(profile.replace("[micro_batch]", '[micro_batch]\n"bert_large.phase3.fp16" = 8'))
+    second = dataclasses.asdict(load_recipe("bert_large").phases["phase2"])
+    third = {key: value for key, value in second.items() if value is not None} | {"steps": 100}
+    settings = [word for key, value in third.items() for word in ("--set", f"phase3.{key}={value}")]
+    large = ("--recipe", "bert_large", "--precision", "fp16", "--json", *settings)
+    rows = json.loads(plan(*large, "--cluster", str(site)).stdout)["rows"]
+    assert [(row["phase"], row["micro_batch"]) for row in rows] == [("phase1", 256), ("phase2", 32), ("phase3", 8)]
+    only = plan(*large, "--cluster", "dgx_a100_80g", "--set", 'phases=["phase1"]', "--rate", "6.5", "--nodes", "32")
+    found = json.loads(only.stdout)
+    assert [row["phase"] for row in found["rows"]] == ["phase1"]
+    assert found["checkpoints"][0]["hours"] == pytest.approx(7038 * 65536 / 138294 / 3600)
+    without = plan(*large, "--cluster", "dgx_a100_80g")
+    assert without.returncode == 2
+    assert "no micro_batch for bert_large.phase3.fp16" in without.stderr

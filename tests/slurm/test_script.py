@@ -121,7 +121,7 @@ def test_the_hand_written_stage_script_ends_with_it_too(job, tmp_path: Path) -> 
 SQUEUE = 'case $* in *%T*) echo "${STATE:-RUNNING}" ;; *) echo "${LEFT:-UNLIMITED}" ;; esac'
 SRUN = """\
 case $* in *--nodelist=*--version) [[ $* != *--nodelist=n[$DUMB]* ]]; exit ;; esac
-echo "srun $*" >>log; printenv JOB_DEADLINE >>log
+echo "srun $*" >>log; printenv JOB_DEADLINE >>log; printenv JOB_LIMIT >>log
 if [ -n "$SPEND" ]; then echo 1000 >"$SPEND"; fi
 if [ -n "$WORK" ]; then /bin/sleep "$WORK"; fi
 if [ -n "$SAY" ]; then echo "$SAY" >"$JOB_VERDICT"; fi
@@ -274,11 +274,12 @@ def test_gpu_time_is_noted_and_limited(job, tmp_path: Path) -> None:
     code, calls, _ = job(gpus=4, max_gpu_s=12000, LEFT="2:00:00")
     assert code == 0
     now = int(subprocess.check_output(["date", "+%s"]))
-    assert int(calls[1]) == pytest.approx(now + 1000, abs=5)
+    assert (int(calls[1]), calls[2]) == (pytest.approx(now + 1000, abs=5), "gpu_hours")
     assert int((state / "7.0.gpu_s").read_text()) <= 60
     (state / "3.1.gpu_s").write_text("6000\n")
     assert int(job(gpus=4, max_gpu_s=12000, LEFT="2:00:00")[1][1]) == pytest.approx(now + 500, abs=8)
-    assert int(job(gpus=4, max_gpu_s=12000, LEFT="1:40")[1][1]) == pytest.approx(now + 100, abs=8)  # the time limit
+    _, *told = job(gpus=4, max_gpu_s=12000, LEFT="1:40")[1]
+    assert [int(line) for line in told] == [pytest.approx(now + 100, abs=8)]  # the time limit
     (state / "3.2.gpu_s").write_text("5700\n")
     code, calls, said = job(gpus=4, max_gpu_s=12000)
     assert (code, calls) == (2, [])

@@ -15,6 +15,7 @@ from pipeline.report.facts import gather
 from pipeline.report.render import render
 from pipeline.run.chain import Chain
 from pipeline.run.rundir import Attempt, RunDir, append_jsonl
+from pipeline.strict_toml import table_of
 
 HOSTILE = "<script>alert(1)</script>\"'>&\x1b[31m\u202eevil"
 UNIGRAM = 6.553
@@ -139,7 +140,7 @@ def begin(path: Path, recipe: str = "tiny", profile: str = "local", *settings: s
     path.mkdir(parents=True, exist_ok=True)
     values = {
         "format": 1,
-        "recipe": dataclasses.asdict(load_recipe(recipe, [*(TINY if recipe == "tiny" else ()), *settings])),
+        "recipe": table_of(load_recipe(recipe, [*(TINY if recipe == "tiny" else ()), *settings])),
         "profile": dataclasses.asdict(load_profile(profile)),
         "nodes": 1,
         "corpora": {"enwiki-sample.xml.bz2": {"bytes": 1_234_567, "digest": "0123456789abcdef"}},

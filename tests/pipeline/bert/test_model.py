@@ -14,6 +14,7 @@ from torch.nn import functional
 from pipeline.bert import attention
 from pipeline.bert.config import BertConfig
 from pipeline.bert.encoder import Bert
+from pipeline.bert.folder import load_hugging_face
 from pipeline.bert.heads import (
     BertForPreTraining,
     BertForQuestionAnswering,
@@ -23,7 +24,7 @@ from pipeline.bert.heads import (
     pretraining_loss_sums,
 )
 from pipeline.bert.packing import END_TO_END, PADDED, ROWS, STREAM, pack
-from pipeline.bert.weights import load_hugging_face, load_into
+from pipeline.bert.weight_files import load_into
 
 CONFIG = BertConfig(
     vocab_size=96,

@@ -66,13 +66,14 @@ def test_a_layer_is_one_graph_of_at_most_50_kernels_and_computes_what_it_did(com
     metrics.reset()
     counters.clear()
     stack = layers(p=0.0)
-    for slots in (64, 96, 160):
+    for slots in (80, 96, 160):  # none is a width of the model: equal sizes are taken for one
         hidden, blocks = stream(slots)
         out, gradients = forward_and_backward(stack, hidden, blocks, run_layer)
         expected, wanted = forward_and_backward(stack, hidden, blocks, run_layer.__wrapped__)
         torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+        whole = torch.cat([gradient.flatten() for gradient in wanted]).norm()
         for ours, theirs in zip(gradients, wanted, strict=True):
-            assert (ours - theirs).norm() <= 1e-5 * theirs.norm().clamp_min(1e-3)
+            assert (ours - theirs).norm() <= 1e-5 * theirs.norm() + 1e-6 * whole  # a key's bias has no gradient
     assert (counters["stats"]["unique_graphs"], dict(counters["graph_break"])) == (1, {})
     assert 0 < metrics.generated_kernel_count <= 50
 

@@ -9,10 +9,11 @@ import transformers
 from safetensors.torch import save_file
 
 from pipeline.bert.config import BertConfig
+from pipeline.bert.folder import load_hugging_face
 from pipeline.bert.heads import BertForPreTraining, BertForQuestionAnswering, initialised
 from pipeline.bert.packing import pack
-from pipeline.bert.weight_files import read_nvidia, write_nvidia
-from pipeline.bert.weights import load_hugging_face, load_into, load_nvidia, load_start
+from pipeline.bert.weight_files import load_into, read_nvidia, write_nvidia
+from pipeline.bert.weights import load_nvidia, load_start
 from pipeline.errors import CheckpointError
 
 CONFIG = BertConfig(
@@ -186,7 +187,11 @@ def broken_folders(tmp_path):
     yield "step is no tensor but int"
     torch.save({"a": Trap()}, folder / "pytorch_model.bin")
     yield "(UnpicklingError): it is damaged, or holds more than tensors, which could run code"
-    for bad, words in (("{", "config.json is no model"), ("[]", "a JSON object is needed"), ('{"a": 1}', "vocab_size")):
+    for bad, words in (
+        ("{", "config.json is no JSON object"),
+        ("[]", "a JSON object is needed"),
+        ('{"a": 1}', "vocab_size"),
+    ):
         (folder / "config.json").write_text(bad)
         yield words
     (folder / "config.json").unlink()

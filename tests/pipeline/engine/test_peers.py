@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from pathlib import Path
 
 import pytest
 import torch
@@ -34,10 +35,13 @@ def test_mixed_gpus_may_be_allowed_and_are_said():
 
 
 def test_the_introduction_of_this_process_is_complete_and_fits():
-    found = peers.introduction({"train": {"seed": 1}}, 1, torch.device("cpu"))
+    found = peers.introduction({"train": {"seed": 1}}, 1, torch.device("cpu"), "pipeline.pretrain.task")
     assert found.keys() == RECORD.keys()
     assert peers.introduced(found, None, torch.device("cpu")) == [found]
-    assert found["config"] != peers.introduction({"train": {"seed": 2}}, 1, torch.device("cpu"))["config"]
+    assert (
+        found["config"]
+        != peers.introduction({"train": {"seed": 2}}, 1, torch.device("cpu"), "pipeline.pretrain.task")["config"]
+    )
 
 
 def test_every_single_flipped_bit_of_a_parameter_changes_the_digest():
@@ -76,3 +80,44 @@ def test_no_false_alarm(seconds, shares):
 def test_a_single_stall_is_not_slowness():
     watch = peers.SlowRanks()
     assert not any(watch.add([0.2, 30.0 if step == 10 else 0.2], [1, 1]) for step in range(60))
+
+
+PROGRAM = {
+    "pipeline/engine/loop.py": "from pipeline.batch import plan\nimport math\n\ndef step(x):\n    return math.exp(x)\n",
+    "pipeline/pretrain/task.py": "RATE = 3\n",
+    "pipeline/finetune/task.py": "RATE = 4\n",
+    "data_prep/masking.py": "def mask(x):\n    return x\n",
+}
+LOOP = PROGRAM["pipeline/engine/loop.py"]
+SAME = [
+    {"pipeline/engine/loop.py": LOOP.replace("return", "'''Says what it does.'''\n    # and why\n    return")},
+    {"pipeline/engine/loop.py": '"""A module."""\n' + LOOP.replace("pipeline.batch", "pipeline.elsewhere.batch")},
+    {"pipeline/engine/loop.py": "", "pipeline/bert/moved.py": LOOP},
+    {"pipeline/engine/loop.py": "import math\n", "pipeline/engine/step.py": LOOP},
+    {"pipeline/finetune/task.py": "RATE = 5\n"},
+    {"pipeline/report/page.py": "print()\n"},
+]
+OTHER = [
+    {"pipeline/engine/loop.py": LOOP.replace("exp", "exp2")},
+    {"pipeline/engine/loop.py": LOOP.replace("import math", "import cmath as math")},
+    {"pipeline/pretrain/task.py": "RATE = 3.0\n"},
+    {"data_prep/masking.py": "def mask(x):\n    return -x\n"},
+    {"pipeline/engine/loop.py": ""},
+]
+
+
+@pytest.mark.parametrize(("changes", "same"), [*((each, True) for each in SAME), *((each, False) for each in OTHER)])
+def test_the_digest_of_the_code_is_of_what_computes_not_of_where_it_lies_or_what_it_says(tmp_path, changes, same):
+    def digest(files: dict[str, str]) -> str:
+        for name, text in files.items():
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text(text)
+        return peers.code_digest("pipeline.pretrain.task", tmp_path)
+
+    assert (digest(PROGRAM) == digest(changes)) == same
+
+
+def test_the_digest_of_this_code_covers_every_room_that_computes():
+    assert peers.code_digest("pipeline.pretrain.task") != peers.code_digest("pipeline.finetune.task")
+    root = Path(peers.__file__).parents[2]
+    assert all(list(root.glob(place)) for place in peers.COMPUTES)

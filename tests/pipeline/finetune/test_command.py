@@ -82,6 +82,21 @@ def test_from_a_folder_of_transformers_to_scores(folder: Path, tmp_path: Path) -
     assert logits.argmax(1).tolist() == [0, 1]
 
 
+def test_a_share_of_unknown_tokens_is_told_and_kept(
+    folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    strange = tmp_path / "strange.tsv"
+    strange.write_text(SST2.replace("a good", "zz good"))
+    monkeypatch.setattr(sys, "argv", ["finetune", *options(folder, tmp_path, "--eval", str(strange), "--epochs", "1")])
+    with pytest.raises(SystemExit) as stopped:
+        run_command(command.main)
+    line = f"{strange}: 12 of 120 tokens (10.0%) are [UNK]"
+
+    assert (stopped.value.code, capfd.readouterr().out.count(f": {line}")) == (0, 1)
+    (note,) = json.loads((tmp_path / "scores.json").read_text())["notes"]  # none on the training file
+    assert note.startswith(line)
+
+
 def test_bad_files_end_with_one_line_and_code_3(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

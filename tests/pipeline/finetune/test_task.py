@@ -13,12 +13,12 @@ import torch
 import transformers
 
 from data_prep.errors import DataError
+from pipeline.bert.folder import ModelFolder
 from pipeline.config import FinetuneConfig
 from pipeline.engine import loop
 from pipeline.engine.precision import LossScale
 from pipeline.engine.ranks import Ranks
 from pipeline.errors import CheckpointError, ConfigError, EnvironmentFault, NumericalError
-from pipeline.finetune.model_folder import ModelFolder
 from pipeline.finetune.predict import predict
 from pipeline.finetune.problems import problem_of
 from pipeline.finetune.scores import collect

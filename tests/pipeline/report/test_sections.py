@@ -18,7 +18,7 @@ from pipeline.run import gpu_samples
 from pipeline.run.account import PARTS
 from pipeline.run.chain import Chain
 from pipeline.run.rundir import Attempt
-from support.reporting import HOSTILE, begin, finished_run, page_of, start, train
+from support.reporting import HOSTILE, begin, finish, finished_run, page_of, start, train
 
 BEGAN = 1_000_000.0
 
@@ -244,3 +244,17 @@ def test_every_part_of_the_time_has_its_colour() -> None:
     for part in PARTS:
         assert f".part-{part} {{ fill: var(--{part.replace('_', '-')}); }}" in STYLE
         assert STYLE.count(f"--{part.replace('_', '-')}: #") == 2, part  # light and dark
+
+
+# -------------------------------------------------------------------- data
+
+
+def test_a_note_on_unknown_tokens_of_samples_or_task_data_is_on_the_page(tmp_path):
+    chain = begin(tmp_path / "run")
+    finish(chain, "samples_128", {"train": {"rows": 3}, "notes": ["train text: 2 of 100 tokens (2.0%) are [UNK]"]})
+    finish(chain, "sst2", {"notes": ["dev.tsv: 3 of 100 tokens (3.0%) are [UNK]"]})
+    finish(chain, "mrpc", {"notes": ["dev.tsv: 3 of 100 tokens (3.0%) are [UNK]"]})
+    finish(chain, "vocab", {"vocab_size": 100, "notes": 3})
+    text = part_of(page_of(chain).text, "Padding spared", "Batch plan")
+    assert "train text: 2 of 100 tokens (2.0%) are [UNK]" in text
+    assert text.count("dev.tsv: 3 of 100 tokens (3.0%) are [UNK]") == 1

@@ -14,7 +14,9 @@ from pipeline.config import load_profile, load_recipe
 from pipeline.errors import ConfigError
 from pipeline.run.chain import Chain
 from pipeline.run.rundir import RunDir
+from pipeline.stage import fingerprints
 from pipeline.stages import table
+from pipeline.strict_toml import table_of
 from pipeline.worker import function_of
 
 ALL = [
@@ -41,7 +43,7 @@ def chain_of(path: Path, *settings: str, corpora: dict | None = None) -> Chain:
     (path / "run.json").write_text(
         json.dumps(
             {
-                "recipe": dataclasses.asdict(recipe),
+                "recipe": table_of(recipe),
                 "profile": dataclasses.asdict(load_profile("local")),
                 "corpora": corpora or {},
                 "data_dir": ".",
@@ -143,6 +145,48 @@ def test_a_subset_needs_its_needs(tmp_path):
         chain.select(["samples_128"])
     with pytest.raises(ConfigError, match="no stage 'phase3'"):
         chain.select(["phase3"])
+
+
+def test_where_the_code_of_a_stage_lies_and_its_version_are_no_part_of_its_fingerprint():
+    stages = table(load_recipe("tiny"))
+    moved = {n: dataclasses.replace(s, run="elsewhere:run", version=7) for n, s in stages.items()}
+    assert fingerprints(moved, {}, {}) == fingerprints(stages, {}, {})
+    renamed = {n: dataclasses.replace(s, inputs={**s.inputs, "more": "data:x"}) for n, s in stages.items()}
+    assert not set(fingerprints(renamed, {}, {}).values()) & set(fingerprints(stages, {}, {}).values())
+
+
+def test_a_corpus_of_another_kind_is_another_input(tmp_path):
+    finish(chain_of(tmp_path / "run"))
+    todo = chain_of(
+        tmp_path / "run", 'data.books=["books", "boolq.jsonl"]', 'data.jsonl=["quac.jsonl", "reviews.jsonl"]'
+    ).todo()
+    assert "books was ['data:books'], is ['data:books', 'data:boolq.jsonl']" in todo["extract"]
+
+
+def newer(chain: Chain, *names: str) -> Chain:
+    stages = {n: dataclasses.replace(s, version=1 + (n in names)) for n, s in chain.stages.items()}
+    return dataclasses.replace(chain, stages=stages)
+
+
+def test_what_an_older_version_made_stays_done_and_is_named(tmp_path):
+    chain = chain_of(tmp_path / "run")
+    finish(chain)
+    assert chain.older() == []
+    assert newer(chain, "phase1", "mrpc", "report").older() == ["phase1", "mrpc"]
+    assert newer(chain, "phase1", "mrpc", "report").todo() == {}
+
+
+def test_a_stage_that_is_made_again_takes_its_followers_along(tmp_path):
+    chain = chain_of(tmp_path / "run")
+    finish(chain)
+    again = chain.with_followers(["phase2"])
+    assert again == ["phase2", "export", "squad", "mrpc", "sst2", "inference"]
+    assert list(chain.todo(again)) == [*again, "report"]
+    assert list(chain.select(["phase2", "export"], again)) == ["phase2", "export"]
+    with pytest.raises(ConfigError, match="export needs phase2"):
+        chain.select(["export"], again)
+    with pytest.raises(ConfigError, match="--remake: no stage 'phase9'"):
+        chain.with_followers(["phase9"])
 
 
 def test_old_output_is_moved_aside_never_overwritten(tmp_path):
