@@ -32,7 +32,9 @@ class Section:
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:
-    """One site. ``micro_batch`` maps opaque keys ``recipe.phase.precision`` to the largest micro-batch that fits."""
+    """One site. ``micro_batch`` maps opaque keys ``recipe.phase.precision`` to the largest micro-batch that fits,
+    ``rates`` the same keys to the sequences per second of one GPU, forward and backward (see pipeline.plan).
+    """
 
     name: str
     runner: str = field(default="slurm", metadata={"choices": ("slurm", "local")})
@@ -57,6 +59,8 @@ class Profile:
     pretrain: Section = Section()
     finetune: Section = Section()
     micro_batch: dict[str, int] = field(default_factory=dict)
+    gpu_memory_gb: float | None = field(default=None, metadata={"low": 1})
+    rates: dict[str, float] = field(default_factory=dict)
 
     @property
     def ranks_per_node(self) -> int:
