@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -258,6 +259,8 @@ def nvml(bench: Bench) -> Pairs:
 
     if not torch.cuda.is_available():
         raise Skip("no GPU")
+    if shutil.which("nvidia-smi") is None:
+        raise Skip("nvidia-smi is not there")
     yield from compared()
 
 
