@@ -243,7 +243,7 @@ def test_any_phase_has_its_rows_by_its_own_key_of_the_profile(tmp_path):
     only = plan(*large, "--cluster", "dgx_a100_80g", "--set", 'phases=["phase1"]', "--rate", "6.5", "--nodes", "32")
     found = json.loads(only.stdout)
     assert [row["phase"] for row in found["rows"]] == ["phase1"]
-    assert found["checkpoints"][0]["hours"] == pytest.approx(7038 * 65536 / 138294 / 3600)
+    assert found["checkpoints"][0]["hours"] == pytest.approx(7038 * 65536 / 138294 / 3600, rel=0.015)
     without = plan(*large, "--cluster", "dgx_a100_80g")
     assert without.returncode == 2
     assert "no micro_batch for bert_large.phase3.fp16" in without.stderr

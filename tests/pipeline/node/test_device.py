@@ -21,7 +21,7 @@ PYPI = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"]
 
 
 def job(local_rank: int = 0, **profile: object) -> SimpleNamespace:
-    run = SimpleNamespace(settings={"profile": profile})
+    run = SimpleNamespace(exists=True, settings={"profile": profile})
     return SimpleNamespace(
         rank=8 + local_rank, topology=SimpleNamespace(local_rank=local_rank), run=run, stage="phase1"
     )
