@@ -1,22 +1,28 @@
-"""``python -m pipeline.plan``: what any number of nodes means in micro-batches and accumulation, and how often to save.
+"""``python -m pipeline.plan``: what any number of nodes means in micro-batches, hours, memory and money.
 
-Sends nothing. With ``--rate`` or ``--preempt-hours`` it also says what interruptions will cost.
+Sends nothing. Hours need rates: the profile's, those that ``python -m pipeline.bench gpu`` measured (``--rates``), or
+those of a run (``--fit``). With ``--rate`` or ``--preempt-hours`` it also says how often to save and what interruptions
+will cost.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from pipeline import batch
 from pipeline.config import Recipe, load_profile, load_recipe
 from pipeline.errors import ConfigError, run_command
+from pipeline.launch import estimate
+from pipeline.launch.estimate import Rates
 from pipeline.launch.request import micro_batch_limit
-from pipeline.report import published
 from pipeline.run.interruptions import advise, chance_of_none, expected_restarts, young_s
-from pipeline.words import columns
+from pipeline.words import columns, number
 from slurm.profile import Profile
 
 COLUMNS = (
@@ -29,6 +35,7 @@ COLUMNS = (
     "accumulation",
     "balance",
 )
+ESTIMATES = ("step_s", "sequences_per_s", "hours", "gpu_hours", "memory_gb", "fitting_micro")
 
 
 def main() -> int:
@@ -42,20 +49,32 @@ def main() -> int:
     parser.add_argument("--preempt-hours", type=positive, metavar="H", help="mean hours between preemptions, unwarned")
     parser.add_argument("--save-seconds", type=positive, default=0.5, metavar="S", help="steps stand still (0.5)")
     parser.add_argument("--restart-seconds", type=positive, default=180.0, metavar="S", help="to the first step (180)")
-    parser.add_argument("--hours", type=positive, help="of training (default: by NVIDIA's published throughput)")
+    parser.add_argument("--hours", type=positive, help="of training (default: by the rates)")
+    parser.add_argument("--rates", type=Path, metavar="FILE", help="a JSON of python -m pipeline.bench gpu")
+    parser.add_argument("--fit", type=Path, metavar="RUN", help="a run: its steps say how fast this machine is")
+    parser.add_argument("--price-per-gpu-hour", type=positive, metavar="P", help="in any currency: for the cost")
     parser.add_argument("--json", action="store_true", help="rows as JSON")
     parser.add_argument("--ranks", action="store_true", help="with --json: the batch of every rank")
     arguments = parser.parse_args()
     settings = arguments.settings + ([f'train.precision="{arguments.precision}"'] if arguments.precision else [])
     recipe, profile = load_recipe(arguments.recipe, settings), load_profile(arguments.cluster)
     counts = node_counts(arguments.nodes)
-    found = rows(recipe, profile, counts, arguments.ranks)
+    rates = estimate.declared(recipe, profile)
+    if arguments.rates:
+        rates = estimate.measured(arguments.rates, recipe, rates)
+    elif arguments.fit:
+        rates = estimate.fitted(arguments.fit, recipe, rates)
+    found = [
+        {**row, **estimates(recipe, profile, rates, row)} for row in rows(recipe, profile, counts, arguments.ranks)
+    ]
+    runs = totals(found, recipe, arguments.price_per_gpu_hour)
     asked = arguments.rate or arguments.preempt_hours
-    saving = [checkpoint_row(recipe, profile, count, arguments) for count in counts] if asked else []
+    saving = [checkpoint_row(recipe, found, count, arguments) for count in counts] if asked else []
     if arguments.json:
-        print(json.dumps({"rows": found, **({"checkpoints": saving} if asked else {})}))
+        print(json.dumps({"rows": found, "runs": runs, **({"checkpoints": saving} if asked else {})}))
     else:
         show(found)
+        show_estimates(found, runs, rates, profile)
         if asked:
             show_saving(saving, arguments)
     return 0
@@ -107,7 +126,39 @@ def rows(recipe: Recipe, profile: Profile, nodes: list[int], with_ranks: bool = 
     return found
 
 
-def checkpoint_row(recipe: Recipe, profile: Profile, nodes: int, asked: argparse.Namespace) -> dict[str, Any]:
+def estimates(recipe: Recipe, profile: Profile, rates: Rates, row: dict[str, Any]) -> dict[str, Any]:
+    """Memory of one GPU and, where the rates know the phase, seconds of a step by part, and hours of all steps."""
+    name = row["phase"]
+    phase = recipe.phases[name]
+    known: dict[str, Any] = {"memory_gb": round(estimate.memory_gb(recipe, phase, row["micro_batch"]), 1)}
+    if profile.gpu_memory_gb is not None:
+        known["fitting_micro"] = estimate.largest_micro_batch(recipe, phase, profile.gpu_memory_gb)
+    if name in rates.sequences_per_s:
+        plan = batch.BatchPlan(row["global_batch"], row["micro_batch"], row["world_size"])
+        step = estimate.step_of(rates, name, plan, recipe)
+        hours = phase.steps * step.total_s / 3600
+        known |= {"step_s": step.total_s, "sequences_per_s": plan.global_batch / step.total_s, "hours": hours}
+        known |= {"gpu_hours": hours * plan.world_size, "parts_s": dataclasses.asdict(step)}
+    return known
+
+
+def totals(found: list[dict[str, Any]], recipe: Recipe, price: float | None) -> list[dict[str, Any]]:
+    """Both phases together by node count: disk, and hours, GPU-hours and cost where they are known."""
+    runs = []
+    for nodes in dict.fromkeys(row["nodes"] for row in found):
+        own = [row for row in found if row["nodes"] == nodes]
+        run: dict[str, Any] = {"nodes": nodes, "disk_gb": round(estimate.disk_gb(recipe), 1)}
+        if all("hours" in row for row in own):
+            run |= {key: sum(row[key] for row in own) for key in ("hours", "gpu_hours")}
+            if price is not None:
+                run["cost"] = price * run["gpu_hours"]
+        runs.append(run)
+    return runs
+
+
+def checkpoint_row(
+    recipe: Recipe, found: list[dict[str, Any]], nodes: int, asked: argparse.Namespace
+) -> dict[str, Any]:
     """How often to save on ``nodes`` nodes, and what is lost; steps, restarts and chances where the hours are known."""
     preempt_s = asked.preempt_hours * 3600 if asked.preempt_hours else math.inf
     save_s, restart_s = asked.save_seconds, asked.restart_seconds
@@ -121,10 +172,10 @@ def checkpoint_row(recipe: Recipe, profile: Profile, nodes: int, asked: argparse
         "restart_lost": advice.restart_lost,
     }
     steps = {name: phase.steps for name, phase in recipe.phases.items()}
-    step_s = published.step_seconds(recipe, profile.name, nodes)
+    step_s = {each["phase"]: each["step_s"] for each in found if each["nodes"] == nodes and "step_s" in each}
     if asked.hours:
         step_s = dict.fromkeys(steps, asked.hours * 3600 / sum(steps.values()))
-    if step_s:
+    if step_s.keys() == steps.keys():
         hours = sum(steps[name] * step_s[name] for name in steps) / 3600
         row["hours"] = hours
         row["checkpoint_every"] = max(1, int(advice.interval_s / max(step_s.values())))
@@ -164,12 +215,27 @@ def show_saving(found: list[dict[str, Any]], asked: argparse.Namespace) -> None:
     )
     last = found[-1]
     if "hours" not in last:
-        print("give --hours to see steps, restarts and chances: no throughput is published for this")
+        print("give --hours, --rates or --fit to see steps, restarts and chances")
     elif last["chance_of_none"] > 0.95:
         print(
             f"on {last['nodes']} nodes for {last['hours']:.1f} h the chance of any interruption is "
             f"{100 * (1 - last['chance_of_none']):.1f} %: time limits and bad input will stop you sooner"
         )
+
+
+def show_estimates(found: list[dict[str, Any]], runs: list[dict[str, Any]], rates: Rates, profile: Profile) -> None:
+    """What a step takes and a GPU holds, and the whole training by node count."""
+    table: list[Sequence[str]] = [("phase", "nodes", *ESTIMATES)]
+    for row in found:
+        table.append((row["phase"], str(row["nodes"]), *(number(row.get(key, "-")) for key in ESTIMATES)))
+    print("\n" + "\n".join(columns(table, right=range(len(table[0])))))
+    holds = "" if profile.gpu_memory_gb is None else f", a GPU has {profile.gpu_memory_gb:g}"
+    source = rates.source if rates.sequences_per_s else "unknown: give --rates, --fit, or [rates] in the profile"
+    print(f"rates {source}; memory_gb and fitting_micro are arithmetic{holds}")
+    for run in runs:
+        spent = f"{number(run['hours'])} h, {number(run['gpu_hours'])} GPU-hours, " if "hours" in run else ""
+        cost = f"cost {run['cost']:,.0f}, " if "cost" in run else ""
+        print(f"{run['nodes']} node{'s' if run['nodes'] > 1 else ''}: {spent}{cost}{run['disk_gb']:g} GB of disk")
 
 
 def show(found: list[dict[str, Any]]) -> None:

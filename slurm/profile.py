@@ -33,7 +33,9 @@ class Section:
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:
-    """One site. ``micro_batch`` maps opaque keys ``recipe.phase.precision`` to the largest micro-batch that fits."""
+    """One site. ``micro_batch`` maps opaque keys ``recipe.phase.precision`` to the largest micro-batch that fits,
+    ``rates`` the same keys to the sequences per second of one GPU, forward and backward (see pipeline.plan).
+    """
 
     name: str
     runner: Literal["slurm", "local"] = "slurm"
@@ -58,6 +60,8 @@ class Profile:
     pretrain: Section = Section()
     finetune: Section = Section()
     micro_batch: dict[str, int] = field(default_factory=dict)
+    gpu_memory_gb: float | None = field(default=None, metadata={"low": 1})
+    rates: dict[str, float] = field(default_factory=dict)
 
     @property
     def ranks_per_node(self) -> int:

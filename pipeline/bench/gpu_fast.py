@@ -35,6 +35,7 @@ from pipeline.bench.gpu_subject import (
     seconds_of,
     synchronise,
 )
+from pipeline.bert import regions
 from pipeline.bert.config import BertConfig
 from pipeline.bert.costs import training_flops
 from pipeline.engine import checkpoint, optim
@@ -254,8 +255,13 @@ def padded(samples: Samples) -> dict[str, Tensor]:
 
 
 def lamb(bench: Bench) -> Pairs:
-    """One optimizer step, ours and apex's where it is, and whether both make the same update."""
+    """One optimizer step, ours compiled and not, and apex's where it is; whether ours and apex's are the same."""
     device = device_for(bench.tiny)
+    if device.type == "cuda":
+        regions.compile_regions(device)
+        took, _ = _lamb_steps(bench, device, "torch")
+        yield "compiled", {"ms": round(1e3 * took, 3)}
+        regions.compile_regions(torch.device("cpu"))
     ends: dict[str, list[Tensor]] = {}
     for backend in ("torch", "apex") if optim.apex_fused_lamb() is not None else ("torch",):
         release(device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -97,7 +98,7 @@ def _waits(subject: Subject) -> list[str]:
             subject.accumulate([0])
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    waits = [warning for warning in told if "synchroniz" in str(warning.message)]
+    waits = [warning for warning in told if "called a synchronizing" in str(warning.message)]  # not that of the mode
     return [f"{Path(warning.filename).name}:{warning.lineno}" for warning in waits]
 
 
@@ -258,6 +259,8 @@ def nvml(bench: Bench) -> Pairs:
 
     if not torch.cuda.is_available():
         raise Skip("no GPU")
+    if shutil.which("nvidia-smi") is None:
+        raise Skip("nvidia-smi is not there")
     yield from compared()
 
 

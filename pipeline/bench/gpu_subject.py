@@ -8,14 +8,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.bert import dropout, packing, regions
 from pipeline.bert.config import BertConfig
@@ -138,11 +138,8 @@ class Subject:
         """MLM and NSP loss of one micro-batch, means over its masked tokens and samples; inside `autocast`."""
         dropout.keyed(1, "bench", key, index)
         tensors = self.batches[index]
-        batch = packing.Batch.of({**tensors, "seq_len": self.samples[index].seq_len})
-        mlm_logits, nsp_logits = self.model(batch, tensors["masked_index"])
-        with torch.autocast(self.device.type, enabled=False):
-            sums = pretraining_loss_sums(mlm_logits, tensors["labels"], nsp_logits, tensors["nsp"])
-            return sums[0] / len(tensors["labels"]), sums[1] / len(tensors["nsp"])
+        mlm_sum, nsp_sum = losses_of(self.model, tensors, self.samples[index].seq_len)
+        return mlm_sum / len(tensors["labels"]), nsp_sum / len(tensors["nsp"])
 
     def micro_batch(self, index: int, key: int = 0) -> None:
         """Forward and backward; gradients are added to those that are there."""
@@ -171,6 +168,13 @@ class Subject:
         parts = [*self.model.parameters(), *self.optimizer.exp_avg.values(), *self.optimizer.exp_avg_sq.values()]
         total = sum(int(part.detach().view(torch.int32).sum(dtype=torch.int64)) for part in parts)
         return f"{total & (1 << 64) - 1:016x}"
+
+
+def losses_of(model: nn.Module, tensors: Mapping[str, Any], seq_len: int) -> tuple[Tensor, Tensor]:
+    """MLM and NSP loss of a micro-batch that was `laid_out`, as sums; inside autocast."""
+    mlm_logits, nsp_logits = model(packing.Batch.of({**tensors, "seq_len": seq_len}), tensors["masked_index"])
+    with torch.autocast(mlm_logits.device.type, enabled=False):
+        return pretraining_loss_sums(mlm_logits, tensors["labels"], nsp_logits, tensors["nsp"])
 
 
 def build_optimizer(model: BertForPreTraining, backend: str, gradients: GradientBuffer) -> optim.Optimizer:

@@ -56,19 +56,6 @@ def compare(recipe: Recipe, measured: Measured) -> Comparison:
     return Comparison(rows, sentences)
 
 
-def step_seconds(recipe: Recipe, cluster: str, nodes: int) -> dict[str, float]:
-    """Seconds a step of each phase by the published throughput; empty where none is published for this.
-
-    BERT-large on the machine of the cluster profile, in the recipe's precision, on exactly so many nodes.
-    """
-    found = {}
-    for name, phase in recipe.phases.items():
-        rows = _machine_rows(recipe, cluster, measured=name, nodes=str(nodes), gpus_per_node="8")
-        if rows and phase.seq_len == SCHEDULE[name][0] and _has_shape(recipe.model, LARGE):
-            found[name] = phase.global_batch / float(rows[-1]["value"])
-    return found if found.keys() == recipe.phases.keys() else {}
-
-
 def _has_shape(model: ModelConfig, shape: Mapping[str, int]) -> bool:
     return all(getattr(model, key) == value for key, value in shape.items())
 

@@ -190,6 +190,19 @@ def test_work_counts_as_starting_until_the_first_step_is_done():
         assert beat.read().where == told, step
 
 
+def test_a_slow_machine_is_no_hang(tmp_path):
+    """Micro-batches of 2.5 s, longer than HANG_S: nothing is known before the first, later five times that is."""
+    body = "\n".join(
+        [
+            "job.heartbeat.beat('starting', 7)",
+            *["job.heartbeat.beat('working', 7)", "time.sleep(2.5)"] * 2,
+            "job.heartbeat.beat('working', 8)",
+            "time.sleep(2.5)",
+        ]
+    )
+    assert end(start(tmp_path, body)) == (0, "whole\n", "")
+
+
 def test_the_first_pause_of_work_sets_the_limit_only_while_there_is_no_other():
     beat = Heartbeat()
     beat.beat("working", 0)
