@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pipeline.errors import run_command
 from pipeline.words import columns
 
 COMMANDS = {
@@ -20,5 +21,11 @@ COMMANDS = {
     "data_prep.nvidia_hdf5": "shards from and to NVIDIA's HDF5 schema",
 }
 
-if __name__ == "__main__":
+
+def main() -> int:
     print("\n".join(["python -m …   (--help says more)", *columns(COMMANDS.items())]))
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)
