@@ -30,7 +30,7 @@ def test_every_command_is_listed_and_no_other() -> None:
 
 
 def test_the_list_is_printed_without_anything_heavy() -> None:
-    program = "import runpy, sys; runpy.run_module('pipeline', run_name='__main__'); print(*sys.modules)"
+    program = "import sys; from pipeline.__main__ import main; main(); print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     *lines, modules = done.stdout.splitlines()
     assert not {"torch", "numpy", "h5py", "submitit"} & set(modules.split())
