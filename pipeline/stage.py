@@ -30,6 +30,7 @@ class Stage:
     inputs: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)
     after: tuple[str, ...] = ()  # needs that give no input file
     always: bool = False  # runs also when a need failed, and is stale whenever any stage changed
+    is_seed: bool = False  # one seed of a task that has several: `TASK-SEED`, gathered by the stage TASK
     version: int = 1
 
     @property

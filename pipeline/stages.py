@@ -135,8 +135,9 @@ def task_stages(name: str, config: TaskConfig) -> list[Stage]:
     """A fine-tuning task: one stage for its seed; or one for each of several, and one that gathers them."""
     inputs = {"model": "export:model", "train": f"data:{config.train}", "eval": f"data:{config.eval}"}
 
-    def of_seed(stage: str, config: TaskConfig) -> Stage:
+    def of_seed(stage: str, config: TaskConfig, *, is_seed: bool = False) -> Stage:
         return Stage(
+            is_seed=is_seed,
             name=stage,
             run="pipeline.finetune.task:run",
             job="finetune",
@@ -147,7 +148,8 @@ def task_stages(name: str, config: TaskConfig) -> list[Stage]:
 
     if len(config.seeds) == 1:
         return [of_seed(name, config)]
-    seeds = [of_seed(f"{name}-{seed}", dataclasses.replace(config, seeds=(seed,))) for seed in config.seeds]
+    each = {seed: dataclasses.replace(config, seeds=(seed,)) for seed in config.seeds}
+    seeds = [of_seed(f"{name}-{seed}", own, is_seed=True) for seed, own in each.items()]
     gather = Stage(
         name=name,
         run="pipeline.finetune.scores:run",

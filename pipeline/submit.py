@@ -96,7 +96,7 @@ def nothing_to_do(run: RunDir) -> int:
 
 def plan_jobs(chain: Chain, todo: dict[str, str], asked: Request) -> list[JobPlan]:
     """The jobs of ``todo`` with what they ask for."""
-    jobs = jobs_of(chain.stages, todo, split=asked.split)
+    jobs = jobs_of(chain.stages, todo, split=asked.split, split_seeds=asked.split_seeds)
     if asked.profile.spares:
         jobs = with_spares(jobs, asked.profile.spares)
     return equipped(jobs, asked.asked)

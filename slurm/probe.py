@@ -190,7 +190,6 @@ def _sections(
     facts: Facts,
 ) -> Iterator[str]:
     name, cpus, memory_gb = chosen["PartitionName"], _least(own, "CPUTot"), _least(own, "RealMemory") // 1024
-    share = max(1, gpus.count)
     rows = [line.split("|") for line in facts.states.splitlines() if line.startswith(f"{name}|")]
     states = ", ".join(f"{row[1]} nodes {row[2]}" for row in rows if len(row) == 3)
     yield ""
@@ -208,16 +207,15 @@ def _sections(
         if section == "data" and gpus.count and free:
             yield f"# check: CPU-only partitions, enough for these jobs: {', '.join(free)}"
         yield _time(section, chosen.get("MaxTime", ""))
-        if section == "pretrain" and gpus.count:
+        if section != "data" and gpus.count:
             yield "exclusive = true  # one rank per GPU on whole nodes"
             yield "mem_gb = 0  # all of a node"
             continue
-        most = {"data": (16, 64), "pretrain": (1, 0), "finetune": (8, 48)}[section]
-        part = share if section == "finetune" else 1
+        most_cpus, most_gb = (16, 64) if section == "data" else (1, 0)
         if cpus:
-            yield f"cpus_per_task = {max(1, min(most[0], cpus // part))}  # of CPUTot={cpus} on the smallest node"
-        if memory_gb and most[1]:
-            yield f"mem_gb = {max(1, min(most[1], memory_gb // part))}  # of RealMemory={memory_gb} GiB there"
+            yield f"cpus_per_task = {max(1, min(most_cpus, cpus))}  # of CPUTot={cpus} on the smallest node"
+        if memory_gb and most_gb:
+            yield f"mem_gb = {max(1, min(most_gb, memory_gb))}  # of RealMemory={memory_gb} GiB there"
 
 
 def _time(section: str, text: str) -> str:

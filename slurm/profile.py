@@ -72,11 +72,11 @@ class Profile:
         return self.processes if self.runner == "local" else nodes * self.ranks_per_node
 
     def resources(self, section: str) -> Resources:
-        """What a job of ``section`` asks for before any flag: ranks, or one process."""
-        gpus = {"data": 0, "pretrain": self.gpus_per_node, "finetune": min(1, self.gpus_per_node)}[section]
+        """What a job of ``section`` asks for before any flag: a rank for each GPU, or one process without any."""
+        trains = section != "data"
         return Resources(
-            tasks_per_node=self.ranks_per_node if section == "pretrain" else 1,
-            gpus_per_node=gpus,
+            tasks_per_node=self.ranks_per_node if trains else 1,
+            gpus_per_node=self.gpus_per_node if trains else 0,
             gpu_type=self.gpu_type,
             gpu_request=self.gpu_request,
         )

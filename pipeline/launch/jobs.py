@@ -1,7 +1,7 @@
 """Which stages share a job, and what each job asks of the site. Pure: reads no file, asks no Slurm.
 
 A stage is not a job: by default the data stages share one on CPU nodes, both phases share one on all nodes, the
-fine-tuning stages share one. The report is a small job of its own, because it runs also after a failure.
+fine-tuning stages share one on a whole node. The report is a small job of its own: it runs also after a failure.
 """
 
 from __future__ import annotations
@@ -31,8 +31,15 @@ class Asked:
     left: Mapping[str, Setting]
 
 
-def jobs_of(stages: Mapping[str, Stage], todo: Iterable[str], *, split: bool = False) -> list[JobPlan]:
-    """The jobs that run ``todo``, in an order in which needs come first; a need that is not in ``todo`` is done."""
+def jobs_of(
+    stages: Mapping[str, Stage], todo: Iterable[str], *, split: bool = False, split_seeds: bool = False
+) -> list[JobPlan]:
+    """The jobs that run ``todo``, in an order in which needs come first; a need that is not in ``todo`` is done.
+
+    A stage is a job by ``split``; each seed of a task, and what gathers them, by ``split_seeds``.
+    """
+    seeds = {name for name, stage in stages.items() if stage.is_seed}
+    alone = {name for name, stage in stages.items() if split or (split_seeds and seeds & {name, *stage.needs})}
     grouped: dict[str, list[str]] = {}
     last: list[str] = []
     wanted = set(todo)
@@ -40,7 +47,7 @@ def jobs_of(stages: Mapping[str, Stage], todo: Iterable[str], *, split: bool = F
         if name in wanted and stage.always:
             last.append(name)
         elif name in wanted:
-            grouped.setdefault(name if split else stage.job, []).append(name)
+            grouped.setdefault(name if name in alone else stage.job, []).append(name)
     home = {name: job for job, names in grouped.items() for name in names}
     plans: list[JobPlan] = []
     ahead: dict[str, set[str]] = {}  # all jobs that a job waits for, directly or not
@@ -138,8 +145,4 @@ def asked_by(
     resources, left = header.apply(start, settings)
     if resources.tasks_per_node < 1:
         resources = dataclasses.replace(resources, tasks_per_node=profile.tasks_per_node)
-    if section == "finetune" and resources.most_tasks != 1:
-        raise ConfigError(
-            f"finetune runs as one process: {resources.most_tasks} tasks were asked for it; leave them out"
-        )
     return Asked(settings=settings, resources=resources, left=left)

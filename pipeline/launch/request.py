@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline import batch
-from pipeline.config import Recipe, load_profile, load_recipe, restore
+from pipeline.config import Recipe, TaskConfig, load_profile, load_recipe, restore
 from pipeline.errors import ConfigError
 from pipeline.launch import code
 from pipeline.launch.jobs import Asked, asked_by
 from pipeline.run.rundir import RunDir, read_json
+from pipeline.stages import TASKS
 from slurm import flags
 from slurm.profile import SECTIONS, Profile
 from slurm.resources import parse_nodes
@@ -46,6 +48,7 @@ class Request:
     max_gpu_hours: float = 0.0
     allow_mixed: bool = False
     split: bool = False
+    split_seeds: bool = False
     dry_run: bool = False
     write_scripts: Path | None = None
     test_only: bool = False
@@ -80,17 +83,18 @@ def of(words: Sequence[str]) -> Request:
     asked: dict[str, Asked] = {}
     if profile.runner == "local":
         _refuse_slurms(profile, given, line)
-        ranks = profile.ranks(1)
+        ranks = tuners = profile.ranks(1)
     else:
         asked = {section: asked_by(profile, section, nodes, line.flags, os.environ) for section in SECTIONS}
         ranks, nodes = asked["pretrain"].resources.most_tasks, asked["pretrain"].resources.nodes
+        tuners = asked["finetune"].resources.most_tasks
     for name, otherwise in (("max_gpu_hours", 0.0), ("allow_mixed", False)):
         if getattr(given, name) is None:
             setattr(given, name, stored.get(name, otherwise))
     return Request(
         run=run,
         stored=stored,
-        recipe=choose_micro_batches(recipe, profile, ranks, stored, given.settings),
+        recipe=choose_micro_batches(recipe, profile, ranks, tuners, stored, given.settings),
         profile=profile,
         data_dir=_data_dir(run, stored, profile, given),
         nodes=nodes,
@@ -106,6 +110,7 @@ def of(words: Sequence[str]) -> Request:
 
 SWITCHES = {
     "split": "one job for each stage",
+    "split_seeds": "one job for each seed of a fine-tuning task",
     "dry_run": "show the jobs and where each setting comes from",
     "test_only": "ask Slurm when the jobs would start; send nothing",
     "replace": "cancel jobs of this run that are at work",
@@ -173,19 +178,35 @@ def _data_dir(run: RunDir, stored: Mapping[str, Any], profile: Profile, given: a
 
 
 def choose_micro_batches(
-    recipe: Recipe, profile: Profile, ranks: int, stored: Mapping[str, Any], settings: Sequence[str]
+    recipe: Recipe, profile: Profile, ranks: int, tuners: int, stored: Mapping[str, Any], settings: Sequence[str]
 ) -> Recipe:
-    """The recipe with each phase's micro_batch fixed: chosen when the run is created, kept afterwards."""
-    phases = {}
-    for name, phase in recipe.phases.items():
+    """The recipe with the micro_batch of each phase and task fixed: chosen when the run is created, kept afterwards.
+
+    ``ranks`` train the phases, ``tuners`` the tasks.
+    """
+
+    def chosen(name: str, global_batch: int, limit: Callable[[], int], ranks: int) -> int:
         kept = (stored.get("recipe", {}).get(name) or {}).get("micro_batch")
         if kept and not any(s.startswith(f"{name}.micro_batch=") for s in settings):
-            chosen = min(kept, phase.global_batch)
-        else:
-            limit = micro_batch_limit(recipe, profile, name)
-            chosen = batch.plan(phase.global_batch, limit, ranks).micro_batch
-        phases[name] = dataclasses.replace(phase, micro_batch=chosen)
-    return dataclasses.replace(recipe, phases=phases)
+            return min(int(kept), global_batch)
+        return batch.plan(global_batch, limit(), ranks).micro_batch
+
+    phases, tasks = {}, {}
+    for name, phase in recipe.phases.items():
+        limit = functools.partial(micro_batch_limit, recipe, profile, name)
+        phases[name] = dataclasses.replace(phase, micro_batch=chosen(name, phase.global_batch, limit, ranks))
+    for name in TASKS:
+        task = getattr(recipe, name)
+        if task is not None:
+            limit = functools.partial(task_limit, recipe, profile, name)
+            tasks[name] = dataclasses.replace(task, micro_batch=chosen(name, task.batch, limit, tuners))
+    return dataclasses.replace(recipe, phases=phases, **tasks)
+
+
+def task_limit(recipe: Recipe, profile: Profile, name: str) -> int:
+    """A task's micro_batch limited by the profile's, if that says anything."""
+    task: TaskConfig = getattr(recipe, name)
+    return min(task.micro_batch, profile.micro_batch.get(f"{recipe.name}.{name}.{task.precision}", task.micro_batch))
 
 
 def micro_batch_limit(recipe: Recipe, profile: Profile, phase_name: str) -> int:

@@ -94,9 +94,11 @@ class Chain:
         return reasons
 
     def _known(self, names: Iterable[str], option: str) -> Iterator[str]:
-        for name in names:
+        """The stages that an option names; a task means its seeds too."""
+        for name in map(str.strip, names):
             if name not in self.stages:
                 raise ConfigError(f"{option}: no stage {name!r}; the stages are {', '.join(self.stages)}")
+            yield from (need for need in self.stages[name].needs if self.stages[need].is_seed)
             yield name
 
     def _older_than_a_need(self, name: str) -> bool:

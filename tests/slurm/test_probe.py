@@ -41,7 +41,7 @@ def test_the_recorded_site():
         "signal_s": 120,
         "data": {"partition": "low", "time": "1-00:00:00", "cpus_per_task": 16, "mem_gb": 64},
         "pretrain": {"partition": "low", "time": "1-00:00:00", "exclusive": True, "mem_gb": 0},
-        "finetune": {"partition": "low", "time": "08:00:00", "cpus_per_task": 8, "mem_gb": 48},
+        "finetune": {"partition": "low", "time": "08:00:00", "exclusive": True, "mem_gb": 0},
     }
 
 
@@ -139,7 +139,7 @@ def test_older_selection_knows_only_gres():
 def test_small_nodes_are_not_asked_for_more_than_they_have():
     found = tomllib.loads(draft(site(nodes=[("CPUTot=64", "CPUTot=12"), ("RealMemory=500000", "RealMemory=40000")])))
     assert (found["data"]["cpus_per_task"], found["data"]["mem_gb"]) == (12, 39)
-    assert (found["finetune"]["cpus_per_task"], found["finetune"]["mem_gb"]) == (1, 4)
+    assert (found["finetune"]["exclusive"], found["finetune"]["mem_gb"]) == (True, 0)  # a whole node, whatever it has
 
 
 def test_accounts_are_named_when_the_database_answers():

@@ -105,7 +105,8 @@ def test_what_the_jobs_ask_for() -> None:
     assert pretrain.resources.time_min == 2 * 24 * 60
     assert data.resources.time_min == 24 * 60
     assert data.left["partition"].value == report.left["partition"].value == "cpu"
-    assert (data.resources.gpus_per_node, finetune.resources.gpus_per_node) == (0, 1)
+    assert (data.resources.gpus_per_node, finetune.resources.gpus_per_node) == (0, 8)
+    assert (finetune.resources.nodes, finetune.resources.most_tasks) == ((1, 1), 8)  # a node with all its GPUs
     assert (report.resources.cpus_per_task, report.resources.time_min) == (1, 30)
     assert scripts.gpu_hours([pretrain]) == 32 * 8 * 48
     _, range_, _, _ = ready(nodes="16-32", SBATCH_PARTITION="h100")
@@ -113,12 +114,24 @@ def test_what_the_jobs_ask_for() -> None:
     assert range_.settings["partition"].source == "SBATCH_PARTITION"
     _, none, _, _ = ready(Flag("gpus-per-node", "0", ""))
     assert none.resources.tasks_per_node == 1
-    with pytest.raises(ConfigError, match="one process"):
-        ready(Flag("nodes", "2", "finetune"))
+    _, _, wider, _ = ready(Flag("nodes", "2", "finetune"))
+    assert wider.resources.most_tasks == 16
     many, _, _, small = ready(Flag("nodes", "2", "data"), Flag("ntasks-per-node", "4", "data"))
     assert (many.resources.most_tasks, small.resources.most_tasks) == (8, 1)  # over MPI; the report is one process
     with pytest.raises(FlagError, match="16-32"):
         ready(nodes="many")
+
+
+def test_each_seed_is_a_job_of_its_own_where_that_is_wanted() -> None:
+    stages = table(load_recipe("tiny", ["squad.seeds=[1, 2]"]))
+    assert [name for name in stages if name.startswith("squad")] == ["squad-1", "squad-2", "squad"]
+    together = {job.name: job.stages for job in jobs.jobs_of(stages, stages)}
+    assert together["finetune"] == ("export", "squad-1", "squad-2", "squad", "mrpc", "sst2", "inference")
+    apart = {job.name: job for job in jobs.jobs_of(stages, stages, split_seeds=True)}
+    assert apart["finetune"].stages == ("export", "mrpc", "sst2", "inference")
+    assert [apart[name].stages for name in ("squad-1", "squad-2", "squad")] == [("squad-1",), ("squad-2",), ("squad",)]
+    assert [need.job for need in apart["squad-1"].needs] == ["finetune"]
+    assert [need.job for need in apart["squad"].needs] == ["squad-1", "squad-2"]
 
 
 def test_the_text_of_bert_large_on_32_nodes() -> None:
@@ -165,7 +178,7 @@ def test_spare_jobs_go_on_where_requeue_is_refused() -> None:
     spare = chain["pretrain-3"]
     assert (spare.file, spare.stands_in_for) == ("pretrain.sbatch", "pretrain")
     assert len({scripts.tag_of(run, job, "s") for job in chain.values()}) == len(chain)  # told apart by them
-    assert scripts.gpu_hours(list(chain.values())) == 4 * 8 * 24 + 8
+    assert scripts.gpu_hours(list(chain.values())) == 4 * 8 * 24 + 8 * 8
     with pytest.raises(ConfigError, match="--split"):
         jobs.with_spares(plans(split=True), 1)
     alone = jobs.with_spares(plans(todo=["phase1"]), 1)
