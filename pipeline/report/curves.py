@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -167,6 +167,17 @@ def small_charts(phase: Phase) -> dict[str, Chart]:
         "sequences": Chart("Sequences per second", "step", "1/s", [rates["sequences_per_s"]], **common),
         "tokens": Chart("Real tokens per second", "step", "1/s", [rates["tokens_per_s"]], **common),
     }
+
+
+def tuning_charts(tuning: Mapping[str, Mapping[str, Metrics]]) -> Html | None:
+    """The training loss of every fine-tuning task, a line for each seed."""
+    figures = []
+    for task, stages in tuning.items():
+        several = len(stages) > 1
+        lines = [Line(name, _points(steps, "loss"), "thin" if several else "main") for name, steps in stages.items()]
+        chart = Chart(f"Training loss of {task}", "step", "nats", lines, from_zero=True)
+        figures.append(tag("figure", tag("figcaption", chart.title), draw(chart, key=f"{task}-tuning")))
+    return tag("div", *figures, class_="charts") if figures else None
 
 
 def _points(lines: Metrics, key: str, scale: float = 1.0) -> list[Point]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.config import Recipe, restore
-from pipeline.report.curves import Phase
+from pipeline.report.curves import Metrics, Phase
 from pipeline.run import account, gpu_samples
 from pipeline.run.account import RunAccount
 from pipeline.run.chain import Chain
@@ -33,6 +33,7 @@ class Facts:
     results: dict[str, dict[str, Any]]  # of the stages that are done
     phases: list[Phase]
     scores: dict[str, dict[str, Any]]  # scores.json of the fine-tuning stages
+    tuning: dict[str, dict[str, Metrics]]  # lines of steps by task, and by stage: one, or one for each seed
     events: list[dict[str, Any]]
     account: RunAccount | None
     gpus: GpuSamples | None
@@ -59,7 +60,8 @@ def gather(run: RunDir, *, held: bool) -> Facts:
     scores = {name: read_json(done[name].path / "scores.json") or {} for name in TASKS if name in done}
     phases = [Phase.read(name, phase, run.stage(name)) for name, phase in recipe.phases.items()]
     throughput = {phase.name: phase.median("sequences_per_s") for phase in phases}
-    throughput |= {name: median_rate(run, name) for name in TASKS if name in done}
+    tuning = {task: {name: steps_of(run, name) for name in stages_of_task(chain, task)} for task in TASKS}
+    throughput |= {task: median_rate(lines) for task, lines in tuning.items() if task in done}
     events, live = events_of(run), [row["name"] for row in rows if row["state"] == "running"]
     return Facts(
         chain=chain,
@@ -70,6 +72,7 @@ def gather(run: RunDir, *, held: bool) -> Facts:
         results={name: result for name, result in results.items() if isinstance(result, dict)},
         phases=phases,
         scores={name: record for name, record in scores.items() if isinstance(record.get("scores"), dict)},
+        tuning={task: lines for task, lines in tuning.items() if any(lines.values())},
         events=events,
         account=account.read(run, chain.stages, events, live, time.time()),
         gpus=gpu_samples.read(run, names),
@@ -77,8 +80,22 @@ def gather(run: RunDir, *, held: bool) -> Facts:
     )
 
 
-def median_rate(run: RunDir, name: str) -> float | None:
-    """Median training sequences/s of a fine-tuning stage; None where its lines tell none."""
-    rates = [line.get("sequences_per_s") for attempt in run.stage(name).attempts for line in attempt.lines]
+def stages_of_task(chain: Chain, task: str) -> list[str]:
+    """The stages that train a task: its own, or one for each seed."""
+    trains = (name for name, stage in chain.stages.items() if stage.config.get("task") == task)
+    return [name for name in trains if chain.stages[name].width == "ranks"]
+
+
+def steps_of(run: RunDir, name: str) -> Metrics:
+    """The lines of a stage's training steps; none where its files tell none."""
+    try:
+        return [line for line in run.stage(name).metrics() if "loss" in line and is_number(line["step"])]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def median_rate(stages: Mapping[str, Metrics]) -> float | None:
+    """Median training sequences/s of a task; None where its lines tell none."""
+    rates = [line.get("sequences_per_s") for lines in stages.values() for line in lines]
     known = [rate for rate in rates if is_number(rate)]
     return statistics.median(known) if known else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from pipeline.report.curves import tuning_charts
 from pipeline.report.facts import Facts
 from pipeline.report.page import Html, note, section, table
 from pipeline.words import is_number, number, spoken
@@ -33,8 +34,9 @@ def shown_scores(found: Mapping[str, Any]) -> str:
 
 
 def score_section(facts: Facts) -> Html:
+    curves = tuning_charts(facts.tuning)
     if not facts.scores:
-        return section("Scores", note("No fine-tuning task has been scored yet."))
+        return section("Scores", note("No fine-tuning task has been scored yet."), curves)
     rows = [
         (
             dataset(found),
@@ -50,7 +52,7 @@ def score_section(facts: Facts) -> Html:
     several = any(len(found.get("seeds") or []) > 1 for found in facts.scores.values())
     more = " With several seeds: mean ± standard deviation (n − 1)." if several else " One seed: no deviation."
     said = note("Scores on held-out examples." + more)
-    return section("Scores", table(head, rows, numeric=(2, 3, 4, 5)), said, seed_table(facts))
+    return section("Scores", table(head, rows, numeric=(2, 3, 4, 5)), said, seed_table(facts), curves)
 
 
 def seed_table(facts: Facts) -> Html | None:

@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from pipeline.report.curves import tuning_charts
 from pipeline.report.facts import gather
 from pipeline.report.gpus import MOST_LINES, band, few_lines
 from pipeline.report.page import STYLE
@@ -258,3 +259,11 @@ def test_a_note_on_unknown_tokens_of_samples_or_task_data_is_on_the_page(tmp_pat
     text = part_of(page_of(chain).text, "Padding spared", "Batch plan")
     assert "train text: 2 of 100 tokens (2.0%) are [UNK]" in text
     assert text.count("dev.tsv: 3 of 100 tokens (3.0%) are [UNK]") == 1
+
+
+def test_every_seed_of_a_task_is_a_line_of_its_chart() -> None:
+    lines = [{"step": step, "loss": 1 / step} for step in (1, 2, 3)]
+    drawn = str(tuning_charts({"squad": {"squad-1": lines, "squad-2": lines}, "mrpc": {"mrpc": lines}}))
+    assert [drawn.count(name) for name in ("Training loss of squad<", "Training loss of mrpc<")] == [1, 1]
+    assert all(name in drawn for name in ("squad-1", "squad-2"))
+    assert tuning_charts({}) is None
