@@ -73,8 +73,8 @@ def _no_cuda() -> str:
 
 
 def _fetched(name: str) -> Path:
-    from data_prep.packages import NotReachable
-    from data_prep.sample_text import fetch
+    from data_prep.sample_text.fetch import fetch
+    from data_prep.sample_text.packages import NotReachable
 
     try:
         fetch(DATA, tests=name == "carriers", say=lambda line: None)

