@@ -15,6 +15,7 @@ from data_prep.publish import publishing
 
 FILE_BYTES = 32_000_000
 EXAMPLES = 20
+LOST_NAMES = 1000
 _BLANKS = re.compile(r"[^\S\n]+")
 CONTROL = re.compile(r"[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\xad\u200b\ufeff\ufffe\uffff\ud800-\udfff]")
 
@@ -48,11 +49,13 @@ def content_id(name: str, text: str) -> str:
 
 @dataclass
 class Tally:
-    """What a part read: counts by name, and what was skipped with up to 20 example titles a reason."""
+    """What a part read: counts by name, what was skipped with up to 20 example titles a reason, and the sentences
+    that were left out, by the template or tag in them that has no words."""
 
     counts: Counter[str] = field(default_factory=Counter)
     skipped: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
+    lost: Counter[str] = field(default_factory=Counter)
 
     def skip(self, reason: str, title: str) -> None:
         """Count one article that gives no document."""
@@ -64,6 +67,7 @@ class Tally:
         """Add the counts of a later part, given as `facts()`."""
         self.counts.update(facts["counts"])
         self.skipped.update(facts["skipped"])
+        self.lost.update(facts["sentences_left_out"])
         for reason, titles in facts["examples"].items():
             known = self.examples.setdefault(reason, [])
             known += titles[: EXAMPLES - len(known)]
@@ -74,6 +78,7 @@ class Tally:
             "counts": dict(sorted(self.counts.items())),
             "skipped": dict(sorted(self.skipped.items())),
             "examples": dict(sorted(self.examples.items())),
+            "sentences_left_out": dict(sorted(self.lost.items(), key=lambda item: (-item[1], item[0]))[:LOST_NAMES]),
         }
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep import books, manifest, wikipedia
-from data_prep.document import Document, DocumentFiles, Tally
+from data_prep.document import Document, DocumentFiles, Tally, printable
 from data_prep.dumpfile import Seam, check_seams, compression, ranges
 from data_prep.errors import DataError
 from data_prep.fanout import Job, run_all
@@ -20,7 +20,7 @@ from data_prep.publish import file_sha256, remove_leftovers
 
 PART_BYTES = 32_000_000
 COMPRESSED_PART_BYTES = 8_000_000
-FORMAT = 1  # raise it when the same input gives other documents
+FORMAT = 2  # raise it when the same input gives other documents
 
 
 @dataclass(frozen=True)
@@ -210,6 +210,9 @@ def _remarks(name: str, tally: Tally) -> list[str]:
         examples = ", ".join(tally.examples[reason][:3])
         advice = "; raise data.max_document_mb to keep them" if reason.startswith("over") else ""
         lines.append(f"{name}: {count} skipped, {reason}: {examples}{' …' if count > 3 else ''}{advice}")
+    if tally.lost:
+        most = ", ".join(f"{printable(lost, 40)} {count}" for lost, count in tally.lost.most_common(5))
+        lines.append(f"{name}: {tally.lost.total()} sentences left out for templates without words, most for {most}")
     if repaired := [f"{counts[key]} {key.replace('_', ' ')}" for key in books.REPAIRS if counts[key]]:
         lines.append(f"{name}: {', '.join(repaired)}")
     if counts["books_without_blank_lines"]:

@@ -12,7 +12,8 @@ from data_prep.document import Document, Tally, printable
 from data_prep.errors import DataError
 from data_prep.wikitext import NAMESPACES, clean
 
-PAGE_FIELDS = {"title", "ns", "id", "text"}
+PAGE_FIELDS = {"title": 3, "ns": 3, "id": 3, "model": 4, "text": 4}
+"""depth of the element; deeper ones of these names belong to further content slots of a page"""
 MAX_DEPTH = 20
 MAX_TOKEN = 1 << 24  # bytes of one tag; expat keeps it whole
 MAX_NAMESPACES = 1000  # the largest wikis have about 50
@@ -27,6 +28,7 @@ class Page:
     ns: str = "0"
     id: str = ""
     redirect: bool = False
+    model: str = "wikitext"
     text: str | None = ""
 
 
@@ -106,7 +108,7 @@ class _Parser:
                 self.collect()
         elif name == "redirect":
             self.page.redirect = True
-        elif name in PAGE_FIELDS and (len(self.path) == 3 or name == "text"):
+        elif PAGE_FIELDS.get(name) == len(self.path):
             self.collect()
 
     def collect(self) -> None:
@@ -187,8 +189,8 @@ def documents(
 ) -> Iterator[Document]:
     """Articles of one part as documents; all pages are counted in `tally`.
 
-    Pages outside namespace 0 and redirects are no articles; an article over `max_document_mb` (of UTF-8 wikitext)
-    or without any prose is skipped by name.
+    Pages outside namespace 0 and redirects are no articles; an article over `max_document_mb` (of UTF-8 wikitext),
+    of another content model (JSON, CSS) or without any prose is skipped by name.
     """
     limit = int(max_document_mb * 1e6)
     for page in pages(path, start, end, seam, limit):
@@ -202,7 +204,10 @@ def documents(
             if page.text is None or (3 * len(page.text) > limit and len(page.text.encode()) > limit):
                 tally.skip(f"over max_document_mb ({max_document_mb:g})", page.title)
                 continue
-            text = clean(page.text, site.namespaces)
+            if page.model != "wikitext":
+                tally.skip(f"no wikitext but {printable(page.model, 20)}", page.title)
+                continue
+            text = clean(page.text, site.namespaces, tally.lost)
             if text:
                 title = "".join(c for c in page.title if c.isprintable())
                 yield Document(f"{site.name or path.stem}-{page.id.strip()}", title, path.name, text)

@@ -1,13 +1,18 @@
 """Wikitext to plain prose: one pass with an explicit stack over brackets and tags, then one over the lines.
 
-Templates, tables, references, formulas, galleries, files, categories, headings and list items are dropped (BERT
-was trained on "only the text passages", not lists, tables and headers: Devlin et al. 2019, section 3.1); links
-give their label. Time is linear in the input, whatever the markup.
+Tables, references, galleries, files, categories, headings and list items that are no sentence are dropped (BERT was
+trained on "only the text passages", not lists, tables and headers: Devlin et al. 2019, section 3.1); links give their
+label. What is seen in a sentence and cannot be put in words (a formula, a template that `templates.toml` does not
+know) takes the sentence with it: a missing sentence is better than a false one. Time is linear in the input.
 """
 
 import html
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
+
+from data_prep import templates
+from data_prep.sentences import LANGUAGES
 
 _OLD_FILE_NAMES = (  # aliases that no export lists
     "image bild bilde billede afbeelding imagen immagine imagem fichier grafika plik kuva изображение файл "
@@ -34,47 +39,50 @@ NAMESPACES: dict[str, int] = {
     **dict.fromkeys(_OLD_FILE_NAMES.split(), 6),
 }
 
-_FIRST_ARGUMENT = (
-    "nowrap nobr small big abbr quote blockquote cquote quotation mvar var em vanchor polytonic script unicode "
-    "sic sup sub nihongo smallcaps sc tooltip formatnum"
-)
-# Templates that stand for words inside a sentence; all others are dropped. {1} is the first plain argument.
-_TEMPLATES = {
-    **dict.fromkeys(_FIRST_ARGUMENT.split(), "{1}"),
-    **dict.fromkeys(["lang", "transl", "transliteration", "langx", "rtl-lang"], "{2}"),
-    **dict.fromkeys(["c.", "circa", "ca."], "c. {1}"),
-    **dict.fromkeys(["as of", "asof"], "as of {1}"),
-    **dict.fromkeys(["frac", "fraction", "sfrac"], "{1}/{2}"),
-    **dict.fromkeys(["convert", "cvt"], "{1} {2}"),
-    **dict.fromkeys(["ndash", "spaced ndash", "snd", "spnd", "--"], " – "),
-    **dict.fromkeys(["mdash", "em dash", "emdash", "---"], "—"),
-    **{"'": "'", "'s": "'s", "ad": "AD {1}", "bce": "{1} BCE", "okina": "ʻ", "nbsp": " "},
-}
 MAX_OPEN = 1000  # brackets open at once; MediaWiki gives up at 40 nested templates
-_RANGE = {"to", "-", "–", "and", "or", "by", "x", "×", "to(-)"}
 
+_SHOWN_TAGS = ["math", "chem", "ce", "hiero", "score"]  # a reader sees something of them in the sentence
 _DROPPED_TAGS = (
-    "ref|references|math|chem|ce|gallery|timeline|score|syntaxhighlight|source|pre|hiero|imagemap|graph|mapframe|"
-    "maplink|templatestyles|indicator|inputbox|categorytree|charinsert|style|script|nowiki"
+    "ref|references|gallery|timeline|syntaxhighlight|source|pre|imagemap|graph|mapframe|maplink|templatestyles|"
+    "indicator|inputbox|categorytree|charinsert|style|script|nowiki|" + "|".join(_SHOWN_TAGS)
 )
 _TEXT = r"[^\[\]{}<>|\n:]*+"
-_TOKEN = re.compile(
-    rf"""
-    \[\[(?:{_TEXT}\|)?+(?P<label>{_TEXT})\]\]          # the common link, done at once
-  | (?P<open_link> \[\[ )
-  | (?P<close_link> \]\](?!\](?!\])) )
-  | (?P<open_braces> \{{{{2,}}+ )
-  | (?P<close_braces> \}}{{2,}}+ )
-  | (?P<open_table> \n[ \t:]*+\{{\| | <table(?=[\s>])[^<>]*+> )   # a table mark starts its line
-  | (?P<close_table> \n[ \t:]*+\|\}}(?!\}}(?!\}})) | </table\s*+> )
-  | (?P<comment> <!-- )
-  | <(?P<raw> {_DROPPED_TAGS} )(?=[\s/>])[^<>]*+>
-    """,
-    re.VERBOSE | re.IGNORECASE,
-)
+# Every branch begins with a literal (the groups that name them stand behind), so that the search can skip over prose.
+_BRANCHES = rf"""
+    \[\[(?:(?:{_TEXT}\|)?+(?P<label>{_TEXT})\]\]          # the common link, done at once
+      | (?P<open_link>) )
+  | \]\](?!\](?!\]))(?P<close_link>)
+  | \{{\{{++(?P<open_braces>)
+  | \}}\}}++(?P<close_braces>)
+  | \n[ \t:]*+(?:\{{\|(?P<open_table>) | \|\}}(?!\}}(?!\}}))(?P<close_table>) )    # a table mark starts its line
+  | <(?:table(?=[\s>])[^<>]*+>(?P<open_html>) | /table\s*+>(?P<close_html>) | !--(?P<comment>)
+      | (?P<raw> {_DROPPED_TAGS} )(?=[\s/>])[^<>]*+> )
+"""
+_FLAGS = re.VERBOSE | re.IGNORECASE
+_TOKEN = re.compile(_BRANCHES, _FLAGS)
+_TOKEN_WITH_VARIANTS = re.compile(_BRANCHES + r"| -\{(?!\{)(?P<open_variants>) | \}-(?P<close_variants>)", _FLAGS)
 _CLOSING = {name: re.compile(rf"</{name}\s*+>", re.IGNORECASE) for name in _DROPPED_TAGS.split("|")}
+_OPENING = {name: re.compile(rf"<{name}(?=[\s>])[^<>]*+(?<!/)>", re.IGNORECASE) for name in _DROPPED_TAGS.split("|")}
 
-_LANGUAGE = re.compile(r"[a-z]{2,3}(-[a-z]+)*|simple")
+# A template or formula that cannot be put in words leaves its number between these until its sentence is known.
+_MARK = re.compile("\ue000(\\d+)\ue001")
+_RAISED_TAG = re.compile(r"<(su[pb])\b[^<>]*+>([^<>\n]*+)</su[pb]\s*+>", re.IGNORECASE)
+_PARENTHESIS = re.compile(r"\(([^()]*)\)")
+_NOTE = re.compile('(?<=[.!?…"”’)])(?:\ue000\\d+\ue001)+(?= |$)')
+_BOUNDARY = re.compile(r"(?<=[.!?…])[\"'”’»)\]]*\s+(?=[\"'“‘«(\[\ue000]*[^\Wa-z_])|(?<=[。！？])")
+_NO_END = re.compile(
+    r"(?:\b[^\W\d_]|\.\w|\b(?:[MD]r|Mrs|Ms|St|[JS]r|Lt|Col|Gen|Gov|Sen|Rep|Rev|Hon|Sgt|Capt|Prof|Mt|Ft|No|Nos|Vol|Fig|vs"
+    r"|ca|cf|approx|etc|al|Inc|Ltd|Co|Bros|Jan|Feb|Mar|Apr|Aug|Sept?|Oct|Nov|Dec))\.$"
+)
+_ENDED = re.compile(r"[.!?…。！？][\"'”’»)\]」]*$")
+_SENTENCE = re.compile(r"[\"'“‘«(\[]*(?:[^\Wa-z_]|\ue000)")
+_WORK_CITED = re.compile(
+    r"\b(?:ISBN|ISSN|OCLC|doi|pp?\.|[Rr]etrieved|Press\b)|\(\d{4}[a-z]?\)|\b\d{4}[).,;]?\s*$"
+    r"|[.,] \d{4}[a-z]?[.,:]|: [\w .&]+, \d{4}"
+)
+MIN_LIST_WORDS = 6
+
+_OTHER_WIKIS = frozenset(["simple", "roa", "map", "fiu", "bat", "be"])  # first parts of language codes of no language
 _REMAINS = re.compile(r"\[\[|\]\]|\{\{|\}\}|\{\||\|\}")
 _BLOCK_TAG = re.compile(r"</?(?:p|div|blockquote|li|ul|ol|dl|dd|dt|center|hr|h[1-6]|poem)\b[^<>]*+>", re.IGNORECASE)
 _BREAK_TAG = re.compile(r"<br\b[^<>]*+>", re.IGNORECASE)
@@ -86,7 +94,7 @@ _EXTERNAL = re.compile(
 )
 _BARE_URL = re.compile(r"(?:https?|ftp)://[^\s\[\]<>\"]*+")
 _ENTITY = re.compile(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[a-zA-Z][a-zA-Z0-9]{1,31});")
-_ELISION = re.compile(r"\b(\w|[Qq]u)'''([^'\n]++)''(?!')")  # l'''avion'': an apostrophe and italics
+_ELISION = re.compile(r"'''(?:(?<=\b\w''')|(?<=\b[Qq]u'''))([^'\n]++)''(?!')")  # l'''avion'': an apostrophe, italics
 _MAGIC_WORD = re.compile(r"__[^\W\d_]{3,30}__")
 _AFTER_OPEN = re.compile(r"\([ ,;:]++")
 _BEFORE_CLOSE = re.compile(r"(?<![ ,;:])[ ,;:]++\)")
@@ -94,14 +102,17 @@ _LONE_COMMAS = re.compile(r" (?=[,.](?: |$))|,(?= ,)")
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\xad\u200b\ufeff]")
 
 
-def clean(wikitext: str, namespaces: Mapping[str, int] = NAMESPACES) -> str:
+def clean(wikitext: str, namespaces: Mapping[str, int] = NAMESPACES, lost: Counter[str] | None = None) -> str:
     """Prose of a page: paragraphs separated by one newline, no markup.
 
     `namespaces` maps lower-case namespace names of the wiki to their numbers (6 file, 14 category). An unclosed
-    bracket or tag costs only itself.
+    bracket or tag costs only itself. `lost` counts the sentences left out, by the template or tag in them.
     """
-    text = _Scanner("\n" + wikitext, namespaces).run()
-    return _paragraphs(_without_inline_markup(text))
+    if "\ue000" in wikitext or "\ue001" in wikitext:
+        wikitext = wikitext.translate({0xE000: None, 0xE001: None})
+    scanner = _Scanner("\n" + wikitext, namespaces)
+    text = _without_inline_markup(scanner.run(), scanner.mark)
+    return _paragraphs(text, scanner.unknown, Counter() if lost is None else lost)
 
 
 class _Scanner:
@@ -118,9 +129,12 @@ class _Scanner:
         self.stack: list[tuple[str, int, int]] = []  # (kind, length of out, braces)
         self.open_braces = 0
         self.next_close: dict[str, int] = {}
+        self.next_open: dict[str, int] = {}
+        self.unknown: list[str] = []  # names of what was marked
 
     def run(self) -> str:
-        text, out, search, position = self.text, self.out, _TOKEN.search, 0
+        text, out, position = self.text, self.out, 0
+        search = (_TOKEN_WITH_VARIANTS if "-{" in text else _TOKEN).search
         while match := search(text, position):
             start, end = match.span()
             if start > position:
@@ -137,17 +151,25 @@ class _Scanner:
                     self.push_braces(end - start)
                 case "close_braces":
                     self.close_templates(end - start)
-                case "open_table":
+                case "open_table" | "open_html":
                     self.push("|", 1)
-                case "close_table":
+                case "close_table" | "close_html":
                     self.close_table()
                 case "comment":
-                    close = text.find("-->", end)
-                    position = len(text) if close < 0 else close + 3
+                    position = self.comment(end)
+                case "open_variants":
+                    self.push("-", 2)
+                case "close_variants":
+                    self.close_variants()
                 case _:
                     position = self.raw_tag(match)
         out.append(text[position:])
         return "".join(out)
+
+    def mark(self, name: str) -> str:
+        """What stands in the text for something that has no words, until its sentence is known."""
+        self.unknown.append(name)
+        return f"\ue000{len(self.unknown) - 1}\ue001"
 
     def push(self, kind: str, size: int) -> None:
         if len(self.stack) < MAX_OPEN:
@@ -166,10 +188,30 @@ class _Scanner:
             if kind == "{":
                 self.open_braces -= 1
                 count -= min(size, count)
-                words = _template(self.out, mark)
-                del self.out[mark:]
-                if words:
-                    self.out.append(words)
+                parts = self.template(mark, size)
+                if parts and not self.open_braces and templates.ends_table(parts):
+                    self.close_table()
+
+    def template(self, mark: int, size: int) -> list[str]:
+        """Put words, or a mark, in the place of the template that began at `mark`; return its name and arguments."""
+        parts = _parts(self.out, mark)
+        del self.out[mark:]
+        words = "" if not parts else parts[1] if size == 3 and len(parts) > 1 else templates.render(parts)
+        if words is None:
+            name = " ".join(parts[0].split())[:40]
+            words = self.mark(name if not name.startswith("#") else name.partition(":")[0])
+        if words:
+            self.out.append(words)
+        return parts
+
+    def close_variants(self) -> None:
+        if self.stack and self.stack[-1][0] == "-":
+            _, mark, _ = self.stack.pop()
+            words = _variant(_short(self.out, mark))
+            del self.out[mark:]
+            self.out.append(words)
+        else:
+            self.out.append("}-")
 
     def close_table(self) -> None:
         while self.stack and self.stack[-1][0] != "{":
@@ -187,22 +229,33 @@ class _Scanner:
                 del self.out[mark:]
                 self.out.append(words)
 
+    def comment(self, end: int) -> int:
+        """Where a comment whose mark ends at `end` is over; one that never closes is its mark alone."""
+        if self.next_close.get("!--", 0) < end:
+            close = self.text.find("-->", end)
+            self.next_close["!--"] = len(self.text) + 1 if close < 0 else close
+        close = self.next_close["!--"]
+        return end if close > len(self.text) else close + 3
+
     def raw_tag(self, match: re.Match[str]) -> int:
         """Skip a tag with its content and return where to go on; a tag that never closes is skipped alone.
 
-        The last closing tag found is remembered per name, so that no stretch of text is searched twice.
+        The next tags found are remembered per name, so that no stretch of text is searched twice.
         """
         name, end, length = match["raw"].lower(), match.end(), len(self.text)
         if match.group().endswith("/>"):
             return end
-        if self.next_close.get(name, 0) < end:
-            found = _CLOSING[name].search(self.text, end)
-            self.next_close[name] = found.start() if found else length + 1
+        for known, pattern in ((self.next_close, _CLOSING[name]), (self.next_open, _OPENING[name])):
+            if known.get(name, 0) < end:
+                found = pattern.search(self.text, end)
+                known[name] = found.start() if found else length + 1
         close = self.next_close[name]
-        if close > length or (name == "ref" and self.text.find("<ref>", end, close) >= 0):
+        if close > length or self.next_open[name] < close:  # this one has no end of its own
             return end
         if name == "nowiki":
             self.out.append(_REMAINS.sub("", self.text[end:close]))
+        elif name in _SHOWN_TAGS:
+            self.out.append(self.mark(f"<{name}>"))
         return self.text.index(">", close) + 1
 
 
@@ -213,23 +266,29 @@ def _short(out: list[str], mark: int) -> str:
     return "".join(out[mark:])
 
 
-def _template(out: list[str], mark: int) -> str:
-    """The words that a template stands for."""
+def _parts(out: list[str], mark: int) -> list[str]:
+    """Name and arguments of the template whose text came since `mark`; of a long one only the name."""
     if mark == len(out):
+        return []
+    return (_short(out, mark) or out[mark].partition("|")[0]).split("|")
+
+
+_VARIANT = re.compile(r"(?:^|;)\s*[a-z]{2,3}(?:-[a-z]+)*\s*:([^;]*)")
+
+
+def _variant(content: str) -> str:
+    """What LanguageConverter's ``-{flags|rules}-`` shows: the text, or the first of its variants.
+
+    The flags H, T, D, N, - and + alone stand for rules that are not shown where they are.
+    """
+    flags, bar, rules = content.partition("|")
+    if not bar:
+        flags, rules = "", content
+    shown = not set("HTDN-+") & set(flags) or "A" in flags or "S" in flags
+    if not shown:
         return ""
-    name = out[mark].partition("|")[0].strip().lower()
-    form = _TEMPLATES.get(name) or _TEMPLATES.get(name.partition(":")[0])
-    if form is None:
-        return ""
-    parts = _short(out, mark).replace("formatnum:", "formatnum|", 1).split("|")
-    plain = [part.strip() for part in parts[1:] if not re.match(r"\s*[a-z]\w*\s*=", part)]
-    plain = [part[2:].strip() if part.startswith(("1=", "2=")) else part for part in plain]
-    if len(plain) > 3 and plain[1] in _RANGE:
-        plain[:3] = [f"{plain[0]} {plain[1].strip('()')} {plain[2]}"]
-    try:
-        return form.format("", *plain)
-    except IndexError:  # an argument is missing
-        return ""
+    variant = None if "R" in flags else _VARIANT.match(rules)
+    return variant[1].strip() if variant else rules
 
 
 def _link(out: list[str], mark: int, namespaces: Mapping[str, int]) -> str | None:
@@ -237,14 +296,16 @@ def _link(out: list[str], mark: int, namespaces: Mapping[str, int]) -> str | Non
     first = out[mark] if mark < len(out) else ""
     prefix, colon, _ = first.partition(":")
     number = namespaces.get(prefix.strip().replace("_", " ").lower(), 0) if colon else 0
-    if number in (6, 14, -2) or (colon and _LANGUAGE.fullmatch(prefix)):
+    if number in (6, 14, -2):
+        return ""
+    if colon and (code := prefix.partition("-")[0]).islower() and (code in LANGUAGES or code in _OTHER_WIKIS):
         return ""
     content = _short(out, mark)
     target, bar, label = content.partition("|")
     if not content or "\n" in target:
         return None  # brackets that do not belong together
     if bar and label.strip():
-        return label
+        return " ".join(label.split()) if "\n" in label else label
     if number:
         return ""
     target = target.strip().lstrip(":")
@@ -252,17 +313,19 @@ def _link(out: list[str], mark: int, namespaces: Mapping[str, int]) -> str | Non
     return (rest if colon and len(prefix) < 2 else target).replace("_", " ")
 
 
-def _without_inline_markup(text: str) -> str:
+def _without_inline_markup(text: str, mark: Callable[[str], str]) -> str:
     """Tags, external links, quotes, entities and switches out of text that has no brackets any more."""
     if "<" in text:
+        text = _RAISED_TAG.sub(lambda match: _moved(match, mark), text)
         text = _BLOCK_TAG.sub("\n", text)
         text = _BREAK_TAG.sub(" ", text)
         text = _ANY_TAG.sub("", text)
     if "//" in text or "mailto:" in text:
         text = _EXTERNAL.sub(lambda match: match[1] or match[2] or "", text)
-        text = _BARE_URL.sub("", text)
+        if "://" in text:
+            text = _BARE_URL.sub("", text)
     if "'''" in text:
-        text = _ELISION.sub(r"\1'\2", text)
+        text = _ELISION.sub(r"'\1", text)
     text = text.replace("'''''", "").replace("'''", "").replace("''", "")
     if "&" in text:
         for _ in range(2):  # "&amp;nbsp;" was meant as a blank
@@ -270,6 +333,15 @@ def _without_inline_markup(text: str) -> str:
     if "__" in text:
         text = _MAGIC_WORD.sub(lambda match: "" if match[0].isupper() else match[0], text)
     return _REMAINS.sub(" ", text)  # a blank, so that no new mark comes together
+
+
+def _moved(match: re.Match[str], mark: Callable[[str], str]) -> str:
+    """``10<sup>5</sup>`` is no 105: digits become raised or lowered ones, other content has no words."""
+    tag, content = match[1].lower(), html.unescape(match[2]).replace("''", "").strip()
+    if not content or _MARK.fullmatch(content) or content.startswith("["):  # a note
+        return content
+    words = (templates.raised if tag == "sup" else templates.lowered)(content)
+    return mark(f"<{tag}>") if words is None else words
 
 
 def _punctuation(line: str) -> str:
@@ -283,24 +355,89 @@ def _punctuation(line: str) -> str:
                 line = line.replace(" ()", "").replace("()", "")
     if " ," in line or " ." in line:
         line = _LONE_COMMAS.sub("", line)
-    return " ".join(line.split())
+    return " ".join(line.split()) if "  " in line else line.strip()
 
 
-def _paragraphs(text: str) -> str:
-    """Join the lines of each paragraph; headings, list items, table rows and lines without a letter go."""
+def _paragraphs(text: str, unknown: list[str], lost: Counter[str]) -> str:
+    """Join the lines of each paragraph; headings, lists but for whole sentences, table rows and marks go."""
     paragraphs: list[str] = []
     current: list[str] = []
-    for line in [*_CONTROL.sub("", text).split("\n"), ""]:
+
+    def end() -> None:
+        if current:
+            paragraphs.append(" ".join(current))
+            current.clear()
+
+    for line in _CONTROL.sub("", text).split("\n"):
         line = " ".join(line.split())
-        first = line[:1]
+        first, formula = line[:1], False
         if first == ":":
             line = line.lstrip(":*#; ")
-            first = line[:1]
+            first, formula = line[:1], True
+        if "\ue000" in line and not any(map(str.isalpha, _MARK.sub("", line))):
+            formula = formula or "<math>" in (unknown[int(number)] for number in _MARK.findall(line))
+            line = line if formula else ""  # a template on a line of its own is no part of a sentence
         if not line or first in "*#;|!" or (first == "=" and line[-1] == "=") or line.startswith("----"):
-            paragraph = _punctuation(" ".join(current))
-            if any(map(str.isalpha, paragraph)):
-                paragraphs.append(paragraph)
-            current.clear()
+            end()
+            if first in ("*", "#") and _is_sentence(item := line.lstrip(":*# ")):
+                paragraphs.append(item)
         else:
             current.append(line)
-    return "\n".join(paragraphs)
+    end()
+    if unknown:
+        paragraphs = [_without_marks(paragraph, unknown, lost) for paragraph in _with_formulas(paragraphs)]
+    return "\n".join(line for line in map(_punctuation, paragraphs) if any(map(str.isalpha, line)))
+
+
+def _is_sentence(item: str) -> bool:
+    """Whether a list item is a whole sentence: begins and ends as one, has some words, and is no work cited."""
+    long_enough = item.count(" ") >= MIN_LIST_WORDS - 1 or (not item.isascii() and item[-1:] in "。！？")
+    return bool(long_enough and _ENDED.search(item) and _SENTENCE.match(item)) and not _WORK_CITED.search(item)
+
+
+def _with_formulas(paragraphs: list[str]) -> list[str]:
+    """Paragraphs with each formula between them put into the sentence it belongs to, before it and after it."""
+    joined: list[str] = []
+    for paragraph in paragraphs:
+        formula = _MARK.sub("", paragraph).strip(" .,;:") == ""
+        goes_on = joined and joined[-1].endswith(("\ue001", "\ue001,", "\ue001;")) and paragraph[:1].islower()
+        if joined and (goes_on or (formula and not _ENDED.search(joined[-1]))):
+            joined[-1] += " " + paragraph
+        else:
+            joined.append(paragraph)
+    return joined
+
+
+def _without_marks(paragraph: str, unknown: list[str], lost: Counter[str]) -> str:
+    """A paragraph without its marks: one in a parenthesis costs what is between semicolons, another its sentence."""
+    if "\ue000" not in paragraph:
+        return paragraph
+    paragraph = _NOTE.sub("", paragraph)
+    paragraph = _PARENTHESIS.sub(lambda match: _parenthesis(match, unknown, lost), paragraph)
+    kept: list[str] = []
+    for sentence in _sentences(paragraph) if "\ue000" in paragraph else [paragraph]:
+        if names := {unknown[int(number)] for number in _MARK.findall(sentence)}:
+            lost.update(names)
+        else:
+            kept.append(sentence)
+    return " ".join(kept)
+
+
+def _parenthesis(match: re.Match[str], unknown: list[str], lost: Counter[str]) -> str:
+    if "\ue000" not in match[1]:
+        return match[0]
+    names = {unknown[int(number)] for number in _MARK.findall(match[1])}
+    lost.update(names)
+    parts = re.split("([;,]) " if all(map(templates.is_spoken, names)) else "(;) ", match[1])
+    kept = [(part, mark) for part, mark in zip(parts[::2], [*parts[1::2], ""], strict=True) if "\ue000" not in part]
+    return "(" + " ".join(part + mark for part, mark in kept).rstrip(";, ") + ")"
+
+
+def _sentences(paragraph: str) -> list[str]:
+    """Pieces that are a sentence at least: where an end is in doubt there is none."""
+    pieces, start = [], 0
+    for match in _BOUNDARY.finditer(paragraph):
+        if not _NO_END.search(paragraph, max(start, match.start() - 12), match.start()):
+            pieces.append(paragraph[start : match.end()].strip())
+            start = match.end()
+    return [*pieces, paragraph[start:]]
