@@ -1,15 +1,17 @@
 """Stage ``samples``: text shards -> HDF5 shards of ``[CLS] A [SEP] B [SEP]``, each sentence pair with its NSP label.
 
-One text shard becomes one HDF5 file. All randomness is keyed by (seed, split, shard, duplicate), so the bytes do
-not depend on who makes a shard, nor on kills and reruns.
+A text shard becomes one HDF5 file, a large one several: one for each block of whole documents, so that memory does not
+grow with the shards nor with the number of duplicates. All randomness is keyed by (seed, split, shard, block,
+duplicate), so the bytes do not depend on who makes a block, nor on kills and reruns.
 """
 
 from __future__ import annotations
 
 import functools
-import hashlib
+import itertools
+import mmap
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,8 @@ from data_prep.splitmix import Ints
 from data_prep.wordpiece import Encoder, Vocabulary, unknown_note
 
 SPLITS = ("train", "test")
+BLOCK_BYTES = 12_000_000  # of text: with its samples a worker stays below 600 MB
+BLOCK_DUPLICATES = 10
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,33 @@ class Settings:
     dupe_factor: int
     short_seq_prob: float
     seed: int
+
+
+@dataclass(frozen=True)
+class Block:
+    """What one HDF5 file is made from: bytes ``start`` to ``end`` of a text shard, whole documents."""
+
+    file: str
+    split: str
+    sha256: str
+    """of the text shard"""
+    number: int
+    """among the blocks of its shard; the randomness of the first is keyed as if there were no other"""
+    part: int
+    """among the files of its shard"""
+    start: int
+    end: int
+    first_document: int
+    first_duplicate: int
+    duplicates: int
+
+    @property
+    def shard(self) -> int:
+        return int("".join(filter(str.isdigit, Path(self.file).stem)))
+
+    @property
+    def name(self) -> str:
+        return f"{Path(self.file).stem}{f'-{self.part:03d}' if self.part else ''}.hdf5"
 
 
 @dataclass(frozen=True)
@@ -75,12 +106,24 @@ def run(
     vocabulary = Vocabulary.load(vocab)
     vocabulary.check_case(lowercase, vocab)
     source = manifest.read_manifest(shards)
-    rows = run_all(
+    blocks = [
+        Block(**block)
+        for row in run_all(functools.partial(_blocks, shards, settings), source["shards"], job.workers)
+        for block in row
+    ]
+    made = run_all(
         functools.partial(_make, shards, job.out, settings, vocabulary.sha256),
-        source["shards"],
+        blocks,
         job.workers,
         lambda done, total: job.say(f"{done} of {total} shards of samples written"),
     )
+    rows = [row for row in made if row["rows"]]
+    for name in sorted({block.file for block in blocks}):
+        if not any(row["rows"] for block, row in zip(blocks, made, strict=True) if block.file == name):
+            raise DataError(f"{shards / name} holds no text that the vocabulary {vocab} can encode")
+    if long := sum(row["sentences_over_limit"] for row in rows):
+        total = sum(row["sentences"] for row in rows)
+        job.say(f"{long} of {total} sentences have over {seq_len - SPECIAL_TOKENS} tokens: cut into pieces, all kept")
     value = {
         "format": manifest.FORMAT,
         "seq_len": seq_len,
@@ -99,15 +142,19 @@ def run(
     return dict(run_all(functools.partial(_finish, job.out), [value], 1)[0])
 
 
-def make_samples(text: Text, settings: Settings, vocabulary: Vocabulary, source: str, *key: int) -> Shard:
-    """All samples of one text, ``settings.dupe_factor`` times, in the order duplicate, document, place.
+def make_samples(
+    text: Text, settings: Settings, vocabulary: Vocabulary, source: str, *key: int, duplicates: range | None = None
+) -> Shard:
+    """All samples of one text for ``duplicates`` (those of the settings), in the order duplicate, document, place.
 
-    ``key`` numbers the shard; with the seed and the duplicate it keys the randomness. ``source`` is the digest of
-    the text.
+    ``key`` numbers the shard and block; with the seed and the duplicate it keys the randomness. ``source`` is the
+    digest of the text shard.
     """
     limit = settings.seq_len - SPECIAL_TOKENS
-    keys = np.concatenate([splitmix.key(settings.seed, *key, duplicate) for duplicate in range(settings.dupe_factor)])
-    pairs = draw_pairs(text.sentence_offsets, text.document_offsets, limit, settings.short_seq_prob, keys)
+    keys = [splitmix.key(settings.seed, *key, number) for number in duplicates or range(settings.dupe_factor)]
+    pairs = draw_pairs(
+        text.sentence_offsets, text.document_offsets, limit, settings.short_seq_prob, np.concatenate(keys)
+    )
     tokens, offsets, b_start = assemble(
         text.tokens.astype(token_dtype(vocabulary.size)),
         truncate(pairs, limit),
@@ -127,11 +174,12 @@ def make_samples(text: Text, settings: Settings, vocabulary: Vocabulary, source:
     )
 
 
-def tokenise(content: str, encoder: Encoder, limit: int) -> Text:
-    """Encode a text shard (one sentence a line, a blank line after each document).
+def tokenise(content: str, encoder: Encoder, limit: int, first_document: int = 0) -> Text:
+    """Encode text of a shard (one sentence a line, a blank line after each document).
 
     Sentences and documents without a token are left out and counted. The names [CLS] and [SEP] in the text itself
-    become [UNK], so that every sample has exactly the three special tokens of its form.
+    become [UNK], so that every sample has exactly the three special tokens of its form. A sentence over ``limit``
+    tokens is cut into several, so that none of its words is lost to truncation.
     """
     special = encoder.vocabulary.special
     lines = content.removesuffix("\n\n").split("\n")
@@ -144,11 +192,14 @@ def tokenise(content: str, encoder: Encoder, limit: int) -> Text:
     sentences = np.flatnonzero(lengths)
     document_numbers, first = np.unique(document_of_line[sentences], return_index=True)
     documents = int(blank.sum()) + 1
+    offsets = np.append(line_offsets[sentences], len(tokens))
+    document_offsets = np.append(first, len(sentences))
+    cuts = cut_places(tokens, offsets, limit, encoder.vocabulary.continuing)
     return Text(
         tokens,
-        np.append(line_offsets[sentences], len(tokens)),
-        np.append(first, len(sentences)),
-        document_numbers,
+        np.insert(offsets, np.searchsorted(offsets, cuts), cuts),
+        document_offsets + np.searchsorted(cuts, offsets[document_offsets]),
+        document_numbers + first_document,
         {
             "documents": len(document_numbers),
             "documents_without_tokens": documents - len(document_numbers),
@@ -161,40 +212,77 @@ def tokenise(content: str, encoder: Encoder, limit: int) -> Text:
     )
 
 
+def cut_places(tokens: NDArray[np.uint32], offsets: Ints, limit: int, continuing: NDArray[np.bool_]) -> Ints:
+    """Where sentences over ``limit`` tokens are cut, ascending places in ``tokens``; before a word where there is one.
+
+    Two pieces together have ``limit`` tokens, so they fill one sample, and one with a random next sentence is kept
+    whole as well; a piece of ``limit`` tokens would always get a random next and lose half of itself.
+    ``continuing [vocabulary]``: the ids that go on with a word.
+    """
+    cuts: list[int] = []
+    for sentence in np.flatnonzero(np.diff(offsets) > limit).tolist():
+        at, end = int(offsets[sentence]), int(offsets[sentence + 1])
+        while end - at > (limit + 1) // 2:
+            half = at + (limit + 1) // 2
+            words = np.flatnonzero(~continuing[tokens[at + 1 : half + 1]])
+            middle = at + 1 + int(words[-1]) if len(words) else half
+            cuts.append(middle)
+            if end - at <= limit:
+                break
+            words = middle + 1 + np.flatnonzero(~continuing[tokens[middle + 1 : min(middle + limit + 1, end)]])
+            at = int(words[min(np.searchsorted(words, at + limit), len(words) - 1)]) if len(words) else at + limit
+            cuts.append(at)
+    return np.array(cuts, np.int64)
+
+
 @functools.lru_cache(maxsize=1)
 def _encoder(vocab: Path, _vocab_sha256: str, lowercase: bool, strip_accents: bool) -> Encoder:
     return Encoder(vocab, lowercase, strip_accents)
 
 
-def _make(shards: Path, out: Path, settings: Settings, vocab_sha256: str, entry: dict[str, Any]) -> dict[str, Any]:
-    """One text shard to one HDF5 shard, unless an earlier try finished it."""
-    name, split = str(entry["file"]), str(entry["split"])
-    path = out / Path(name).with_suffix(".hdf5")
-    if split == "test":
-        settings = replace(settings, dupe_factor=1)
+def _blocks(shards: Path, settings: Settings, entry: dict[str, Any]) -> list[dict[str, Any]]:
+    """Check one text shard against its manifest and cut it, between documents, into what one file is made from."""
+    path, size = shards / str(entry["file"]), int(entry["bytes"])
+    manifest.verify_file(path, size, str(entry["sha256"]))
+    count = max(1, -(-size // BLOCK_BYTES))
+    copies = settings.dupe_factor if entry["split"] == "train" else 1
+    groups = [(first, min(BLOCK_DUPLICATES, copies - first)) for first in range(0, copies, BLOCK_DUPLICATES)]
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        found = [content.find(b"\n\n", number * size // count) for number in range(1, count)]
+        starts = sorted({0, size, *(place + 2 for place in found if place >= 0)})
+        documents = np.cumsum([0, *(content[a:b].count(b"\n\n") for a, b in itertools.pairwise(starts))]).tolist()
+    places = itertools.product(enumerate(itertools.pairwise(starts)), groups)
+    return [
+        vars(Block(path.name, entry["split"], entry["sha256"], number, part, start, end, documents[number], *group))
+        for part, ((number, (start, end)), group) in enumerate(places)
+    ]
+
+
+def _make(shards: Path, out: Path, settings: Settings, vocab_sha256: str, block: Block) -> dict[str, Any]:
+    """One block of a text shard to one HDF5 shard, unless an earlier try finished it; no ``rows``: it has no token."""
+    path = out / block.name
     recipe = {key: value for key, value in vars(settings).items() if key != "vocab"}
-    identity = manifest.identity_of(text=entry["sha256"], vocab=vocab_sha256, file=name, **recipe)
+    identity = manifest.identity_of(block=vars(block), vocab=vocab_sha256, **recipe)
     if (facts := manifest.noted(path, identity)) is not None:
         return facts
-    content = (shards / name).read_bytes()
-    if (digest := hashlib.sha256(content).hexdigest()) != entry["sha256"]:
-        raise DataError(
-            f"{shards / name} has SHA-256 {digest[:12]}.., its manifest says {entry['sha256'][:12]}..: "
-            "run the shard stage again"
-        )
+    with open(shards / block.file, "rb") as file:
+        file.seek(block.start)
+        content = file.read(block.end - block.start).decode()
     encoder = _encoder(settings.vocab, vocab_sha256, settings.lowercase, settings.strip_accents)
-    text = tokenise(content.decode(), encoder, settings.seq_len - SPECIAL_TOKENS)
+    text = tokenise(content, encoder, settings.seq_len - SPECIAL_TOKENS, block.first_document)
     del content
     if not len(text.document_numbers):
-        raise DataError(f"{shards / name} holds no text that the vocabulary {settings.vocab} can encode")
-    number = int("".join(filter(str.isdigit, Path(name).stem)))
-    made = make_samples(text, settings, encoder.vocabulary, digest, SPLITS.index(split), number)
+        return {"rows": 0}
+    key = (SPLITS.index(block.split), block.shard, *([block.number] if block.number else []))
+    copies = range(block.first_duplicate, block.first_duplicate + block.duplicates)
+    made = make_samples(text, settings, encoder.vocabulary, block.sha256, *key, duplicates=copies)
     written = write_shard(path, made)
     facts = {
         "file": path.name,
-        "split": split,
+        "split": block.split,
         **written,
-        **text.facts,
+        # a text that is paired for several files is counted once
+        **(text.facts if not block.first_duplicate else dict.fromkeys(text.facts, 0)),
         "random_next": int(made.is_random_next.sum()),
         "full_rows": int((np.diff(made.offsets) == settings.seq_len).sum()),
     }

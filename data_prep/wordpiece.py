@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import random
@@ -48,6 +49,11 @@ class Vocabulary:
     def size(self) -> int:
         """Number of tokens, before any padding of the model's matrix."""
         return len(self.tokens)
+
+    @functools.cached_property
+    def continuing(self) -> NDArray[np.bool_]:
+        """``[size]`` whether a piece goes on with a word (``##s``)."""
+        return np.array([token.startswith("##") for token in self.tokens])
 
     @classmethod
     def load(cls, path: Path) -> Vocabulary:

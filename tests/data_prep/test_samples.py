@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -9,11 +10,14 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from data_prep import samples
 from data_prep.errors import DataError
@@ -245,3 +249,90 @@ def test_damaged_or_useless_text_is_named(tmp_path: Path) -> None:
     vocab.write_text("[PAD]\n")
     with pytest.raises(DataError, match="lacks"):
         samples.run(FolderJob(tmp_path / "out"), shards=text, vocab=vocab, **SETTINGS)
+
+
+def one_shard(folder: Path, documents: list[list[str]]) -> Path:
+    folder.mkdir()
+    path = folder / "train-00000.txt"
+    path.write_text("".join("\n".join(sentences) + "\n\n" for sentences in documents))
+    publish_manifest(folder, {"shards": [{**file_entry(path), "split": "train"}]})
+    return folder
+
+
+def test_text_without_full_stops_is_used_to_the_last_word(tmp_path: Path) -> None:
+    """Transcripts: 12 documents of one sentence of 3,000 words each, every word another one."""
+    words = [f"{a}{b}" for a in WORDS for b in WORDS][:36_000]
+    transcripts = [[" ".join(words[start : start + 3000])] for start in range(0, 36_000, 3000)]
+    vocab = tmp_path / "vocab.txt"
+    vocab.write_text("\n".join([*SPECIAL.values(), *words]) + "\n")
+    said: list[str] = []
+    job = FolderJob(tmp_path / "out")
+    job.say = said.append  # type: ignore[method-assign]
+    text = one_shard(tmp_path / "text", transcripts)
+    facts = samples.run(job, shards=text, vocab=vocab, **SETTINGS | {"seq_len": 128})["train"]
+    assert facts["tokens"] >= 2 * 36_000
+    assert facts["sentences_over_limit"] == 12
+    assert "12 of 12 sentences have over 125 tokens: cut into pieces, all kept" in said
+    used = np.unique(read_shard(tmp_path / "out" / "train-00000.hdf5").tokens)
+    assert len(used) > 0.99 * 36_000
+    assert 0.3 < facts["random_next"] / facts["rows"] < 0.8  # pieces of 125 tokens would all get a random next
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.integers(1, 200), min_size=1, max_size=5), st.integers(2, 40), st.floats(0, 1), st.integers(0, 2**31)
+)
+def test_cut_places(lengths: list[int], limit: int, share: float, seed: int) -> None:
+    continuing = np.array([False, True])
+    tokens = (np.random.default_rng(seed).random(sum(lengths)) < share).astype(np.uint32)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    cuts = samples.cut_places(tokens, offsets, limit, continuing)
+    ends = np.union1d(offsets, cuts)
+    assert len(ends) == len(offsets) + len(cuts)  # no cut where there is a cut already
+    assert np.diff(ends).max() <= limit
+    for first, last in itertools.pairwise(ends.tolist()):
+        if last in cuts and tokens[last]:  # inside a word only where there is no other place
+            assert tokens[first + 1 : last + 1].all() or tokens[last : first + limit + 1].all()
+    whole = np.flatnonzero(np.diff(offsets) <= limit)
+    assert not any(((cuts > offsets[i]) & (cuts < offsets[i + 1])).any() for i in whole)
+
+
+def test_a_large_shard_becomes_several_files_of_whole_documents(
+    tmp_path: Path, made: tuple[Path, Path, Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text, vocab, _, whole = made
+    monkeypatch.setattr(samples, "BLOCK_BYTES", 8_000)
+    monkeypatch.setattr(samples, "BLOCK_DUPLICATES", 1)
+    facts = samples.run(FolderJob(tmp_path / "out"), shards=text, vocab=vocab, **SETTINGS)
+    counted = ("documents", "sentences", "text_tokens", "sentences_over_limit", "documents_without_tokens")
+    assert [facts["train"][key] for key in counted] == [whole["train"][key] for key in counted]
+    assert facts["train"]["shards"] > 2 * whole["train"]["shards"]
+    files = load_verified(tmp_path / "out", "train").shards
+    names = [file.path.name for file in files if file.path.name.startswith("train-00001")]
+    assert names[:3] == ["train-00001.hdf5", "train-00001-001.hdf5", "train-00001-002.hdf5"]
+    blocks = (text / "train-00001.txt").read_text().split("\n\n")
+    encoder = Encoder(vocab, True, True)
+    seen: list[set[int]] = [set(), set()]
+    for number, name in enumerate(names):
+        shard = read_shard(tmp_path / "out" / name)
+        seen[number % 2] |= set(shard.document.tolist())
+        for row in range(0, len(shard.b_start), 7):
+            a = shard.tokens[shard.offsets[row] + 1 : shard.offsets[row] + shard.b_start[row] - 1]
+            words = " ".join(encoder.vocabulary.tokens[token] for token in a.tolist())
+            assert words in " ".join(blocks[shard.document[row]].split())
+    assert seen == [set(range(60)) - {3}] * 2
+
+
+def test_memory_grows_neither_with_the_shard_nor_with_the_duplicates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(samples, "BLOCK_BYTES", 100_000)
+    vocab, peaks = vocab_file(tmp_path / "vocab.txt"), []
+    for size, duplicates in ((1, 10), (8, 40)):
+        text = one_shard(tmp_path / f"text{size}", [[" ".join(WORDS)] * 10] * 8 * size)
+        tracemalloc.start()
+        job = FolderJob(tmp_path / f"out{size}")
+        samples.run(job, shards=text, vocab=vocab, **SETTINGS | {"dupe_factor": duplicates})
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 2 * peaks[0]  # all at once would be 32 times as much
