@@ -1,22 +1,41 @@
-"""Plain text and JSON lines to documents: a folder of books, a file of documents between blank lines, or JSONL."""
+"""Text files to documents: a folder of books, documents between blank lines, a sentence a line, WikiExtractor's."""
 
-import json
+import html
+import itertools
+import operator
 import re
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
+from data_prep import formats
 from data_prep.document import CONTROL, Document, Tally, content_id, plain, printable
 from data_prep.errors import DataError
 
 PIECE = 1 << 20
 LONG_LINE = 200  # characters; text with such lines was not wrapped by hand
-REPAIRS = ("byte_order_marks_removed", "carriage_returns_read_as_line_ends", "control_characters_removed")
+LINES_BYTES = 64_000  # of text without any sign of documents make one
+SENTENCES_A_LINE = 0.6  # share of the lines that end as sentences; of text wrapped by hand it is about a tenth
+REPAIRS = (
+    "byte_order_marks_removed",
+    "carriage_returns_read_as_line_ends",
+    "control_characters_removed",
+    "texts_read_as_windows_1252",
+)
+NO_BOOKS = (
+    "readme* licen[cs]e* copying* *sums *sums.txt *.md5 *.sha1 *.sha256 *.sha512 *.csv *.tsv *.json *.log *.jpg *.png"
+)
+# what the code pages of western and central Europe have in common, and French and Scandinavian letters
+WINDOWS_1252 = re.compile("[\x00-\x7f…‘’“”•–—\xa0§©«°»®·ÀÁÂÄÅÆÇÈÉÊËÍÎÏÑÓÔÖØÙÚÛÜßàáâäåæçèéêëíîïñóôöøùúûüŒœ£¡¿]*")
+_ENDS_SENTENCE = re.compile(r"[.!?…。！？][\"'”’»)\]`]*\s*$")
+_DOC = re.compile(rb"<doc\b[^>]*+>")
+_ATTRIBUTE = re.compile(r'(\w+)="([^"]*)"')
 BLANK_LINE = re.compile(r"\n[^\S\n]*\n")
 
 
 def book_files(folder: Path) -> list[Path]:
-    """All files below `folder`, in the order of their names; hidden ones are left out.
+    """All books below `folder`, in the order of their names, without what `left_out` names.
 
     Raises DataError when there is none, and for what is no file of this folder: a link that leads out of it, nowhere
     or to a folder, a pipe, a device.
@@ -24,7 +43,7 @@ def book_files(folder: Path) -> list[Path]:
     files, top = [], folder.resolve()
     for path in sorted(folder.rglob("*")):
         linked = path.is_symlink()
-        if any(p.startswith(".") for p in path.relative_to(folder).parts) or (path.is_dir() and not linked):
+        if _is_hidden(path, folder) or (path.is_dir() and not linked) or _is_no_book(path):
             continue
         if not path.is_file():
             raise DataError(f"{path} is no regular file and leads to none: remove it from the folder of books")
@@ -36,26 +55,127 @@ def book_files(folder: Path) -> list[Path]:
     return files
 
 
+def left_out(folder: Path) -> list[str]:
+    """Files below `folder` that are no books: hidden ones, README and licence, tables, checksums, pictures."""
+    return sorted(
+        str(path.relative_to(folder))
+        for path in folder.rglob("*")
+        if path.is_file() and (_is_hidden(path, folder) or _is_no_book(path))
+    )
+
+
+def _is_hidden(path: Path, folder: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(folder).parts)
+
+
+def _is_no_book(path: Path) -> bool:
+    return any(fnmatch(path.name.lower(), pattern) for pattern in NO_BOOKS.split())
+
+
+def form(path: Path) -> str:
+    """How documents lie in a text file: "docs" (WikiExtractor's), "lines" (a sentence a line, no blank line), "text".
+
+    Judged by the first MiB. Raises DataError for what is no text (a PDF, an archive, a page of HTML).
+    """
+    formats.refuse_foreign(path)
+    with formats.opened(path) as file:
+        head = file.read(PIECE)
+    if _DOC.match(head):
+        return "docs"
+    lines = head.decode(errors="replace").replace("\r\n", "\n").strip().split("\n")
+    return "lines" if all(map(str.strip, lines)) and _sentence_a_line(lines) else "text"
+
+
+def _sentence_a_line(lines: list[str]) -> bool:
+    return len(lines) > 1 and sum(map(bool, map(_ENDS_SENTENCE.search, lines))) >= SENTENCES_A_LINE * len(lines)
+
+
+def book_documents(path: Path, folder: Path, *, max_document_mb: float, tally: Tally) -> Iterator[Document]:
+    """What a file of a folder of books holds: the articles of WikiExtractor, else one book."""
+    if form(path) == "docs":
+        source = f"{folder.name}/{path.relative_to(folder)}"
+        yield from extracted_documents(
+            path, 0, formats.END, max_document_mb=max_document_mb, tally=tally, name=folder.name, source=source
+        )
+    elif (document := book(path, folder, max_document_mb=max_document_mb, tally=tally)) is not None:
+        yield document
+
+
 def book(path: Path, folder: Path, *, max_document_mb: float, tally: Tally) -> Document | None:
     """One file as one document; None (counted) when it is over the limit or has no letter.
 
     Blank lines separate paragraphs, the lines of a paragraph are joined. A book without blank lines stays one
-    document: one paragraph, or one a line where lines are long. Raises DataError for invalid UTF-8.
+    document: one paragraph, or one a line where lines are long or sentences. Raises DataError for invalid UTF-8.
     """
-    name = str(path.relative_to(folder))
+    name, limit = str(path.relative_to(folder)), int(max_document_mb * 1e6)
     tally.counts["articles"] += 1
-    if path.stat().st_size > max_document_mb * 1e6:
-        _too_large(tally, name, max_document_mb)
+    with formats.opened(path) as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        too_large(tally, name, max_document_mb)
         return None
-    text = _decode(path.read_bytes(), path, 0, tally)
-    text = _counted(text, tally).replace("\r\n", "\n").replace("\r", "\n").strip()
+    text = decode(data, path, 0, tally)
+    text = counted(text, tally).replace("\r\n", "\n").replace("\r", "\n").strip()
     parts = BLANK_LINE.split(text)
     if len(parts) == 1 and "\n" in text:
         tally.counts["books_without_blank_lines"] += 1
         lines = text.split("\n")
-        parts = lines if any(len(line) > LONG_LINE for line in lines) else parts
+        parts = lines if _sentence_a_line(lines) or any(len(line) > LONG_LINE for line in lines) else parts
     paragraphs = (" ".join(part.split()) for part in parts)
-    return _document(path.stem, folder.name, f"{folder.name}/{name}", "\n".join(paragraphs), tally)
+    return document(path.stem, folder.name, f"{folder.name}/{name}", "\n".join(paragraphs), tally)
+
+
+def line_documents(path: Path, start: int, end: int, *, max_document_mb: float, tally: Tally) -> Iterator[Document]:
+    """Documents of about 64 kB of a file that has a sentence a line and no sign of documents, each line a paragraph.
+
+    `start` and `end` are multiples of LINES_BYTES, so that any parts give the same documents.
+    """
+    limit = int(max_document_mb * 1e6)
+    with formats.opened(path) as file:
+        lines = ((offset // LINES_BYTES, pieces) for offset, _, pieces in lines_of(file, start, end, limit))
+        for number, group in itertools.groupby(lines, key=operator.itemgetter(0)):
+            tally.counts["articles"] += 1
+            where = f"{path.name} at byte {number * LINES_BYTES}"
+            data = b"".join(piece for _, pieces in group for piece in pieces)
+            text = counted(decode(data, path, number * LINES_BYTES, tally), tally)
+            if made := document("", path.name, "", text, tally, where=where):
+                yield made
+
+
+def extracted_documents(
+    path: Path, start: int, end: int, *, max_document_mb: float, tally: Tally, name: str = "", source: str = ""
+) -> Iterator[Document]:
+    """Articles of WikiExtractor whose ``<doc id title>`` line begins in bytes [start, end); each line a paragraph."""
+    limit, total = int(max_document_mb * 1e6), 0
+    rows: list[str] | None = None
+    attributes: dict[str, str] = {}
+    with formats.opened(path) as file:
+        for offset, size, pieces in lines_of(file, start, end, limit, past_end=True):
+            line = decode(b"".join(pieces), path, offset, tally).strip()
+            if line.startswith("<doc ") and offset < end:
+                rows, total = [], 0
+                attributes = {key: html.unescape(value) for key, value in _ATTRIBUTE.findall(line)}
+            elif line == "</doc>" and rows is not None:
+                tally.counts["articles"] += 1
+                title = attributes.get("title", "")
+                if total > limit:
+                    too_large(tally, title, max_document_mb)
+                elif made := document(
+                    title,
+                    source or path.name,
+                    f"{name or path.stem}-{attributes.get('id', offset)}",
+                    counted(html.unescape("\n".join(rows[rows[:1] == [title] :])), tally),
+                    tally,
+                ):
+                    yield made
+                rows = None
+            elif rows is not None:
+                total += size
+                rows += [line] if total <= limit else []
+            elif offset >= end:
+                return
+    if rows is not None:
+        raise DataError(f"{path}: the <doc> of {printable(attributes.get('title', ''))!r} has no </doc>: make it again")
 
 
 def text_documents(path: Path, start: int, end: int, *, max_document_mb: float, tally: Tally) -> Iterator[Document]:
@@ -64,43 +184,19 @@ def text_documents(path: Path, start: int, end: int, *, max_document_mb: float, 
     The lines of a document are joined to one paragraph. Memory is bounded by one document of the allowed size.
     """
     limit = int(max_document_mb * 1e6)
-    with open(path, "rb") as file:
+    with formats.opened(path) as file:
         for offset, size, pieces in _blocks(file, start, end, limit):
             tally.counts["articles"] += 1
             if size > limit:
-                _too_large(tally, f"{path.name} at byte {offset}", max_document_mb)
+                too_large(tally, f"{path.name} at byte {offset}", max_document_mb)
                 continue
-            text = " ".join(_counted(_decode(b"".join(pieces), path, offset, tally), tally).split())
-            made = _document("", path.name, "", text, tally, where=f"{path.name} at byte {offset}")
+            text = " ".join(counted(decode(b"".join(pieces), path, offset, tally), tally).split())
+            made = document("", path.name, "", text, tally, where=f"{path.name} at byte {offset}")
             if made:
                 yield made
 
 
-def json_documents(path: Path, start: int, end: int, *, max_document_mb: float, tally: Tally) -> Iterator[Document]:
-    """Objects with `text` (and perhaps `id`, `title`) whose lines begin in bytes [start, end).
-
-    Raises DataError naming file and line for anything else on a line; blank lines are allowed.
-    """
-    limit = int(max_document_mb * 1e6)
-    with open(path, "rb") as file:
-        for offset, size, pieces in _lines(file, start, end, 8 * limit):
-            if pieces and not b"".join(pieces).strip():
-                continue
-            tally.counts["articles"] += 1
-            title, number, text = f"{path.name} at byte {offset}", None, ""
-            if size <= 8 * limit:  # JSON escapes may take six bytes for one
-                row = _row(b"".join(pieces), path, offset, tally)
-                text, title, number = row["text"], row.get("title") or title, row.get("id")
-            if size > 8 * limit or len(text.encode(errors="replace")) > limit:
-                _too_large(tally, title, max_document_mb)
-                continue
-            key = "" if number is None else f"{path.stem}-{number}"
-            made = _document(row.get("title") or "", path.name, key, plain(_counted(text, tally)), tally, where=title)
-            if made:
-                yield made
-
-
-def _document(title: str, source: str, key: str, text: str, tally: Tally, *, where: str = "") -> Document | None:
+def document(title: str, source: str, key: str, text: str, tally: Tally, *, where: str = "") -> Document | None:
     text = plain(text)
     if not any(map(str.isalpha, text)):
         tally.skip("no letters", where or title)
@@ -109,59 +205,48 @@ def _document(title: str, source: str, key: str, text: str, tally: Tally, *, whe
     return Document(plain(key) or content_id(source, text), clean_title, source, text)
 
 
-def _too_large(tally: Tally, title: str, max_document_mb: float) -> None:
+def too_large(tally: Tally, title: str, max_document_mb: float) -> None:
     tally.skip(f"over max_document_mb ({max_document_mb:g})", title)
 
 
-def _counted(text: str, tally: Tally) -> str:
+def counted(text: str, tally: Tally) -> str:
     """`text` as it is; what `plain` takes out of it is counted."""
-    for key, found in zip(REPAIRS[1:], (text.count("\r"), len(CONTROL.findall(text))), strict=True):
+    for key, found in zip(REPAIRS[1:3], (text.count("\r"), len(CONTROL.findall(text))), strict=True):
         if found:
             tally.counts[key] += found
     return text
 
 
-def _decode(data: bytes, path: Path, offset: int, tally: Tally) -> str:
-    """UTF-8 text without a byte order mark (counted); DataError naming file and byte for anything else."""
+def decode(data: bytes, path: Path, offset: int, tally: Tally) -> str:
+    """UTF-8 text without a byte order mark (counted), or Windows-1252 where the bytes leave no doubt (counted).
+
+    DataError naming file and byte for anything else.
+    """
     skip = 3 if offset == 0 and data.startswith(b"\xef\xbb\xbf") else 0
     if skip:
         tally.counts[REPAIRS[0]] += 1
     try:
         return data[skip:].decode("utf-8")
     except UnicodeDecodeError as error:
+        if (text := _windows_1252(data)) is not None:
+            tally.counts[REPAIRS[3]] += 1
+            return text
         raise DataError(
             f"{path}: invalid UTF-8 at byte {offset + skip + error.start} (0x{data[skip + error.start]:02x}): convert "
             "the file, for example with iconv -f LATIN1 -t UTF-8"
         ) from None
 
 
-def _row(line: bytes, path: Path, offset: int, tally: Tally) -> dict[str, Any]:
-    fault = ""
-    try:
-        row = json.loads(_decode(line, path, offset, tally))
-        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-            fault = 'no object with a string "text"'
-        elif not isinstance(row.get("title") or "", str):
-            fault = '"title" is not a string'
-        elif not isinstance(row.get("id", 0), str | int):
-            fault = '"id" is neither a string nor a number'
-        else:
-            return row
-    except (ValueError, RecursionError) as error:
-        fault = f"not JSON ({printable(str(error))})"
-    raise DataError(f'{path}:{_line_number(path, offset)}: {fault}; every line must be {{"text": …}}')
+def _windows_1252(data: bytes) -> str | None:
+    """The text, if no byte sequence is UTF-8 and few bytes are beyond ASCII, all of them usual letters or marks."""
+    high = sum(byte > 127 for byte in data)
+    if not high or high > 0.2 * len(data) or re.search(rb"[\xc3-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}", data):
+        return None
+    text = data.decode("cp1252", errors="replace")
+    return text if WINDOWS_1252.fullmatch(text) else None
 
 
-def _line_number(path: Path, offset: int) -> int:
-    number, left = 1, offset
-    with open(path, "rb") as file:
-        while left and (data := file.read(min(PIECE, left))):
-            number += data.count(b"\n")
-            left -= len(data)
-    return number
-
-
-def _lines(
+def lines_of(
     file: BinaryIO, start: int, end: int, limit: int, *, past_end: bool = False
 ) -> Iterator[tuple[int, int, list[bytes]]]:
     """(offset, size, pieces) of the lines that begin in [start, end); a line over `limit` comes without pieces.
@@ -194,7 +279,7 @@ def _blocks(file: BinaryIO, start: int, end: int, limit: int) -> Iterator[tuple[
     """
     block: list[bytes] = []
     at, size, ours = start, 0, start == 0
-    for offset, length, pieces in _lines(file, start, end, limit, past_end=True):
+    for offset, length, pieces in lines_of(file, start, end, limit, past_end=True):
         if length <= limit and not b"".join(pieces).strip():
             if size:
                 yield at, size, block

@@ -1,25 +1,23 @@
-"""The bytes of a large export, plain, .gz or .bz2, in parts that can be read apart and must fit together.
+"""The bytes of a large export, plain or compressed, in parts that can be read apart and must fit together.
 
 A bz2 export of many streams (Wikipedia's "multistream" files) and a plain one are cut where a stream or a page
 begins; a single compressed stream is one part.
 """
 
 import bz2
-import gzip
 import re
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from data_prep import formats
 from data_prep.errors import DataError
+from data_prep.formats import BOMB_BYTES, BOMB_RATIO
 
 CHUNK = 1 << 18
-BOMB_BYTES, BOMB_RATIO = 1 << 28, 1000  # no text shrinks a thousandfold over 256 MB
 PAGE = re.compile(rb"<page>")
 STREAM = re.compile(rb"BZh[1-9](?:\x31\x41\x59\x26\x53\x59|\x17\x72\x45\x38\x50\x90)")
-OTHER_FORMATS = {b"PK\x03\x04": "zip", b"7z\xbc\xaf": "7z", b"\xfd7zX": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
 @dataclass
@@ -31,23 +29,18 @@ class Seam:
 
 
 def compression(path: Path) -> str:
-    """ "bz2", "gz" or "" by the file's first bytes; DataError for an empty file or another archive format."""
-    with open(path, "rb") as file:
-        head = file.read(4)
-    if not head:
+    """ "bz2", "gz", "xz", "zst" or "" by the file's first bytes; DataError for an empty file or another format."""
+    if not path.stat().st_size:
         raise DataError(f"{path} is empty: fetch it again")
-    if head in OTHER_FORMATS:
-        raise DataError(f"{path} is a {OTHER_FORMATS[head]} file: unpack it, or pack it as .bz2 or .gz")
-    if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise DataError(f"{path} is UTF-16 text; only UTF-8 exports are read: fetch it again or convert it")
-    return "bz2" if head[:3] == b"BZh" else "gz" if head[:2] == b"\x1f\x8b" else ""
+    formats.refuse_foreign(path)
+    return formats.compression(path)
 
 
 def ranges(path: Path, part_bytes: int) -> list[tuple[int, int]]:
     """Byte ranges whose parts can be read independently; one range where the format allows no cut."""
     size = path.stat().st_size
     kind = compression(path)
-    if kind == "gz" or (kind == "bz2" and not _streams_hold_pages(path)):
+    if kind and not (kind == "bz2" and _streams_hold_pages(path)):
         return [(0, size)]
     return [(start, min(start + part_bytes, size)) for start in range(0, size, part_bytes)]
 
@@ -58,9 +51,10 @@ def chunks(path: Path, start: int, end: int, seam: Seam) -> Iterator[bytes]:
     Raises DataError (file and byte named) for a truncated or damaged file, trailing junk or a decompression bomb.
     """
     kind = compression(path)
-    if kind == "gz":
+    if kind not in ("", "bz2"):
         seam.first, seam.stop = 0, path.stat().st_size
-        yield from _gunzip(path)
+        with formats.opened(path) as unpacked:
+            yield from iter(lambda: unpacked.read(CHUNK), b"")
         return
     with open(path, "rb") as file:
         seam.first = 0 if start == 0 else _find(file, STREAM if kind == "bz2" else PAGE, start, end)
@@ -156,19 +150,3 @@ def _streams_hold_pages(path: Path) -> bool:
         except OSError:
             return False
         return start.lstrip().startswith(b"<page>")
-
-
-def _gunzip(path: Path) -> Iterator[bytes]:
-    given = 0
-    with open(path, "rb") as file, gzip.GzipFile(fileobj=file) as unpacked:
-        while True:
-            try:
-                data = unpacked.read(CHUNK)
-            except (EOFError, OSError, zlib.error) as error:
-                raise DataError(f"{path}: damaged or truncated gzip near byte {file.tell()} ({error})") from None
-            given += len(data)
-            if given > BOMB_BYTES and given > BOMB_RATIO * file.tell():
-                raise DataError(f"{path}: {file.tell()} bytes unpack to over {given >> 20} MB: a bomb")
-            if not data:
-                return
-            yield data

@@ -6,20 +6,21 @@ processes work, and a part that an earlier, killed try finished is kept.
 
 import functools
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from data_prep import books, manifest, wikipedia
+from data_prep import books, formats, manifest, records, wikipedia
 from data_prep.document import Document, DocumentFiles, Tally, printable
-from data_prep.dumpfile import Seam, check_seams, compression, ranges
+from data_prep.dumpfile import Seam, check_seams, ranges
 from data_prep.errors import DataError
 from data_prep.fanout import Job, run_all
 from data_prep.publish import file_sha256, remove_leftovers
 
 PART_BYTES = 32_000_000
 COMPRESSED_PART_BYTES = 8_000_000
+FAULTS = 20  # named at once
 FORMAT = 2  # raise it when the same input gives other documents
 
 
@@ -27,7 +28,7 @@ FORMAT = 2  # raise it when the same input gives other documents
 class Part:
     """One piece of an input, worked on by one process."""
 
-    kind: str  # wikipedia | books | text | jsonl
+    kind: str  # wikipedia | books | text | lines | docs | json | table | parquet
     path: Path
     number: int = 0
     start: int = 0
@@ -38,13 +39,20 @@ class Part:
 
 
 def run(
-    job: Job, *, wikipedia: list[Path], books: list[Path], jsonl: list[Path], max_document_mb: float
+    job: Job,
+    *,
+    wikipedia: list[Path],
+    books: list[Path],
+    jsonl: list[Path],
+    max_document_mb: float,
+    text_column: str = "text",
 ) -> dict[str, Any]:
     """Write ``documents-….jsonl`` and ``manifest.json`` into ``job.out``; return counts, inputs and skips.
 
-    `wikipedia`: MediaWiki exports (.xml, .xml.bz2, .xml.gz); `books`: folders of text files, or files of documents
-    between blank lines; `jsonl`: files of objects with a ``text``. Documents over `max_document_mb` are skipped and
-    counted. Raises DataError for an input that cannot be read whole, and when nothing is left.
+    `wikipedia`: MediaWiki exports; `books`: folders of text files, or files of documents between blank lines, of a
+    sentence a line, or of WikiExtractor; `jsonl`: records with a text in `text_column`: JSON lines, CSV, TSV, Parquet.
+    All but Parquet may be compressed (gz, bz2, xz, zst). Documents over `max_document_mb` are skipped and counted.
+    Raises DataError naming all inputs that cannot be read whole, and when nothing is left.
     """
     inputs = [("wikipedia", path) for path in wikipedia]
     inputs += [("books" if path.is_dir() else "text", path) for path in books]
@@ -58,6 +66,7 @@ def run(
             what = "a folder" if path.is_dir() else "no regular file"
             raise DataError(f"{path} is {what}; only data.books may name a folder, everything else is read as a file")
     described = run_all(_describe, inputs, job.workers)
+    _refuse(described)
     parts = [
         replace(part, number=number)
         for number, part in enumerate(
@@ -71,28 +80,48 @@ def run(
         if done % every == 0 or done == total:
             job.say(f"{done} of {total} parts read")
 
-    results = run_all(functools.partial(_read, job.out, max_document_mb), parts, job.workers, progress)
+    results = run_all(functools.partial(_read, job.out, max_document_mb, text_column), parts, job.workers, progress)
+    _refuse(results)
     facts: dict[str, Any] = run_all(_finish, [(job.out, inputs, described, parts, results)], 1)[0]
     for line in facts.pop("said"):
         job.say(line)
     return facts
 
 
+def _refuse(results: list[dict[str, Any]]) -> None:
+    """Raise DataError for all that could not be read, each by file and place."""
+    if faults := [fault for result in results for fault in result.get("faults", [])]:
+        more = f" | and {len(faults) - FAULTS} more" if len(faults) > FAULTS else ""
+        count = f"{len(faults)} files cannot be read: " if len(faults) > 1 else ""
+        raise DataError(count + " | ".join(faults[:FAULTS]) + more)
+
+
 def _describe(entry: tuple[str, Path]) -> dict[str, Any]:
-    """Name, size and SHA-256 of an input; of a folder the digest of its files' names and digests."""
+    """Name, size, SHA-256 and form of an input; of a folder the digest of its files' names and digests."""
     kind, path = entry
     if kind != "books":
-        return {"name": path.name, "bytes": path.stat().st_size, "sha256": file_sha256(path)}
-    files = books.book_files(path)
+        try:
+            form = books.form(path) if kind == "text" else records.kind(path) if kind == "jsonl" else kind
+        except DataError as error:
+            return {"faults": [str(error)]}
+        size = path.stat().st_size
+        groups = {"row_groups": records.row_groups(path)} if form == "parquet" else {}
+        return {"name": path.name, "form": form, "bytes": size, "sha256": file_sha256(path), **groups}
+    files, faults = books.book_files(path), []
     digest = hashlib.sha256()
     for file in files:
+        try:
+            formats.refuse_foreign(file)
+        except DataError as error:
+            faults.append(str(error))
         digest.update(f"{file.relative_to(path)}\0{file_sha256(file)}\n".encode(errors="surrogateescape"))
     size = sum(file.stat().st_size for file in files)
-    return {"name": path.name, "bytes": size, "sha256": digest.hexdigest(), "files": len(files)}
+    facts = {"name": path.name, "form": kind, "bytes": size, "sha256": digest.hexdigest(), "files": len(files)}
+    return {**facts, "left_out": books.left_out(path), "faults": faults}
 
 
 def _parts(entry: tuple[str, Path], facts: dict[str, Any]) -> Iterator[Part]:
-    kind, path = entry
+    path, kind = entry[1], str(facts["form"])
     sha256 = str(facts["sha256"])
     if kind == "books":
         group: list[Path] = []
@@ -107,23 +136,32 @@ def _parts(entry: tuple[str, Path], facts: dict[str, Any]) -> Iterator[Part]:
             yield Part(kind, path, files=tuple(group), sha256=sha256)
     elif kind == "wikipedia":
         site = wikipedia.read_site(path)
-        part_bytes = COMPRESSED_PART_BYTES if compression(path) else PART_BYTES
+        part_bytes = COMPRESSED_PART_BYTES if formats.compression(path) else PART_BYTES
         for start, end in ranges(path, part_bytes):
             yield Part(kind, path, start=start, end=end, site=site, sha256=sha256)
+    elif kind == "parquet":
+        groups = int(facts["row_groups"])
+        step = max(1, groups * PART_BYTES // max(1, int(facts["bytes"])))
+        for start in range(0, groups, step):
+            yield Part(kind, path, start=start, end=min(start + step, groups), sha256=sha256)
+    elif kind == "table" or formats.compression(path):
+        yield Part(kind, path, end=formats.END, sha256=sha256)  # cannot be cut
     else:
         size = int(facts["bytes"])
-        for start in range(0, size, PART_BYTES):
-            yield Part(kind, path, start=start, end=min(start + PART_BYTES, size), sha256=sha256)
+        step = -(-PART_BYTES // books.LINES_BYTES) * books.LINES_BYTES if kind == "lines" else PART_BYTES
+        for start in range(0, size, step):
+            yield Part(kind, path, start=start, end=min(start + step, size), sha256=sha256)
 
 
-def _read(out: Path, max_document_mb: float, part: Part) -> dict[str, Any]:
-    """Write the documents of one part, unless an earlier try finished it; return its files and counts."""
+def _read(out: Path, max_document_mb: float, text_column: str, part: Part) -> dict[str, Any]:
+    """Write the documents of one part, unless an earlier try finished it; return its files and counts, or faults."""
     first = out / f"documents-{part.number:05d}.jsonl"
     identity = manifest.identity_of(
         format=FORMAT,
         input=[part.kind, part.path.name, part.sha256, part.number, part.start, part.end],
         files=[str(file.relative_to(part.path)) for file in part.files],
         max_document_mb=max_document_mb,
+        text_column=text_column,
     )
     known = manifest.noted(first, identity)
     if known is not None:
@@ -133,9 +171,16 @@ def _read(out: Path, max_document_mb: float, part: Part) -> dict[str, Any]:
         except DataError:
             pass  # one of several files is gone: read the part again
     tally, seam = Tally(), Seam()
+    faults: list[str] = []
     with DocumentFiles(out, part.number, tally) as files:
-        for document in _documents(part, seam, max_document_mb, tally):
-            files.write(document)
+        for read in _readers(part, seam, text_column):
+            try:
+                for document in read(max_document_mb=max_document_mb, tally=tally):
+                    files.write(document)
+            except DataError as error:
+                faults.append(str(error))
+    if faults:
+        return {"faults": faults}
     lost = tally.counts["articles"] - tally.counts["documents"] - sum(tally.skipped.values())
     if lost:
         raise DataError(f"{part.path}: {lost} of {tally.counts['articles']} articles are unaccounted for; report this")
@@ -144,20 +189,28 @@ def _read(out: Path, max_document_mb: float, part: Part) -> dict[str, Any]:
     return facts
 
 
-def _documents(part: Part, seam: Seam, max_document_mb: float, tally: Tally) -> Iterator[Document]:
-    if part.kind == "wikipedia":
-        assert part.site is not None
-        yield from wikipedia.documents(
-            part.path, part.start, part.end, seam, site=part.site, max_document_mb=max_document_mb, tally=tally
-        )
-    elif part.kind == "books":
-        for file in part.files:
-            made = books.book(file, part.path, max_document_mb=max_document_mb, tally=tally)
-            if made:
-                yield made
-    else:
-        read = books.text_documents if part.kind == "text" else books.json_documents
-        yield from read(part.path, part.start, part.end, max_document_mb=max_document_mb, tally=tally)
+def _readers(part: Part, seam: Seam, text_column: str) -> Iterator[Callable[..., Iterator[Document]]]:
+    """What reads the files of a part, one after the other."""
+    place = (part.path, part.start, part.end)
+    match part.kind:
+        case "wikipedia":
+            assert part.site is not None
+            yield functools.partial(wikipedia.documents, *place, seam, site=part.site)
+        case "books":
+            for file in part.files:
+                yield functools.partial(books.book_documents, file, part.path)
+        case "text":
+            yield functools.partial(books.text_documents, *place)
+        case "lines":
+            yield functools.partial(books.line_documents, *place)
+        case "docs":
+            yield functools.partial(books.extracted_documents, *place)
+        case "table":
+            yield functools.partial(records.table_documents, part.path, text_column)
+        case "parquet":
+            yield functools.partial(records.parquet_documents, *place, text_column)
+        case _:
+            yield functools.partial(records.json_documents, *place, text_column)
 
 
 Work = tuple[Path, list[tuple[str, Path]], list[dict[str, Any]], list[Part], list[dict[str, Any]]]
@@ -178,7 +231,7 @@ def _finish(work: Work) -> dict[str, Any]:
                 raise DataError(f"{path} holds no page: take a pages-articles export")
         total.add(tally.facts())
         facts["counts"], facts["skipped"] = tally.facts()["counts"], tally.facts()["skipped"]
-        said += _remarks(path.name, tally)
+        said += _remarks(facts, tally)
     if not total.counts["documents"]:
         names = ", ".join(path.name for _, path in inputs)
         raise DataError(f"no document in {names}: {_reasons(total) or 'the input is empty'}")
@@ -199,8 +252,9 @@ def _reasons(tally: Tally) -> str:
     return ", ".join(f"{count} {reason}" for reason, count in sorted(tally.skipped.items()))
 
 
-def _remarks(name: str, tally: Tally) -> list[str]:
+def _remarks(described: dict[str, Any], tally: Tally) -> list[str]:
     """What a person should know of one input, one line each."""
+    name = described["name"]
     counts = tally.counts
     lines = [f"{name}: {counts['documents']} documents, {counts['words']} words of {counts['articles']} articles"]
     if counts["redirects"] or counts["pages_of_other_namespaces"]:
@@ -213,6 +267,10 @@ def _remarks(name: str, tally: Tally) -> list[str]:
     if tally.lost:
         most = ", ".join(f"{printable(lost, 40)} {count}" for lost, count in tally.lost.most_common(5))
         lines.append(f"{name}: {tally.lost.total()} sentences left out for templates without words, most for {most}")
+    if out := described.get("left_out", []):
+        lines.append(
+            f"{name}: {len(out)} files are no books and left out: {', '.join(map(printable, out[:5]))}{' …' * (len(out) > 5)}"
+        )
     if repaired := [f"{counts[key]} {key.replace('_', ' ')}" for key in books.REPAIRS if counts[key]]:
         lines.append(f"{name}: {', '.join(repaired)}")
     if counts["books_without_blank_lines"]:

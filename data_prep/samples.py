@@ -230,7 +230,7 @@ def cut_places(tokens: NDArray[np.uint32], offsets: Ints, limit: int, continuing
             if end - at <= limit:
                 break
             words = middle + 1 + np.flatnonzero(~continuing[tokens[middle + 1 : min(middle + limit + 1, end)]])
-            at = int(words[min(np.searchsorted(words, at + limit), len(words) - 1)]) if len(words) else at + limit
+            at = int(words[min(int(np.searchsorted(words, at + limit)), len(words) - 1)]) if len(words) else at + limit
             cuts.append(at)
     return np.array(cuts, np.int64)
 

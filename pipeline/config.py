@@ -60,9 +60,10 @@ class ModelConfig:
 class DataConfig:
     """[data]: corpora by file name (looked up under --data DIR), language, sharding, samples."""
 
-    wikipedia: tuple[str, ...] = ()  # MediaWiki pages-articles exports: .xml, .xml.gz, .xml.bz2
-    books: tuple[str, ...] = ()  # folders of text files, or files of documents separated by blank lines
-    jsonl: tuple[str, ...] = ()  # one JSON object with a "text" field per line
+    wikipedia: tuple[str, ...] = ()  # MediaWiki pages-articles exports: .xml, also .bz2, .gz, .xz, .zst
+    books: tuple[str, ...] = ()  # folders of text files; files of documents between blank lines, or WikiExtractor's
+    jsonl: tuple[str, ...] = ()  # records with a text: JSON lines, CSV, TSV, Parquet
+    text_column: str = "text"  # its name in them
     licences: tuple[str, ...] = ()  # of these texts, for the model card
     vocab: str | None = None  # a vocab.txt; none: the chain trains one
     vocab_size: int = limited(30522, low=64, high=1_000_000)

@@ -27,7 +27,7 @@ def table(recipe: Recipe) -> dict[str, Stage]:
             name="extract",
             run="data_prep.extract:run",
             width="workers",
-            config={"max_document_mb": data.max_document_mb},
+            config={"max_document_mb": data.max_document_mb, "text_column": data.text_column},
             inputs={
                 kind: tuple(f"data:{name}" for name in getattr(data, kind)) for kind in ("wikipedia", "books", "jsonl")
             },

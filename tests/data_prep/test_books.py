@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep import books
+from data_prep import books, records
 from data_prep.document import Document, Tally
 from data_prep.errors import DataError
 
@@ -72,7 +72,7 @@ def test_what_is_repaired_is_counted_in_every_form(data: bytes, counts: dict[str
     assert {key: tally.counts[key] for key in books.REPAIRS if tally.counts[key]} == counts
     row = json.dumps({"text": data.decode("utf-8-sig")}).encode()
     (tmp_path / "a.jsonl").write_bytes(data[:3] + row if data.startswith(b"\xef") else row)
-    for read, name in ((books.text_documents, "a.txt"), (books.json_documents, "a.jsonl")):
+    for read, name in ((books.text_documents, "a.txt"), (records.json_documents, "a.jsonl")):
         path, tally = tmp_path / name, Tally()
         assert list(read(path, 0, path.stat().st_size, max_document_mb=1, tally=tally))
         assert {key: tally.counts[key] for key in books.REPAIRS if tally.counts[key]} == counts
@@ -81,12 +81,12 @@ def test_what_is_repaired_is_counted_in_every_form(data: bytes, counts: dict[str
 def test_lone_surrogates_are_removed_and_counted(tmp_path: Path) -> None:
     path, tally = tmp_path / "a.jsonl", Tally()
     path.write_bytes(rb'{"text": "Ein \ud800 Wort \udfff\u0000.", "title": "\u001b[31mrot\ud800"}')
-    (document,) = books.json_documents(path, 0, path.stat().st_size, max_document_mb=1, tally=tally)
+    (document,) = records.json_documents(path, 0, path.stat().st_size, max_document_mb=1, tally=tally)
     assert (document.title, document.text) == ("[31mrot", "Ein Wort .")
     assert tally.counts["control_characters_removed"] == 3
     path.write_bytes(b'{"text": "\xed\xa0\x80"}')  # the same, written as bytes
     with pytest.raises(DataError, match="invalid UTF-8 at byte 10"):
-        list(books.json_documents(path, 0, path.stat().st_size, max_document_mb=1, tally=tally))
+        list(records.json_documents(path, 0, path.stat().st_size, max_document_mb=1, tally=tally))
 
 
 def test_links_pipes_and_loops_among_the_books_are_refused(tmp_path: Path) -> None:
@@ -191,7 +191,7 @@ def test_json_lines(tmp_path: Path) -> None:
     path.write_text(
         "\ufeff" + "\n".join(json.dumps(row) for row in rows[:2]) + "\n\n" + "\n".join(map(json.dumps, rows[2:]))
     )
-    whole, tally = in_parts(books.json_documents, path, 10**9)
+    whole, tally = in_parts(records.json_documents, path, 10**9)
     assert [(d.id, d.title, d.text) for d in whole] == [
         ("d-7", "T[31m", "One\ntwo three.\nFour"),
         (whole[1].id, "", "No id"),
@@ -201,7 +201,7 @@ def test_json_lines(tmp_path: Path) -> None:
     assert tally.facts()["skipped"] == {"no letters": 1, "over max_document_mb (0.0001)": 2}
     assert tally.examples["over max_document_mb (0.0001)"] == ["big\\x07", "d.jsonl at byte 319"]
     for part_bytes in (1, 10, 77):
-        assert in_parts(books.json_documents, path, part_bytes) == (whole, tally)
+        assert in_parts(records.json_documents, path, part_bytes) == (whole, tally)
 
 
 @pytest.mark.parametrize(
@@ -221,7 +221,7 @@ def test_bad_json_names_file_and_line(line: bytes, message: str, tmp_path: Path)
     path = tmp_path / "d.jsonl"
     path.write_bytes(b'{"text": "fine"}\n\n' + line + b"\n")
     with pytest.raises(DataError) as caught:
-        list(books.json_documents(path, 0, 10**6, max_document_mb=1, tally=Tally()))
+        list(records.json_documents(path, 0, 10**6, max_document_mb=1, tally=Tally()))
     assert str(caught.value).startswith(f"{path}:3: ")
     assert message in str(caught.value)
     assert str(caught.value).isprintable()

@@ -14,20 +14,9 @@ import pytest
 
 from data_prep import document, extract, manifest
 from data_prep.errors import DataError
+from support.documents import FakeJob, contents, texts
 
 HEADER = "<mediawiki><siteinfo><dbname>xwiki</dbname></siteinfo>\n"
-
-
-class FakeJob:
-    """A job whose lines are kept."""
-
-    def __init__(self, out: Path, workers: int = 1) -> None:
-        self.out, self.workers = out, workers
-        self.lines: list[str] = []
-        out.mkdir(parents=True, exist_ok=True)
-
-    def say(self, line: str) -> None:
-        self.lines.append(line)
 
 
 def page(number: int, text: str) -> str:
@@ -60,16 +49,6 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(document, "FILE_BYTES", 2000)
 
 
-def contents(folder: Path) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
-
-
-def texts(folder: Path) -> list[dict[str, Any]]:
-    return [
-        json.loads(line) for path in sorted(folder.glob("documents-*")) for line in path.read_text().split("\n")[:-1]
-    ]
-
-
 @pytest.mark.usefixtures("small_parts")
 def test_everything_is_read_and_described(inputs: dict[str, list[Path]], tmp_path: Path) -> None:
     job = FakeJob(tmp_path / "out")
@@ -100,7 +79,7 @@ def test_killed_tries_and_old_files_leave_no_trace(
     inputs: dict[str, list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clean, job = FakeJob(tmp_path / "clean"), FakeJob(tmp_path / "out")
-    read, calls, die_at = extract._documents, 0, 10**9
+    read, calls, die_at = extract._readers, 0, 10**9
 
     def counting(*arguments: Any) -> Any:
         nonlocal calls
@@ -109,7 +88,7 @@ def test_killed_tries_and_old_files_leave_no_trace(
             raise KeyboardInterrupt
         return read(*arguments)
 
-    monkeypatch.setattr(extract, "_documents", counting)
+    monkeypatch.setattr(extract, "_readers", counting)
     extract.run(clean, **inputs, max_document_mb=1)
     parts, calls, die_at = calls, 0, 15
     with pytest.raises(KeyboardInterrupt):

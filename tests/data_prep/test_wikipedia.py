@@ -13,7 +13,7 @@ from xml.sax.saxutils import escape
 
 import pytest
 
-from data_prep import dumpfile, wikipedia
+from data_prep import dumpfile, formats, wikipedia
 from data_prep.document import Document, Tally
 from data_prep.errors import DataError
 
@@ -240,10 +240,10 @@ MANY_NAMES = "".join(f'<namespace key="{n}">Name {n}</namespace>' for n in range
         ((HEADER + FOOTER).encode(), ""),
         (b"", "is empty"),
         (b"   \n", "without </mediawiki>"),
-        (b"<html><body/></html>", "not a MediaWiki export: its root element is <html>"),
+        (b"<html><body/></html>", "is an HTML page"),
         (b"Just some text", "syntax error at byte 0"),
-        (b"PK\x03\x04rest", "is a zip file"),
-        (b"\xfd7zXZ", "is a xz file"),
+        (b"PK\x03\x04rest", "is a zip archive"),
+        (b"\xfd7zXZ\0", "damaged or truncated xz"),
         (plain_export([GOOD]).decode().encode("utf-16"), "is UTF-16"),
         (b'<?xml version="1.0" encoding="latin-1"?>' + plain_export([GOOD]), "encoding latin-1"),
         (plain_export([GOOD]).replace(b"Text", b"T\xe4xt\xff and more"), "invalid UTF-8 at byte"),
@@ -288,8 +288,9 @@ def test_hostile_titles_are_escaped(write: Callable[[bytes], Path]) -> None:
 def test_a_decompression_bomb_is_refused(
     pack: Callable[[bytes], bytes], write: Callable[[bytes], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dumpfile, "BOMB_BYTES", 1 << 22)
-    monkeypatch.setattr(dumpfile, "BOMB_RATIO", 500)
+    for module in (dumpfile, formats):
+        monkeypatch.setattr(module, "BOMB_BYTES", 1 << 22)
+        monkeypatch.setattr(module, "BOMB_RATIO", 500)
     path = write(pack(HEADER.encode() + b"<page><revision><text>" + b" " * 20_000_000))
     with pytest.raises(DataError, match="a bomb"):
         list(wikipedia.pages(path, 0, path.stat().st_size, dumpfile.Seam(), 1000))
