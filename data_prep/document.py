@@ -5,7 +5,7 @@ import json
 import re
 from collections import Counter
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -16,7 +16,7 @@ from data_prep.publish import publishing
 FILE_BYTES = 32_000_000
 EXAMPLES = 20
 LOST_NAMES = 1000
-_BLANKS = re.compile(r"[^\S\n]+")
+_quoted = json.encoder.encode_basestring  # what json.dumps calls, without its detours
 CONTROL = re.compile(r"[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\xad\u200b\ufeff\ufffe\uffff\ud800-\udfff]")
 
 
@@ -38,7 +38,7 @@ def printable(text: str, limit: int = 80) -> str:
 
 def plain(text: str) -> str:
     """`text` with single blanks, without control characters, soft hyphens and zero-width spaces."""
-    lines = (_BLANKS.sub(" ", line).strip() for line in CONTROL.sub("", text).splitlines())
+    lines = (" ".join(line.split()) for line in CONTROL.sub("", text).splitlines())
     return "\n".join(line for line in lines if line)
 
 
@@ -107,7 +107,8 @@ class DocumentFiles:
 
     def write(self, document: Document) -> None:
         """Append one document and count it."""
-        line = (json.dumps(asdict(document), ensure_ascii=False) + "\n").encode()
+        row = f'"id": {_quoted(document.id)}, "title": {_quoted(document.title)}, "source": {_quoted(document.source)}'
+        line = f'{{{row}, "text": {_quoted(document.text)}}}\n'.encode()
         if self.entries[-1]["bytes"] and self.entries[-1]["bytes"] + len(line) > FILE_BYTES:
             self._close()
             self._open()

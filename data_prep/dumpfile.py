@@ -28,18 +28,17 @@ class Seam:
     stop: int | None = None
 
 
-def compression(path: Path) -> str:
-    """ "bz2", "gz", "xz", "zst" or "" by the file's first bytes; DataError for an empty file or another format."""
+def refuse_unreadable(path: Path) -> None:
+    """Raise DataError for an empty file, and for another format, named for what it is."""
     if not path.stat().st_size:
         raise DataError(f"{path} is empty: fetch it again")
     formats.refuse_foreign(path)
-    return formats.compression(path)
 
 
 def ranges(path: Path, part_bytes: int) -> list[tuple[int, int]]:
     """Byte ranges whose parts can be read independently; one range where the format allows no cut."""
     size = path.stat().st_size
-    kind = compression(path)
+    kind = formats.compression(path)
     if kind and not (kind == "bz2" and _streams_hold_pages(path)):
         return [(0, size)]
     return [(start, min(start + part_bytes, size)) for start in range(0, size, part_bytes)]
@@ -50,7 +49,7 @@ def chunks(path: Path, start: int, end: int, seam: Seam) -> Iterator[bytes]:
 
     Raises DataError (file and byte named) for a truncated or damaged file, trailing junk or a decompression bomb.
     """
-    kind = compression(path)
+    kind = formats.compression(path)
     if kind not in ("", "bz2"):
         seam.first, seam.stop = 0, path.stat().st_size
         with formats.opened(path) as unpacked:

@@ -268,9 +268,8 @@ def _remarks(described: dict[str, Any], tally: Tally) -> list[str]:
         most = ", ".join(f"{printable(lost, 40)} {count}" for lost, count in tally.lost.most_common(5))
         lines.append(f"{name}: {tally.lost.total()} sentences left out for templates without words, most for {most}")
     if out := described.get("left_out", []):
-        lines.append(
-            f"{name}: {len(out)} files are no books and left out: {', '.join(map(printable, out[:5]))}{' …' * (len(out) > 5)}"
-        )
+        names = ", ".join(map(printable, out[:5])) + (" …" if len(out) > 5 else "")
+        lines.append(f"{name}: {len(out)} files are no books and left out: {names}")
     if repaired := [f"{counts[key]} {key.replace('_', ' ')}" for key in books.REPAIRS if counts[key]]:
         lines.append(f"{name}: {', '.join(repaired)}")
     if counts["books_without_blank_lines"]:

@@ -5,7 +5,6 @@ import gzip
 import importlib
 import io
 import lzma
-import tarfile
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -80,10 +79,10 @@ def _zip_content(path: Path) -> str:
 
 
 def _holds_tar(path: Path) -> bool:
-    if not compression(path):
-        return False
-    with suppress(DataError, tarfile.TarError), opened(path) as file:
-        return file.read(512)[257:262] == b"ustar"
+    kind = compression(path)
+    if kind:
+        with suppress(DataError, OSError, EOFError, zlib.error, lzma.LZMAError, _zstd_error()), open(path, "rb") as raw:
+            return bytes(_decompressed(path, raw, kind).read(512)[257:262]) == b"ustar"
     return False
 
 

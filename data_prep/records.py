@@ -10,7 +10,7 @@ from typing import Any
 
 from data_prep import formats
 from data_prep.books import PIECE, counted, decode, document, lines_of, too_large
-from data_prep.document import Document, Tally, plain, printable
+from data_prep.document import Document, Tally, printable
 from data_prep.errors import DataError
 
 
@@ -137,5 +137,5 @@ def _record(
         too_large(tally, title or where, max_document_mb)
         return
     key = "" if row.get("id") is None else f"{path.stem}-{row['id']}"
-    if made := document(title, path.name, key, plain(counted(text, tally)), tally, where=title or where):
+    if made := document(title, path.name, key, counted(text, tally), tally, where=title or where):
         yield made

@@ -154,6 +154,7 @@ def _invalid_utf8(data: bytes, at: int) -> bool:
 
 def read_site(path: Path) -> Site:
     """Name and namespaces of the wiki, from the start of the export. Raises DataError for another file."""
+    dumpfile.refuse_unreadable(path)
     parser = _Parser(str(path), 1000)
     for data in dumpfile.chunks(path, 0, 1, dumpfile.Seam()):
         parser.feed(data)
