@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import random
+import re
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +26,8 @@ Ragged = tuple[NDArray[np.uint32], NDArray[np.int64]]
 Encode = Callable[[Sequence[str]], Ragged]
 
 SPECIAL = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
+_ASCII_PARTS = re.compile(r"[0-9A-Za-z]+|[^0-9A-Za-z]")
+KNOWN_WORDS = 1_000_000  # about 200 MB
 TRAINING_TEXT_MB = 200
 """Enough text for a vocabulary of 30,000; taken evenly from the heads of all training shards."""
 ALPHABET_COVERAGE = 0.9999
@@ -127,14 +131,15 @@ class Encoder:
     """Text -> WordPiece ids, the same as transformers' BertTokenizer without [CLS] and [SEP].
 
     Uses nanotoken when it is installed and passes a self-check against ``tokenizers`` on this very vocabulary,
-    else ``tokenizers``; ``backend`` says which.
+    else ``tokenizers`` with a memory of words; ``backend`` says which.
     """
 
     def __init__(self, vocab_path: Path, lowercase: bool, strip_accents: bool) -> None:
         self.vocabulary = Vocabulary.load(vocab_path)
         self._tokenizer = _tokenizer(self.vocabulary, lowercase, strip_accents)
         fast = self._nanotoken()
-        self._encode: Encode = fast or self._encode_slowly
+        self._encode: Encode = fast or self._encode_by_words
+        self._known: dict[str, tuple[int, ...]] = {}
         self.backend = "nanotoken" if fast else "tokenizers"
 
     def encode(self, texts: Sequence[str]) -> Ragged:
@@ -151,6 +156,41 @@ class Encoder:
         offsets = np.zeros(len(rows) + 1, np.int64)
         np.cumsum([len(row) for row in rows], out=offsets[1:])
         return np.fromiter((number for row in rows for number in row), np.uint32, offsets[-1]), offsets
+
+    def _encode_by_words(self, texts: Sequence[str]) -> Ragged:
+        """As ``_encode_slowly``; each word between blanks (U+0020, which BERT never joins over) is encoded once."""
+        parts = [self._by_words(texts[start : start + 4096]) for start in range(0, len(texts), 4096)]
+        lengths = np.concatenate([np.zeros(1, np.int64), *(lengths for _, lengths in parts)])
+        return np.concatenate([np.zeros(0, np.uint32), *(ids for ids, _ in parts)]), np.cumsum(lengths)
+
+    def _by_words(self, texts: Sequence[str]) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
+        """Ids of all texts end to end, and how many each has."""
+        rows = [text.split(" ") for text in texts]
+        words = list(itertools.chain.from_iterable(rows))
+        if len(self._known) > KNOWN_WORDS:
+            self._known.clear()
+        self._learn(set(words).difference(self._known))
+        pieces = list(map(self._known.__getitem__, words))
+        ids = np.fromiter(itertools.chain.from_iterable(pieces), np.uint32)
+        ends = np.concatenate([[0], np.cumsum(np.fromiter(map(len, pieces), np.int64, len(pieces)))])
+        return ids, np.diff(ends[np.cumsum([0, *map(len, rows)])])
+
+    def _learn(self, words: set[str]) -> None:
+        """Encode new words; those of ASCII by their parts between punctuation, where BERT cuts: they recur."""
+        cut = {
+            word: _ASCII_PARTS.findall(word)
+            for word in words
+            if word.isascii() and word.isprintable() and "[" not in word  # which may begin a special token
+        }
+        plain = words.difference(cut).union(*cut.values()).difference(self._known)
+        new = list(plain)
+        for start in range(0, len(new), 10_000):
+            some = new[start : start + 10_000]
+            encoded = self._tokenizer.encode_batch_fast(some, add_special_tokens=False)
+            self._known.update(zip(some, (tuple(encoding.ids) for encoding in encoded), strict=True))
+        for word, parts in cut.items():
+            if len(parts) != 1:
+                self._known[word] = tuple(itertools.chain.from_iterable(map(self._known.__getitem__, parts)))
 
     def _nanotoken(self) -> Encode | None:
         try:

@@ -72,10 +72,29 @@ def test_ids_equal_transformers_on_real_text(
 
 @settings(max_examples=200, deadline=None)
 @given(text=st.text(max_size=60))
-def test_both_backends_agree_on_any_text(english: Encoder, text: str) -> None:
-    fast, slow = english.encode([text, "a"]), english._encode_slowly([text, "a"])
-    assert np.array_equal(fast[0], slow[0])
-    assert np.array_equal(fast[1], slow[1])
+def test_all_backends_agree_on_any_text(english: Encoder, text: str) -> None:
+    slow = english._encode_slowly([text, "a"])
+    for encode in (english.encode, english._encode_by_words):
+        ids, offsets = encode([text, "a"])
+        assert np.array_equal(ids, slow[0])
+        assert np.array_equal(offsets, slow[1])
+
+
+def test_words_are_remembered_and_forgotten_in_time(
+    english: Encoder, paragraphs: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wordpiece, "KNOWN_WORDS", 3000)
+    texts = [
+        *paragraphs[:200],
+        *varied_strings(english.vocabulary.tokens),
+        *SPECIAL.values(),
+        "x\u2028 y [MASK]. [SEP]",
+    ]
+    slow = english._encode_slowly(texts)
+    for start in range(0, len(texts), 40):
+        ids, _ = english._encode_by_words(texts[start : start + 40])
+        assert np.array_equal(ids, slow[0][slow[1][start] : slow[1][min(start + 40, len(texts))]])
+        assert len(english._known) < 6000
 
 
 def test_an_unequal_nanotoken_is_not_used(vocab: Path, english: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,7 +120,7 @@ def test_accents_and_case_are_kept_when_asked(tmp_path: Path) -> None:
 
 
 def test_an_empty_list_and_empty_texts(english: Encoder) -> None:
-    for encode in (english.encode, english._encode_slowly):
+    for encode in (english.encode, english._encode_slowly, english._encode_by_words):
         for texts in ([], [""], ["", "the", " "]):
             ids, offsets = encode(texts)
             assert ids.dtype == np.uint32
