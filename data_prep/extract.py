@@ -80,7 +80,13 @@ def run(
         if done % every == 0 or done == total:
             job.say(f"{done} of {total} parts read")
 
-    results = run_all(functools.partial(_read, job.out, max_document_mb, text_column), parts, job.workers, progress)
+    results = run_all(
+        functools.partial(_read, job.out, max_document_mb, text_column),
+        parts,
+        job.workers,
+        progress,
+        [_size(part) for part in parts],
+    )
     _refuse(results)
     facts: dict[str, Any] = run_all(_finish, [(job.out, inputs, described, parts, results)], 1)[0]
     for line in facts.pop("said"):
@@ -151,6 +157,15 @@ def _parts(entry: tuple[str, Path], facts: dict[str, Any]) -> Iterator[Part]:
         step = -(-PART_BYTES // books.LINES_BYTES) * books.LINES_BYTES if kind == "lines" else PART_BYTES
         for start in range(0, size, step):
             yield Part(kind, path, start=start, end=min(start + step, size), sha256=sha256)
+
+
+def _size(part: Part) -> int:
+    """Bytes to read, roughly: what is compressed counts for what it will be."""
+    if part.files:
+        return sum(file.stat().st_size for file in part.files)
+    whole = part.path.stat().st_size
+    share = min(part.end - part.start, whole) if part.kind != "parquet" else whole
+    return share * (4 if formats.compression(part.path) else 1)
 
 
 def _read(out: Path, max_document_mb: float, text_column: str, part: Part) -> dict[str, Any]:

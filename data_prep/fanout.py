@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import ctypes
+import heapq
 import importlib.util
+import itertools
 import json
 import multiprocessing
 import os
 import signal
+import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +30,9 @@ Progress = Callable[[int, int], None]
 Outcome = list[Any]
 """``["ok", value]`` | ``["data", line]`` | ``["os", errno, text, file]`` | ``["defect", line, traceback]``"""
 EXCHANGE = "FANOUT_DIR"  # names a folder that all tasks of a launch see and no other launch uses
+WATCH_S = 2.0  # between two looks at the workers
+STOPPED_S = 40.0  # a worker that was stopped, or a task that shows no life, is given up
+STUCK_S = 1200.0  # so is one that waits for its disk or its peer without using any processor time
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 _calls: dict[Path, int] = {}  # calls of run_all by such folder: every task makes the same ones
 
@@ -41,7 +48,11 @@ class Job(Protocol):
 
 
 def run_all(
-    function: Callable[[Item], Any], items: Sequence[Item], workers: int, progress: Progress | None = None
+    function: Callable[[Item], Any],
+    items: Sequence[Item],
+    workers: int,
+    progress: Progress | None = None,
+    sizes: Sequence[int] | None = None,
 ) -> list[Any]:
     """Call ``function(item)`` for each item and return the results in the order of the items.
 
@@ -50,25 +61,42 @@ def run_all(
     each calls ``run_all`` with the same arguments, gets the same results, and leaves only when all items are done;
     the single item of a one-item call is run by rank 0 alone. They talk over MPI where its launcher started them,
     else over files in the folder that EXCHANGE names. ``progress(done, total)`` is called as results arrive.
+    ``sizes`` (in any unit) let the longest items begin first, and tasks get equal shares of the size.
 
-    Raises the DataError or OSError of the first item that failed; DataError when a worker process was killed;
-    RuntimeError with the worker's traceback for a defect.
+    Raises the DataError or OSError of the first item that failed; DataError when a worker process was killed, or
+    stopped or stuck (STOPPED_S, STUCK_S); RuntimeError with the worker's traceback for a defect.
     """
     keep_freed_memory()
     size = tasks(os.environ)
+    sizes = sizes or [1] * len(items)
     if size > 1 and by_mpi(os.environ):
-        return _values(_over_mpi(function, items, size, progress))
+        return _values(_over_mpi(function, items, shares(sizes, size), progress))
     if size > 1:
-        return _values(_over_files(function, items, size, workers, progress))
-    return _values(_here(function, items, workers, progress))
+        return _values(_over_files(function, items, sizes, size, workers, progress))
+    return _values(_here(function, items, sizes, workers, progress))
+
+
+def shares(sizes: Sequence[int], tasks: int) -> list[list[int]]:
+    """Which items each task does: the longest first, each to the task that has least (Graham 1969)."""
+    lightest = [(0, task) for task in range(tasks)]
+    found: list[list[int]] = [[] for _ in range(tasks)]
+    for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
+        weight, task = heapq.heappop(lightest)
+        found[task].append(index)
+        heapq.heappush(lightest, (weight + sizes[index], task))
+    return found
 
 
 def _here(
-    function: Callable[[Item], Any], items: Sequence[Item], workers: int, progress: Progress | None
+    function: Callable[[Item], Any],
+    items: Sequence[Item],
+    sizes: Sequence[int],
+    workers: int,
+    progress: Progress | None,
 ) -> list[Outcome]:
     """The outcomes of ``items`` in order, up to the first failure; by processes where that helps."""
     if min(workers, len(items)) > 1:
-        return _over_processes(function, items, workers, progress)
+        return _over_processes(function, items, shares(sizes, 1)[0], workers, progress)
     outcomes: list[Outcome] = []
     for item in items:
         outcomes.append(_attempt(function, item))
@@ -113,20 +141,20 @@ def _mpi_missing() -> str:
 
 
 def _over_mpi(
-    function: Callable[[Item], Any], items: Sequence[Item], size: int, progress: Progress | None
+    function: Callable[[Item], Any], items: Sequence[Item], dealt: list[list[int]], progress: Progress | None
 ) -> list[Outcome]:
     import numpy as np
     from mpi4py import MPI
 
-    world = MPI.COMM_WORLD
+    world, size = MPI.COMM_WORLD, len(dealt)
     if world.size != size:
         raise DataError(
             f"MPI sees {world.size} rank(s) where {size} were launched, each would do the whole work: mpi4py in "
             f"{sys.prefix} uses another MPI than the launcher; try srun --mpi=pmix or --mpi=pmi2, or its own mpirun"
         )
     mine: list[Outcome] = []
-    for item in items[world.rank :: world.size]:
-        mine.append(_attempt(function, item))
+    for index in dealt[world.rank]:
+        mine.append(_attempt(function, items[index]))
         if mine[-1][0] != "ok":
             break  # the other ranks learn of it when they have finished theirs
         if progress and world.rank == 0:
@@ -138,59 +166,96 @@ def _over_mpi(
     gathered = np.empty(int(sizes.sum()), np.uint8)
     world.Allgatherv(packed, (gathered, sizes))
     parts = np.split(gathered, np.cumsum(sizes)[:-1])
-    return _interleaved([json.loads(part.tobytes()) for part in parts], len(items))
+    return _in_order([json.loads(part.tobytes()) for part in parts], dealt)
 
 
-def _interleaved(by_rank: list[list[Outcome]], count: int) -> list[Outcome]:
-    """The outcomes in the order of the items, which were dealt to the ranks in turn; or the first failure alone."""
+def _in_order(by_rank: list[list[Outcome]], dealt: list[list[int]]) -> list[Outcome]:
+    """The outcomes in the order of the items, which were dealt to the ranks; or the first failure alone."""
     for outcomes in by_rank:
         if outcomes and outcomes[-1][0] != "ok":
             return [outcomes[-1]]
-    return [by_rank[index % len(by_rank)][index // len(by_rank)] for index in range(count)]
+    places = {index: (rank, place) for rank, share in enumerate(dealt) for place, index in enumerate(share)}
+    return [by_rank[rank][place] for rank, place in map(places.__getitem__, range(len(places)))]
 
 
 def _over_files(
-    function: Callable[[Item], Any], items: Sequence[Item], size: int, workers: int, progress: Progress | None
+    function: Callable[[Item], Any],
+    items: Sequence[Item],
+    sizes: Sequence[int],
+    size: int,
+    workers: int,
+    progress: Progress | None,
 ) -> list[Outcome]:
     """Rank 0 gathers what each rank leaves in a file and publishes all of it in one.
 
-    A rank that dies takes the others with it (srun --kill-on-bad-exit), so nobody waits for it.
+    A rank that dies takes the others with it (srun --kill-on-bad-exit); one that is stopped is noticed because its
+    file ``alive-RANK`` grows old.
     """
     rank, folder = int(os.environ["SLURM_PROCID"]), Path(os.environ[EXCHANGE])
     call = _calls[folder] = _calls.get(folder, 0) + 1
-    mine = _here(function, items[rank::size], workers, progress if rank == 0 else None)
+    if call == 1:
+        threading.Thread(target=_show_life, args=(folder / f"alive-{rank}",), daemon=True).start()
+    dealt = shares(sizes, size)
+    share = dealt[rank]
+    mine = _here(
+        function,
+        [items[index] for index in share],
+        [sizes[index] for index in share],
+        workers,
+        progress if rank == 0 else None,
+    )
     whole = folder / f"shared-{call}.json"
     if rank > 0:
         publish_json(folder / f"shared-{call}-{rank}.json", {"outcomes": mine})
-        by_rank = _read_when_there(whole)["by_rank"]
+        by_rank = _read_when_there(whole, 0)["by_rank"]
     else:
-        parts = [folder / f"shared-{call}-{other}.json" for other in range(1, size)]
-        by_rank = [mine, *(_read_when_there(part)["outcomes"] for part in parts)]
+        parts = {other: folder / f"shared-{call}-{other}.json" for other in range(1, size)}
+        by_rank = [mine, *(_read_when_there(part, other)["outcomes"] for other, part in parts.items())]
         publish_json(whole, {"by_rank": by_rank})
-        for part in parts:
+        for part in parts.values():
             part.unlink()
-    return _interleaved(by_rank, len(items))
+    return _in_order(by_rank, dealt)
 
 
-def _read_when_there(path: Path) -> Any:
-    pause_s = 0.01
+def _show_life(path: Path) -> None:
+    """Say every few seconds, in a file, that this task is not stopped."""
+    for number in itertools.count():
+        with suppress(OSError):
+            path.write_text(f"{number} process {os.getpid()} on {socket.gethostname()}")
+        time.sleep(WATCH_S)
+
+
+def _read_when_there(path: Path, rank: int) -> Any:
+    """The content of a file that task ``rank`` is going to write; DataError when that task stands still."""
+    pause_s, seen, since = 0.01, "", time.monotonic()
     while True:
         with suppress(FileNotFoundError):
             return json.loads(path.read_text(encoding="utf-8"))
         os.listdir(path.parent)  # makes a network file system look again
         time.sleep(pause_s)
         pause_s = min(2 * pause_s, 2.0)
+        with suppress(OSError):
+            if (alive := (path.parent / f"alive-{rank}").read_text()) != seen:
+                seen, since = alive, time.monotonic()
+        if seen and time.monotonic() - since > STOPPED_S:
+            who = seen.partition(" ")[2] or "a process"
+            raise DataError(f"task {rank} of the stage ({who}) has stood still for {STOPPED_S} s: start it again")
 
 
 def _over_processes(
-    function: Callable[[Item], Any], items: Sequence[Item], workers: int, progress: Progress | None
+    function: Callable[[Item], Any],
+    items: Sequence[Item],
+    order: list[int],
+    workers: int,
+    progress: Progress | None,
 ) -> list[Outcome]:
     # spawn: safe whatever threads this process runs (progress bars, Rust pools)
     context = multiprocessing.get_context("spawn")
     outcomes: list[Outcome] = [[] for _ in items]
-    waiting = list(range(len(items) - 1, -1, -1))
+    waiting = order[::-1]
     busy: dict[Connection, tuple[BaseProcess, int]] = {}
     processes: list[BaseProcess] = []
+    watch = _Watch()
     done = 0
     try:
         for _ in range(min(workers, len(items))):
@@ -203,13 +268,13 @@ def _over_processes(
             busy[ours] = (process, index)
             _send(ours, function, items[index])
         while busy:
-            for ready in wait(list(busy)):
+            for ready in wait(list(busy), WATCH_S):
                 assert isinstance(ready, Connection)
                 process, index = busy.pop(ready)
                 try:
                     outcomes[index] = json.loads(ready.recv_bytes())
                 except (EOFError, OSError):
-                    outcomes[index] = _death(process, index, len(items))
+                    outcomes[index] = ["data", f"{_who(process, index, items)} {_death(process)}"]
                 if outcomes[index][0] != "ok":
                     return [outcomes[index]]
                 done += 1
@@ -221,6 +286,9 @@ def _over_processes(
                     _send(ready, function, items[index])
                 else:
                     ready.close()
+            for process, index in busy.values():
+                if fault := watch.fault(process.pid or 0):
+                    return [["data", f"{_who(process, index, items)} {fault}: start it again, what is done is kept"]]
         return outcomes
     finally:
         for process in processes:
@@ -229,17 +297,52 @@ def _over_processes(
             process.join()
 
 
+class _Watch:
+    """Notices processes that are stopped, or that use no processor time, by what /proc says of them."""
+
+    def __init__(self) -> None:
+        self.since: dict[int, tuple[str, float]] = {}
+
+    def fault(self, pid: int) -> str:
+        """Why the process is given up, or ""."""
+        try:
+            state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
+        except OSError:  # gone (its pipe says so), or no Linux
+            return ""
+        stopped, now = state in "Tt", time.monotonic()
+        life = "stopped" if stopped else f"{fields[10]} {fields[11]}"  # clock ticks in user and system mode
+        known, since = self.since.get(pid, ("", now))
+        if life != known:
+            self.since[pid] = (life, now)
+        elif now - since > (STOPPED_S if stopped else STUCK_S):
+            how = "is stopped (SIGSTOP)" if stopped else "has used no processor time"
+            return f"{how} for {now - since:.0f} s"
+        return ""
+
+
+def _who(process: BaseProcess, index: int, items: Sequence[Any]) -> str:
+    """Which process of which host worked on what."""
+    item = items[index]
+    named = (
+        item.get("file")
+        if isinstance(item, Mapping)
+        else next((getattr(item, name) for name in ("path", "file", "name") if hasattr(item, name)), None)
+    )
+    what = f"part {index + 1} of {len(items)}" + (f" ({named})" if named else "")
+    return f"worker process {process.pid} on {socket.gethostname()}, at {what},"
+
+
 def _send(connection: Connection, function: Callable[[Item], Any], item: Item) -> None:
     with suppress(BrokenPipeError):  # the worker is dead: the next read says so
         connection.send((function, item))
 
 
-def _death(process: BaseProcess, index: int, total: int) -> Outcome:
+def _death(process: BaseProcess) -> str:
     process.join()
     code = process.exitcode or 0
     how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
     advice = "probably out of memory: ask for more memory or fewer workers" if code == -9 else "start it again"
-    return ["data", f"a worker process died ({how}) on part {index + 1} of {total}; {advice}"]
+    return f"died ({how}); {advice}"
 
 
 def _serve(connection: Connection, parent: int) -> None:

@@ -116,6 +116,7 @@ def run(
         blocks,
         job.workers,
         lambda done, total: job.say(f"{done} of {total} shards of samples written"),
+        [(block.end - block.start) * (2 + block.duplicates) for block in blocks],
     )
     rows = [row for row in made if row["rows"]]
     for name in sorted({block.file for block in blocks}):

@@ -52,6 +52,7 @@ class ShardPlan:
     name: str
     split: Split
     spans: tuple[Span, ...]
+    bytes: int
 
 
 def run(
@@ -77,7 +78,11 @@ def run(
     identity = manifest.identity_of(source=source, language=language, splitter=splitter, seed=seed)
     index_identity = manifest.identity_of(source=source, test_fraction=test_fraction, seed=seed)
     counts = run_all(
-        functools.partial(_index, documents, job.out, test_fraction, seed, index_identity), files, job.workers
+        functools.partial(_index, documents, job.out, test_fraction, seed, index_identity),
+        files,
+        job.workers,
+        None,
+        [entry["bytes"] for entry in files],
     )
     job.say(f"{sum(row['documents'] for row in counts)} documents in {len(files)} files indexed")
     indexes = {entry["file"]: np.load(_index_path(job.out, entry["file"])) for entry in files}
@@ -89,6 +94,7 @@ def run(
         plans,
         job.workers,
         lambda done, total: job.say(f"{done} of {total} text shards written"),
+        [plan.bytes for plan in plans],
     )
     totals = _totals(counts, shards)
     return dict(run_all(functools.partial(_finish, job.out, shards, totals, source), [language], 1)[0])
@@ -129,14 +135,17 @@ def plan(indexes: dict[str, NDArray[Any]], split: Split, shards: int) -> list[Sh
     last = np.append(first[1:], len(sizes))
     run_bytes = np.add.reduceat(sizes, first)
     lightest = [(False, 0, shard) for shard in range(shards)]  # (has two documents, bytes, shard)
-    held = [0] * shards
+    held, weights = [0] * shards, [0] * shards
     spans: list[list[Span]] = [[] for _ in range(shards)]
     for begin, end, size in zip(first.tolist(), last.tolist(), run_bytes.tolist(), strict=True):
         _, weight, shard = heapq.heappop(lightest)
         spans[shard].append(Span(names[file[begin]], int(number[begin]), int(number[end - 1]) + 1))
         held[shard] += end - begin
+        weights[shard] += size
         heapq.heappush(lightest, (held[shard] >= 2, weight + size, shard))
-    return [ShardPlan(f"{split}-{shard:05d}.txt", split, tuple(spans[shard])) for shard in range(shards)]
+    return [
+        ShardPlan(f"{split}-{shard:05d}.txt", split, tuple(spans[shard]), weights[shard]) for shard in range(shards)
+    ]
 
 
 def _index_path(out: Path, name: str) -> Path:
@@ -189,11 +198,13 @@ def _documents(folder: Path, out: Path, split: Split, spans: Sequence[Span]) -> 
     for span in spans:
         index = np.load(_index_path(out, span.file), mmap_mode="r")
         with open(folder / span.file, "rb") as file:
-            file.seek(int(index["offset"][span.first]))
-            for number in range(span.first, span.last):
+            position = -1
+            for number in (span.first + np.flatnonzero(index["split"][span.first : span.last] == wanted)).tolist():
+                if position != (start := int(index["offset"][number])):
+                    file.seek(start)
                 line = file.readline()
-                if index["split"][number] == wanted:
-                    yield _parse(line, folder / span.file, number + 1)[1]
+                position = start + len(line)
+                yield _parse(line, folder / span.file, number + 1)[1]
 
 
 def _write(documents: Path, out: Path, language: str, splitter: str, identity: str, plan: ShardPlan) -> dict[str, Any]:

@@ -5,16 +5,22 @@ from __future__ import annotations
 import errno
 import functools
 import importlib.util
+import itertools
 import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from data_prep import fanout
 from data_prep.errors import DataError
@@ -83,8 +89,76 @@ def test_errors_come_back_as_they_were(workers: int) -> None:
 
 
 def test_a_killed_worker_is_one_clear_line() -> None:
-    with pytest.raises(DataError, match=r"worker process died \(SIGKILL\) on part 2 of 4; .*memory"):
+    with pytest.raises(DataError, match=r"worker process \d+ on \S+, at part 2 of 4, died \(SIGKILL\); .*memory"):
         run_all(die, range(4), 2)
+
+
+@dataclass(frozen=True)
+class Piece:
+    path: Path
+    stop: bool
+
+
+def stand_still(piece: Piece) -> int:
+    if piece.stop:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return 0
+
+
+def wait_for_ever(piece: Piece) -> int:
+    time.sleep(600 * piece.stop)
+    return 0
+
+
+@pytest.mark.parametrize(
+    ("function", "limit", "how"),
+    [(stand_still, "STOPPED_S", r"is stopped \(SIGSTOP\)"), (wait_for_ever, "STUCK_S", "has used no processor time")],
+)
+def test_a_worker_that_stands_still_is_named_and_given_up(
+    function: Callable[[Piece], int], limit: str, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert fanout.STOPPED_S + 2 * fanout.WATCH_S < 60
+    monkeypatch.setattr(fanout, "WATCH_S", 0.1)
+    monkeypatch.setattr(fanout, limit, 1.0)
+    pieces = [Piece(Path(f"/in/{number}.xml"), number == 2) for number in range(5)]
+    who = rf"worker process \d+ on {re.escape(socket.gethostname())}, at part 3 of 5 \(/in/2\.xml\),"
+    with pytest.raises(DataError, match=rf"{who} {how} for \d s: start it again"):
+        run_all(function, pieces, 2)
+
+
+def busy(_item: int) -> int:
+    end = time.process_time() + 1.5
+    while time.process_time() < end:
+        pass
+    return 0
+
+
+def test_a_worker_that_works_is_not_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fanout, "WATCH_S", 0.1)
+    monkeypatch.setattr(fanout, "STUCK_S", 1.0)
+    assert run_all(busy, range(2), 2) == [0, 0]
+
+
+@given(st.lists(st.integers(0, 100), max_size=40), st.integers(1, 6))
+def test_shares_are_whole_and_even(sizes: list[int], count: int) -> None:
+    dealt = fanout.shares(sizes, count)
+    assert sorted(index for share in dealt for index in share) == list(range(len(sizes)))
+    weights = [sum(sizes[index] for index in share) for share in dealt]
+    assert max(weights) <= sum(sizes) / count + max(sizes, default=0)
+    assert all(sizes[a] >= sizes[b] for share in dealt for a, b in itertools.pairwise(share))
+
+
+def test_the_longest_items_begin_first() -> None:
+    sizes = [1, 9, 5, 9, 2]
+    begun = run_all(now, range(5), 2, None, sizes)
+    assert begun[1] == min(begun)
+    assert begun[0] == max(begun)
+
+
+def now(_item: int) -> float:
+    begun = time.time()
+    time.sleep(0.2)
+    return begun
 
 
 def test_results_are_the_same_json_in_every_mode() -> None:
@@ -219,7 +293,30 @@ def test_tasks_of_srun_share_the_work_over_files(tmp_path: Path) -> None:
         for rank in range(3)
     ]
     check_shared("".join(process.communicate(timeout=60)[0] for process in started))
-    assert len(list((tmp_path / "exchange").iterdir())) == 3  # one for each call, whatever the number of tasks
+    assert len(list((tmp_path / "exchange").glob("shared-*"))) == 3  # one for each call, whatever the number of tasks
+
+
+def test_a_stopped_task_of_srun_is_named(tmp_path: Path) -> None:
+    (tmp_path / "exchange").mkdir()
+    program = (
+        "import os, sys\nfrom data_prep import fanout\nfanout.WATCH_S, fanout.STOPPED_S = 0.1, 2.0\n"
+        f"sys.path.insert(0, {str(tmp_path)!r})\nimport stopping\nfanout.run_all(stopping.stop, range(4), 1)\n"
+    )
+    (tmp_path / "stopping.py").write_text(
+        "import os, signal, time\ndef stop(item):\n    time.sleep(0.5)\n    if os.environ['SLURM_PROCID'] == '1':\n"
+        "        os.kill(os.getpid(), signal.SIGSTOP)\n    return 0\n"
+    )
+    base = {**os.environ, "PYTHONPATH": str(REPOSITORY), "SLURM_STEP_NUM_TASKS": "2", EXCHANGE: f"{tmp_path}/exchange"}
+    first, second = (
+        subprocess.Popen(
+            [sys.executable, "-c", program], env={**base, "SLURM_PROCID": str(rank)}, stderr=subprocess.PIPE, text=True
+        )
+        for rank in range(2)
+    )
+    error = first.communicate(timeout=60)[1]
+    second.kill()
+    second.communicate()
+    assert re.search(rf"task 1 of the stage \(process {second.pid} on \S+\) has stood still for 2\.0 s", error), error
 
 
 def test_mpi_ranks_share_the_work_and_all_get_the_results(tmp_path: Path) -> None:
