@@ -9,10 +9,11 @@ import json
 import random
 import re
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from data_prep import manifest
 from data_prep.errors import DataError, refuse_pointer
 from data_prep.fanout import Job, run_all
-from data_prep.publish import publish_bytes
+from data_prep.publish import publish_bytes, publishing, remove_leftovers
 
 Ragged = tuple[NDArray[np.uint32], NDArray[np.int64]]
 Encode = Callable[[Sequence[str]], Ragged]
@@ -29,7 +30,7 @@ SPECIAL = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask
 _ASCII_PARTS = re.compile(r"[0-9A-Za-z]+|[^0-9A-Za-z]")
 KNOWN_WORDS = 1_000_000  # about 200 MB
 TRAINING_TEXT_MB = 200
-"""Enough text for a vocabulary of 30,000; taken evenly from the heads of all training shards."""
+"""Enough text for a vocabulary of 30,000; documents chosen by hash from all training shards."""
 ALPHABET_COVERAGE = 0.9999
 """Share of the characters of the text that get a piece of their own; the rest become [UNK]."""
 CAPITALS = 0.05
@@ -246,43 +247,89 @@ def _tokenizer(vocabulary: Vocabulary, lowercase: bool, strip_accents: bool) -> 
 
 
 def run(job: Job, *, shards: Path, vocab_size: int, lowercase: bool, strip_accents: bool) -> dict[str, Any]:
-    """Train ``vocab.txt`` on the training shards of folder ``shards``; the same bytes each time.
+    """Train ``vocab.txt`` on documents of the training shards of folder ``shards``; the same bytes each time.
 
+    The documents are chosen by a hash of their text, so that every source has its share, up to TRAINING_TEXT_MB.
     Returns ``vocab_size`` (lines written; fewer than asked when the text is too small), ``asked`` and ``sha256``.
     """
-    facts = run_all(_Training(shards, job.out / "vocab.txt", vocab_size, lowercase, strip_accents), [0], 1)[0]
+    entries = [entry for entry in manifest.read_manifest(shards)["shards"] if entry["split"] == "train"]
+    manifest.verify(shards, entries, digests=False)
+    sizes = [int(entry["bytes"]) for entry in entries]
+    share = TRAINING_TEXT_MB * 1e6 / sum(sizes)
+    choose = functools.partial(_choose, shards, job.out, share, lowercase, strip_accents)
+    chosen = run_all(choose, entries, job.workers, None, sizes)
+    training = functools.partial(_train, job.out / "vocab.txt", chosen, vocab_size, lowercase, strip_accents)
+    facts = run_all(training, [0], 1)[0]
     if facts["vocab_size"] < vocab_size:
         job.say(f"the text yields only {facts['vocab_size']} of the {vocab_size} vocabulary entries asked for")
     return dict(facts)
 
 
-@dataclass(frozen=True)
-class _Training:
-    shards: Path
-    path: Path
-    vocab_size: int
-    lowercase: bool
-    strip_accents: bool
+def _choose(
+    shards: Path, out: Path, share: float, lowercase: bool, strip_accents: bool, entry: dict[str, Any]
+) -> dict[str, Any]:
+    """Write the chosen documents of a shard to a file of its own; say which characters they have, and inside words."""
+    counts, inside = np.zeros(0x110000, np.int64), np.zeros(0x110000, bool)
+    path = out / f".{entry['file']}.sample.tmp"
+    with open(shards / str(entry["file"]), "rb") as file, publishing(path) as sample:
+        for document in _paragraphs(file):
+            digest = hashlib.blake2b(document, digest_size=8).digest()
+            if int.from_bytes(digest, "big") < share * 2.0**64:
+                sample.write(document)
+    for block in _blocks([path]):
+        _count(block, lowercase, strip_accents, counts, inside)
+    seen = np.flatnonzero(counts)
+    return {
+        "file": str(path),
+        "counts": {str(code): count for code, count in zip(seen.tolist(), counts[seen].tolist(), strict=True)},
+        "inside": np.flatnonzero(inside).tolist(),
+    }
 
-    def __call__(self, _item: int) -> dict[str, Any]:
-        entries = [entry for entry in manifest.read_manifest(self.shards)["shards"] if entry["split"] == "train"]
-        files = manifest.verify(self.shards, entries, digests=False)
-        tokens = train(lambda: _blocks(files), self.vocab_size, self.lowercase, self.strip_accents)
-        publish_bytes(self.path, "".join(token + "\n" for token in tokens).encode())
-        vocabulary = Vocabulary.load(self.path)
-        return {"vocab_size": vocabulary.size, "asked": self.vocab_size, "sha256": vocabulary.sha256}
+
+def _paragraphs(file: BinaryIO) -> Iterator[bytes]:
+    """The documents of a text shard, each with its blank line."""
+    lines: list[bytes] = []
+    for line in file:
+        lines.append(line)
+        if line == b"\n":
+            yield b"".join(lines)
+            lines.clear()
+    yield b"".join(lines)
 
 
-def train(blocks: Callable[[], Iterator[str]], vocab_size: int, lowercase: bool, strip_accents: bool) -> list[str]:
+def _train(
+    path: Path, chosen: list[dict[str, Any]], vocab_size: int, lowercase: bool, strip_accents: bool, _item: int
+) -> dict[str, Any]:
+    counts: Counter[int] = Counter()
+    for row in chosen:
+        counts.update({int(code): count for code, count in row["counts"].items()})
+    alphabet = _alphabet(counts, vocab_size)
+    continuing = alphabet & {chr(code) for row in chosen for code in row["inside"]}
+    files = [Path(row["file"]) for row in chosen]
+    tokens = train(lambda: _blocks(files), alphabet, continuing, vocab_size, lowercase, strip_accents)
+    publish_bytes(path, "".join(token + "\n" for token in tokens).encode())
+    remove_leftovers(path.parent)
+    vocabulary = Vocabulary.load(path)
+    return {"vocab_size": vocabulary.size, "asked": vocab_size, "sha256": vocabulary.sha256}
+
+
+def train(
+    blocks: Callable[[], Iterator[str]],
+    alphabet: set[str],
+    continuing: set[str],
+    vocab_size: int,
+    lowercase: bool,
+    strip_accents: bool,
+) -> list[str]:
     """Train a WordPiece vocabulary on the texts of ``blocks()``: tokens by id, the special ones first.
 
-    The trainer of ``tokenizers`` numbers the continuing characters (``##a``) in the order of a hash table, and
-    ties between merges are broken by these numbers, so its result differs from run to run. Declaring both
-    alphabets beforehand, sorted, makes it a function of the text.
+    ``alphabet``: the characters that get a piece of their own; ``continuing``: those of them seen inside a word. The
+    trainer of ``tokenizers`` numbers the continuing characters (``##a``) in the order of a hash table, and ties
+    between merges are broken by these numbers, so its result differs from run to run. Declaring both alphabets
+    beforehand, sorted, makes it a function of the text.
     """
     from tokenizers import BertWordPieceTokenizer
 
-    alphabet, continuing = _alphabets(blocks, vocab_size, lowercase, strip_accents)
     while True:
         declared = [*SPECIAL.values(), *(f"##{character}" for character in sorted(continuing))]
         tokenizer = BertWordPieceTokenizer(lowercase=lowercase, strip_accents=strip_accents)
@@ -299,31 +346,31 @@ def train(blocks: Callable[[], Iterator[str]], vocab_size: int, lowercase: bool,
         if not undeclared:
             return sorted(ids, key=ids.__getitem__)
         # tokenizers' idea of punctuation differs from unicodedata's for a few characters
-        continuing |= undeclared
+        continuing = continuing | undeclared
 
 
-def _alphabets(
-    blocks: Callable[[], Iterator[str]], vocab_size: int, lowercase: bool, strip_accents: bool
-) -> tuple[set[str], set[str]]:
-    """The characters that get a piece of their own, and those of them that are seen inside a word."""
+def _alphabet(counts: Mapping[int, int], vocab_size: int) -> set[str]:
+    """The most frequent characters: ALPHABET_COVERAGE of the text, and at most half of the vocabulary."""
+    frequent = sorted((code for code in counts if not chr(code).isspace()), key=lambda code: (-counts[code], code))
+    covered = np.cumsum([counts[code] for code in frequent])
+    kept = int(np.searchsorted(covered, ALPHABET_COVERAGE * covered[-1])) + 1 if frequent else 0
+    return {chr(code) for code in frequent[: min(kept, max(1, vocab_size // 2))]}
+
+
+def _count(
+    block: str, lowercase: bool, strip_accents: bool, counts: NDArray[np.int64], inside: NDArray[np.bool_]
+) -> None:
+    """Add the characters of ``block``, as BERT normalises it, to ``counts``; mark those seen inside a word."""
     from tokenizers.normalizers import BertNormalizer
 
     normalizer = BertNormalizer(lowercase=lowercase, strip_accents=strip_accents)
-    counts = np.zeros(0x110000, np.int64)
-    inside = np.zeros(0x110000, bool)
-    splits = np.zeros(0x110000, bool)
-    for block in blocks():
-        codes = np.frombuffer(normalizer.normalize_str(block).encode("utf-32-le"), np.uint32)
-        found = np.bincount(codes)
-        for code in np.flatnonzero((found > 0) & (counts[: len(found)] == 0)).tolist():
-            splits[code] = _splits_words(chr(code))
-        counts[: len(found)] += found
-        inside[codes[1:][~splits[codes[1:]] & ~splits[codes[:-1]]]] = True
-    counts[[code for code in np.flatnonzero(counts).tolist() if chr(code).isspace()]] = 0
-    frequent = np.argsort(-counts, kind="stable")
-    kept = int(np.searchsorted(np.cumsum(counts[frequent]), ALPHABET_COVERAGE * counts.sum())) + 1
-    chosen = [int(code) for code in frequent[: min(kept, max(1, vocab_size // 2))] if counts[code]]
-    return {chr(code) for code in chosen}, {chr(code) for code in chosen if inside[code]}
+    codes = np.frombuffer(normalizer.normalize_str(block).encode("utf-32-le"), np.uint32)
+    found = np.bincount(codes)
+    counts[: len(found)] += found
+    splits = np.zeros(len(found), bool)
+    for code in np.flatnonzero(found).tolist():
+        splits[code] = _splits_words(chr(code))
+    inside[codes[1:][~splits[codes[1:]] & ~splits[codes[:-1]]]] = True
 
 
 def _splits_words(character: str) -> bool:
@@ -334,12 +381,8 @@ def _splits_words(character: str) -> bool:
 
 
 def _blocks(files: Sequence[Path], block_bytes: int = 1 << 20) -> Iterator[str]:
-    """The head of each file, in blocks that end at a line end; ``TRAINING_TEXT_MB`` in all at most."""
-    share = TRAINING_TEXT_MB * 1_000_000 // len(files)
+    """The text of the files, in blocks that end at a line end."""
     for path in files:
-        left = share
         with open(path, "rb") as file:
-            while left > 0 and (block := file.read(min(block_bytes, left))):
-                block += file.readline()
-                left -= len(block)
-                yield block.decode("utf-8")
+            while block := file.read(block_bytes):
+                yield (block + file.readline()).decode("utf-8")

@@ -52,7 +52,7 @@ def table(recipe: Recipe) -> dict[str, Stage]:
             of_data(
                 name="vocab",
                 run="data_prep.wordpiece:run",
-                width="one",
+                width="workers",
                 config={"vocab_size": data.vocab_size, **language},
                 inputs={"shards": "shard:"},
             )

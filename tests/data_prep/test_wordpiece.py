@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -198,6 +199,28 @@ def test_training_gives_the_same_bytes_in_every_process(tmp_path: Path, paragrap
     vocabulary = Vocabulary.load(tmp_path / "one" / "vocab.txt")
     ids, _ = Encoder(tmp_path / "one" / "vocab.txt", True, True).encode(paragraphs[300:])
     assert (ids == vocabulary.special["unk"]).mean() < 0.002
+
+
+def test_the_vocabulary_is_made_from_all_documents_and_by_any_workers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tenth of the text is read: every source must be among it, also the last third of every shard."""
+    texts = [f"{('early', 'middle', 'late')[number // 400]} words {number}" for number in range(1200)]
+    shards = text_shards(tmp_path / "shards", texts)
+    size = sum(path.stat().st_size for path in shards.glob("train-*"))
+    monkeypatch.setattr(wordpiece, "TRAINING_TEXT_MB", size / 1e7)
+    made = []
+    for workers in (1, 2):
+        out = tmp_path / f"out{workers}"
+        out.mkdir()
+        job = SimpleNamespace(out=out, workers=workers, say=print)
+        wordpiece.run(job, shards=shards, vocab_size=120, lowercase=True, strip_accents=True)
+        made.append((out / "vocab.txt").read_text())
+        assert [path.name for path in out.iterdir()] == ["vocab.txt"]
+    assert made[0] == made[1]
+    assert {"early", "middle", "late"} <= set(made[0].split("\n"))
+    chosen = wordpiece._choose(shards, tmp_path, 0.1, True, True, {"file": "train-00000.txt"})
+    assert 0.05 < Path(chosen["file"]).stat().st_size / (shards / "train-00000.txt").stat().st_size < 0.15
 
 
 def test_a_small_text_says_that_the_vocabulary_is_smaller(tmp_path: Path) -> None:
