@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from data_prep.errors import DataError
+from data_prep.fanout import shares
 from data_prep.publish import file_sha256, publish_json
 
 NAME = "manifest.json"
 FORMAT = 1
+TRUSTED_S = 7 * 86400.0
 
 
 @dataclass(frozen=True)
@@ -142,6 +147,48 @@ def load_verified(folder: Path, split: str) -> SampleSet:
     for shard in samples.shards:
         verify_file(shard.path, shard.bytes, shard.sha256)
     return samples
+
+
+def verify_share(
+    samples: SampleSet,
+    record: Path,
+    *,
+    rank: int = 0,
+    ranks: int = 1,
+    trusted_s: float = TRUSTED_S,
+    force: bool = False,
+) -> int:
+    """Compare the SHA-256 of this rank's share of the shards; all ranks together verify each file once.
+
+    What was verified is written to ``record/verified-SPLIT-RANK.json``; a later start, with any number of ranks,
+    trusts it for ``trusted_s`` seconds where inode, size and time of change are the same, unless it is to ``force``.
+    Every rank must have returned before any uses the samples. Returns how many files were read. Raises DataError as
+    ``verify_file``.
+    """
+    known: dict[str, dict[str, Any]] = {}
+    for path in record.glob(f"verified-{samples.shards[0].split}-*.json") if samples.shards and not force else ():
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            rows = sorted([*known.values(), *json.loads(path.read_bytes())["files"]], key=lambda row: row["when"])
+            known = {row["file"]: row for row in rows}
+    verified, read = [], 0
+    for index in shares([shard.bytes for shard in samples.shards], ranks)[rank]:
+        shard = samples.shards[index]
+        status = shard.path.stat()
+        now = {
+            "sha256": shard.sha256,
+            "inode": status.st_ino,
+            "bytes": status.st_size,
+            "changed_ns": status.st_mtime_ns,
+        }
+        row = known.get(shard.path.name, {})
+        age = time.time() - float(row.get("when", -math.inf))
+        if not (0 <= age < trusted_s and now == {key: row.get(key) for key in now}):
+            verify_file(shard.path, shard.bytes, shard.sha256)
+            row, read = {"file": shard.path.name, **now, "when": time.time()}, read + 1
+        verified.append(row)
+    if read:
+        publish_json(record / f"verified-{samples.shards[0].split}-{rank}.json", {"files": verified})
+    return read
 
 
 def note(path: Path, identity: str, facts: Mapping[str, Any]) -> None:

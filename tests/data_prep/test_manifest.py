@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from data_prep.errors import DataError
-from data_prep.manifest import file_entry, load, load_verified, publish_manifest, read_manifest, verify
+from data_prep.manifest import file_entry, load, load_verified, publish_manifest, read_manifest, verify, verify_share
 
 
 def samples_folder(folder: Path) -> Path:
@@ -57,6 +58,33 @@ def test_a_changed_file_is_named(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(DataError, match=r"train-00001\.hdf5 is missing"):
         load(tmp_path, "train")
+
+
+def test_each_file_is_verified_once_by_one_rank_and_then_trusted_for_a_time(tmp_path: Path) -> None:
+    samples = load(samples_folder(tmp_path), "train")
+    record = tmp_path / "record"
+    record.mkdir()
+    assert [verify_share(samples, record, rank=rank, ranks=3) for rank in range(3)] == [1, 1, 0]
+    assert [verify_share(samples, record, rank=rank, ranks=2) for rank in range(2)] == [0, 0]
+    assert verify_share(samples, record) == 0  # a requeue on another number of ranks
+    assert verify_share(samples, record, force=True) == 2
+    assert verify_share(samples, record, trusted_s=0.0) == 2
+    path = samples.shards[1].path
+    content = path.read_bytes()
+    path.write_bytes(content)  # the same bytes, changed later
+    os.utime(path, (1, 1))
+    assert verify_share(samples, record) == 1
+    path.write_bytes(content[::-1])
+    for rank, ranks in ((0, 1), (1, 2)):
+        with pytest.raises(DataError, match=r"train-00001\.hdf5 has SHA-256"):
+            verify_share(samples, record, rank=rank, ranks=ranks)
+    path.unlink()
+    path.write_bytes(content)  # a copy: another inode
+    assert verify_share(samples, record) == 1
+    for text in ("", "[]", '{"files": [7]}', '{"files": [{"file": "train-00000.hdf5", "when": 1e99}]}'):
+        for file in record.iterdir():
+            file.write_text(text)
+        assert verify_share(samples, record) == 2
 
 
 @pytest.mark.slow
