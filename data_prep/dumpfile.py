@@ -1,10 +1,11 @@
 """The bytes of a large export, plain or compressed, in parts that can be read apart and must fit together.
 
 A bz2 export of many streams (Wikipedia's "multistream" files) and a plain one are cut where a stream or a page
-begins; a single compressed stream is one part.
+begins; of a single compressed stream the text is.
 """
 
 import bz2
+import importlib.util
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -38,10 +39,68 @@ def refuse_unreadable(path: Path) -> None:
 def ranges(path: Path, part_bytes: int) -> list[tuple[int, int]]:
     """Byte ranges whose parts can be read independently; one range where the format allows no cut."""
     size = path.stat().st_size
-    kind = formats.compression(path)
-    if kind and not (kind == "bz2" and _streams_hold_pages(path)):
+    if is_one_stream(path):
         return [(0, size)]
     return [(start, min(start + part_bytes, size)) for start in range(0, size, part_bytes)]
+
+
+def is_one_stream(path: Path) -> bool:
+    """Whether the file must be unpacked from its beginning: a compressed one whose streams are not cut at pages."""
+    kind = formats.compression(path)
+    return bool(kind) and not (kind == "bz2" and _streams_hold_pages(path))
+
+
+def pieces(path: Path, out: Path, piece_bytes: int, processes: int) -> Iterator[tuple[Path, int, int]]:
+    """Cut the text of a file of one stream, wherever a page begins after `piece_bytes`, into exports of their own.
+
+    Gives (file in `out`, where its text begins, where it ends); the caller removes the file. The cuts are the same
+    whatever unpacks the stream.
+    """
+    text, window, last = unpacked(path, processes), b"", False
+    begin = end = 0
+    while not last:
+        name = out / f".{path.name}.{begin:013d}.piece.tmp"
+        with open(name, "wb") as file:
+            file.write(b"<mediawiki>" if begin else b"")
+            while True:
+                page = window.find(b"<page>", max(0, begin + piece_bytes - end))
+                if page >= 0 and end + page > begin:
+                    file.write(window[:page] + b"</mediawiki>")
+                    window, end = window[page:], end + page
+                    break
+                done = len(window) - 5  # a mark may be cut by the end of the window
+                if done > 0:
+                    file.write(window[:done])
+                    window, end = window[done:], end + done
+                if not (more := next(text, b"")):
+                    file.write(window)
+                    end, last = end + len(window), True
+                    break
+                window += more
+        yield name, begin, end
+        begin = end
+
+
+def unpacked(path: Path, processes: int) -> Iterator[bytes]:
+    """The text of a file of one stream; a bz2 one by several processes where indexed_bzip2 is installed."""
+    if processes < 2 or not is_unpacked_in_parallel(path):
+        yield from chunks(path, 0, path.stat().st_size, Seam())
+        return
+    given, size = 0, path.stat().st_size
+    try:
+        with importlib.import_module("indexed_bzip2").open(str(path), parallelization=processes) as file:
+            while data := file.read(CHUNK):
+                given += len(data)
+                if given > BOMB_BYTES and given > BOMB_RATIO * size:
+                    raise DataError(f"{path}: {size} bytes unpack to over {given >> 20} MB: a bomb")
+                yield data
+    except (RuntimeError, ValueError, OSError) as error:
+        raise DataError(f"{path}: damaged or truncated bz2 data ({str(error)[:200]}): fetch it again") from None
+
+
+def is_unpacked_in_parallel(path: Path) -> bool:
+    """Whether the file is bz2 and the package is there that unpacks one stream by several processes."""
+    return formats.compression(path) == "bz2" and importlib.util.find_spec("indexed_bzip2") is not None
 
 
 def chunks(path: Path, start: int, end: int, seam: Seam) -> Iterator[bytes]:

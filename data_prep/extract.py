@@ -6,20 +6,23 @@ processes work, and a part that an earlier, killed try finished is kept.
 
 import functools
 import hashlib
+import itertools
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from data_prep import books, formats, manifest, records, wikipedia
+from data_prep import books, dumpfile, formats, manifest, records, wikipedia
 from data_prep.document import Document, DocumentFiles, Tally, printable
 from data_prep.dumpfile import Seam, check_seams, ranges
 from data_prep.errors import DataError
-from data_prep.fanout import Job, run_all
+from data_prep.fanout import Job, run_all, tasks
 from data_prep.publish import file_sha256, remove_leftovers
 
 PART_BYTES = 32_000_000
 COMPRESSED_PART_BYTES = 8_000_000
+STREAM_BYTES_PER_H = 5.5e9  # of bz2, 4.2 times as much text: what one core unpacks
 FAULTS = 20  # named at once
 FORMAT = 2  # raise it when the same input gives other documents
 
@@ -36,6 +39,7 @@ class Part:
     files: tuple[Path, ...] = ()  # of a folder of books
     site: wikipedia.Site | None = None
     sha256: str = ""  # of the input
+    piece: Path | None = None  # of a compressed stream: its text from start to end
 
 
 def run(
@@ -87,6 +91,12 @@ def run(
         progress,
         [_size(part) for part in parts],
     )
+    for (kind, path), entry in zip(inputs, described, strict=True):
+        if kind == "wikipedia" and dumpfile.is_one_stream(path):
+            read = functools.partial(_read, job.out, max_document_mb, text_column)
+            for part, result in _read_stream(job, path, str(entry["sha256"]), len(parts), read):
+                parts.append(part)
+                results.append(result)
     _refuse(results)
     facts: dict[str, Any] = run_all(_finish, [(job.out, inputs, described, parts, results)], 1)[0]
     for line in facts.pop("said"):
@@ -142,6 +152,8 @@ def _parts(entry: tuple[str, Path], facts: dict[str, Any]) -> Iterator[Part]:
             yield Part(kind, path, files=tuple(group), sha256=sha256)
     elif kind == "wikipedia":
         site = wikipedia.read_site(path)
+        if dumpfile.is_one_stream(path):
+            return  # its text is cut while it is unpacked
         part_bytes = COMPRESSED_PART_BYTES if formats.compression(path) else PART_BYTES
         for start, end in ranges(path, part_bytes):
             yield Part(kind, path, start=start, end=end, site=site, sha256=sha256)
@@ -159,8 +171,45 @@ def _parts(entry: tuple[str, Path], facts: dict[str, Any]) -> Iterator[Part]:
             yield Part(kind, path, start=start, end=min(start + step, size), sha256=sha256)
 
 
+def _read_stream(
+    job: Job, path: Path, sha256: str, number: int, read: Callable[[Part], dict[str, Any]]
+) -> Iterator[tuple[Part, dict[str, Any]]]:
+    """Read an export that is one compressed stream, some pieces of its text at a time; parts count from `number`."""
+    size, site = path.stat().st_size, wikipedia.read_site(path)
+    alone = f"one core unpacks it, about {size / STREAM_BYTES_PER_H:.1f} h"
+    if formats.compression(path) != "bz2":
+        job.say(f"{path.name} cannot be split: {alone}")
+    elif not dumpfile.is_unpacked_in_parallel(path):
+        advice = "pip install indexed_bzip2, or take the multistream file"
+        job.say(f"{path.name} is one bz2 stream: {alone}; {advice}")
+    _streams.pop(path, None)  # of an earlier try in this process
+    cut = functools.partial(_cut, job.out, path, 2 * job.workers * tasks(os.environ), job.workers)
+    while found := run_all(cut, [number], 1)[0]:
+        parts = [
+            Part("wikipedia", path, number + place, start, end, site=site, sha256=sha256, piece=Path(piece))
+            for place, (piece, start, end) in enumerate(found)
+        ]
+        number += len(parts)
+        yield from zip(parts, run_all(read, parts, job.workers, None, [_size(part) for part in parts]), strict=True)
+        job.say(f"{path.name}: {parts[-1].end / 1e6:.0f} MB of text read")
+
+
+_streams: dict[Path, Iterator[tuple[Path, int, int]]] = {}  # being cut by this process
+
+
+def _cut(out: Path, path: Path, count: int, processes: int, _number: int) -> list[tuple[str, int, int]]:
+    """The next pieces of a stream; none: it is read whole."""
+    stream = _streams.setdefault(path, dumpfile.pieces(path, out, PART_BYTES, processes))
+    found = [(str(piece), start, end) for piece, start, end in itertools.islice(stream, count)]
+    if not found:
+        del _streams[path]
+    return found
+
+
 def _size(part: Part) -> int:
     """Bytes to read, roughly: what is compressed counts for what it will be."""
+    if part.piece is not None:
+        return part.end - part.start
     if part.files:
         return sum(file.stat().st_size for file in part.files)
     whole = part.path.stat().st_size
@@ -182,6 +231,8 @@ def _read(out: Path, max_document_mb: float, text_column: str, part: Part) -> di
     if known is not None:
         try:
             manifest.verify(out, known["files"], digests=False)
+            if part.piece is not None:
+                part.piece.unlink(missing_ok=True)
             return known
         except DataError:
             pass  # one of several files is gone: read the part again
@@ -194,6 +245,8 @@ def _read(out: Path, max_document_mb: float, text_column: str, part: Part) -> di
                     files.write(document)
             except DataError as error:
                 faults.append(str(error))
+    if part.piece is not None:
+        part.piece.unlink(missing_ok=True)
     if faults:
         return {"faults": faults}
     lost = tally.counts["articles"] - tally.counts["documents"] - sum(tally.skipped.values())
@@ -210,7 +263,9 @@ def _readers(part: Part, seam: Seam, text_column: str) -> Iterator[Callable[...,
     match part.kind:
         case "wikipedia":
             assert part.site is not None
-            yield functools.partial(wikipedia.documents, *place, seam, site=part.site)
+            if part.piece is not None:
+                place = (part.piece, 0, part.piece.stat().st_size)
+            yield functools.partial(wikipedia.documents, *place, seam, site=part.site, source=part.path.name)
         case "books":
             for file in part.files:
                 yield functools.partial(books.book_documents, file, part.path)
@@ -241,7 +296,8 @@ def _finish(work: Work) -> dict[str, Any]:
         for result in mine:
             tally.add(result)
         if kind == "wikipedia":
-            check_seams(path, [(first, stop) for first, stop in (result["seam"] for result in mine)])
+            if not dumpfile.is_one_stream(path):
+                check_seams(path, [(first, stop) for first, stop in (result["seam"] for result in mine)])
             if not tally.counts["pages"]:
                 raise DataError(f"{path} holds no page: take a pages-articles export")
         total.add(tally.facts())

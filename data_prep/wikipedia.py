@@ -187,6 +187,7 @@ def documents(
     site: Site,
     max_document_mb: float,
     tally: Tally,
+    source: str = "",
 ) -> Iterator[Document]:
     """Articles of one part as documents; all pages are counted in `tally`.
 
@@ -211,6 +212,11 @@ def documents(
             text = clean(page.text, site.namespaces, tally.lost)
             if text:
                 title = "".join(c for c in page.title if c.isprintable())
-                yield Document(f"{site.name or path.stem}-{page.id.strip()}", title, path.name, text)
+                yield Document(
+                    f"{site.name or (source or path.name).partition('.')[0]}-{page.id.strip()}",
+                    title,
+                    source or path.name,
+                    text,
+                )
             else:
                 tally.skip("no prose", page.title)

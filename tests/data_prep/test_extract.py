@@ -1,8 +1,10 @@
 """The extract stage: same bytes for any number of workers and after kills, nothing lost, nothing half-written."""
 
 import bz2
+import gzip
 import hashlib
 import json
+import lzma
 import os
 import subprocess
 import sys
@@ -12,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from data_prep import document, extract, manifest
+from data_prep import document, dumpfile, extract, manifest
 from data_prep.errors import DataError
 from support.documents import FakeJob, contents, texts
 
@@ -132,6 +134,82 @@ def test_any_number_of_workers_gives_the_same_bytes(sample_dir: Path, tmp_path: 
     assert contents(tmp_path / "w1") == contents(tmp_path / "w3")
     found = manifest.read_manifest(tmp_path / "w1")
     assert found["counts"]["articles"] == found["counts"]["documents"] + sum(found["skipped"].values())
+
+
+def one_stream(folder: Path, kind: str, data: bytes) -> Path:
+    path = folder / f"dump.xml.{kind}"
+    path.write_bytes({"bz2": bz2.compress, "gz": gzip.compress, "xz": lzma.compress}[kind](data))
+    return path
+
+
+EXPORT = (
+    HEADER + "".join(page(n, f"Prose number {n}. " + "word " * n) for n in range(150)) + "</mediawiki>\n"
+).encode()
+
+
+@pytest.mark.parametrize("kind", ["bz2", "gz", "xz"])
+def test_a_single_stream_is_cut_by_its_text(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extract, "PART_BYTES", 1500)
+    empty: dict[str, list[Path]] = {"wikipedia": [], "books": [], "jsonl": []}
+    (tmp_path / "dump.xml").write_bytes(EXPORT)
+    path = one_stream(tmp_path, kind, EXPORT)
+    plain, job, two, serial = (
+        FakeJob(tmp_path / name, count) for name, count in zip("abcd", (1, 1, 2, 2), strict=True)
+    )
+    extract.run(plain, **empty | {"wikipedia": [tmp_path / "dump.xml"]}, max_document_mb=1)
+    facts = extract.run(job, **empty | {"wikipedia": [path]}, max_document_mb=1)
+    assert facts["counts"]["articles"] == 150
+    assert sorted(row["text"] for row in texts(job.out)) == sorted(row["text"] for row in texts(plain.out))
+    assert {(row["source"], row["id"].partition("-")[0]) for row in texts(job.out)} == {(path.name, "xwiki")}
+    assert len(contents(job.out)) > 10
+    extract.run(two, **empty | {"wikipedia": [path]}, max_document_mb=1)
+    monkeypatch.setattr(dumpfile, "is_unpacked_in_parallel", lambda path: False)
+    extract.run(serial, **empty | {"wikipedia": [path]}, max_document_mb=1)
+    assert contents(job.out) == contents(two.out) == contents(serial.out)
+    said = "is one bz2 stream: one core unpacks it" if kind == "bz2" else "cannot be split: one core unpacks it"
+    assert any(said in line for line in serial.lines)
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_a_single_stream_is_resumed_by_pieces_of_its_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments: dict[str, Any] = {"wikipedia": [one_stream(tmp_path, "bz2", EXPORT)], "books": [], "jsonl": []}
+    clean, job = FakeJob(tmp_path / "clean"), FakeJob(tmp_path / "out")
+    extract.run(clean, **arguments, max_document_mb=1)
+    readers, calls = extract._readers, 0
+
+    def dying(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 9:
+            raise KeyboardInterrupt
+        return readers(*arguments)
+
+    monkeypatch.setattr(extract, "_readers", dying)
+    with pytest.raises(KeyboardInterrupt):
+        extract.run(job, **arguments, max_document_mb=1)
+    assert list(job.out.glob(".*.piece.tmp"))
+    extract.run(job, **arguments, max_document_mb=1)
+    assert contents(job.out) == contents(clean.out)
+    pieces = len({name.partition("-")[2][:5] for name in contents(clean.out) if name.startswith("documents")})
+    assert calls == 9 + pieces - 8
+
+
+@pytest.mark.usefixtures("small_parts")
+@pytest.mark.parametrize("tool", ["indexed_bzip2", ""])
+def test_a_damaged_stream_is_named_whatever_unpacks_it(
+    tool: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if tool == "indexed_bzip2":
+        pytest.importorskip(tool)
+    monkeypatch.setattr(dumpfile, "is_unpacked_in_parallel", lambda path: bool(tool))
+    path = one_stream(tmp_path, "bz2", EXPORT)
+    whole = path.read_bytes()
+    # it takes bytes after the last stream for padding; the text is whole then
+    junk = [] if tool else [whole + b"junk"]
+    for broken in (whole[:-20], whole[:400], whole[:300] + b"x" + whole[301:], *junk):
+        path.write_bytes(broken)
+        with pytest.raises(DataError, match=r"dump\.xml\.bz2"):
+            extract.run(FakeJob(tmp_path / "out", 2), wikipedia=[path], books=[], jsonl=[], max_document_mb=1)
 
 
 @pytest.mark.parametrize("kind", ["wikipedia", "jsonl", "books"])
