@@ -22,7 +22,9 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from data_prep import liveness
 from data_prep.errors import DataError
+from data_prep.liveness import Watch, keep_freed_memory
 from data_prep.publish import publish_json
 
 Item = TypeVar("Item")
@@ -30,10 +32,6 @@ Progress = Callable[[int, int], None]
 Outcome = list[Any]
 """``["ok", value]`` | ``["data", line]`` | ``["os", errno, text, file]`` | ``["defect", line, traceback]``"""
 EXCHANGE = "FANOUT_DIR"  # names a folder that all tasks of a launch see and no other launch uses
-WATCH_S = 2.0  # between two looks at the workers
-STOPPED_S = 40.0  # a worker that was stopped, or a task that shows no life, is given up
-STUCK_S = 1200.0  # so is one that waits for its disk or its peer without using any processor time
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 _calls: dict[Path, int] = {}  # calls of run_all by such folder: every task makes the same ones
 
 
@@ -222,7 +220,7 @@ def _show_life(path: Path) -> None:
     for number in itertools.count():
         with suppress(OSError):
             path.write_text(f"{number} process {os.getpid()} on {socket.gethostname()}")
-        time.sleep(WATCH_S)
+        time.sleep(liveness.WATCH_S)
 
 
 def _read_when_there(path: Path, rank: int) -> Any:
@@ -237,9 +235,11 @@ def _read_when_there(path: Path, rank: int) -> Any:
         with suppress(OSError):
             if (alive := (path.parent / f"alive-{rank}").read_text()) != seen:
                 seen, since = alive, time.monotonic()
-        if seen and time.monotonic() - since > STOPPED_S:
+        if seen and time.monotonic() - since > liveness.STOPPED_S:
             who = seen.partition(" ")[2] or "a process"
-            raise DataError(f"task {rank} of the stage ({who}) has stood still for {STOPPED_S} s: start it again")
+            raise DataError(
+                f"task {rank} of the stage ({who}) has stood still for {liveness.STOPPED_S} s: start it again"
+            )
 
 
 def _over_processes(
@@ -255,7 +255,7 @@ def _over_processes(
     waiting = order[::-1]
     busy: dict[Connection, tuple[BaseProcess, int]] = {}
     processes: list[BaseProcess] = []
-    watch = _Watch()
+    watch = Watch()
     done = 0
     try:
         for _ in range(min(workers, len(items))):
@@ -268,7 +268,7 @@ def _over_processes(
             busy[ours] = (process, index)
             _send(ours, function, items[index])
         while busy:
-            for ready in wait(list(busy), WATCH_S):
+            for ready in wait(list(busy), liveness.WATCH_S):
                 assert isinstance(ready, Connection)
                 process, index = busy.pop(ready)
                 try:
@@ -295,29 +295,6 @@ def _over_processes(
             process.kill()  # they hold nothing: every file is published whole or not at all
         for process in processes:
             process.join()
-
-
-class _Watch:
-    """Notices processes that are stopped, or that use no processor time, by what /proc says of them."""
-
-    def __init__(self) -> None:
-        self.since: dict[int, tuple[str, float]] = {}
-
-    def fault(self, pid: int) -> str:
-        """Why the process is given up, or ""."""
-        try:
-            state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
-        except OSError:  # gone (its pipe says so), or no Linux
-            return ""
-        stopped, now = state in "Tt", time.monotonic()
-        life = "stopped" if stopped else f"{fields[10]} {fields[11]}"  # clock ticks in user and system mode
-        known, since = self.since.get(pid, ("", now))
-        if life != known:
-            self.since[pid] = (life, now)
-        elif now - since > (STOPPED_S if stopped else STUCK_S):
-            how = "is stopped (SIGSTOP)" if stopped else "has used no processor time"
-            return f"{how} for {now - since:.0f} s"
-        return ""
 
 
 def _who(process: BaseProcess, index: int, items: Sequence[Any]) -> str:
@@ -382,18 +359,6 @@ def _values(outcomes: list[Outcome]) -> list[Any]:
             raise OSError(*details)
         raise RuntimeError(f"{details[0]}\n{details[1]}")
     return [value for _, value in outcomes]
-
-
-def keep_freed_memory() -> None:
-    """Have glibc's malloc reuse large arrays instead of returning each to the kernel; does nothing elsewhere.
-
-    ``mallopt(M_MMAP_THRESHOLD, 1 GiB)`` and ``M_TRIM_THRESHOLD``: by default each array over 32 MiB at most is new
-    memory, which the kernel fills with zeros page by page (a third of the time of a data stage).
-    """
-    with suppress(AttributeError, OSError):
-        libc = ctypes.CDLL(None)
-        for option, size in ((M_MMAP_THRESHOLD, 1 << 30), (M_TRIM_THRESHOLD, 1 << 30)):
-            libc.mallopt(option, size)
 
 
 def die_with_parent(parent: int) -> None:
