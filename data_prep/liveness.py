@@ -2,13 +2,13 @@
 
 import ctypes
 import time
-from contextlib import suppress
 from pathlib import Path
 
 WATCH_S = 2.0  # between two looks at the workers
 STOPPED_S = 40.0  # a worker that was stopped, or a task that shows no life, is given up
 STUCK_S = 1200.0  # so is one that waits for its disk or its peer without using any processor time
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+LARGEST_KEPT = (1 << 30, 1 << 25)  # bytes; glibc before 2.35 knows nothing larger than the second
 
 
 class Watch:
@@ -37,10 +37,9 @@ class Watch:
 def keep_freed_memory() -> None:
     """Have glibc's malloc reuse large arrays instead of returning each to the kernel; does nothing elsewhere.
 
-    ``mallopt(M_MMAP_THRESHOLD, 1 GiB)`` and ``M_TRIM_THRESHOLD``: by default each array over 32 MiB at most is new
-    memory, which the kernel fills with zeros page by page (a third of the time of a data stage).
+    By default each array over 32 MiB at most is new memory, which the kernel fills with zeros page by page (a third of
+    the time of a data stage).
     """
-    with suppress(AttributeError, OSError):
-        libc = ctypes.CDLL(None)
-        for option, size in ((M_MMAP_THRESHOLD, 1 << 30), (M_TRIM_THRESHOLD, 1 << 30)):
-            libc.mallopt(option, size)
+    if (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
+        mallopt(M_TRIM_THRESHOLD, LARGEST_KEPT[0])
+        any(mallopt(M_MMAP_THRESHOLD, size) for size in LARGEST_KEPT)

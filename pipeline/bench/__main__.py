@@ -2,10 +2,10 @@
 
 import sys
 
-from pipeline.bench import gpu, infer, performance
+from pipeline.bench import data, gpu, infer, performance
 from pipeline.errors import run_command
 
-COMMANDS = {"gpu": gpu.main, "performance": performance.main}
+COMMANDS = {"data": data.main, "gpu": gpu.main, "performance": performance.main}
 
 
 def main() -> int:

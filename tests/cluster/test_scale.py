@@ -112,7 +112,7 @@ def test_bert_large_on_256_tasks(slurm, tmp_path: Path) -> None:
 
 def corpora(folder: Path) -> None:
     """The files that bert_large names, with a line in each: nothing reads them here."""
-    names = ["enwiki-latest-pages-articles.xml.bz2", "books/a.txt", "vocab.txt"]
+    names = ["enwiki-latest-pages-articles-multistream.xml.bz2", "books/a.txt", "vocab.txt"]
     names += ["squad/train-v1.1.json", "squad/dev-v1.1.json", "mrpc/train.tsv", "mrpc/dev.tsv"]
     for name in [*names, "sst2/train.tsv", "sst2/dev.tsv"]:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
