@@ -18,12 +18,12 @@ from typing import Any
 
 from data_prep.errors import DataError
 from data_prep.fanout import EXCHANGE, die_with_parent
+from data_prep.liveness import keep_freed_memory
 from data_prep.publish import publish_json
 from pipeline.config import restore
 from pipeline.errors import PeerLost, StoppedCleanly, cause_of, describe, run_command
 from pipeline.node.device import set_defaults
 from pipeline.node.job import Job, Topology
-from pipeline.node.memory import keep_memory
 from pipeline.node.preempt import StopRequest, stop_at_once
 from pipeline.node.supervise import supervise
 from pipeline.run.chain import Chain
@@ -85,8 +85,7 @@ def run_stage(run: RunDir, name: str) -> None:
         stop_at_once()
     workers = workers_of(profile, os.environ)
     job = Job(run, name, attempt, topology, workers=workers, threads=profile.threads, stop=stop)
-    if stage.job != "data":
-        keep_memory()
+    keep_freed_memory()
     if stage.width == "ranks":
         supervise(job, lambda: execute(chain, stage, job))
     else:

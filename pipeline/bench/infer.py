@@ -17,9 +17,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from data_prep.liveness import keep_freed_memory
 from pipeline.config import PRECISIONS, InferenceConfig, restore
 from pipeline.errors import ConfigError
-from pipeline.node.memory import keep_memory
 
 if TYPE_CHECKING:
     import torch
@@ -207,7 +207,7 @@ def main() -> int:
     """Parse the command line, measure, print the table or the JSON."""
     options = _parser().parse_args()
     config = _config(options)
-    keep_memory()
+    keep_freed_memory()
     if options.threads < 1:
         raise ConfigError(f"--threads {options.threads}: must be at least 1")
     with tempfile.TemporaryDirectory() as scratch:

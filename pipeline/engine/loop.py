@@ -49,8 +49,8 @@ def train(job: Job, task_of: Callable[[Ranks], Task]) -> dict[str, Any]:
     """
     device = device_of(job)
     torch.set_num_threads(job.threads)
-    with joined(job, device) as (group, _), peers_named(job):
-        ranks = Ranks(job.rank, job.world_size, group, device, job.heartbeat)
+    with joined(job, device) as (group, store), peers_named(job):
+        ranks = Ranks(job.rank, job.world_size, group, device, job.heartbeat, store)
         task = task_of(ranks)
         with peers_named(job, task.settings.micro_batch):
             return Loop(job, ranks, task).run()

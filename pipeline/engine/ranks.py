@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import TCPStore
 
+from pipeline.errors import PeerLost
 from pipeline.node.distributed import Group
 from pipeline.node.heartbeat import Heartbeat, Where
+from pipeline.node.supervise import START_S
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,7 @@ class Ranks:
     group: Group
     device: torch.device
     heartbeat: Heartbeat = field(default_factory=Heartbeat)
+    store: TCPStore | None = None
 
     def alive(self, where: Where) -> None:
         """A sign of life, and what comes next: one's own work, or waiting for others."""
@@ -52,6 +57,22 @@ class Ranks:
         self.alive("working")
         lengths = sizes.tolist()
         return [json.loads(bytes(found.cpu().numpy())[:length]) for found, length in zip(records, lengths, strict=True)]
+
+    def meet(self, name: str, timeout_s: float = START_S) -> None:
+        """Return when every rank has come to the place ``name``, over the store and not by a collective.
+
+        For work that may take one rank much longer than another: a collective gives up after two minutes. Raises
+        PeerLost after ``timeout_s``.
+        """
+        if self.store is None:
+            return
+        key, deadline, pause_s = f"met/{name}", time.monotonic() + timeout_s, 0.01
+        self.store.add(key, 1)
+        while (arrived := self.store.add(key, 0)) < self.world_size:
+            if time.monotonic() > deadline:
+                raise PeerLost(f"{name}: {arrived} of {self.world_size} ranks came here in {timeout_s:.0f} s")
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, 1.0)
 
     def wait_for_all(self) -> None:
         """Return when every rank has come here."""

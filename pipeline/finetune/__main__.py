@@ -13,12 +13,12 @@ from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from data_prep.liveness import keep_freed_memory
 from data_prep.publish import publish_json
 from pipeline.config import PRECISIONS, FinetuneConfig, restore
 from pipeline.errors import ConfigError, PeerLost, run_command
 from pipeline.finetune.options import DEFAULTS, MODES
 from pipeline.node.job import Job, Topology
-from pipeline.node.memory import keep_memory
 from pipeline.node.preempt import StopRequest
 from pipeline.run.rundir import RunDir
 
@@ -48,7 +48,7 @@ def main() -> int:
     arguments = _parser().parse_args()
     config = _config(arguments)
     modes = tuple(arguments.mode.split(","))
-    keep_memory()
+    keep_freed_memory()
     _check(arguments, config, modes)
     if arguments.processes > 1 and LAUNCH not in os.environ:
         return _start_ranks(arguments.processes)

@@ -132,6 +132,9 @@ def check(task: str, config: FinetuneConfig, files: Files, out: Path, modes: Seq
         lines.append(f"{files.model} lies in the output folder {out}, where training would replace it")
     if lines:
         raise ConfigError("\n".join(f"{task}: {line}" for line in lines))
+    for path in (files.train, *files.evaluations.values()):
+        if path is not None and not path.is_file():  # a pipe would be waited for
+            raise DataError(f"{path}: cannot be read: {'it is no file' if path.exists() else 'there is no such file'}")
     autocast_for(config.precision, chosen_device())  # EnvironmentFault where this device cannot do it
 
 

@@ -5,7 +5,7 @@ The position in the data is one integer, so resuming is a jump and nothing about
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from data_prep.errors import DataError
 from data_prep.hdf5 import Shard, read_listed
-from data_prep.manifest import load_verified
+from data_prep.manifest import SampleSet, load_verified
 from data_prep.masking import mask_tokens, masked_counts
 from data_prep.splitmix import Ints, derived, key, mix
 from pipeline.config import PhaseConfig, TrainConfig
@@ -99,10 +99,20 @@ class MaskedSamples:
 
 
 class PretrainingData:
-    """One split of a samples folder, verified, read in the keyed order and masked when read."""
+    """One split of a samples folder, read in the keyed order and masked when read.
 
-    def __init__(self, folder: Path, split: str, phase: PhaseConfig, train: TrainConfig) -> None:
-        self.manifest = load_verified(folder, split)
+    ``verified`` loads it once its hashes have been compared: by this process, or shared by several.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        split: str,
+        phase: PhaseConfig,
+        train: TrainConfig,
+        verified: Callable[[Path, str], SampleSet] = load_verified,
+    ) -> None:
+        self.manifest = verified(folder, split)
         if self.manifest.seq_len != phase.seq_len:
             raise DataError(f"{folder}: samples of length {self.manifest.seq_len}, the phase wants {phase.seq_len}")
         self.phase, self.train = phase, train

@@ -6,6 +6,7 @@ Called by every phase's stage.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from data_prep.manifest import SampleSet, load, verify_share
 from pipeline.batch import BatchPlan
 from pipeline.bert.config import BertConfig, padded_vocab
 from pipeline.bert.heads import BertForPreTraining, initialised, pretraining_loss_sums
@@ -46,9 +48,18 @@ def run(
     Returns the done mark's result: the final ``checkpoint`` (relative to the stage's folder), step, losses. Raises
     what `pipeline.engine.loop.train` raises.
     """
-    return train_task(
-        job, lambda ranks: Pretraining(job, ranks.device, model, train, optimizer, phase, samples, vocab, start)
-    )
+    return train_task(job, lambda ranks: Pretraining(job, ranks, model, train, optimizer, phase, samples, vocab, start))
+
+
+def verified_together(ranks: Ranks, record: Path, folder: Path, split: str) -> SampleSet:
+    """A split of a samples folder, each of whose files was hashed by one of the ranks, before any collective.
+
+    What was verified is on ``record``, and a later attempt trusts it for a time (`data_prep.manifest.verify_share`).
+    """
+    samples = load(folder, split)
+    verify_share(samples, record, rank=ranks.rank, ranks=ranks.world_size)
+    ranks.meet(f"{split} verified")
+    return samples
 
 
 class Pretraining:
@@ -60,7 +71,7 @@ class Pretraining:
     def __init__(
         self,
         job: Job,
-        device: torch.device,
+        ranks: Ranks,
         model: ModelConfig,
         train: TrainConfig,
         optimizer: OptimizerConfig,
@@ -69,7 +80,7 @@ class Pretraining:
         vocab: Path,
         start: Path | None,
     ) -> None:
-        self.arranged = arrangement(device.type, phase.seq_len)
+        self.arranged = arrangement(ranks.device.type, phase.seq_len)
         self.job, self.phase, self.vocab, self.start = job, phase, vocab, start
         assert phase.micro_batch is not None  # submit chose it when the run was created
         self.settings = Settings(
@@ -90,12 +101,13 @@ class Pretraining:
             keep_checkpoints=train.keep_checkpoints,
         )
         self.science = {"model": model, "train": train, "optimizer": optimizer, "phase": phase}
-        self.data = PretrainingData(samples, "train", phase, train)
+        verified = functools.partial(verified_together, ranks, job.out / "attempts")
+        self.data = PretrainingData(samples, "train", phase, train, verified)
         vocab_size = padded_vocab(self.data.manifest.vocab_size)
         self.config = BertConfig(vocab_size=vocab_size, **dataclasses.asdict(model))
-        test = PretrainingData(samples, "test", phase, dataclasses.replace(train, masking="static"))
+        test = PretrainingData(samples, "test", phase, dataclasses.replace(train, masking="static"), verified)
         parts = heldout(test, train.eval_samples, phase.micro_batch)
-        predicting = arrangement(device.type, phase.seq_len, predicting=True)
+        predicting = arrangement(ranks.device.type, phase.seq_len, predicting=True)
         self.heldout = [self.packed(masked, predicting) for masked in parts]
         labels = np.concatenate([micro_batch.arrays["labels"] for micro_batch in self.heldout])
         self.unigram = unigram_loss(self.data, labels)
