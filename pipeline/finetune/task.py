@@ -49,12 +49,20 @@ Record = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Files:
-    """What one fine-tuning reads; ``mismatched`` is MNLI's second evaluation file, whose scores rank nothing."""
+    """What one fine-tuning reads; ``mismatched`` is MNLI's second evaluation file, whose scores rank nothing.
+
+    Raises DataError for what is no file: a pipe would be waited for.
+    """
 
     model: Path
     train: Path | None
     eval: Path | None
     mismatched: Path | None = None
+
+    def __post_init__(self) -> None:
+        for path in (self.train, *self.evaluations.values()):
+            if path is not None and not path.is_file():
+                raise DataError(f"{path}: cannot be read: {'no file' if path.exists() else 'there is no such file'}")
 
     @property
     def evaluations(self) -> dict[str, Path]:
@@ -132,9 +140,6 @@ def check(task: str, config: FinetuneConfig, files: Files, out: Path, modes: Seq
         lines.append(f"{files.model} lies in the output folder {out}, where training would replace it")
     if lines:
         raise ConfigError("\n".join(f"{task}: {line}" for line in lines))
-    for path in (files.train, *files.evaluations.values()):
-        if path is not None and not path.is_file():  # a pipe would be waited for
-            raise DataError(f"{path}: cannot be read: {'it is no file' if path.exists() else 'there is no such file'}")
     autocast_for(config.precision, chosen_device())  # EnvironmentFault where this device cannot do it
 
 

@@ -338,7 +338,8 @@ def test_fp16_scales_its_loss_and_skips_what_overflows(
 
 
 def test_a_precision_that_the_device_lacks_is_refused_before_anything_is_read(tmp_path: Path, model: Path) -> None:
-    missing = tmp_path / "missing.tsv"
+    missing = tmp_path / "empty.tsv"  # reading it would be a DataError
+    missing.touch()
     with pytest.raises(EnvironmentFault, match="tf32 needs a CUDA device"):
         run(
             job(tmp_path / "out"),
