@@ -11,13 +11,16 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("pipeline", "data_prep", "slurm")
-TOOLS = ("slurm/devcluster", "data_prep/sample_t", "data_prep/packages.py")  # beside the product
+TOOLS = (  # beside the product: a cluster, a corpus and a bench for machines that one has not
+    "slurm/devcluster",
+    "data_prep/sample_t",
+    "pipeline/bench/gpu",
+)
 
 FLAT = 18  # files of pipeline outside its rooms; one more for each command that comes
 ROOMS = 32  # packages and flat files that a newcomer meets
-LINES = 21_000  # of the product, tools apart
+LINES = 22_000  # of the product, tools apart
 FILE, FUNCTION = 400, 100  # lines
-LONG_FILES = {"pipeline/engine/optim.py"}
 
 PAGES = ("README.md", "CONTRIBUTING.md", "docs/architecture.md")
 
@@ -54,7 +57,7 @@ def definitions_in(path: Path) -> Iterator[tuple[str, ast.stmt]]:
 
 
 def test_files_are_short_enough_to_be_read(product):
-    assert not {relative(path) for path in product if length(path) > FILE} - LONG_FILES
+    assert [relative(path) for path in product if length(path) > FILE] == []
 
 
 def test_functions_are_short_enough_to_be_read(product):

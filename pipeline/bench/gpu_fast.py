@@ -38,7 +38,8 @@ from pipeline.bench.gpu_subject import (
 from pipeline.bert import regions
 from pipeline.bert.config import BertConfig
 from pipeline.bert.costs import training_flops
-from pipeline.engine import checkpoint, optim
+from pipeline.engine import checkpoint
+from pipeline.engine.backend import apex_fused_lamb
 from pipeline.engine.reduce import GradientBuffer
 
 Pairs = Iterator[tuple[str, Any]]
@@ -263,7 +264,7 @@ def lamb(bench: Bench) -> Pairs:
         yield "compiled", {"ms": round(1e3 * took, 3)}
         regions.compile_regions(torch.device("cpu"))
     ends: dict[str, list[Tensor]] = {}
-    for backend in ("torch", "apex") if optim.apex_fused_lamb() is not None else ("torch",):
+    for backend in ("torch", "apex") if apex_fused_lamb() is not None else ("torch",):
         release(device)
         took, ends[backend] = _lamb_steps(bench, device, backend)
         least = 28 * sum(p.numel() for p in ends[backend])  # weights and moments read and written, gradients read

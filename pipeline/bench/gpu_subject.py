@@ -21,6 +21,7 @@ from pipeline.bert import dropout, packing, regions
 from pipeline.bert.config import BertConfig
 from pipeline.bert.heads import BertForPreTraining, initialised, pretraining_loss_sums
 from pipeline.engine import optim
+from pipeline.engine.backend import build
 from pipeline.engine.precision import autocast_for
 from pipeline.engine.reduce import GradientBuffer
 from pipeline.errors import EnvironmentFault
@@ -180,7 +181,7 @@ def losses_of(model: nn.Module, tensors: Mapping[str, Any], seq_len: int) -> tup
 def build_optimizer(model: BertForPreTraining, backend: str, gradients: GradientBuffer) -> optim.Optimizer:
     """LAMB with the published settings on ``backend`` (torch or apex)."""
     named = model.named_parameters()
-    return optim.build("lamb", backend, named, gradients=gradients, variant="apex", weight_decay=0.01, eps=1e-6)
+    return build("lamb", backend, named, gradients=gradients, variant="apex", weight_decay=0.01, eps=1e-6)
 
 
 def device_for(tiny: bool) -> torch.device:

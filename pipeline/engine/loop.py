@@ -17,7 +17,7 @@ import torch
 from pipeline.batch import BatchPlan
 from pipeline.bert.regions import compile_regions
 from pipeline.config import science
-from pipeline.engine import checkpoint, optim
+from pipeline.engine import backend, checkpoint
 from pipeline.engine.accumulate import Accumulator, Sums
 from pipeline.engine.diagnose import culprit
 from pipeline.engine.feed import Feed
@@ -69,7 +69,7 @@ class Loop:
         self.gradients = GradientBuffer([parameter for _, parameter in trained])
         self.state = TrainingState(
             model,
-            optim.of_config(settings.optimizer, trained, self.gradients),
+            backend.of_config(settings.optimizer, trained, self.gradients),
             LossScale() if settings.precision == "fp16" else None,
             {
                 "stage": job.stage,

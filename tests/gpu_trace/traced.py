@@ -15,7 +15,7 @@ from pipeline.bert.config import BertConfig
 from pipeline.bert.heads import BertForPreTraining, BertForQuestionAnswering, pretraining_loss_sums
 from pipeline.bert.packing import Batch, arrangement, layout
 from pipeline.bert.regions import compile_regions
-from pipeline.engine.optim import build
+from pipeline.engine.backend import build
 from pipeline.engine.reduce import GradientBuffer
 
 SEQ_LEN, LENGTHS = 128, [128] * 20 + [77] * 12

@@ -12,16 +12,8 @@ import torch
 from torch.nn import Parameter
 
 from pipeline.engine import optim
-from pipeline.engine.optim import (
-    AdamW,
-    ApexLamb,
-    Lamb,
-    apex_fused_lamb,
-    build,
-    decays,
-    global_norm,
-    resolve_backend,
-)
+from pipeline.engine.backend import ApexLamb, apex_fused_lamb, build, resolve_backend
+from pipeline.engine.optim import AdamW, Lamb, decays, global_norm
 from pipeline.engine.reduce import ALIGN, GradientBuffer
 from pipeline.errors import CheckpointError, ConfigError, EnvironmentFault
 
