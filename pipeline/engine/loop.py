@@ -270,7 +270,7 @@ class Loop:
             step_s=took,
             **scaled,
         )
-        if step % (10 * self.settings.log_every) == 0 or step == steps:
+        if step % self.settings.say_every == 0 or step == steps:
             self.job.say(
                 f"step {step}/{steps}  loss {sums.loss:.4f}  lr {rate:.3g}  "
                 f"{sums.plan.global_batch / took:.1f} sequences/s  {tokens / took:.0f} tokens/s"

@@ -37,6 +37,7 @@ class Settings:
     schedule: Literal["poly", "linear", "constant", "cosine"]
     max_grad_norm: float
     log_every: int = 1
+    say_every: int = 10  # a line for people
     eval_every: int | None = None
     checkpoint_every: int | None = None
     keep_checkpoints: int = 2
@@ -78,10 +79,10 @@ class Task(Protocol):
     def losses(self, model: Model, inputs: Mapping[str, Any]) -> Sequence[Tensor]:
         """The k losses of one micro-batch as fp32 sums on the device, without waiting for it."""
 
-    def evaluate(self, model: Model, ranks: Ranks) -> Mapping[str, float]:
+    def evaluate(self, model: Model, ranks: Ranks) -> Mapping[str, Any]:
         """Held-out figures, the same on every rank; called by all ranks together."""
 
-    def in_words(self, figures: Mapping[str, float]) -> str:
+    def in_words(self, figures: Mapping[str, Any]) -> str:
         """What `evaluate` found, in a line for people."""
 
     def identity(self) -> Mapping[str, Any]:

@@ -173,9 +173,10 @@ class Finetuning:
         for line in self.facts["notes"]:
             job.say(line)
         self.steps_in_epoch = math.ceil(len(self.samples or ()) / config.batch)
-        steps = config.epochs * self.steps_in_epoch
+        steps = min(config.epochs * self.steps_in_epoch, max_steps or config.epochs * self.steps_in_epoch)
         self.settings = Settings(
-            steps=steps if max_steps is None else min(max_steps, steps),
+            steps=steps,
+            say_every=max(1, steps // 10),
             seed=self.seed,
             micro_batch=config.micro_batch,
             precision=config.precision,

@@ -29,7 +29,7 @@ from pipeline.engine.ranks import Ranks
 from pipeline.engine.task import MicroBatch, Settings
 from pipeline.node.job import Job
 from pipeline.pretrain.data import MaskedSamples, PretrainingData
-from pipeline.pretrain.evaluate import Evaluation, evaluate, heldout, unigram_loss
+from pipeline.pretrain.evaluate import Evaluation, WordShares, evaluate, heldout
 
 
 def run(
@@ -96,6 +96,7 @@ class Pretraining:
             schedule=phase.schedule,
             max_grad_norm=train.max_grad_norm,
             log_every=train.log_every,
+            say_every=10 * train.log_every,
             eval_every=train.eval_every,
             checkpoint_every=train.checkpoint_every,
             keep_checkpoints=train.keep_checkpoints,
@@ -110,7 +111,8 @@ class Pretraining:
         predicting = arrangement(ranks.device.type, phase.seq_len, predicting=True)
         self.heldout = [self.packed(masked, predicting) for masked in parts]
         labels = np.concatenate([micro_batch.arrays["labels"] for micro_batch in self.heldout])
-        self.unigram = unigram_loss(self.data, labels)
+        self.shares = WordShares.of(self.data)
+        self.unigram = self.shares.loss(labels)
         self.evaluation: Evaluation | None = None
 
     # ---------------------------------------------------------------- where it begins
@@ -178,14 +180,16 @@ class Pretraining:
 
     # ---------------------------------------------------------------- held-out figures
 
-    def evaluate(self, model: nn.Module, ranks: Ranks) -> Mapping[str, float]:
-        self.evaluation = evaluate(model, self.heldout, self.settings.precision, ranks)
+    def evaluate(self, model: nn.Module, ranks: Ranks) -> Mapping[str, Any]:
+        self.evaluation = evaluate(model, self.heldout, self.shares, self.settings.precision, ranks)
         return {**dataclasses.asdict(self.evaluation), "unigram_loss": self.unigram}
 
-    def in_words(self, figures: Mapping[str, float]) -> str:
+    def in_words(self, figures: Mapping[str, Any]) -> str:
+        gain, error = figures["eval_mask_gain"], figures["eval_mask_gain_se"]
+        at_mask = "" if gain is None or error is None else f", {gain:.3f} ± {error:.3f} below word counts at [MASK]"
         return (
-            f"held-out MLM loss {figures['eval_mlm_loss']:.4f} (unigram {figures['unigram_loss']:.4f}), MLM accuracy "
-            f"{figures['eval_mlm_accuracy']:.3f}, NSP accuracy {figures['eval_nsp_accuracy']:.3f}"
+            f"held-out MLM loss {figures['eval_mlm_loss']:.4f} (unigram {figures['unigram_loss']:.4f}{at_mask}), MLM "
+            f"accuracy {figures['eval_mlm_accuracy']:.3f}, NSP accuracy {figures['eval_nsp_accuracy']:.3f}"
         )
 
     def finish(self, model: nn.Module, ranks: Ranks) -> Mapping[str, Any]:

@@ -137,13 +137,23 @@ def result_sentence(facts: Facts) -> str:
         loss, unigram = phase.last("eval_mlm_loss"), phase.last("unigram_loss")
         words = f"Held-out MLM loss {loss:.3f} nats after {number(phase.evaluations[-1]['step'])} steps of {phase.name}"
         if is_number(unigram) and loss < unigram:
-            words += f", {unigram - loss:.3f} below the unigram loss of {unigram:.3f}: the model uses context"
+            words += f", {unigram - loss:.3f} below the unigram loss of {unigram:.3f}. {at_mask(phase)}"
         elif is_number(unigram):
             words += (
                 f", not below the unigram loss of {unigram:.3f}: so far the model has learnt no more than word counts"
             )
         said.append(words + ".")
     return " ".join(said)
+
+
+def at_mask(phase: Phase) -> str:
+    """What was learnt of words that are hidden: below the unigram loss is also who copies the words that are not."""
+    gain, error = phase.last("eval_mask_gain"), phase.last("eval_mask_gain_se")
+    if not (is_number(gain) and is_number(error)):
+        return "Whether that is more than copying the masked words that stay visible was not measured"
+    if gain > 3 * error:
+        return f"Where the word is hidden it is {gain:.3f} ± {error:.3f} nats better than word counts"
+    return f"Where the word is hidden it is no better than word counts ({gain:.3f} ± {error:.3f} nats)"
 
 
 def tiles(facts: Facts) -> Html | None:

@@ -16,7 +16,7 @@ import transformers
 
 from pipeline.config import load_recipe
 from pipeline.pretrain.data import PretrainingData
-from pipeline.pretrain.evaluate import heldout, unigram_loss
+from pipeline.pretrain.evaluate import WordShares, heldout
 from pipeline.run.rundir import RunDir
 from support.running import ROOT, call, digests, states
 
@@ -69,11 +69,13 @@ def test_articles_in_are_documents_out_and_skips(demo):
     assert len((demo / "stages" / "vocab" / "vocab.txt").read_text(encoding="utf-8").splitlines()) == 8192
 
 
-def test_the_model_has_learnt_context(demo):
-    """Held-out MLM loss at least 0.4 nats below the unigram cross-entropy of the same text."""
+def test_the_loss_lies_below_that_of_word_counts(demo):
+    """By 0.4 nats; at [MASK] alone, where copying does not help, it is told apart."""
     for phase in ("phase1", "phase2"):
         result = (RunDir(demo).stage(phase).done or {})["result"]
         assert result["eval_mlm_loss"] <= result["unigram_loss"] - 0.4, (phase, result)
+        assert abs(result["eval_mask_gain"]) < 0.4, (phase, result)
+        assert 0 < result["eval_mask_gain_se"] < 0.1
 
 
 def test_the_scores_are_of_stand_ins_and_say_so(demo):
@@ -107,7 +109,7 @@ def test_transformers_finds_the_same_held_out_loss(demo):
     test = PretrainingData(folder, "test", recipe.phases["phase1"], dataclasses.replace(recipe.train, masking="static"))
     batches = heldout(test, 256, 32)
     model = transformers.BertForPreTraining.from_pretrained(demo / "model").eval()
-    losses = []
+    shares, losses, gains = WordShares.of(train), [], []
     for found in batches:
         row = np.repeat(np.arange(len(found.lengths)), found.lengths)
         place = np.arange(len(found.tokens)) - np.repeat(np.cumsum(found.lengths) - found.lengths, found.lengths)
@@ -119,9 +121,12 @@ def test_transformers_finds_the_same_held_out_loss(demo):
             logits = model(input_ids=ids, token_type_ids=segments, attention_mask=mask).prediction_logits
         chosen = logits[row[found.positions], place[found.positions]]
         losses.append(torch.nn.functional.cross_entropy(chosen, torch.from_numpy(found.labels), reduction="none"))
+        hidden = found.tokens[found.positions] == shares.mask_id
+        gains.append((-shares.log[found.labels] - losses[-1].numpy())[hidden])
     loss = float(torch.cat(losses).mean())
     result = (RunDir(demo).stage("phase1").done or {})["result"]
-    assert loss <= unigram_loss(train, np.concatenate([found.labels for found in batches])) - 0.4
+    assert np.concatenate(gains).mean() == pytest.approx(result["eval_mask_gain"], abs=0.1)
+    assert loss <= shares.loss(np.concatenate([found.labels for found in batches])) - 0.4
     assert loss == pytest.approx(result["eval_mlm_loss"], abs=0.1)  # thirty steps of phase 2 lie between
 
 

@@ -169,7 +169,9 @@ def finish(chain: Chain, name: str, result: dict[str, object], duration_s: float
     chain.run.stage(name).mark_done(record)
 
 
-def train(attempt: Attempt, phase: str, first: int, last: int, resumed: dict | None, total: int) -> None:
+def train(
+    attempt: Attempt, phase: str, first: int, last: int, resumed: dict | None, total: int, gain: float | None = 1.2
+) -> None:
     """The metric lines that the training loop writes, every 5 steps, evaluated every 25."""
     (attempt.path / "attempt.json").write_text(json.dumps({"resumed_from": resumed}))
     head = {"stage": phase, "attempt": attempt.number}
@@ -190,6 +192,8 @@ def train(attempt: Attempt, phase: str, first: int, last: int, resumed: dict | N
                 "eval_mlm_loss": 5.05 + 3.9 * math.exp(-4 * share),
                 "eval_mlm_accuracy": 0.24 * share,
                 "eval_nsp_accuracy": 0.5 + 0.18 * share,
+                "eval_mask_gain": gain,
+                "eval_mask_gain_se": None if gain is None else 0.03,
             }
             append_jsonl(attempt.metrics, {**line, **held, "unigram_loss": UNIGRAM})
 
