@@ -16,6 +16,7 @@ from data_prep.manifest import SampleSet, ShardFile
 from data_prep.publish import publish_bytes
 
 FORMAT = 1
+ARRAYS = ("tokens", "offsets", "b_start", "is_random_next", "document")
 SHORTEST = 5  # [CLS] a [SEP] b [SEP]
 
 
@@ -85,6 +86,9 @@ def read_shard(path: Path) -> Shard:
             if version != FORMAT:
                 raise DataError(f"{path} has shard format {version}, this version reads {FORMAT}")
             attributes = {name: file.attrs[name] for name in ("seq_len", "vocab_sha256", "seed", "source")}
+            for name in ARRAYS:  # a link may lead to another file, or to a pipe
+                if not isinstance(file.get(name, getlink=True), h5py.HardLink):
+                    raise DataError(f"{path}: {name} is no dataset of this file but a link; make the shard again")
             rows = len(file["b_start"])
             wide = np.uint32 if file["tokens"].dtype == np.uint32 else np.uint16
             content = np.memmap(path, np.uint8, "r")

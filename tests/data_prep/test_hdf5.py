@@ -16,10 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.errors import DataError
-from data_prep.hdf5 import Shard, read_listed, read_shard, token_dtype, write_shard
+from data_prep.hdf5 import ARRAYS, Shard, read_listed, read_shard, token_dtype, write_shard
 from data_prep.manifest import load_verified, publish_manifest
-
-ARRAYS = ("tokens", "offsets", "b_start", "is_random_next", "document")
 
 
 def shard(lengths: list[int], dtype: Any = np.uint16, seed: int = 0) -> Shard:
@@ -193,6 +191,27 @@ def test_compressed_datasets_cannot_be_mapped(tmp_path: Path) -> None:
         del file["tokens"]
         file.create_dataset("tokens", data=tokens, compression="gzip")
     with pytest.raises(DataError, match="tokens is not stored contiguously"):
+        read_shard(path)
+
+
+@pytest.mark.parametrize("name", ["tokens", "b_start"])
+@pytest.mark.parametrize("kind", ["external", "pipe", "soft", "loop"])
+def test_a_link_is_never_followed(tmp_path: Path, name: str, kind: str) -> None:
+    """Not to another file, whose places in this one hold other tokens, nor to a pipe, which would be waited for."""
+    path = tmp_path / "shard.hdf5"
+    write_shard(path, shard([20, 30]))
+    other = path.with_name("other.hdf5")
+    other.write_bytes(path.read_bytes())
+    os.mkfifo(tmp_path / "pipe")
+    with h5py.File(path, "r+") as file:
+        file.move(name, "aside")
+        file[name] = {
+            "external": h5py.ExternalLink(other.name, f"/{name}"),
+            "pipe": h5py.ExternalLink(str(tmp_path / "pipe"), f"/{name}"),
+            "soft": h5py.SoftLink("/aside"),
+            "loop": h5py.SoftLink(f"/{name}"),
+        }[kind]
+    with pytest.raises(DataError, match=f"{name} is no dataset of this file but a link"):
         read_shard(path)
 
 
