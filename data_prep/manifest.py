@@ -187,7 +187,10 @@ def verify_share(
             row, read = {"file": shard.path.name, **now, "when": time.time()}, read + 1
         verified.append(row)
     if read:
-        publish_json(record / f"verified-{samples.shards[0].split}-{rank}.json", {"files": verified})
+        path = record / f"verified-{samples.shards[0].split}-{rank}.json"
+        with suppress(OSError):  # then the next start verifies again: no reason to end, nor to wait for the disk
+            path.with_suffix(".tmp").write_text(json.dumps({"files": verified}), encoding="utf-8")
+            os.replace(path.with_suffix(".tmp"), path)
     return read
 
 

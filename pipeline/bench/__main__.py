@@ -2,16 +2,27 @@
 
 import sys
 
-from pipeline.bench import data, gpu, infer, performance
 from pipeline.errors import run_command
-
-COMMANDS = {"data": data.main, "gpu": gpu.main, "performance": performance.main}
 
 
 def main() -> int:
-    """The command named first; `infer` keeps its own parser."""
-    command = COMMANDS.get(sys.argv[1] if len(sys.argv) > 1 else "")
-    return command(sys.argv[2:]) if command else infer.main()
+    """The command named first, imported only now: help must not wait for NumPy and torch."""
+    name, arguments = (sys.argv[1] if len(sys.argv) > 1 else ""), sys.argv[2:]
+    if name == "data":
+        from pipeline.bench import data
+
+        return data.main(arguments)
+    if name == "gpu":
+        from pipeline.bench import gpu
+
+        return gpu.main(arguments)
+    if name == "performance":
+        from pipeline.bench import performance
+
+        return performance.main(arguments)
+    from pipeline.bench import infer
+
+    return infer.main()
 
 
 run_command(main)
