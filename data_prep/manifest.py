@@ -190,7 +190,7 @@ def verify_share(
         path = record / f"verified-{samples.shards[0].split}-{rank}.json"
         with suppress(OSError):  # then the next start verifies again: no reason to end, nor to wait for the disk
             path.with_suffix(".tmp").write_text(json.dumps({"files": verified}), encoding="utf-8")
-            os.replace(path.with_suffix(".tmp"), path)
+            path.with_suffix(".tmp").replace(path)
     return read
 
 
