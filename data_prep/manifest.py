@@ -188,9 +188,8 @@ def verify_share(
         verified.append(row)
     if read:
         path = record / f"verified-{samples.shards[0].split}-{rank}.json"
-        with suppress(OSError):  # then the next start verifies again: no reason to end, nor to wait for the disk
-            path.with_suffix(".tmp").write_text(json.dumps({"files": verified}), encoding="utf-8")
-            path.with_suffix(".tmp").replace(path)
+        with suppress(OSError):  # lost or cut short, the next start verifies again: no reason to end or to wait
+            path.write_text(json.dumps({"files": verified}), encoding="utf-8")
     return read
 
 
