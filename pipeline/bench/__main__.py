@@ -2,12 +2,16 @@
 
 import sys
 
-from pipeline.errors import run_command
+from pipeline.errors import ConfigError, run_command
+
+COMMANDS = ("data", "gpu", "infer", "performance")
 
 
 def main() -> int:
     """The command named first, imported only now: help must not wait for NumPy and torch."""
     name, arguments = (sys.argv[1] if len(sys.argv) > 1 else ""), sys.argv[2:]
+    if name and not name.startswith("-") and name not in COMMANDS:
+        raise ConfigError(f"bench {name}: no such benchmark; choose from {', '.join(COMMANDS)}")
     if name == "data":
         from pipeline.bench import data
 
