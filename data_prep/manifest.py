@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import time
@@ -14,7 +13,7 @@ from typing import Any
 
 from data_prep.errors import DataError
 from data_prep.fanout import shares
-from data_prep.publish import file_sha256, publish_json
+from data_prep.publish import file_sha256, is_sealed, json_sha256, publish_json, publish_sealed
 
 NAME = "manifest.json"
 FORMAT = 1
@@ -54,8 +53,8 @@ class SampleSet:
 
 
 def publish_manifest(folder: Path, value: Mapping[str, Any]) -> None:
-    """Write ``value`` as ``manifest.json`` with the key ``manifest_sha256`` that seals it."""
-    publish_json(folder / NAME, {**value, "manifest_sha256": _seal(value)})
+    """Write ``value`` as the sealed ``manifest.json`` of ``folder``."""
+    publish_sealed(folder / NAME, value)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -67,14 +66,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise DataError(f"{path} is missing: the stage that makes this folder has not finished") from None
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not JSON ({error}): run the stage that makes this folder again") from None
-    if not isinstance(value, dict) or value.get("manifest_sha256") != _seal(value):
+    if not is_sealed(value):
         raise DataError(f"{path} does not match its own digest: it was damaged or edited; run its stage again")
-    return value
-
-
-def _seal(value: Mapping[str, Any]) -> str:
-    content = {key: item for key, item in value.items() if key != "manifest_sha256"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return dict(value)
 
 
 def file_entry(path: Path) -> dict[str, Any]:
@@ -216,7 +210,7 @@ def remove_notes(folder: Path) -> None:
 
 def identity_of(**settings: Any) -> str:
     """Digest of the settings and input digests that decide a file's bytes."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    return json_sha256(settings)
 
 
 def _note_path(path: Path) -> Path:

@@ -8,10 +8,12 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
+
+SEAL = "manifest_sha256"
 
 
 @contextmanager
@@ -69,6 +71,25 @@ def publish_text(path: Path, text: str) -> None:
 def publish_json(path: Path, value: Any) -> None:
     """Write ``value`` as indented JSON with a final newline; NaN and infinity are refused (ValueError)."""
     publish_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def publish_sealed(path: Path, value: Mapping[str, Any]) -> None:
+    """As `publish_json`, with the key ``manifest_sha256`` that `is_sealed` compares with the rest."""
+    publish_json(path, {**value, SEAL: _seal(value)})
+
+
+def is_sealed(value: object) -> bool:
+    """Whether ``value`` is what `publish_sealed` wrote, unchanged."""
+    return isinstance(value, dict) and value.get(SEAL) == _seal(value)
+
+
+def _seal(value: Mapping[str, Any]) -> str:
+    return json_sha256({key: item for key, item in value.items() if key != SEAL})
+
+
+def json_sha256(value: Mapping[str, Any]) -> str:
+    """SHA-256 of ``value`` as JSON with sorted keys: what identities and seals are made of."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def file_sha256(path: Path) -> str:

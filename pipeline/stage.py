@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from data_prep.publish import json_sha256
 from pipeline.config import differences, science
 
 
@@ -60,7 +59,7 @@ class Stage:
             "needs": {name: needs[name] for name in self.needs},
             "corpora": {name: corpora.get(name) for name in self.corpora},
         }
-        digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        digest = json_sha256(content)
         return {**content, "fingerprint": digest[:16], "version": self.version}
 
     def changes(self, record: Mapping[str, Any], needs: Mapping[str, str], corpora: Mapping[str, Any]) -> list[str]:

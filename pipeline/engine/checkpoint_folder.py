@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.publish import file_sha256, publish_json, sync_folder
+from data_prep.publish import SEAL, file_sha256, is_sealed, publish_sealed, sync_folder
 from pipeline.bert.tensor_file import write_safetensors
 from pipeline.errors import CheckpointError, InUseError, NumericalError, StorageError
 from pipeline.run.rundir import describe_owner, read_json
@@ -103,7 +103,7 @@ def save(
         _fence(attempt_dir, owner)
         if whole := is_whole(folder):
             if permanent:
-                _publish_manifest(folder, {**read_manifest(folder), "permanent": True})
+                publish_sealed(folder / MANIFEST, {**read_manifest(folder), "permanent": True})
             return folder
         folder.mkdir(exist_ok=True)
         sync_folder(attempt_dir)
@@ -118,7 +118,7 @@ def save(
             "digest": _digest(files),
             "saved_unix_s": round(time.time(), 3),
         }
-        _publish_manifest(folder, {"format": FORMAT, **manifest})
+        publish_sealed(folder / MANIFEST, {"format": FORMAT, **manifest})
     except (OSError, StorageError, CheckpointError) as error:
         if not whole:
             remove(folder)
@@ -176,11 +176,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         content = (folder / MANIFEST).read_bytes()
     try:
         manifest = json.loads(content)
-        wanted, actual = str(manifest.pop("manifest_sha256", None)), _self_digest(manifest)
-    except (ValueError, AttributeError, TypeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{label(folder)}: {MANIFEST} cannot be read: {error}") from error
-    if wanted != actual:
-        fault = f"{MANIFEST} has SHA-256 {actual[:8]}.., it says {wanted[:8]}.. of itself"
+    if not is_sealed(manifest):
+        fault = f"{MANIFEST} does not match its own digest"
     elif manifest.get("format") != FORMAT:
         fault = f"{MANIFEST} has format {manifest.get('format')!r}, this version reads {FORMAT}"
     elif {key: type(manifest.get(key)) for key in FIELDS} != FIELDS or not _names_files(manifest["files"]):
@@ -188,7 +187,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     elif folder.name != step_folder(folder.parent, manifest["step"]).name:
         fault = f"{MANIFEST} is that of step {manifest['step']}"
     else:
-        return dict(manifest)
+        return {key: value for key, value in manifest.items() if key != SEAL}
     raise CheckpointError(f"{label(folder)}: {fault}")
 
 
@@ -230,14 +229,6 @@ def remove(folder: Path) -> None:
         (folder / MANIFEST).unlink(missing_ok=True)
         sync_folder(folder)
         shutil.rmtree(folder)
-
-
-def _publish_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    publish_json(folder / MANIFEST, {**manifest, "manifest_sha256": _self_digest(manifest)})
-
-
-def _self_digest(body: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
 def _digest(files: Mapping[str, Mapping[str, Any]]) -> str:

@@ -7,8 +7,6 @@ Called by the stages squad, mrpc and sst2 (and by squad-1, squad-2, … where th
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +18,7 @@ import torch
 from torch import Tensor
 
 from data_prep.errors import DataError
-from data_prep.publish import file_sha256, publish_json
+from data_prep.publish import file_sha256, json_sha256, publish_json
 from pipeline.batch import BatchPlan
 from pipeline.bert.folder import ModelFolder
 from pipeline.bert.heads import Model
@@ -121,7 +119,7 @@ def identity_of(
         "model": ModelFolder(files.model).sha256,
         "max_steps": max_steps,
     }
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return json_sha256(content)
 
 
 def check(task: str, config: FinetuneConfig, files: Files, out: Path, modes: Sequence[str]) -> None:

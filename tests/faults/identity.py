@@ -9,12 +9,12 @@ training goes on. The rest (how often to log, evaluate and save, the number of r
 from __future__ import annotations
 
 import functools
-import json
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from data_prep.publish import publish_sealed
 from faults import training, zygote
 from faults.table import Injection, Row, tried
 from pipeline.engine import checkpoint_folder
@@ -117,8 +117,7 @@ def begun_again(run: Path, base: Path, samples: Path, difference: Difference) ->
     for folder in folders if difference.found is not None else ():
         manifest = checkpoint_folder.read_manifest(folder)
         manifest["identity"][key] = difference.found
-        manifest["manifest_sha256"] = checkpoint_folder._self_digest(manifest)
-        (folder / MANIFEST).write_text(json.dumps(manifest))
+        publish_sealed(folder / MANIFEST, manifest)
     before = {path: path.read_bytes() for folder in folders for path in folder.iterdir()}
     code = zygote.code_of(zygote.start(again, run, samples, difference.changes, output=output))
     said = output.read_text()

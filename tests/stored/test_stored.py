@@ -18,6 +18,7 @@ import pytest
 from stored.make import write_data
 
 from data_prep.manifest import load, publish_manifest, read_manifest
+from data_prep.publish import publish_sealed
 from pipeline.config import load_recipe
 from pipeline.engine import checkpoint_folder
 from pipeline.report.facts import gather
@@ -113,7 +114,7 @@ def test_a_run_of_a_later_version_is_read_as_far_as_it_is_understood(tmp_path):
         load(samples, "train")
     step = next(run.path.glob("stages/phase2/attempts/0001/step-*"))
     manifest = {**checkpoint_folder.read_manifest(step), "newer": 1}
-    checkpoint_folder._publish_manifest(step, manifest)
+    publish_sealed(step / "manifest.json", manifest)
     assert checkpoint_folder.read_manifest(step)["newer"] == 1
     done = call("status", run.path, "--json")
     assert {row["state"] for row in json.loads(done.stdout)["stages"]} == {"done"}

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from safetensors.numpy import load_file
 
+from data_prep.publish import json_sha256
 from pipeline.bert.tensor_file import write_safetensors
 from pipeline.engine import checkpoint, checkpoint_folder, storage
 from pipeline.engine.checkpoint import Saver, check_identity, lineage, listing, newest_verified, read, rotate, save
@@ -182,7 +183,7 @@ def test_messages_name_file_and_both_hashes_or_sizes(attempt):
 
 def signed(manifest):
     body = {key: value for key, value in manifest.items() if key != "manifest_sha256"}
-    return body | {"manifest_sha256": checkpoint_folder._self_digest(body)}
+    return body | {"manifest_sha256": json_sha256(body)}
 
 
 @pytest.mark.parametrize(
