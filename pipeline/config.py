@@ -179,6 +179,7 @@ class TaskConfig(FinetuneConfig):
 
     train: str
     eval: str
+    baseline: bool = field(default=False, metadata={"science": False})  # train it without pretraining, too
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -132,22 +132,27 @@ def phase_stage(recipe: Recipe, name: str, phase: PhaseConfig, before: str | Non
 
 
 def task_stages(name: str, config: TaskConfig) -> list[Stage]:
-    """A fine-tuning task: one stage for its seed; or one for each of several, and one that gathers them."""
+    """A fine-tuning task: one stage for its seed; or one for each of several, and one that gathers them.
+
+    Before them, where it is asked for, the first seed without pretraining.
+    """
     inputs = {"model": "export:model", "train": f"data:{config.train}", "eval": f"data:{config.eval}"}
 
-    def of_seed(stage: str, config: TaskConfig, *, is_seed: bool = False) -> Stage:
+    def of_seed(stage: str, config: TaskConfig, *, is_seed: bool = False, scratch: bool = False) -> Stage:
         return Stage(
             is_seed=is_seed,
             name=stage,
             run="pipeline.finetune.task:run",
             job="finetune",
             width="ranks",
-            config={"task": name, "config": config},
+            config={"task": name, "config": config, **({"scratch": True} if scratch else {})},
             inputs=inputs,
         )
 
+    first = dataclasses.replace(config, seeds=config.seeds[:1])
+    baseline = [of_seed(f"{name}-scratch", first, scratch=True)] if config.baseline else []
     if len(config.seeds) == 1:
-        return [of_seed(name, config)]
+        return [*baseline, of_seed(name, config)]
     each = {seed: dataclasses.replace(config, seeds=(seed,)) for seed in config.seeds}
     seeds = [of_seed(f"{name}-{seed}", own, is_seed=True) for seed, own in each.items()]
     gather = Stage(
@@ -158,7 +163,7 @@ def task_stages(name: str, config: TaskConfig) -> list[Stage]:
         config={"task": name, "config": config},
         inputs={"seeds": tuple(f"{stage.name}:" for stage in seeds)},
     )
-    return [*seeds, gather]
+    return [*baseline, *seeds, gather]
 
 
 def samples_name(seq_len: int) -> str:

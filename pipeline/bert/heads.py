@@ -131,6 +131,6 @@ def pretraining_loss_sums(
 
 
 def correct(logits: Tensor, labels: Tensor) -> Tensor:
-    """How many of ``logits [K, C]`` are highest at their label."""
+    """Which of ``logits [K, C]`` are highest at their label, bool ``[K]``."""
     # max() finds the index 2.6 times faster than argmax() does on a CPU
-    return (logits.max(-1).indices == labels).sum()
+    return logits.max(-1).indices == labels

@@ -12,7 +12,7 @@ from typing import Any
 
 GROUPS = {
     "train": ("loss", "mlm_loss", "nsp_loss"),
-    "heldout": ("eval_mlm_loss", "eval_mlm_accuracy", "eval_nsp_accuracy", "unigram_loss"),
+    "heldout": ("eval_mlm_loss", "eval_mlm_accuracy", "eval_nsp_accuracy", "eval_mask_gain", "unigram_loss"),
     "optimizer": ("learning_rate", "grad_norm", "loss_scale", "skipped"),
     "speed": ("sequences_per_s", "tokens_per_s", "step_s"),
 }

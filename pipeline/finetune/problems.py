@@ -18,6 +18,7 @@ from pipeline.bert.tokenizer import Tokenizer
 from pipeline.config import FinetuneConfig
 from pipeline.engine.ranks import Ranks
 from pipeline.finetune import glue, squad
+from pipeline.finetune.baselines import majority, naive_bayes
 from pipeline.finetune.options import SQUAD
 from pipeline.finetune.samples import Samples
 from pipeline.finetune.squad_answers import answer_questions, basic_tokenizer
@@ -61,6 +62,9 @@ class Problem(Protocol):
 
         The ranks share the work; every one returns the same.
         """
+
+    def baselines(self, train: Path) -> dict[str, dict[str, float]]:
+        """Scores on the last file judged of what needs no model, learnt from ``train``; none where there is no such."""
 
 
 class SquadProblem:
@@ -143,6 +147,9 @@ class SquadProblem:
             return files, {}
         return files, score(answers, self.references, version_2=self.config.version_2)
 
+    def baselines(self, train: Path) -> dict[str, dict[str, float]]:
+        return {}
+
 
 def _samples(features: Sequence[squad.Feature], targets: list[tuple[int, int]] | None) -> Samples:
     pieces = [feature.tokens for feature in features]
@@ -197,10 +204,21 @@ class GlueProblem:
         by_line = {
             str(line): self.task.labels[label] for line, label in zip(self.table.lines, predicted.tolist(), strict=True)
         }
-        scores = {}
-        if self.table.classes is not None:
-            scores = {m: glue.METRICS[m](predicted, self.table.classes) for m in self.task.metrics}
-        return {"predictions.json": by_line}, scores
+        return {"predictions.json": by_line}, self._scores(predicted)
+
+    def _scores(self, predicted: Ints) -> dict[str, float]:
+        classes = self.table.classes
+        return {} if classes is None else {m: glue.METRICS[m](predicted, classes) for m in self.task.metrics}
+
+    def baselines(self, train: Path) -> dict[str, dict[str, float]]:
+        table = glue.read_table(train, self.task)
+        assert table.classes is not None
+        known, asked = (list(map(" ".join, zip(*each.texts, strict=True))) for each in (table, self.table))
+        predicted = {
+            "majority": majority(table.classes, len(asked)),
+            "bag_of_words": naive_bayes(known, table.classes, asked),
+        }
+        return {name: self._scores(found) for name, found in predicted.items()}
 
 
 def problem_of(task: str, config: FinetuneConfig, tokenizer: Tokenizer) -> Problem:

@@ -20,6 +20,7 @@ from torch import Tensor
 from data_prep.errors import DataError
 from data_prep.publish import file_sha256, json_sha256, publish_json
 from pipeline.batch import BatchPlan
+from pipeline.bert.encoder import initialise
 from pipeline.bert.folder import ModelFolder
 from pipeline.bert.heads import Model
 from pipeline.bert.packing import Batch, arrangement, layout
@@ -68,19 +69,24 @@ class Files:
         return {name: path for name, path in (("", self.eval), (MISMATCHED, self.mismatched)) if path is not None}
 
 
-def run(job: Job, *, task: str, config: FinetuneConfig, model: Path, train: Path, eval: Path) -> Record:
+def run(
+    job: Job, *, task: str, config: FinetuneConfig, model: Path, train: Path, eval: Path, scratch: bool = False
+) -> Record:
     """Fine-tune the Hugging Face folder ``model`` on file ``train`` with the one seed of ``config``; score on ``eval``.
+
+    With ``scratch`` its weights are drawn from the seed instead: what the task's own examples teach, the baseline of
+    all pretraining.
 
     Leaves scores.json, predictions.json (squad: nbest_predictions.json too) and the folder ``model`` in ``job.out``;
     returns the content of scores.json. Raises ConfigError, DataError, CheckpointError and what
     `pipeline.engine.loop.train` raises.
     """
-    return finetune(job, task, config, Files(model=model, train=train, eval=eval))
+    return finetune(job, task, config, Files(model=model, train=train, eval=eval), scratch=scratch)
 
 
 def finetune(
     job: Job, task: str, config: FinetuneConfig, files: Files, modes: Sequence[str] = ("train", "eval"), *,
-    max_steps: int | None = None,
+    max_steps: int | None = None, scratch: bool = False,
 ) -> Record:  # fmt: skip
     """As `run`, doing only ``modes``: train, eval (predict and score), prediction (labels are not needed).
 
@@ -88,7 +94,7 @@ def finetune(
     earlier start of the same made is returned as it is.
     """
     check(task, config, files, job.out, modes)
-    identity = identity_of(task, config, files, modes, max_steps)
+    identity = identity_of(task, config, files, modes, max_steps, scratch)
     scores = read_json(job.out / "scores.json")
     if scores is not None and scores.get("identity") == identity:
         job.say(f"finished earlier, {in_words(scores['scores'])}")
@@ -96,7 +102,9 @@ def finetune(
     if job.rank == 0:
         (job.out / "scores.json").unlink(missing_ok=True)  # those of another start
     if "train" in modes:
-        train_task(job, lambda ranks: Finetuning(job, ranks.device, task, config, files, modes, identity, max_steps))
+        train_task(
+            job, lambda ranks: Finetuning(job, ranks.device, task, config, files, modes, identity, max_steps, scratch)
+        )
         scores = read_json(job.out / "scores.json")
         assert scores is not None  # the task's last deed
         return scores
@@ -107,7 +115,12 @@ def finetune(
 
 
 def identity_of(
-    task: str, config: FinetuneConfig, files: Files, modes: Sequence[str], max_steps: int | None = None
+    task: str,
+    config: FinetuneConfig,
+    files: Files,
+    modes: Sequence[str],
+    max_steps: int | None = None,
+    scratch: bool = False,
 ) -> str:
     """A digest of everything that decides the scores of one seed; how it is called and computed does not."""
     named = {"train": files.train, "eval": files.eval, "mismatched": files.mismatched}
@@ -118,6 +131,7 @@ def identity_of(
         "files": {name: file_sha256(path) for name, path in named.items() if path is not None},
         "model": ModelFolder(files.model).sha256,
         "max_steps": max_steps,
+        **({"scratch": True} if scratch else {}),
     }
     return json_sha256(content)
 
@@ -157,10 +171,11 @@ class Finetuning:
         modes: Sequence[str],
         identity: str,
         max_steps: int | None,
+        scratch: bool = False,
     ) -> None:
         self.arranged = arrangement(device.type, config.max_seq_len)
         self.job, self.config, self.files, self.modes = job, config, files, modes
-        self.name, self.own_identity, self.seed = task, identity, config.seeds[0]
+        self.name, self.own_identity, self.seed, self.scratch = task, identity, config.seeds[0], scratch
         self.source = ModelFolder(files.model)
         self.problem: Problem = problem_of(task, config, self.source.tokenizer)
         self.facts: Record = {"task": task, "dataset": config.dataset, "unit": "percent"}
@@ -229,7 +244,10 @@ class Finetuning:
 
     def _model(self, seed: int | None) -> Model:
         model = self.problem.new_model(self.source.config)
-        self.source.load_into(model, self.problem.head, seed)
+        if self.scratch and seed is not None:
+            initialise(model, self.source.config, torch.Generator().manual_seed(seed))
+        else:
+            self.source.load_into(model, self.problem.head, seed)
         return model
 
     def identity(self) -> Mapping[str, Any]:
@@ -296,14 +314,22 @@ class Finetuning:
         if ranks.rank == 0:
             shutil.rmtree(self.job.out / "model", ignore_errors=True)  # of a start that came no further
             self.source.save(model, self.job.out / "model", self.problem.labels, self._card(scores))
-            self._publish(
-                {**record_of_seed(self.seed, scores, self.problem.metric), "steps": self.settings.steps}, scores
-            )
+            record = record_of_seed(self.seed, scores, self.problem.metric) | {"steps": self.settings.steps}
+            self._publish(record | {"baselines": self._baselines()}, scores)
             for attempt in self.job.run.stage(self.job.stage).attempts:
                 for folder in attempt.path.glob("step-*"):
                     shutil.rmtree(folder)
         ranks.wait_for_all()
         return {"scores": scores}
+
+    def _baselines(self) -> dict[str, dict[str, float]]:
+        """What the scores are worth: those of no model at all, by name."""
+        found: dict[str, dict[str, float]] = {}
+        for ending_, (problem, _) in self.evaluations.items():
+            assert self.files.train is not None
+            for name, scores in problem.baselines(self.files.train).items() if "eval" in self.modes else ():
+                found.setdefault(name, {}).update({ending(key, ending_): value for key, value in scores.items()})
+        return found
 
     def predict_only(self, ranks: Ranks) -> Record:
         """Score and predict with the head that the folder has."""

@@ -1,9 +1,14 @@
-"""Held-out loss and accuracies during pretraining, and the unigram cross-entropy they are compared with."""
+"""Held-out figures during pretraining, each beside what it would be without context.
+
+A tenth of the predicted words stay visible and a tenth are replaced by any word, so that the total loss falls far
+below the words' own entropy for a model that only copies what it sees. What was learnt shows where [MASK] stands.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +17,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional
 
+from data_prep.splitmix import bits, derived, key
 from pipeline.bert.heads import correct
 from pipeline.bert.packing import Batch
 from pipeline.config import Precision
@@ -22,59 +28,8 @@ from pipeline.engine.task import MicroBatch
 from pipeline.pretrain.data import MaskedSamples, PretrainingData
 
 UNIGRAM_TOKENS = 20_000_000  # training tokens counted for the unigram line
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Held-out figures in nats per masked token and in shares of 1.
-
-    ``eval_mask_gain`` is how far the loss lies below the word counts' at the positions that show [MASK] alone, with
-    its standard error: a tenth of all masked positions keep their word, and a model that does nothing but copy
-    these looks as if it knew something. Both are None where no position shows [MASK].
-    """
-
-    eval_mlm_loss: float
-    eval_mlm_accuracy: float
-    eval_nsp_accuracy: float
-    eval_mask_gain: float | None
-    eval_mask_gain_se: float | None
-
-
-def heldout(data: PretrainingData, samples: int, micro_batch: int) -> list[MaskedSamples]:
-    """The first ``samples`` held-out samples of a fixed order, masked once, in micro-batches."""
-    count = min(samples, data.order.total)
-    return [data.read(np.arange(start, min(start + micro_batch, count))) for start in range(0, count, micro_batch)]
-
-
-def evaluate(
-    model: nn.Module,
-    micro_batches: Sequence[MicroBatch],
-    shares: WordShares,
-    precision: Precision,
-    ranks: Ranks,
-) -> Evaluation:
-    """Evaluate ``micro_batches``, shared among the ranks; every rank returns the same figures."""
-    sums = torch.zeros(8, dtype=torch.float64, device=ranks.device)
-    model.eval()
-    with torch.inference_mode(), autocast_for(precision, ranks.device):
-        for micro_batch in micro_batches[ranks.rank :: ranks.world_size]:
-            ranks.alive("working")
-            inputs = on_device(micro_batch, ranks.device)
-            labels, nsp = inputs["labels"], inputs["nsp"]
-            mlm_logits, nsp_logits = model(Batch.of(inputs), inputs["masked"])
-            losses = functional.cross_entropy(mlm_logits.float(), labels.long(), reduction="none").double()
-            # What the word counts lose at the same positions; only those that show [MASK] count.
-            of_counts = torch.from_numpy(-shares.log[micro_batch.arrays["labels"]]).to(ranks.device)
-            hidden = inputs["tokens"].view(-1)[inputs["masked"]] == shares.mask_id
-            gains = torch.where(hidden, of_counts - losses, 0.0)
-            counts = (sums.new_tensor(len(labels)), sums.new_tensor(len(nsp)))
-            right = (correct(mlm_logits, labels).double(), correct(nsp_logits, nsp).double())
-            sums += torch.stack([losses.sum(), *right, *counts, gains.sum(), gains.square().sum(), hidden.sum()])
-    model.train()
-    mlm_sum, mlm_correct, nsp_correct, tokens, pairs, gain, squares, shown = ranks.sum(sums).tolist()
-    mean = gain / shown if shown else None
-    error = None if mean is None or shown < 2 else math.sqrt(max(0.0, squares / shown - mean**2) / (shown - 1))
-    return Evaluation(mlm_sum / tokens, mlm_correct / tokens, nsp_correct / pairs, mean, error)
+MASKED_SHARE = 0.15  # of held-out tokens, whatever share training masks: figures of different runs stay comparable
+KINDS = ("mask", "kept", "random")  # what stands where a word is to be predicted
 
 
 @dataclass(frozen=True)
@@ -103,5 +58,132 @@ class WordShares:
         return cls(np.log(np.maximum(counts, 1.0) / counts.sum()), special["mask"])
 
     def loss(self, labels: NDArray[np.integer]) -> float:
-        """Cross-entropy in nats of held-out masked tokens under these shares, the unigram loss."""
+        """Cross-entropy in nats of the original words ``labels`` under these shares, the unigram loss."""
         return float(-self.log[labels].mean())
+
+    def context_free_losses(self, labels: NDArray[np.integer], seen: NDArray[np.integer]) -> NDArray[np.float64]:
+        """The least expected loss ``[K]`` in nats of who knows the shares and the word ``seen``, but no context.
+
+        Of V words, one of share u that is seen was kept with the chance k = V u / (V u + 1), for as many words are
+        kept as are replaced by any of V; the original word is then that one, else it is drawn from the shares.
+        """
+        of_seen = np.exp(self.log[seen])
+        kept = len(self.log) * of_seen / (len(self.log) * of_seen + 1)
+        known = np.log(kept + (1 - kept) * of_seen)
+        visible = np.where(seen == labels, known, np.log1p(-kept) + self.log[labels])
+        losses: NDArray[np.float64] = -np.where(seen == self.mask_id, self.log[labels], visible)
+        return losses
+
+
+def heldout(data: PretrainingData, samples: int, micro_batch: int) -> list[MaskedSamples]:
+    """The first ``samples`` held-out samples of a fixed order, masked once, in micro-batches."""
+    count = min(samples, data.order.total)
+    return [data.read(np.arange(start, min(start + micro_batch, count))) for start in range(0, count, micro_batch)]
+
+
+def shuffled(masked: MaskedSamples, special: Mapping[str, int]) -> MaskedSamples:
+    """The same words in random order: inside each sample, what is neither special nor to be predicted changes place."""
+    row = np.repeat(np.arange(len(masked.lengths)), masked.lengths)
+    movable = ~np.isin(masked.tokens, [special["cls"], special["sep"]])
+    movable[masked.positions] = False
+    places = np.flatnonzero(movable)
+    order = np.lexsort((bits(derived(key(0), masked.ids)[row[places]], places), row[places]))
+    tokens = masked.tokens.copy()
+    tokens[places] = masked.tokens[places[order]]
+    return dataclasses.replace(masked, tokens=tokens)
+
+
+def marked(micro_batch: MicroBatch, masked: MaskedSamples, mask_id: int) -> MicroBatch:
+    """``micro_batch`` with what `evaluate` needs: of each predicted word its place in `KINDS` and its sample."""
+    seen = masked.tokens[masked.positions]
+    kind = np.select([seen == mask_id, seen == masked.labels], [0, 1], 2)
+    sample = np.searchsorted(np.cumsum(masked.lengths), masked.positions, side="right")
+    arrays = {"kind": kind.astype(np.int32), "sample": sample.astype(np.int32)}
+    return dataclasses.replace(micro_batch, arrays={**micro_batch.arrays, **arrays})
+
+
+def baselines(parts: Sequence[MaskedSamples], shares: WordShares) -> dict[str, float | None]:
+    """What the figures of `evaluate` are without context, at the same positions: nats, and shares of 1.
+
+    ``unigram_loss`` of all predicted words and of each of `KINDS`, ``unigram_mask_accuracy`` of always saying the most
+    frequent word, ``context_free_loss`` of the best model that sees no context, ``nsp_majority`` of always saying
+    the more frequent answer. None where no position is of a kind.
+    """
+    labels = np.concatenate([part.labels for part in parts])
+    seen = np.concatenate([part.tokens[part.positions] for part in parts])
+    nsp = np.concatenate([part.nsp for part in parts])
+    hidden = seen == shares.mask_id
+    of_kind = {"mask": hidden, "kept": ~hidden & (seen == labels), "random": ~hidden & (seen != labels)}
+    losses = {kind: shares.loss(labels[which]) if which.any() else None for kind, which in of_kind.items()}
+    common = labels[hidden] == shares.log.argmax()
+    return {
+        "unigram_loss": shares.loss(labels),
+        **{f"unigram_{kind}_loss": loss for kind, loss in losses.items()},
+        "unigram_mask_accuracy": float(common.mean()) if hidden.any() else None,
+        "context_free_loss": float(shares.context_free_losses(labels, seen).mean()),
+        "nsp_majority": float(max(nsp.mean(), 1 - nsp.mean())),
+    }
+
+
+def evaluate(
+    model: nn.Module,
+    micro_batches: Sequence[MicroBatch],
+    shares: WordShares,
+    precision: Precision,
+    ranks: Ranks,
+) -> dict[str, float | None]:
+    """Figures of a model on ``micro_batches`` (see `marked`), shared among the ranks; every rank returns the same.
+
+    ``eval_mlm_loss`` (nats a predicted word), ``eval_mlm_accuracy``, ``eval_nsp_accuracy``; loss and accuracy of each
+    of `KINDS` (``eval_mask_loss`` …); and ``eval_mask_gain``, how far the loss lies below the unigram's where [MASK]
+    stands, with its standard error, samples being independent and their words not. None where there is no such word.
+    """
+    sums = torch.zeros(3 * len(KINDS) + 2 + 5, dtype=torch.float64, device=ranks.device)
+    model.eval()
+    with torch.inference_mode(), autocast_for(precision, ranks.device):
+        for micro_batch in micro_batches[ranks.rank :: ranks.world_size]:
+            ranks.alive("working")
+            inputs = on_device(micro_batch, ranks.device)
+            labels, nsp, kind = inputs["labels"], inputs["nsp"], inputs["kind"].long()
+            mlm_logits, nsp_logits = model(Batch.of(inputs), inputs["masked"])
+            losses = functional.cross_entropy(mlm_logits.float(), labels.long(), reduction="none").double()
+            each = torch.ones_like(losses)
+            by_kind = torch.stack([each, losses, correct(mlm_logits, labels).double()])
+            by_kind = by_kind @ functional.one_hot(kind, len(KINDS)).double()
+            # What is gained on the word counts at [MASK], and at how many places, sample by sample.
+            of_counts = torch.from_numpy(-shares.log[micro_batch.arrays["labels"]]).to(ranks.device)
+            gains = torch.stack([of_counts - losses, each]) * (kind == 0)
+            gain, words = gains.new_zeros(2, len(nsp)).index_add_(1, inputs["sample"].long(), gains)
+            products = torch.stack([gain, gain.square(), gain * words, words.square(), words.sign()])
+            pairs = torch.stack([correct(nsp_logits, nsp).double(), torch.ones(len(nsp), device=ranks.device)])
+            sums += torch.cat([by_kind.flatten(), pairs.sum(1), products.sum(1)])
+    model.train()
+    flat = ranks.sum(sums).cpu().numpy()
+    (counts, summed, right), (nsp_right, answers) = flat[:9].reshape(3, -1), flat[9:11]
+    gain, error = ratio_and_error(counts[0], *flat[11:])
+    at = {
+        f"eval_{kind}_{name}": float(value / count) if count else None
+        for name, values in (("loss", summed), ("accuracy", right))
+        for kind, value, count in zip(KINDS, values, counts, strict=True)
+    }
+    return {
+        "eval_mlm_loss": float(summed.sum() / counts.sum()),
+        "eval_mlm_accuracy": float(right.sum() / counts.sum()),
+        "eval_nsp_accuracy": float(nsp_right / answers),
+        **at,
+        "eval_mask_gain": gain,
+        "eval_mask_gain_se": error,
+    }
+
+
+def ratio_and_error(
+    words: float, gain: float, gain_squared: float, gain_words: float, words_squared: float, samples: float
+) -> tuple[float | None, float | None]:
+    """Mean gain of ``words`` and its standard error from sums over samples (ratio estimator, Cochran 1977, 6.4)."""
+    if not words:
+        return None, None
+    mean = gain / words
+    if samples < 2:
+        return float(mean), None
+    squares = gain_squared - 2 * mean * gain_words + mean**2 * words_squared
+    return float(mean), math.sqrt(max(0.0, squares) * samples / (samples - 1)) / float(words)

@@ -29,7 +29,8 @@ from pipeline.engine.ranks import Ranks
 from pipeline.engine.task import MicroBatch, Settings
 from pipeline.node.job import Job
 from pipeline.pretrain.data import MaskedSamples, PretrainingData
-from pipeline.pretrain.evaluate import Evaluation, WordShares, evaluate, heldout
+from pipeline.pretrain.evaluate import MASKED_SHARE, WordShares, baselines, evaluate, heldout, marked, shuffled
+from pipeline.report.learnt import context_in_words
 
 
 def run(
@@ -106,14 +107,13 @@ class Pretraining:
         self.data = PretrainingData(samples, "train", phase, train, verified)
         vocab_size = padded_vocab(self.data.manifest.vocab_size)
         self.config = BertConfig(vocab_size=vocab_size, **dataclasses.asdict(model))
-        test = PretrainingData(samples, "test", phase, dataclasses.replace(train, masking="static"), verified)
-        parts = heldout(test, train.eval_samples, phase.micro_batch)
-        predicting = arrangement(ranks.device.type, phase.seq_len, predicting=True)
-        self.heldout = [self.packed(masked, predicting) for masked in parts]
-        labels = np.concatenate([micro_batch.arrays["labels"] for micro_batch in self.heldout])
+        once = dataclasses.replace(train, masking="static", masked_lm_prob=MASKED_SHARE)
+        test = PretrainingData(samples, "test", phase, once, verified)
+        self.heldout = heldout(test, train.eval_samples, phase.micro_batch)
         self.shares = WordShares.of(self.data)
-        self.unigram = self.shares.loss(labels)
-        self.evaluation: Evaluation | None = None
+        self.baselines = baselines(self.heldout, self.shares)
+        self.predicting = arrangement(ranks.device.type, phase.seq_len, predicting=True)
+        self.evaluated: dict[str, Any] | None = None
 
     # ---------------------------------------------------------------- where it begins
 
@@ -181,18 +181,29 @@ class Pretraining:
     # ---------------------------------------------------------------- held-out figures
 
     def evaluate(self, model: nn.Module, ranks: Ranks) -> Mapping[str, Any]:
-        self.evaluation = evaluate(model, self.heldout, self.shares, self.settings.precision, ranks)
-        return {**dataclasses.asdict(self.evaluation), "unigram_loss": self.unigram}
+        self.evaluated = self._evaluated(model, ranks, self.heldout)
+        return {**self.evaluated, **self.baselines}
+
+    def _evaluated(self, model: nn.Module, ranks: Ranks, parts: Sequence[MaskedSamples]) -> dict[str, Any]:
+        batches = [marked(self.packed(part, self.predicting), part, self.shares.mask_id) for part in parts]
+        return evaluate(model, batches, self.shares, self.settings.precision, ranks)
 
     def in_words(self, figures: Mapping[str, Any]) -> str:
         gain, error = figures["eval_mask_gain"], figures["eval_mask_gain_se"]
-        at_mask = "" if gain is None or error is None else f", {gain:.3f} ± {error:.3f} below word counts at [MASK]"
+        at_mask = "" if gain is None or error is None else f"; at [MASK] {gain:.3f} ± {error:.3f} below word counts"
         return (
-            f"held-out MLM loss {figures['eval_mlm_loss']:.4f} (unigram {figures['unigram_loss']:.4f}{at_mask}), MLM "
-            f"accuracy {figures['eval_mlm_accuracy']:.3f}, NSP accuracy {figures['eval_nsp_accuracy']:.3f}"
+            f"held-out MLM loss {figures['eval_mlm_loss']:.4f} (without context {figures['context_free_loss']:.4f} at "
+            f"best{at_mask}), NSP accuracy {figures['eval_nsp_accuracy']:.3f} (majority {figures['nsp_majority']:.3f})"
         )
 
     def finish(self, model: nn.Module, ranks: Ranks) -> Mapping[str, Any]:
-        """The figures of the last step, made now where an earlier attempt made that step."""
-        figures = self.evaluate(model, ranks) if self.evaluation is None else dataclasses.asdict(self.evaluation)
-        return {"unigram_loss": self.unigram, **figures}
+        """The figures of the last step, made now where an earlier attempt made that step, and their control.
+
+        The control is the same evaluation with the words around in random order: what a model gains by context
+        and order is lost there.
+        """
+        figures = self.evaluated or self._evaluated(model, ranks, self.heldout)
+        control = self._evaluated(model, ranks, [shuffled(part, self.data.manifest.special) for part in self.heldout])
+        figures |= {f"shuffled_{end}": control[f"eval_{end}"] for end in ("mask_gain", "mask_gain_se")}
+        self.job.say(context_in_words(figures))
+        return {**figures, **self.baselines}

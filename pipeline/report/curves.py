@@ -127,7 +127,7 @@ def charts(phase: Phase) -> Html:
     loss = loss_chart(phase)
     wide = tag("div", draw(loss, key=f"{phase.name}-loss", width=940, height=340), class_="wide")
     narrow = tag("div", draw(loss, key=f"{phase.name}-loss-narrow", height=320), class_="narrow")
-    hint = tag("span", " Below the dashed line the model knows more than how often each word occurs.")
+    hint = tag("span", " Only context leads below the dashed line." if phase.last("eval_mask_loss") else "")
     figures = [tag("figure", tag("figcaption", loss.title, hint), wide, narrow, class_="whole")]
     for key, chart in small_charts(phase).items():
         figures.append(tag("figure", tag("figcaption", chart.title), draw(chart, key=f"{phase.name}-{key}")))
@@ -135,24 +135,37 @@ def charts(phase: Phase) -> Html:
 
 
 def loss_chart(phase: Phase) -> Chart:
-    """Training and held-out MLM loss with the unigram loss as the level to beat."""
+    """Training and held-out MLM loss with the best loss without context as the level to beat."""
     mlm = "mlm_loss" if any("mlm_loss" in line for line in phase.steps) else "loss"
-    unigram = [(x, y) for x, y in _points(phase.evaluations, "unigram_loss")][-1:]
+    level, name = level_of(phase.evaluations[-1] if phase.evaluations else {})
+    levels = [(phase.reached, level)] if is_number(level) else []
     lines = [
         Line("training MLM loss" if mlm == "mlm_loss" else "training loss", _points(phase.steps, mlm), "thin"),
         Line(_with_last("held-out MLM loss", phase, "eval_mlm_loss"), _points(phase.evaluations, "eval_mlm_loss"),
              "main", dots=True),
-        Line(_with_last("unigram loss", phase, "unigram_loss"), unigram, "level"),
+        Line(f"{name} {number(level, 4)}", levels, "level"),
     ]  # fmt: skip
     return Chart("Loss", "step", "nats per masked token", lines, _marks(phase), until=phase.reached)
 
 
+def level_of(figures: Mapping[str, Any]) -> tuple[Any, str]:
+    """What the total loss has to beat, and its name: the best loss without context, in old runs the word counts'."""
+    known = is_number(figures.get("context_free_loss"))
+    return (figures["context_free_loss"], "best without context") if known else (
+        figures.get("unigram_loss"), "unigram loss")  # fmt: skip
+
+
 def small_charts(phase: Phase) -> dict[str, Chart]:
-    """Accuracy, learning rate and the two throughputs, by a short key."""
+    """Loss where a word is hidden, accuracies, learning rate and the two throughputs, by a short key."""
     looks: dict[str, Look] = {"MLM": "main", "NSP": "second"}
     accuracies = [
         Line(f"{name} {percent(phase.last(key))}", _points(phase.evaluations, key, 100.0), looks[name], dots=True)
         for name, key in (("MLM", "eval_mlm_accuracy"), ("NSP", "eval_nsp_accuracy"))
+    ]
+    counts = _points(phase.evaluations, "unigram_mask_loss")[-1:]
+    hidden = [
+        Line("held-out loss at [MASK]", _points(phase.evaluations, "eval_mask_loss"), "main", dots=True),
+        Line("word counts there", counts, "level"),
     ]
     rates = {
         key: Line(f"{label}, median {number(phase.median(key))}", _points(phase.steps, key), "fine")
@@ -161,7 +174,9 @@ def small_charts(phase: Phase) -> dict[str, Chart]:
     common: dict[str, Any] = {"marks": _marks(phase), "from_zero": True, "until": phase.reached}
     peak = max((y for _, y in _points(phase.steps, "learning_rate")), default=0.0)
     rate = Line(f"learning rate, highest logged {number(peak)}", _points(phase.steps, "learning_rate"), "main")
+    at_mask = Chart("Loss at [MASK]", "step", "nats", hidden, **{**common, "from_zero": False})
     return {
+        **({"hidden": at_mask} if counts else {}),
         "accuracy": Chart("Held-out accuracy", "step", "%", accuracies, **common),
         "learning-rate": Chart("Learning rate", "step", "", [rate], **common),
         "sequences": Chart("Sequences per second", "step", "1/s", [rates["sequences_per_s"]], **common),

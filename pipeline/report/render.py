@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from data_prep.publish import publish_text
 from pipeline.node.job import Job
 from pipeline.report import chart, page
-from pipeline.report.curves import Phase, phase_section
+from pipeline.report.curves import Phase, level_of, phase_section
 from pipeline.report.facts import Facts, gather
 from pipeline.report.gpus import gpu_section, incident_section
+from pipeline.report.learnt import context_in_words
 from pipeline.report.page import Html, document, note, tag
 from pipeline.report.scores import dataset, inference_section, score_section, shown_scores
 from pipeline.report.sections import (
@@ -128,47 +130,42 @@ def heldout(facts: Facts) -> Phase | None:
     return evaluated[-1] if evaluated else None
 
 
+def figures_of(facts: Facts, phase: Phase) -> dict[str, Any]:
+    """The phase's last held-out figures, with what only its end has measured."""
+    return {**phase.evaluations[-1], **facts.results.get(phase.name, {})}
+
+
 def result_sentence(facts: Facts) -> str:
     """What pretraining came to."""
-    phase, said = heldout(facts), []
+    phase = heldout(facts)
     if phase is None:
-        said.append("The model has not been evaluated yet.")
-    else:
-        loss, unigram = phase.last("eval_mlm_loss"), phase.last("unigram_loss")
-        words = f"Held-out MLM loss {loss:.3f} nats after {number(phase.evaluations[-1]['step'])} steps of {phase.name}"
-        if is_number(unigram) and loss < unigram:
-            words += f", {unigram - loss:.3f} below the unigram loss of {unigram:.3f}. {at_mask(phase)}"
-        elif is_number(unigram):
-            words += (
-                f", not below the unigram loss of {unigram:.3f}: so far the model has learnt no more than word counts"
-            )
-        said.append(words + ".")
-    return " ".join(said)
-
-
-def at_mask(phase: Phase) -> str:
-    """What was learnt of words that are hidden: below the unigram loss is also who copies the words that are not."""
-    gain, error = phase.last("eval_mask_gain"), phase.last("eval_mask_gain_se")
-    if not (is_number(gain) and is_number(error)):
-        return "Whether that is more than copying the masked words that stay visible was not measured"
-    if gain > 3 * error:
-        return f"Where the word is hidden it is {gain:.3f} ± {error:.3f} nats better than word counts"
-    return f"Where the word is hidden it is no better than word counts ({gain:.3f} ± {error:.3f} nats)"
+        return "The model has not been evaluated yet."
+    figures = figures_of(facts, phase)
+    level, name = level_of(figures)
+    words = f"MLM loss {figures['eval_mlm_loss']:.3f} nats after {number(figures['step'])} steps of {phase.name}"
+    return f"{context_in_words(figures)} Held-out {words}{f'; {name} {level:.3f}' if is_number(level) else ''}."
 
 
 def tiles(facts: Facts) -> Html | None:
-    """The figures that are asked for first."""
+    """The figures that are asked for first, each beside what it would be without context."""
     phase = heldout(facts)
     if phase is None:
         return None
-    loss, unigram = phase.last("eval_mlm_loss"), phase.last("unigram_loss")
-    margin = "unigram loss not known"
-    if is_number(unigram):
-        margin = f"{abs(unigram - loss):.3f} {'below' if loss < unigram else 'above'} unigram"
+    figures = figures_of(facts, phase)
+    loss, gain, error, control = (
+        figures.get(key) for key in ("eval_mlm_loss", "eval_mask_gain", "eval_mask_gain_se", "shuffled_mask_gain")
+    )
+    level, name = level_of(figures)
+    margin = f"{name}: {level:.3f}" if is_number(level) else f"{name} not known"
     shown = [
-        ("Held-out MLM loss", f"{loss:.3f}", margin),
-        ("MLM accuracy", percent(phase.last("eval_mlm_accuracy")), "masked tokens, held out"),
-        ("NSP accuracy", percent(phase.last("eval_nsp_accuracy")), "sentence pairs, held out"),
+        (
+            "Better than word counts at [MASK]",
+            f"{gain:.2f} ± {error:.2f}" if is_number(gain) and is_number(error) else "–",
+            f"nats; words around shuffled: {control:.2f}" if is_number(control) else "nats per hidden word",
+        ),
+        ("Held-out MLM loss", number(loss, 4), margin),
+        beside("Accuracy at [MASK]", figures, "eval_mask_accuracy", "unigram_mask_accuracy", "most frequent word"),
+        beside("NSP accuracy", figures, "eval_nsp_accuracy", "nsp_majority", "more frequent answer"),
         ("Real tokens per second", number(phase.median("tokens_per_s")), f"median of {phase.name}"),
     ]
     return tag(
@@ -176,6 +173,12 @@ def tiles(facts: Facts) -> Html | None:
         *[tag("div", tag("dt", name), tag("dd", value), tag("dd", more, class_="more")) for name, value, more in shown],
         class_="tiles",
     )
+
+
+def beside(title: str, figures: Mapping[str, Any], key: str, baseline: str, name: str) -> tuple[str, str, str]:
+    """A tile of a share beside that of always saying the same."""
+    level = figures.get(baseline)
+    return title, percent(figures.get(key)), f"{name}: {percent(level)}" if is_number(level) else "held out"
 
 
 def score_list(facts: Facts) -> Html | None:

@@ -19,6 +19,7 @@ from pipeline.strict_toml import table_of
 
 HOSTILE = "<script>alert(1)</script>\"'>&\x1b[31m\u202eevil"
 UNIGRAM = 6.553
+CONTEXT_FREE = 5.942
 VOID = {"meta", "br"}
 RESULTS = {
     "extract": {
@@ -194,8 +195,15 @@ def train(
                 "eval_nsp_accuracy": 0.5 + 0.18 * share,
                 "eval_mask_gain": gain,
                 "eval_mask_gain_se": None if gain is None else 0.03,
+                "eval_mask_loss": UNIGRAM - (gain or 0.0),
+                "eval_mask_accuracy": 0.21 * share,
+                "unigram_loss": UNIGRAM,
+                "unigram_mask_loss": UNIGRAM,
+                "unigram_mask_accuracy": 0.04,
+                "context_free_loss": CONTEXT_FREE,
+                "nsp_majority": 0.55,
             }
-            append_jsonl(attempt.metrics, {**line, **held, "unigram_loss": UNIGRAM})
+            append_jsonl(attempt.metrics, {**line, **held})
 
 
 def finished_run(path: Path) -> Chain:

@@ -331,7 +331,7 @@ def test_loss_sums_and_counts():
     assert mlm.dtype == torch.float32
     assert mlm.item() == pytest.approx(-np.log(e**2 / (e**2 + 2)) - np.log(1 / (2 + e)))
     assert nsp.item() == pytest.approx(-np.log(e / (e + 1)) - np.log(1 / (e + 1)))
-    assert (correct(logits, labels).item(), correct(pairs, labels).item()) == (1, 1)
+    assert (correct(logits, labels).sum().item(), correct(pairs, labels).sum().item()) == (1, 1)
 
 
 def test_hidden_states_of_an_encoder_alone():

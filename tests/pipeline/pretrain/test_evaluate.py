@@ -1,4 +1,4 @@
-"""Held-out figures tell knowing from copying: a model that cannot see context gains nothing at [MASK]."""
+"""Held-out figures tell knowing from copying, and their control tells order from company."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from faults import training
 from pipeline.bert.packing import Batch, layout
 from pipeline.engine.ranks import Ranks
 from pipeline.engine.task import MicroBatch
-from pipeline.pretrain.data import PretrainingData
-from pipeline.pretrain.evaluate import WordShares, evaluate, heldout
+from pipeline.pretrain.data import MaskedSamples, PretrainingData
+from pipeline.pretrain.evaluate import WordShares, baselines, evaluate, heldout, marked, ratio_and_error, shuffled
+from pipeline.report.learnt import context_in_words, uses_context
 
 ALONE = Ranks(0, 1, None, torch.device("cpu"))
 
@@ -37,35 +38,98 @@ class WithoutContext(nn.Module):
         return logits, torch.zeros(len(batch.first), 2)
 
 
+SPECIAL = {"cls": 2, "sep": 3}
+
+
 @pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[MicroBatch], WordShares]:
+def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[MaskedSamples, MicroBatch, WordShares]:
     folder: Path = training.make_samples(tmp_path_factory.mktemp("samples") / "samples", rows=400)
     train = PretrainingData(folder, "train", training.PHASE, training.TRAIN)
-    static = dataclasses.replace(training.TRAIN, masking="static")
-    test = PretrainingData(folder, "test", training.PHASE, static)
-    batches = []
-    for masked in heldout(test, 400, 400):
-        arrays = layout(masked.tokens, masked.lengths, masked.b_start, training.SEQ_LEN)
-        places = arrays["slot"][masked.positions]
-        labels, nsp = masked.labels.astype(np.int32), masked.nsp.astype(np.int32)
-        arrays = {**arrays, "masked": places, "labels": labels, "nsp": nsp}
-        batches.append(MicroBatch(masked.ids, arrays, (), {"seq_len": training.SEQ_LEN}))
-    return batches, WordShares.of(train)
+    test = PretrainingData(folder, "test", training.PHASE, dataclasses.replace(training.TRAIN, masking="static"))
+    shares = WordShares.of(train)
+    (masked,) = heldout(test, 400, 400)
+    arrays = layout(masked.tokens, masked.lengths, masked.b_start, training.SEQ_LEN)
+    labels, nsp = masked.labels.astype(np.int32), masked.nsp.astype(np.int32)
+    arrays = {**arrays, "masked": arrays["slot"][masked.positions], "labels": labels, "nsp": nsp}
+    micro_batch = MicroBatch(masked.ids, arrays, (), {"seq_len": training.SEQ_LEN})
+    return masked, marked(micro_batch, masked, shares.mask_id), shares
 
 
 def test_a_model_without_context_lies_below_the_unigram_loss_and_gains_nothing_at_mask(parts) -> None:
-    batches, shares = parts
-    figures = evaluate(WithoutContext(shares), batches, shares, "fp32", ALONE)
-    unigram = shares.loss(batches[0].arrays["labels"])
-    assert figures.eval_mlm_loss < unigram - 0.1  # what looked like context
-    assert figures.eval_mask_gain == pytest.approx(0.0, abs=1e-3)
+    masked, micro_batch, shares = parts
+    figures = evaluate(WithoutContext(shares), [micro_batch], shares, "fp32", ALONE)
+    without = baselines([masked], shares)
+    assert figures["eval_mlm_loss"] < without["unigram_loss"] - 0.1  # what looked like context
+    assert figures["eval_mlm_loss"] >= without["context_free_loss"] - 0.02
+    assert figures["eval_mask_gain"] == pytest.approx(0.0, abs=1e-3)
+    assert figures["eval_mask_loss"] == pytest.approx(without["unigram_mask_loss"], abs=1e-3)
+    assert figures["eval_kept_loss"] < without["unigram_kept_loss"] - 1 < without["unigram_kept_loss"]
+    assert figures["eval_random_loss"] > without["unigram_random_loss"]
+    assert (figures["eval_kept_accuracy"], figures["eval_random_accuracy"]) == (1.0, 0.0)
+    assert figures["eval_nsp_accuracy"] == pytest.approx(1 - masked.nsp.mean())  # always says 0
 
 
 def test_knowing_hidden_words_is_seen_at_mask_with_its_error(parts) -> None:
-    batches, shares = parts
-    labels = torch.from_numpy(batches[0].arrays["labels"]).long()
-    figures = evaluate(WithoutContext(shares, labels), batches, shares, "fp32", ALONE)
-    assert figures.eval_mask_gain is not None
-    assert figures.eval_mask_gain_se is not None
-    assert figures.eval_mask_gain > 1.0
-    assert 0 < figures.eval_mask_gain_se < 0.1
+    _, micro_batch, shares = parts
+    labels = torch.from_numpy(micro_batch.arrays["labels"]).long()
+    figures = evaluate(WithoutContext(shares, labels), [micro_batch], shares, "fp32", ALONE)
+    assert figures["eval_mask_gain"] > 1.0
+    assert 0 < figures["eval_mask_gain_se"] < 0.1
+
+
+def test_no_model_without_context_does_better_than_the_context_free_loss() -> None:
+    """Counting is the best that one can do without context: its entropy is what the formula says."""
+    dice, words, draws = np.random.default_rng(0), 12, 400_000
+    shares = WordShares(np.log(dice.dirichlet(np.full(words, 0.5))), mask_id=words)
+    labels = dice.choice(words, draws, p=np.exp(shares.log))
+    fate = dice.random(draws)
+    seen = np.where(fate < 0.8, words, np.where(fate < 0.9, labels, dice.integers(0, words, draws)))
+    together = np.zeros((words + 1, words))
+    np.add.at(together, (seen, labels), 1)
+    least = -(together * np.log(np.maximum(together, 1) / together.sum(1, keepdims=True))).sum() / draws
+    hidden = seen == words
+    visible = shares.context_free_losses(labels[~hidden], seen[~hidden]).sum()
+    assert (visible - shares.log[labels[hidden]].sum()) / draws == pytest.approx(least, abs=2e-3)
+
+
+def test_the_error_of_a_gain_is_that_of_whole_samples() -> None:
+    """Against drawing the samples again and again; words of a sample share their luck."""
+    dice = np.random.default_rng(1)
+    words = dice.integers(1, 9, 500)
+    gain = words * (1.0 + dice.normal(size=500))
+    mean, error = ratio_and_error(
+        words.sum(), gain.sum(), (gain**2).sum(), (gain * words).sum(), (words**2).sum(), len(words)
+    )
+    again = [gain[c].sum() / words[c].sum() for c in dice.integers(0, 500, (2000, 500))]
+    assert mean == pytest.approx(gain.sum() / words.sum())
+    assert error == pytest.approx(np.std(again), rel=0.1)
+
+
+def test_shuffling_keeps_words_and_predicted_places(parts) -> None:
+    masked, _, _ = parts
+    other = shuffled(masked, SPECIAL)
+    fixed = np.isin(masked.tokens, list(SPECIAL.values()))
+    fixed[masked.positions] = True
+    assert (other.tokens[fixed] == masked.tokens[fixed]).all()
+    ends = np.cumsum(masked.lengths)[:-1]
+    for before, after in zip(np.split(masked.tokens, ends), np.split(other.tokens, ends), strict=True):
+        assert sorted(before) == sorted(after)
+    assert (other.tokens != masked.tokens)[~fixed].mean() > 0.7
+    assert (shuffled(masked, SPECIAL).tokens == other.tokens).all()
+
+
+@pytest.mark.parametrize(
+    ("gain", "error", "control", "verdict", "words"),
+    [
+        (2.0, 0.03, 0.4, True, "uses context"),
+        (2.0, 0.03, 1.6, False, "hardly their order"),
+        (0.05, 0.03, 0.0, False, "has not learnt"),
+        (-0.2, 0.03, None, False, "has not learnt"),
+        (2.0, 0.03, None, None, "comes at the end"),
+        (None, None, None, None, "not measured"),
+    ],
+)
+def test_the_verdict_needs_the_gain_and_its_control(gain, error, control, verdict, words) -> None:
+    figures = {"eval_mask_gain": gain, "eval_mask_gain_se": error, "shuffled_mask_gain": control}
+    assert uses_context(figures) is verdict
+    assert words in context_in_words(figures)

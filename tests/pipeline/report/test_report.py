@@ -21,7 +21,6 @@ from support.reporting import (
     HOSTILE,
     RESULTS,
     SCORES,
-    UNIGRAM,
     Page,
     begin,
     finish,
@@ -43,29 +42,29 @@ def test_the_result_stands_at_the_top(finished):
     assert "Recipe tiny · cluster local (1 node, 2 ranks)" in top
     held = 5.05 + 3.9 * math.exp(-4)
     assert f"Held-out MLM loss {held:.3f} nats after 30 steps of phase2" in top
-    assert f"{UNIGRAM - held:.3f} below the unigram loss of 6.553. Where the word is hidden it is 1.200 ± 0.030" in top
+    assert "best without context 5.942." in top
+    assert "Of hidden words: where a word is hidden it is 1.20 ± 0.03 nats better than word counts" in top
+    assert "Accuracy at [MASK] 21.0 % most frequent word: 4.0 %" in top
+    assert "NSP accuracy 68.0 % more frequent answer: 55.0 %" in top
     assert "sentiment stand-in : accuracy 71.40 %, F1 70.10 %" in top
 
 
-def test_a_loss_above_the_unigram_loss_is_no_success(tmp_path):
+def test_the_control_at_the_end_of_a_phase_decides(tmp_path):
     chain = begin(tmp_path / "run")
-    train(start(chain, "phase1"), "phase1", 1, 25, None, 400)
+    train(start(chain, "phase1"), "phase1", 1, 400, None, 400)
+    finish(chain, "phase1", {"step": 400, "shuffled_mask_gain": 0.31, "shuffled_mask_gain_se": 0.03})
     text = page_of(chain).text
-    held = 5.05 + 3.9 * math.exp(-0.25)
-    assert f"{held:.3f} {held - UNIGRAM:.3f} above unigram" in text
-    assert "the model has learnt no more than word counts" in text
+    assert "The model uses context: where a word is hidden it is 1.20 ± 0.03 nats better than word counts" in text
+    assert "only 0.31 with the words around in random order" in text
 
 
-@pytest.mark.parametrize(
-    ("gain", "said"),
-    [(0.02, "Where the word is hidden it is no better than word counts (0.020 ± 0.030 nats)"), (None, "not measured")],
-)
+@pytest.mark.parametrize(("gain", "said"), [(0.02, "has not learnt to use context"), (None, "not measured")])
 def test_copying_is_not_taken_for_context(tmp_path, gain, said):
     chain = begin(tmp_path / "run")
     train(start(chain, "phase1"), "phase1", 1, 400, None, 400, gain=gain)
     text = page_of(chain).text
     assert said in text
-    assert "uses context" not in text
+    assert "The model uses context" not in text
 
 
 def test_every_stage_has_its_row(finished):
@@ -74,12 +73,12 @@ def test_every_stage_has_its_row(finished):
     assert "phase1 done 2 3 min 42 s" in finished.text
 
 
-def test_curves_have_the_unigram_line_and_the_attempts(finished):
+def test_curves_have_the_level_to_beat_and_the_attempts(finished):
     levels = [attrs for tag, attrs in finished.tags if tag == "path" and attrs.get("class") == "level"]
     marks = [attrs for tag, attrs in finished.tags if tag == "path" and attrs.get("class") == "mark"]
-    assert len(levels) == 2 * 2 * 2  # in the legend and in the plot, wide and narrow, of both phases
-    assert "unigram loss 6.553" in finished.text
-    assert len(marks) == 6  # the second attempt of phase 1 in its six charts
+    assert len(levels) == 2 * 3 * 2  # in the legend and in the plot, wide, narrow and at [MASK], of both phases
+    assert "best without context 5.942" in finished.text
+    assert len(marks) == 7  # the second attempt of phase 1 in its seven charts
     assert "attempt 2: 175" in finished.text
     for title in ("Held-out accuracy", "Learning rate", "Sequences per second", "Real tokens per second"):
         assert finished.text.count(title) >= 2 * 2  # caption and SVG title

@@ -1,0 +1,38 @@
+"""What a pretraining has learnt, in a sentence that its figures bear out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pipeline.words import is_number
+
+
+def uses_context(figures: Mapping[str, Any]) -> bool | None:
+    """Whether the model predicts hidden words better than word counts, and loses most of it when their order goes.
+
+    ``figures`` are those of `pipeline.pretrain.evaluate.evaluate`, with ``shuffled_mask_gain`` once a phase is done.
+    None where that was not measured.
+    """
+    gain, error, control = (figures.get(key) for key in ("eval_mask_gain", "eval_mask_gain_se", "shuffled_mask_gain"))
+    if not (is_number(gain) and is_number(error)):
+        return None
+    if gain <= 3 * error:
+        return False
+    return bool(control <= gain / 2) if is_number(control) else None
+
+
+def context_in_words(figures: Mapping[str, Any]) -> str:
+    """`uses_context` with its figures."""
+    gain, error, control = (figures.get(key) for key in ("eval_mask_gain", "eval_mask_gain_se", "shuffled_mask_gain"))
+    if not (is_number(gain) and is_number(error)):
+        return "Whether the model uses context was not measured."
+    better = f"where a word is hidden it is {gain:.2f} ± {error:.2f} nats better than word counts"
+    if gain <= 3 * error:
+        return f"The model has not learnt to use context: {better}, no more than chance."
+    if not is_number(control):
+        return f"Of hidden words: {better}; the control, the same words in random order, comes at the end of the phase."
+    left = f"{control:.2f} with the words around in random order"
+    if uses_context(figures):
+        return f"The model uses context: {better}, and only {left}."
+    return f"The model knows which words occur together, hardly their order: {better}, and still {left}."
