@@ -16,6 +16,7 @@ from pipeline.report.render import render
 from pipeline.run.chain import Chain
 from pipeline.run.rundir import Attempt, RunDir, append_jsonl
 from pipeline.strict_toml import table_of
+from support.running import TWO_PHASES
 
 HOSTILE = "<script>alert(1)</script>\"'>&\x1b[31m\u202eevil"
 UNIGRAM = 6.553
@@ -137,11 +138,11 @@ TINY = (
 )
 
 
-def begin(path: Path, recipe: str = "tiny", profile: str = "local", *settings: str) -> Chain:
+def begin(path: Path, recipe: str = TWO_PHASES, profile: str = "local", *settings: str) -> Chain:
     path.mkdir(parents=True, exist_ok=True)
     values = {
         "format": 1,
-        "recipe": table_of(load_recipe(recipe, [*(TINY if recipe == "tiny" else ()), *settings])),
+        "recipe": table_of(load_recipe(recipe, [*(TINY if recipe == TWO_PHASES else ()), *settings])),
         "profile": dataclasses.asdict(load_profile(profile)),
         "nodes": 1,
         "corpora": {"enwiki-sample.xml.bz2": {"bytes": 1_234_567, "digest": "0123456789abcdef"}},

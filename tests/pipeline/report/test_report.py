@@ -29,6 +29,7 @@ from support.reporting import (
     start,
     train,
 )
+from support.running import TWO_PHASES
 
 
 @pytest.fixture(scope="module")
@@ -262,7 +263,7 @@ def test_damaged_events_and_marks_cost_nothing_else(tmp_path):
 
 def test_results_of_an_older_configuration_are_not_shown_as_current(tmp_path):
     finished_run(tmp_path / "run")
-    text = page_of(begin(tmp_path / "run", "tiny", "local", "phase2.learning_rate=0.1")).text
+    text = page_of(begin(tmp_path / "run", TWO_PHASES, "local", "phase2.learning_rate=0.1")).text
     assert "what follows was made with the older one, and phase2 will run again" in text
     assert "phase1 will run again" not in text
     assert "phase.learning_rate was 0.002, is 0.1" in text
