@@ -90,7 +90,7 @@ MUTATIONS = [
     ("[model]", "[model", "not valid TOML", "my.toml"),
     ("[phase2]", "[phase_2]", "did you mean 'phase", "phase_2"),
     ("[phase2]", "[phase0]", "unknown key", "phase0"),
-    ('name = "tiny"', 'name = "tiny"\nphases = ["phase3"]', "no table [phase3]", "my.toml:4: phases"),
+    ('name = "tiny"', 'name = "tiny"\nphases = ["phase3"]', "no table [phase3]", "my.toml:3: phases"),
     ('name = "tiny"', 'name = "tiny"\nphases = ["phase1", "phase1"]', "different tables", "phases"),
     ('name = "tiny"', 'name = "tiny"\nphases = []', "at least one", "phases"),
     ('name = "tiny"', 'name = "tiny"\nphases = "phase1"', "a list", "phases"),

@@ -225,6 +225,7 @@ def finished_run(path: Path) -> Chain:
         record = {"task": task, "dataset": dataset, "scores": scores, "examples": examples, "train_examples": 2000}
         record |= {"seed": 1, "epochs": 2, "unit": "percent", "seeds": [{"seed": 1, "scores": scores}]}
         record |= {"mean": scores, "deviation": dict.fromkeys(scores)}
+        record |= {"ranked_by": next(iter(scores)), "baselines": {"majority": dict.fromkeys(scores, 50.07)}}
         (chain.run.stage(task).path / "scores.json").write_text(json.dumps(record))
         finish(chain, task, record)
     return chain

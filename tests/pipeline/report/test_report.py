@@ -68,6 +68,10 @@ def test_copying_is_not_taken_for_context(tmp_path, gain, said):
     assert "The model uses context" not in text
 
 
+def test_scores_stand_beside_what_needs_no_model(finished):
+    assert "sentiment stand-in accuracy 71.40 %, F1 70.10 % accuracy 50.07 % – –" in finished.text
+
+
 def test_every_stage_has_its_row(finished):
     for name in [*RESULTS, "phase1", "phase2", *SCORES]:
         assert f" {name} done " in finished.text
@@ -280,7 +284,7 @@ def test_several_seeds_show_mean_and_deviation(tmp_path):
         finish(chain, name, {})
     (chain.run.stage("sst2").path / "scores.json").write_text(json.dumps(record))
     text = page_of(chain).text
-    assert "reviews accuracy 72.50 ± 3.54 % 900 not known 1, 7" in text
+    assert "reviews accuracy 72.50 ± 3.54 % – – – 900 not known 1, 7" in text
     assert "reviews accuracy 1: 70.00, 7: 75.00 72.50 ± 3.54 75.00 (seed 7)" in text
 
 
