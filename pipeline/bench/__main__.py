@@ -4,7 +4,7 @@ import sys
 
 from pipeline.errors import ConfigError, run_command
 
-COMMANDS = ("data", "gpu", "infer", "performance")
+COMMANDS = ("data", "gpu", "infer", "performance", "train")
 
 
 def main() -> int:
@@ -24,6 +24,14 @@ def main() -> int:
         from pipeline.bench import performance
 
         return performance.main(arguments)
+    if name == "train":
+        from pipeline.bench import train
+
+        return train.main(arguments)
+    if name == "train":
+        from pipeline.bench import train
+
+        return train.main(arguments)
     from pipeline.bench import infer
 
     return infer.main()
