@@ -135,7 +135,7 @@ def of_precision(text: str, precision: str) -> int | None:
     """``256``, or that of ``precision`` in ``tf32=128,fp16=256``; None where nothing is said."""
     if not text:
         return None
-    named = dict(part.split("=", 1) if "=" in part else ("", part) for part in text.split(","))
+    named = {name: value for name, _, value in (part.rpartition("=") for part in text.split(","))}
     value = named.get(precision, named.get(""))
     if value is None or not value.isdigit() or int(value) < 1:
         raise ConfigError(f"{text!r}: give a number, or one for each precision, as tf32=128,fp16=256")
