@@ -16,7 +16,8 @@ from pipeline.config import Recipe, TaskConfig, load_profile, load_recipe, resto
 from pipeline.errors import ConfigError
 from pipeline.launch import code
 from pipeline.launch.jobs import Asked, asked_by
-from pipeline.run.rundir import RunDir, read_json
+from pipeline.run.files import read_json
+from pipeline.run.rundir import RunDir
 from pipeline.stages import TASKS
 from slurm import flags
 from slurm.profile import SECTIONS, Profile

@@ -6,13 +6,13 @@ Read line by line: a day of 256 GPUs is gigabytes. Above ``MOST_BYTES`` only eve
 from __future__ import annotations
 
 import itertools
-import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipeline.run.files import lines_of, open_plain, parsed
 from pipeline.run.incidents import short_host
 from pipeline.run.rundir import RunDir
 from pipeline.words import is_number
@@ -22,6 +22,7 @@ MOST_BINS = 240  # points of time that a chart shows
 MOST_BYTES = 50_000_000
 STRIDES = (1, 11, 101, 1009, 10007)  # primes, so that the GPUs of a node, which take turns, are all met
 END_BYTES = 65536
+MOST_FILE_BYTES = 1 << 32
 PAUSE_S = 60.0  # power between two samples further apart is not counted where the energy counter is missing
 
 
@@ -166,26 +167,16 @@ def _folded(files: list[tuple[Span, list[Path]]], stride: int) -> GpuSamples | N
 def _lines(path: Path, stride: int) -> Iterator[dict[str, Any] | None]:
     """The objects of every ``stride``-th line, None for a damaged one."""
     try:
-        with open(path, "rb") as file:
-            for raw in itertools.islice(file, 0, None, stride):
-                if raw.endswith(b"\n"):  # else a kill cut it
-                    yield _parsed(raw)
+        with open_plain(path, MOST_FILE_BYTES) as file:
+            yield from map(parsed, itertools.islice(lines_of(file), 0, None, stride))
     except OSError:
         yield None
-
-
-def _parsed(raw: bytes) -> dict[str, Any] | None:
-    try:
-        line = json.loads(raw)
-    except (ValueError, RecursionError):
-        return None
-    return line if isinstance(line, dict) else None
 
 
 def _ends(path: Path) -> list[float]:
     """The times of a file's first and last samples; empty when it has none."""
     try:
-        with open(path, "rb") as file:
+        with open_plain(path, MOST_FILE_BYTES) as file:
             first = file.read(END_BYTES).splitlines()
             file.seek(max(0, path.stat().st_size - END_BYTES))
             last = file.read().splitlines()
@@ -193,7 +184,7 @@ def _ends(path: Path) -> list[float]:
         return []
     ends = []
     for lines in (first, reversed(last)):
-        times = ((_parsed(raw) or {}).get("time") for raw in lines)
+        times = ((parsed(raw) or {}).get("time") for raw in lines)
         ends += [next((float(time) for time in times if is_number(time)), None)]
     return [time for time in ends if time is not None]
 

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import ConfigError, InUseError
-from pipeline.run.rundir import Attempt, RunDir, StageDir, append_jsonl, read_jsonl
+from pipeline.run.files import append_jsonl, read_jsonl
+from pipeline.run.rundir import Attempt, RunDir, StageDir
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
@@ -91,7 +92,7 @@ def test_metrics_keep_the_last_attempt_per_step(tmp_path):
 def test_lines_of_several_processes_never_mix(tmp_path):
     path = tmp_path / "events.jsonl"
     code = (
-        "import sys; from pathlib import Path; from pipeline.run.rundir import append_jsonl\n"
+        "import sys; from pathlib import Path; from pipeline.run.files import append_jsonl\n"
         "for i in range(300): append_jsonl(Path(sys.argv[1]), {'who': sys.argv[2], 'i': i, 'pad': 'x' * 500})"
     )
     writers = [subprocess.Popen([sys.executable, "-c", code, str(path), str(n)]) for n in range(3)]

@@ -1,0 +1,105 @@
+"""Reading and writing the small files of a run folder, whatever somebody has put in their place."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import stat
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from pipeline.words import is_number
+
+MOST_JSON_BYTES, MOST_LINES_BYTES, LONGEST_LINE = 1 << 23, 1 << 27, 1 << 18
+NONE_THERE = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO, errno.EEXIST}  # or something that is not ours
+# What stands under these names in any file of ours, or is left out: readers need not ask again.
+TEXTS = {*("line", "cause", "host", "event", "launch", "fingerprint", "samples")}
+FIGURES = {*("loss", "mlm_loss", "nsp_loss", "learning_rate", "grad_norm", "step_s", "unigram_loss")}  # also not finite
+WHOLE = ("world_size", "nodes")
+NUMBERS = {
+    **dict.fromkeys(("time", "since", "started", "finished", "duration_s", "step", "attempt", "code", "pid"), 2.0**53),
+    **dict.fromkeys(WHOLE, 2**20),
+}  # and the largest that can be honest: up to 2 ** 53 floats count exactly
+
+
+def open_plain(path: Path, most_bytes: int = MOST_LINES_BYTES) -> BinaryIO:
+    """A file of a run folder to read in bytes. OSError where it is none of ours.
+
+    Whoever may write into the folder could plant a pipe, which would be waited for, a device, which never ends, or
+    more than fits into memory.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    status = os.fstat(descriptor)
+    if stat.S_ISREG(status.st_mode) and status.st_size <= most_bytes:
+        return os.fdopen(descriptor, "rb")
+    os.close(descriptor)
+    raise OSError(errno.EEXIST, f"not a plain file of at most {most_bytes >> 20} MB", str(path))
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file; None when there is no such file or it holds something else."""
+    try:
+        with open_plain(path, MOST_JSON_BYTES) as file:
+            return parsed(file.read())
+    except OSError as error:
+        if error.errno in NONE_THERE:
+            return None
+        raise  # a server that fails must not make a finished stage look unfinished
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file; a line that a kill or a full disk left unfinished is dropped."""
+    try:
+        with open_plain(path) as file:
+            return [record for line in lines_of(file) if (record := parsed(line)) is not None]
+    except FileNotFoundError:
+        return []
+
+
+def lines_of(file: BinaryIO) -> Iterator[bytes]:
+    """The finished lines of a file, but for those that are longer than any of ours."""
+    while line := file.readline(LONGEST_LINE):
+        if line.endswith(b"\n"):
+            yield line
+
+
+def parsed(text: bytes) -> dict[str, Any] | None:
+    """The object that a JSON text says, without members that are not what their names say; None for anything else."""
+    try:
+        record = json.loads(text.decode())
+    except (ValueError, RecursionError):
+        return None
+    return _sound(record) if isinstance(record, dict) else None
+
+
+def _sound(record: dict[str, Any]) -> dict[str, Any]:
+    def fits(key: str, value: Any) -> bool:
+        if key in NUMBERS:
+            return is_number(value) and abs(value) <= NUMBERS[key] and (isinstance(value, int) or key not in WHOLE)
+        if key in FIGURES or key.startswith(("eval_", "tokens_", "sequences_")):
+            return isinstance(value, float) or is_number(value)
+        return isinstance(value, str) or key not in TEXTS
+
+    return {key: value for key, value in record.items() if fits(key, value)}
+
+
+def append_jsonl(path: Path, record: Mapping[str, Any]) -> None:
+    """Append one line with a single write, so that lines of several processes never mix.
+
+    What a full disk cut off is ended by a line feed when the next one comes. Raises OSError.
+    """
+    line = (json.dumps(record) + "\n").encode()
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK | os.O_NOCTTY, 0o666)
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EEXIST, "in its place lies no plain file", str(path))
+        size = status.st_size
+        if size and os.pread(descriptor, 1, size - 1) != b"\n":
+            line = b"\n" + line
+        if os.write(descriptor, line) < len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+    finally:
+        os.close(descriptor)
