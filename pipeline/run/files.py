@@ -6,12 +6,14 @@ import errno
 import json
 import os
 import stat
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from pipeline.words import is_number
 
+T = TypeVar("T")
 MOST_JSON_BYTES, MOST_LINES_BYTES, LONGEST_LINE = 1 << 23, 1 << 27, 1 << 18
 NONE_THERE = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO, errno.EEXIST}  # or something that is not ours
 # What stands under these names in any file of ours, or is left out: readers need not ask again.
@@ -103,3 +105,18 @@ def append_jsonl(path: Path, record: Mapping[str, Any]) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
     finally:
         os.close(descriptor)
+
+
+def appeared(look: Callable[[], T | None], readers: int, timeout_s: float) -> T | None:
+    """What ``look`` finds once it is there; None after ``timeout_s``.
+
+    ``readers`` processes wait for it on one file system: the pauses between two looks double, up to those at which
+    all together look twenty times a second.
+    """
+    deadline, pause_s = time.monotonic() + timeout_s, max(0.02, readers / 1000)
+    while (found := look()) is None:
+        if (left_s := deadline - time.monotonic()) <= 0:
+            return None
+        time.sleep(min(pause_s, left_s))
+        pause_s = max(pause_s, min(2 * pause_s, readers / 20))
+    return found

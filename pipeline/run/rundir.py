@@ -22,10 +22,11 @@ from typing import Any
 
 from data_prep.publish import publish_json
 from pipeline.errors import CAUSES, Cause, ConfigError, InUseError
-from pipeline.run.files import NONE_THERE, append_jsonl, open_plain, read_json, read_jsonl
+from pipeline.run.files import NONE_THERE, appeared, append_jsonl, open_plain, read_json, read_jsonl
 from pipeline.words import is_number
 
 SETTINGS = {"recipe": dict, "profile": dict, "corpora": dict, "data_dir": str}  # of run.json, in every version
+NEWEST = 8  # attempts among which that of a launch is, should others have begun at the same time
 BEGINNING_S = 30.0  # a stage's folder is begun in milliseconds
 
 
@@ -179,15 +180,22 @@ class StageDir:
             )
             return attempt
 
-    def join_attempt(self, launch: str, timeout_s: float = 60.0) -> Attempt | None:
-        """The attempt that rank 0 of the same launch took; None when it does not appear in time."""
-        deadline = time.monotonic() + timeout_s
-        while time.monotonic() < deadline:
-            for attempt in reversed(self.attempts):
-                if attempt.owner.get("launch") == launch:
-                    return attempt
-            time.sleep(0.02)
-        return None
+    def join_attempt(self, launch: str, timeout_s: float = 60.0, ranks: int = 1) -> Attempt | None:
+        """The attempt that rank 0 of the same launch took; None when it does not appear in time.
+
+        Each of ``ranks`` ranks asks for it: an attempt whose owner is known to be another is not looked at again.
+        """
+        others: set[int] = set()
+
+        def look() -> Attempt | None:
+            for attempt in reversed(self.attempts[-NEWEST:]):
+                if attempt.number not in others and (owner := attempt.owner):
+                    if owner.get("launch") == launch:
+                        return attempt
+                    others.add(attempt.number)
+            return None
+
+        return appeared(look, ranks, timeout_s)
 
     def metrics(self) -> list[dict[str, Any]]:
         """Metric lines of all attempts in order of step, the last attempt's line where steps repeat."""

@@ -15,7 +15,7 @@ import pytest
 
 from pipeline.errors import ConfigError, InUseError
 from pipeline.run.files import append_jsonl, read_jsonl
-from pipeline.run.rundir import Attempt, RunDir, StageDir
+from pipeline.run.rundir import NEWEST, Attempt, RunDir, StageDir
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
@@ -137,3 +137,14 @@ def test_a_lock_that_still_names_a_dead_holder_is_looked_at_again(tmp_path):
         with pytest.raises(InUseError, match=f"process {os.getpid()} on .*, since 2"), RunDir(tmp_path).held():
             pass
         timer.join()
+
+
+def test_a_waiting_rank_looks_at_no_old_attempt_twice(tmp_path, monkeypatch):
+    stage = StageDir(tmp_path / "phase1")
+    for number in range(50):
+        stage.new_attempt(f"old {number}")
+    opened: list[object] = []
+    real = os.open
+    monkeypatch.setattr(os, "open", lambda path, *more: opened.append(path) or real(path, *more))
+    assert stage.join_attempt("never", timeout_s=0.5, ranks=4) is None
+    assert len(opened) == NEWEST
