@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import os
 import stat
@@ -17,7 +18,7 @@ T = TypeVar("T")
 MOST_JSON_BYTES, MOST_LINES_BYTES, LONGEST_LINE = 1 << 23, 1 << 27, 1 << 18
 NONE_THERE = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO, errno.EEXIST}  # or something that is not ours
 # What stands under these names in any file of ours, or is left out: readers need not ask again.
-TEXTS = {*("line", "cause", "host", "event", "launch", "fingerprint", "samples")}
+TEXTS = {*("line", "cause", "host", "event", "launch", "fingerprint")}
 FIGURES = {*("loss", "mlm_loss", "nsp_loss", "learning_rate", "grad_norm", "step_s", "unigram_loss")}  # also not finite
 WHOLE = ("world_size", "nodes")
 NUMBERS = {
@@ -77,14 +78,18 @@ def parsed(text: bytes) -> dict[str, Any] | None:
 
 
 def _sound(record: dict[str, Any]) -> dict[str, Any]:
-    def fits(key: str, value: Any) -> bool:
-        if key in NUMBERS:
-            return is_number(value) and abs(value) <= NUMBERS[key] and (isinstance(value, int) or key not in WHOLE)
-        if key in FIGURES or key.startswith(("eval_", "tokens_", "sequences_")):
-            return isinstance(value, float) or is_number(value)
-        return isinstance(value, str) or key not in TEXTS
+    return {key: value for key, value in record.items() if (fits := _kind(key)) is None or fits(value)}
 
-    return {key: value for key, value in record.items() if fits(key, value)}
+
+@functools.lru_cache(1 << 10)
+def _kind(key: str) -> Callable[[Any], bool] | None:
+    """Whether a value can stand under this name; None where any can."""
+    if (largest := NUMBERS.get(key)) is not None:
+        kinds = (int,) if key in WHOLE else (int, float)
+        return lambda value: type(value) in kinds and -largest <= value <= largest
+    if key in FIGURES or key.startswith(("eval_", "tokens_", "sequences_")):
+        return lambda value: type(value) is float or is_number(value)
+    return (lambda value: type(value) is str) if key in TEXTS else None
 
 
 def append_jsonl(path: Path, record: Mapping[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """The GPU samples of a run (``attempts/NNNN/gpu/NODE.jsonl``) brought down to what a page can show.
 
-Read line by line: a day of 256 GPUs is gigabytes. Above ``MOST_BYTES`` only every k-th line is read.
+Read line by line: up to version 0.1 a day of 256 GPUs was gigabytes. Above ``MOST_BYTES`` only every k-th line is read.
 """
 
 from __future__ import annotations
@@ -70,18 +70,25 @@ class Gpu:
 
     def add(self, line: dict[str, Any], stage: str, bin_: int) -> None:
         """Take one sample, in order of time within its attempt."""
-        self.samples += 1
+        count, ranges = line.get("samples", 1), line.get("range")
+        count = count if isinstance(count, int) and 0 < count < MOST_BYTES else 1
+        ranges = ranges if isinstance(ranges, dict) else {}
+        self.samples += count
         self.name = str(line.get("name", self.name))
         for metric in METRICS:
             value = line.get(metric)
             if is_number(value):
-                self.sums[metric] += value
-                self.counts[metric] += 1
-                self.highest[metric] = max(value, self.highest.get(metric, value))
-                total, count = self.bins[metric].get(bin_, (0.0, 0))
-                self.bins[metric][bin_] = (total + value, count + 1)
+                self.sums[metric] += value * count
+                self.counts[metric] += count
+                high = [n for n in (value, self.highest.get(metric), *_list(ranges.get(metric))) if is_number(n)]
+                self.highest[metric] = max(high)
+                total, number = self.bins[metric].get(bin_, (0.0, 0))
+                self.bins[metric][bin_] = (total + value * count, number + count)
         self._add_energy(line, stage)
         self.throttled.update(str(reason) for reason in _list(line.get("throttle")))
+        throttled = line.get("throttled")
+        if isinstance(throttled, dict):
+            self.throttled.update({str(why): often for why, often in throttled.items() if isinstance(often, int)})
         self.xids.update(number for number in _list(line.get("xid")) if isinstance(number, int))
         now, before = line.get("ecc_uncorrected"), self.last.get("ecc_uncorrected")
         if is_number(now) and is_number(before):
@@ -98,7 +105,7 @@ class Gpu:
         now, before = line.get("energy_j"), last.get("energy_j")
         if is_number(now) and is_number(before):
             self.energy_j[stage] += max(0.0, now - before)
-        elif is_number(line.get("power_w")) and 0 < passed <= self.pause_s:
+        elif is_number(line.get("power_w")) and 0 < passed <= max(self.pause_s, 2 * line.get("samples", 1)):
             self.energy_j[stage] += line["power_w"] * passed
 
 

@@ -16,7 +16,7 @@ import socket
 import stat
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,20 @@ BEGINNING_S = 30.0  # a stage's folder is begun in milliseconds
 
 @dataclass(frozen=True)
 class Attempt:
-    """One start of a stage: a numbered folder that only this start writes into."""
+    """One start of a stage: a numbered folder that only this start writes into.
+
+    What the files of one that has a successor (``past``) say is read once in a process.
+    """
 
     path: Path
+    past: bool = field(default=False, compare=False)
+    _known: dict[str, dict[str, Any]] = field(default_factory=dict, compare=False, repr=False)
+
+    def _record(self, name: str) -> dict[str, Any] | None:
+        record = self._known.get(name) or read_json(self.path / name)
+        if self.past and record is not None:
+            self._known[name] = record
+        return record
 
     @property
     def number(self) -> int:
@@ -42,7 +53,7 @@ class Attempt:
 
     @property
     def owner(self) -> dict[str, Any]:
-        return read_json(self.path / "owner.json") or {}
+        return self._record("owner.json") or {}
 
     @property
     def job_id(self) -> str:
@@ -53,7 +64,7 @@ class Attempt:
     @property
     def verdict(self) -> dict[str, Any] | None:
         """``code``, ``cause``, ``line``, ``rank``, ``host``, ``time``; None while nobody has judged."""
-        record = read_json(self.path / "verdict.json")
+        record = self._record("verdict.json")
         return None if record is None else {"cause": CAUSES.get(record.get("code", 1), "defect"), **record}
 
     @property
@@ -65,17 +76,22 @@ class Attempt:
         return self.path / "metrics.jsonl"
 
     @functools.cached_property
+    def all_lines(self) -> list[dict[str, Any]]:
+        """The attempt's metric lines, read once. Raises OSError where they cannot be."""
+        return read_jsonl(self.metrics)
+
+    @property
     def lines(self) -> list[dict[str, Any]]:
-        """The attempt's metric lines, read once; none where the file cannot be read."""
+        """The attempt's metric lines; none where the file cannot be read."""
         try:
-            return [line for line in read_jsonl(self.metrics) if isinstance(line, dict)]
-        except (OSError, ValueError):
+            return self.all_lines
+        except OSError:
             return []
 
     @property
     def resumed_from(self) -> int | None:
         """The step from which this start went on, 0 for the beginning; None where that is not (yet) on record."""
-        record = read_json(self.path / "attempt.json")
+        record = self._record("attempt.json")
         origin = None if record is None else (record.get("resumed_from") or {"step": 0})
         step = origin.get("step") if isinstance(origin, dict) else None
         return int(step) if is_number(step) else None
@@ -107,6 +123,13 @@ class Attempt:
         with contextlib.suppress(OSError), os.fdopen(descriptor, "w") as file:
             json.dump(record, file)
         return True
+
+
+@functools.lru_cache(1 << 14)
+def _past(path: Path, inode: int) -> Attempt:
+    """The attempt of this folder; another that has taken its name has another inode."""
+    del inode
+    return Attempt(path, past=True)
 
 
 @dataclass(frozen=True)
@@ -156,8 +179,14 @@ class StageDir:
     def attempts(self) -> list[Attempt]:
         """All attempts, oldest first."""
         folder = self.path / "attempts"
-        names = os.listdir(folder) if folder.is_dir() else []
-        return [Attempt(folder / name) for name in sorted(names) if re.fullmatch("[0-9]{4,9}", name)]
+        found = []
+        if folder.is_dir():
+            with os.scandir(folder) as entries:
+                found = sorted((e.name, e.inode()) for e in entries if re.fullmatch("[0-9]{4,9}", e.name))
+        return [
+            *(_past(folder / name, inode) for name, inode in found[:-1]),
+            *(Attempt(folder / n) for n, _ in found[-1:]),
+        ]
 
     def new_attempt(self, launch: str, **place: str | int) -> Attempt:
         """Take the next attempt number by creating its folder, which only one process can.
@@ -201,7 +230,7 @@ class StageDir:
         """Metric lines of all attempts in order of step, the last attempt's line where steps repeat."""
         lines: dict[tuple[int, bool, bool], dict[str, Any]] = {}
         for attempt in self.attempts:
-            for line in read_jsonl(attempt.metrics):
+            for line in attempt.all_lines:
                 lines[line["step"], "loss" in line, "eval_mlm_loss" in line] = line
         return [lines[key] for key in sorted(lines)]
 

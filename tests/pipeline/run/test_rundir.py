@@ -148,3 +148,24 @@ def test_a_waiting_rank_looks_at_no_old_attempt_twice(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "open", lambda path, *more: opened.append(path) or real(path, *more))
     assert stage.join_attempt("never", timeout_s=0.5, ranks=4) is None
     assert len(opened) == NEWEST
+
+
+def test_the_files_of_past_attempts_are_opened_once_in_a_process(tmp_path, monkeypatch):
+    stage = StageDir(tmp_path / "phase1")
+    for number in range(3):
+        append_jsonl(stage.new_attempt(f"launch {number}").metrics, {"step": number, "loss": 1.0})
+    opened: list[object] = []
+    real = os.open
+    monkeypatch.setattr(os, "open", lambda path, *more: opened.append(path) or real(path, *more))
+    for looks in (6, 2, 2):
+        opened.clear()
+        assert [(one.owner["launch"], len(one.lines)) for one in stage.attempts] == [
+            (f"launch {n}", 1) for n in range(3)
+        ]
+        assert len(opened) == looks
+    stage.attempts[0].write_verdict(75, "late", 0)
+    assert stage.attempts[0].verdict is not None
+    stage.path.rename(tmp_path / "old")  # as a stage that is stale is moved aside
+    for number in range(2):
+        stage.new_attempt(f"other {number}")
+    assert stage.attempts[0].owner["launch"] == "other 0"
