@@ -15,7 +15,7 @@ from pipeline.run.account import RunAccount
 from pipeline.run.chain import Chain
 from pipeline.run.files import read_json
 from pipeline.run.gpu_samples import GpuSamples
-from pipeline.run.rundir import RunDir
+from pipeline.run.rundir import RunDir, StageDir
 from pipeline.run.state import Row, events_of, rows_of
 from pipeline.stages import TASKS
 from pipeline.words import is_number
@@ -34,6 +34,7 @@ class Facts:
     results: dict[str, dict[str, Any]]  # of the stages that are done
     phases: list[Phase]
     scores: dict[str, dict[str, Any]]  # scores.json of the fine-tuning stages
+    scratch: dict[str, dict[str, Any]]  # and of the same tasks without pretraining, where they were trained
     tuning: dict[str, dict[str, Metrics]]  # lines of steps by task, and by stage: one, or one for each seed
     events: list[dict[str, Any]]
     account: RunAccount | None
@@ -58,7 +59,7 @@ def gather(run: RunDir, *, held: bool) -> Facts:
     names = [row["name"] for row in rows]
     done = {row["name"]: run.stage(row["name"]) for row in rows if row["state"] == "done"}
     results = {name: (folder.done or {}).get("result") for name, folder in done.items()}
-    scores = {name: read_json(done[name].path / "scores.json") or {} for name in TASKS if name in done}
+    scores = scores_of(done, {name: name for name in TASKS})
     phases = [Phase.read(name, phase, run.stage(name)) for name, phase in recipe.phases.items()]
     throughput = {phase.name: phase.median("sequences_per_s") for phase in phases}
     tuning = {task: {name: steps_of(run, name) for name in stages_of_task(chain, task)} for task in TASKS}
@@ -72,13 +73,20 @@ def gather(run: RunDir, *, held: bool) -> Facts:
         rows=rows,
         results={name: result for name, result in results.items() if isinstance(result, dict)},
         phases=phases,
-        scores={name: record for name, record in scores.items() if isinstance(record.get("scores"), dict)},
+        scores=scores,
+        scratch=scores_of(done, {name: f"{name}-scratch" for name in TASKS}),
         tuning={task: lines for task, lines in tuning.items() if any(lines.values())},
         events=events,
         account=account.read(run, chain.stages, events, live, time.time()),
         gpus=gpu_samples.read(run, names),
         throughput=throughput,
     )
+
+
+def scores_of(done: Mapping[str, StageDir], stages: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """By task what ``stages`` that are done have scored."""
+    records = {task: read_json(done[name].path / "scores.json") or {} for task, name in stages.items() if name in done}
+    return {task: record for task, record in records.items() if isinstance(record.get("scores"), dict)}
 
 
 def stages_of_task(chain: Chain, task: str) -> list[str]:

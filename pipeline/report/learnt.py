@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,3 +37,21 @@ def context_in_words(figures: Mapping[str, Any]) -> str:
     if uses_context(figures):
         return f"The model uses context: {better}, and only {left}."
     return f"The model knows which words occur together, hardly their order: {better}, and still {left}."
+
+
+def worth_in_words(scores: Mapping[str, Any], scratch: Mapping[str, Any]) -> str:
+    """What pretraining is worth to a task: its score beside that of the same model from random weights.
+
+    The error of a difference is that of two independent shares of the examples; twice it is called no difference.
+    """
+    metric, count = str(scores.get("ranked_by")), scores.get("examples")
+    name = str(scores.get("dataset") or "data set without a name")
+    with_, without = ((record.get("scores") or {}).get(metric) for record in (scores, scratch))
+    if not (is_number(with_) and is_number(without) and is_number(count) and count):
+        return f"{name}: what pretraining is worth was not measured."
+    error = math.sqrt(sum(share * (100 - share) for share in (with_, without)) / count)
+    figures = f"{metric} {with_:.1f} with it, {without:.1f} without, on {count:,} examples"
+    if abs(with_ - without) <= 2 * error:
+        return f"{name}: pretraining makes no difference that shows ({figures}; standard error {error:.1f})."
+    change = f"{'adds' if with_ > without else 'costs'} {abs(with_ - without):.1f} ± {error:.1f} points"
+    return f"{name}: pretraining {change} ({figures})."

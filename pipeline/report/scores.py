@@ -7,6 +7,7 @@ from typing import Any
 
 from pipeline.report.curves import tuning_charts
 from pipeline.report.facts import Facts
+from pipeline.report.learnt import worth_in_words
 from pipeline.report.page import Html, note, section, table
 from pipeline.words import is_number, number, spoken
 
@@ -33,6 +34,12 @@ def shown_scores(found: Mapping[str, Any]) -> str:
     return ", ".join(parts) or "not scored"
 
 
+def baseline(found: Mapping[str, Any], name: str) -> str:
+    """The score of something that is no model, in the metric that ranks; a dash where there is none."""
+    value = ((found.get("baselines") or {}).get(name) or {}).get(found.get("ranked_by"))
+    return f"{metric_name(str(found['ranked_by']))} {value:.2f}\N{NO-BREAK SPACE}%" if is_number(value) else "–"
+
+
 def score_section(facts: Facts) -> Html:
     curves = tuning_charts(facts.tuning)
     if not facts.scores:
@@ -41,18 +48,32 @@ def score_section(facts: Facts) -> Html:
         (
             dataset(found),
             shown_scores(found),
+            *(baseline(found, name) for name in ("majority", "bag_of_words")),
+            shown_scores(facts.scratch[task]) if task in facts.scratch else "–",
             number(found.get("examples")),
             number(found.get("train_examples")),
             ", ".join(number(s.get("seed")) for s in found.get("seeds") or [found] if isinstance(s, Mapping)),
             number(found.get("epochs")),
         )
-        for found in facts.scores.values()
+        for task, found in facts.scores.items()
     ]
-    head = ("Data set", "Score", "Evaluated on", "Trained on", "Seeds", "Epochs")
+    head = (
+        "Data set",
+        "Score",
+        "Most frequent class",
+        "Bag of words",
+        "Without pretraining",
+        "Evaluated on",
+        "Trained on",
+        "Seeds",
+        "Epochs",
+    )
     several = any(len(found.get("seeds") or []) > 1 for found in facts.scores.values())
     more = " With several seeds: mean ± standard deviation (n − 1)." if several else " One seed: no deviation."
     said = note("Scores on held-out examples." + more)
-    return section("Scores", table(head, rows, numeric=(2, 3, 4, 5)), said, seed_table(facts), curves)
+    worth = [note(worth_in_words(facts.scores[task], scratch)) for task, scratch in facts.scratch.items()
+             if task in facts.scores]  # fmt: skip
+    return section("Scores", table(head, rows, numeric=(5, 6, 7, 8)), said, *worth, seed_table(facts), curves)
 
 
 def seed_table(facts: Facts) -> Html | None:

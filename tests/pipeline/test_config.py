@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -24,8 +25,9 @@ from pipeline.errors import ConfigError
 from pipeline.stages import table
 from pipeline.strict_toml import table_of
 from slurm.profile import PROFILES
+from support.running import TWO_PHASES
 
-TINY = (RECIPES / "tiny.toml").read_text(encoding="utf-8")
+TINY = Path(TWO_PHASES).read_text(encoding="utf-8")
 
 
 def refusal(tmp_path, text: str, *settings: str) -> list[str]:
@@ -88,7 +90,7 @@ MUTATIONS = [
     ("[model]", "[model", "not valid TOML", "my.toml"),
     ("[phase2]", "[phase_2]", "did you mean 'phase", "phase_2"),
     ("[phase2]", "[phase0]", "unknown key", "phase0"),
-    ('name = "tiny"', 'name = "tiny"\nphases = ["phase3"]', "no table [phase3]", "my.toml:4: phases"),
+    ('name = "tiny"', 'name = "tiny"\nphases = ["phase3"]', "no table [phase3]", "my.toml:3: phases"),
     ('name = "tiny"', 'name = "tiny"\nphases = ["phase1", "phase1"]', "different tables", "phases"),
     ('name = "tiny"', 'name = "tiny"\nphases = []', "at least one", "phases"),
     ('name = "tiny"', 'name = "tiny"\nphases = "phase1"', "a list", "phases"),
@@ -119,8 +121,8 @@ def test_all_errors_at_once(tmp_path):
 
 
 def test_a_setting_beats_the_file_and_is_named_in_its_errors(tmp_path):
-    assert load_recipe("tiny", ["phase1.steps=7"]).phases["phase1"].steps == 7
-    assert load_recipe("tiny", ["optimizer.name=adamw"]).optimizer.name == "adamw"
+    assert load_recipe(TWO_PHASES, ["phase1.steps=7"]).phases["phase1"].steps == 7
+    assert load_recipe(TWO_PHASES, ["optimizer.name=adamw"]).optimizer.name == "adamw"
     assert refusal(tmp_path, TINY, "phase1.steps=0") == ["--set phase1.steps = 0: must be at least 1"]
     assert "key=value" in refusal(tmp_path, TINY, "phase1.steps")[0]
 
@@ -139,18 +141,18 @@ def test_a_deeply_nested_file_is_refused_not_a_crash(tmp_path):
         load_recipe(str(path))
 
 
-@pytest.mark.parametrize("name", ["tiny", "bert_large"])
+@pytest.mark.parametrize("name", [TWO_PHASES, "bert_large"])
 def test_what_a_run_stores_restores_equal(name):
     recipe = load_recipe(name)
     assert restore(Recipe, table_of(recipe), "run.json") == recipe
 
 
 def test_phases_are_taken_by_number_or_as_selected():
-    second = dataclasses.asdict(load_recipe("tiny").phases["phase2"])
+    second = dataclasses.asdict(load_recipe(TWO_PHASES).phases["phase2"])
     third = [f"phase10.{key}={value}" for key, value in second.items() if value is not None]
-    assert list(load_recipe("tiny", third).phases) == ["phase1", "phase2", "phase10"]
+    assert list(load_recipe(TWO_PHASES, third).phases) == ["phase1", "phase2", "phase10"]
     for names in (["phase1"], ["phase2"], ["phase10", "phase1"]):
-        recipe = load_recipe("tiny", [*third, f"phases={names}"])
+        recipe = load_recipe(TWO_PHASES, [*third, f"phases={names}"])
         assert list(recipe.phases) == names
         assert restore(Recipe, json.loads(json.dumps(table_of(recipe))), "run.json") == recipe
         assert [name for name in table(recipe) if name.startswith("phase")] == names
@@ -158,18 +160,18 @@ def test_phases_are_taken_by_number_or_as_selected():
 
 
 def test_a_phase_that_starts_from_weights_of_its_own_leaves_out_those_before():
-    recipe = load_recipe("tiny", ["phase2.start=bert", "data.vocab=vocab.txt"])
+    recipe = load_recipe(TWO_PHASES, ["phase2.start=bert", "data.vocab=vocab.txt"])
     assert list(recipe.phases) == ["phase2"]
     assert "samples_128" not in table(recipe)
     assert table(recipe)["phase2"].inputs["start"] == "data:bert"
-    first = load_recipe("tiny", ["phase1.start=bert", "data.vocab=vocab.txt"])
+    first = load_recipe(TWO_PHASES, ["phase1.start=bert", "data.vocab=vocab.txt"])
     assert list(first.phases) == ["phase1", "phase2"]
     assert table(first)["phase1"].inputs["start"] == "data:bert"
     assert table(first)["phase2"].inputs["start"] == "phase1#checkpoint"
 
 
 def test_only_what_is_stored_may_hold_what_only_a_newer_version_knows(capsys):
-    recipe = load_recipe("tiny")
+    recipe = load_recipe(TWO_PHASES)
     stored = {**table_of(recipe), "later": 1}
     stored["train"] = {**stored["train"], "later": {"a": 1}}
     for _ in range(2):
@@ -226,9 +228,9 @@ def test_differences_name_every_key_with_both_values():
 
 
 def test_only_scientific_fields_reach_the_fingerprint():
-    base = load_recipe("tiny")
-    same = load_recipe("tiny", ["train.checkpoint_every=7", "train.log_every=2", "phase1.micro_batch=8"])
-    other = load_recipe("tiny", ["train.seed=7"])
+    base = load_recipe(TWO_PHASES)
+    same = load_recipe(TWO_PHASES, ["train.checkpoint_every=7", "train.log_every=2", "phase1.micro_batch=8"])
+    other = load_recipe(TWO_PHASES, ["train.seed=7"])
     assert science(base) == science(same)
     assert science(base) != science(other)
 
@@ -236,4 +238,4 @@ def test_only_scientific_fields_reach_the_fingerprint():
 @given(st.text(max_size=40))
 def test_no_setting_makes_a_traceback(text):
     with contextlib.suppress(ConfigError):
-        load_recipe("tiny", [text])
+        load_recipe(TWO_PHASES, [text])

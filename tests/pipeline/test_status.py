@@ -32,12 +32,12 @@ from pipeline.watch import follow_log, goes_on, short_line, watch
 from pipeline.words import in_short
 from slurm import queue
 from slurm.queue import Job
-from support.running import ROOT, call, command
+from support.running import ROOT, TWO_PHASES, call, command
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunDir:
-    recipe, profile = load_recipe("tiny"), load_profile("local")
+    recipe, profile = load_recipe(TWO_PHASES), load_profile("local")
     settings = {"recipe": table_of(recipe), "profile": dataclasses.asdict(profile), "corpora": {}}
     made = RunDir(tmp_path / "demo")
     made.path.mkdir()
@@ -45,7 +45,7 @@ def run(tmp_path: Path) -> RunDir:
     return made
 
 
-STAGES = len(table(load_recipe("tiny")))
+STAGES = len(table(load_recipe(TWO_PHASES)))
 
 
 def states(run: RunDir) -> dict[str, str]:
@@ -93,7 +93,7 @@ def row_of(run: RunDir, name: str) -> dict[str, object]:
 
 
 def test_eta_is_the_median_step_time_of_this_attempt_times_the_steps_left(run):
-    steps = load_recipe("tiny").phases["phase1"].steps
+    steps = load_recipe(TWO_PHASES).phases["phase1"].steps
     with run.held():
         at_work(run, range(5, 351, 5))
         assert row_of(run, "phase1")["eta_s"] == pytest.approx((steps - 350) * 0.5)

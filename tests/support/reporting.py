@@ -17,6 +17,7 @@ from pipeline.run.chain import Chain
 from pipeline.run.files import append_jsonl
 from pipeline.run.rundir import Attempt, RunDir
 from pipeline.strict_toml import table_of
+from support.running import TWO_PHASES
 
 HOSTILE = "<script>alert(1)</script>\"'>&\x1b[31m\u202eevil"
 UNIGRAM = 6.553
@@ -138,11 +139,11 @@ TINY = (
 )
 
 
-def begin(path: Path, recipe: str = "tiny", profile: str = "local", *settings: str) -> Chain:
+def begin(path: Path, recipe: str = TWO_PHASES, profile: str = "local", *settings: str) -> Chain:
     path.mkdir(parents=True, exist_ok=True)
     values = {
         "format": 1,
-        "recipe": table_of(load_recipe(recipe, [*(TINY if recipe == "tiny" else ()), *settings])),
+        "recipe": table_of(load_recipe(recipe, [*(TINY if recipe == TWO_PHASES else ()), *settings])),
         "profile": dataclasses.asdict(load_profile(profile)),
         "nodes": 1,
         "corpora": {"enwiki-sample.xml.bz2": {"bytes": 1_234_567, "digest": "0123456789abcdef"}},
@@ -225,6 +226,7 @@ def finished_run(path: Path) -> Chain:
         record = {"task": task, "dataset": dataset, "scores": scores, "examples": examples, "train_examples": 2000}
         record |= {"seed": 1, "epochs": 2, "unit": "percent", "seeds": [{"seed": 1, "scores": scores}]}
         record |= {"mean": scores, "deviation": dict.fromkeys(scores)}
+        record |= {"ranked_by": next(iter(scores)), "baselines": {"majority": dict.fromkeys(scores, 50.07)}}
         (chain.run.stage(task).path / "scores.json").write_text(json.dumps(record))
         finish(chain, task, record)
     return chain

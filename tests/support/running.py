@@ -13,6 +13,7 @@ from pathlib import Path
 
 SMALL = Path(__file__).parents[1] / "e2e" / "small.toml"
 ROOT = Path(__file__).parents[2]
+TWO_PHASES = str(Path(__file__).with_name("two_phases.toml"))
 
 
 def command(module: str, *words: object) -> list[str]:

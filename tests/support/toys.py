@@ -14,7 +14,7 @@ NOUNS = ["fox", "dog", "cat", "bird", "fish", "horse", "cow", "ant"]
 VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *NOUNS, *"abcdefghijkl", "who", "good", "bad", ".", "##s"]
 
 
-def write_model(folder: Path) -> None:
+def write_model(folder: Path, positions: int = 64) -> None:
     """A random model as transformers saves it."""
     import torch
     import transformers
@@ -27,7 +27,7 @@ def write_model(folder: Path) -> None:
         num_hidden_layers=2,
         num_attention_heads=4,
         intermediate_size=128,
-        max_position_embeddings=64,
+        max_position_embeddings=positions,
     )
     transformers.BertModel(config).save_pretrained(folder)
     (folder / "vocab.txt").write_text("\n".join(VOCAB) + "\n")

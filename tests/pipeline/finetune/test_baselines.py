@@ -81,12 +81,8 @@ def test_without_pretraining_nothing_of_the_folder_is_left(tmp_path: Path, model
     data, config = examples(tmp_path, "sst2"), config_of("sst2")
     files = Files(model=model, train=data, eval=data)
     identity = identity_of("sst2", config, files, ("train",), scratch=True)
-    tasks = [
-        Finetuning(
-            job(tmp_path / str(s), "sst2"), torch.device("cpu"), "sst2", config, files, ("train",), identity, None, s
-        )  # fmt: skip
-        for s in (False, True)
-    ]
+    given = ("sst2", config, files, ("train",), identity, None)
+    tasks = [Finetuning(job(tmp_path / str(s), "sst2"), torch.device("cpu"), *given, s) for s in (False, True)]
     kept, drawn = (task.model().state_dict() for task in tasks)
     name = "bert.encoder.layer.0.attention.self.query.weight"
     assert not torch.equal(kept[name], drawn[name])

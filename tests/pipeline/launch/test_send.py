@@ -26,7 +26,7 @@ from slurm.flags import Flag, Setting
 from slurm.profile import SECTIONS
 from slurm.resources import parse_nodes
 from slurm.submission import JobPlan, Need
-from support.running import SMALL, call
+from support.running import SMALL, TWO_PHASES, call
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -123,7 +123,7 @@ def test_what_the_jobs_ask_for() -> None:
 
 
 def test_each_seed_is_a_job_of_its_own_where_that_is_wanted() -> None:
-    stages = table(load_recipe("tiny", ["squad.seeds=[1, 2]"]))
+    stages = table(load_recipe(TWO_PHASES, ["squad.seeds=[1, 2]"]))
     assert [name for name in stages if name.startswith("squad")] == ["squad-1", "squad-2", "squad"]
     together = {job.name: job.stages for job in jobs.jobs_of(stages, stages)}
     assert together["finetune"] == ("export", "squad-1", "squad-2", "squad", "mrpc", "sst2", "inference")

@@ -16,7 +16,7 @@ from pipeline.engine.ranks import Ranks
 from pipeline.engine.task import MicroBatch
 from pipeline.pretrain.data import MaskedSamples, PretrainingData
 from pipeline.pretrain.evaluate import WordShares, baselines, evaluate, heldout, marked, ratio_and_error, shuffled
-from pipeline.report.learnt import context_in_words, uses_context
+from pipeline.report.learnt import context_in_words, uses_context, worth_in_words
 
 ALONE = Ranks(0, 1, None, torch.device("cpu"))
 
@@ -133,3 +133,10 @@ def test_the_verdict_needs_the_gain_and_its_control(gain, error, control, verdic
     figures = {"eval_mask_gain": gain, "eval_mask_gain_se": error, "shuffled_mask_gain": control}
     assert uses_context(figures) is verdict
     assert words in context_in_words(figures)
+
+
+@pytest.mark.parametrize(("without", "words"), [(70.7, "no difference that shows"), (60.0, "adds 10.5 ± 1.5 points")])
+def test_pretraining_is_worth_what_it_adds_beyond_its_error(without, words) -> None:
+    scores = {"dataset": "d", "ranked_by": "accuracy", "examples": 2113, "scores": {"accuracy": 70.5}}
+    assert words in worth_in_words(scores, {"scores": {"accuracy": without}})
+    assert "not measured" in worth_in_words(scores, {})

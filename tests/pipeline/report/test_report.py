@@ -30,6 +30,7 @@ from support.reporting import (
     start,
     train,
 )
+from support.running import TWO_PHASES
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +67,10 @@ def test_copying_is_not_taken_for_context(tmp_path, gain, said):
     text = page_of(chain).text
     assert said in text
     assert "The model uses context" not in text
+
+
+def test_scores_stand_beside_what_needs_no_model(finished):
+    assert "sentiment stand-in accuracy 71.40 %, F1 70.10 % accuracy 50.07 % – –" in finished.text
 
 
 def test_every_stage_has_its_row(finished):
@@ -263,7 +268,7 @@ def test_damaged_events_and_marks_cost_nothing_else(tmp_path):
 
 def test_results_of_an_older_configuration_are_not_shown_as_current(tmp_path):
     finished_run(tmp_path / "run")
-    text = page_of(begin(tmp_path / "run", "tiny", "local", "phase2.learning_rate=0.1")).text
+    text = page_of(begin(tmp_path / "run", TWO_PHASES, "local", "phase2.learning_rate=0.1")).text
     assert "what follows was made with the older one, and phase2 will run again" in text
     assert "phase1 will run again" not in text
     assert "phase.learning_rate was 0.002, is 0.1" in text
@@ -280,7 +285,7 @@ def test_several_seeds_show_mean_and_deviation(tmp_path):
         finish(chain, name, {})
     (chain.run.stage("sst2").path / "scores.json").write_text(json.dumps(record))
     text = page_of(chain).text
-    assert "reviews accuracy 72.50 ± 3.54 % 900 not known 1, 7" in text
+    assert "reviews accuracy 72.50 ± 3.54 % – – – 900 not known 1, 7" in text
     assert "reviews accuracy 1: 70.00, 7: 75.00 72.50 ± 3.54 75.00 (seed 7)" in text
 
 

@@ -20,7 +20,7 @@ from pipeline.run.chain import Chain
 from pipeline.run.files import append_jsonl
 from pipeline.run.rundir import RunDir
 from pipeline.strict_toml import table_of
-from support.running import Background, call
+from support.running import TWO_PHASES, Background, call
 
 SPENT = ("data", "compute", "communication", "checkpoint", "evaluation", "other")
 SECONDS = st.floats(0.01, 50)
@@ -185,7 +185,7 @@ def test_any_chain_has_an_end_and_its_parts_are_its_wall_time(spans, needs, subm
 
 def begin(path: Path) -> Chain:
     path.mkdir()
-    recipe, profile = load_recipe("tiny"), load_profile("local")
+    recipe, profile = load_recipe(TWO_PHASES), load_profile("local")
     settings = {"recipe": table_of(recipe), "profile": dataclasses.asdict(profile), "corpora": {}}
     (path / "run.json").write_text(json.dumps({**settings, "data_dir": "."}))
     return Chain.of(RunDir(path))

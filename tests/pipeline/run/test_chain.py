@@ -18,6 +18,7 @@ from pipeline.stage import fingerprints
 from pipeline.stages import table
 from pipeline.strict_toml import table_of
 from pipeline.worker import function_of
+from support.running import TWO_PHASES
 
 ALL = [
     "extract",
@@ -38,7 +39,7 @@ AFTER_PHASE1 = ["phase1", "phase2", "export", "squad", "mrpc", "sst2", "inferenc
 
 
 def chain_of(path: Path, *settings: str, corpora: dict | None = None) -> Chain:
-    recipe = load_recipe("tiny", settings)
+    recipe = load_recipe(TWO_PHASES, settings)
     path.mkdir(exist_ok=True)
     (path / "run.json").write_text(
         json.dumps(
@@ -79,7 +80,7 @@ def test_a_named_vocabulary_and_absent_tasks_shorten_the_chain():
 
 @pytest.mark.parametrize("name", ALL)
 def test_every_stage_function_takes_what_its_stage_gives(name):
-    stage = table(load_recipe("tiny"))[name]
+    stage = table(load_recipe(TWO_PHASES))[name]
     function = function_of(stage)
     inspect.signature(function).bind(object(), **stage.config, **stage.inputs)
     assert importlib.import_module(stage.run.split(":")[0]).__doc__
@@ -148,7 +149,7 @@ def test_a_subset_needs_its_needs(tmp_path):
 
 
 def test_where_the_code_of_a_stage_lies_and_its_version_are_no_part_of_its_fingerprint():
-    stages = table(load_recipe("tiny"))
+    stages = table(load_recipe(TWO_PHASES))
     moved = {n: dataclasses.replace(s, run="elsewhere:run", version=7) for n, s in stages.items()}
     assert fingerprints(moved, {}, {}) == fingerprints(stages, {}, {})
     renamed = {n: dataclasses.replace(s, inputs={**s.inputs, "more": "data:x"}) for n, s in stages.items()}
