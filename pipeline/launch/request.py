@@ -17,7 +17,8 @@ from pipeline.errors import ConfigError
 from pipeline.launch import code
 from pipeline.launch.jobs import Asked, asked_by
 from pipeline.launch.own import write_recipe
-from pipeline.run.rundir import RunDir, read_json
+from pipeline.run.files import read_json
+from pipeline.run.rundir import RunDir
 from pipeline.stages import TASKS
 from slurm import flags
 from slurm.profile import SECTIONS, Profile

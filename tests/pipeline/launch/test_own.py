@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from pipeline.config import load_recipe
 from pipeline.launch.own import HIGHEST, LOWEST, hub_name, kind_of, vocab_size
-from pipeline.run.rundir import RunDir, read_jsonl
+from pipeline.run.files import read_jsonl
+from pipeline.run.rundir import RunDir
 from support.running import call
 from support.toys import VOCAB
 

@@ -16,7 +16,8 @@ from pipeline.report.curves import loss_chart, small_charts
 from pipeline.report.facts import gather
 from pipeline.report.render import render
 from pipeline.run.chain import Chain
-from pipeline.run.rundir import RunDir, append_jsonl
+from pipeline.run.files import append_jsonl
+from pipeline.run.rundir import RunDir
 from support.reporting import (
     HOSTILE,
     RESULTS,
