@@ -37,7 +37,7 @@ svg circle { fill: var(--page); stroke-width: 1.8; }
 
 @dataclass(frozen=True)
 class Line:
-    """``points`` (x, y), x not descending; ``dots`` marks each of them. A level is one point drawn over all x.
+    """``points`` (x, y), x not descending; ``dots`` marks each of them. A level of one point is drawn over all x.
 
     ``legend`` stands in the legend instead of ``name``; the empty text leaves the line out of it. The line breaks
     where x jumps by more than ``gap``.
@@ -201,6 +201,8 @@ def _plot(chart: Chart, lines: Sequence[Line], missing: str, width: int, height:
     marks = [(x, label) for x, label in chart.marks if drawable((x, 0.0))]
     xs = [x for line in lines if line.look != "level" for x, _ in line.points] or [0.0, 1.0]
     x = axis([0.0, chart.until, *xs, *(mark for mark, _ in marks)], ticks=max(2, width // 90), widen=False)
+    if chart.x_label == "step" and x.step < 1:  # there is no half step
+        x = replace(x, ticks=tuple(map(float, range(math.ceil(x.low), math.floor(x.high) + 1))), step=1.0)
     ys = [y for line in lines for _, y in line.points]
     y = axis([*ys, *([0.0] if chart.from_zero else [])], ticks=5, widen=True)
     labels = [tick_label(tick, y.step, max(map(abs, y.ticks))) for tick in y.ticks]
@@ -259,7 +261,7 @@ def _marks(frame: _Frame, marks: Sequence[tuple[float, str]]) -> list[Html]:
 
 
 def _line(frame: _Frame, line: Line) -> list[Html]:
-    if line.look == "level":
+    if line.look == "level" and len(line.points) == 1:
         at = frame.up(line.points[-1][1])
         return [_segment("level", frame.left, at, frame.right, at)]
     kept = thin(line.points, frame.x.low, frame.x.high, int(frame.right - frame.left) // 2)

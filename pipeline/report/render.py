@@ -14,12 +14,12 @@ from typing import Any
 from data_prep.publish import publish_text
 from pipeline.node.job import Job
 from pipeline.report import chart, page
-from pipeline.report.curves import Phase, level_of, phase_section
+from pipeline.report.curves import Phase, level_of, training_section
 from pipeline.report.facts import Facts, gather
 from pipeline.report.gpus import gpu_section, incident_section
 from pipeline.report.learnt import context_in_words
 from pipeline.report.page import Html, document, note, tag
-from pipeline.report.scores import dataset, inference_section, score_section, shown_scores
+from pipeline.report.scores import beside_baselines, dataset, inference_section, score_section
 from pipeline.report.sections import (
     badge,
     data_section,
@@ -56,20 +56,20 @@ def run(job: Job) -> dict[str, Any]:
 def render(facts: Facts) -> str:
     """The report as one HTML document."""
     body = [
-        head(facts),
-        *(phase_section(phase, remark(facts, phase.name)) for phase in facts.phases),
+        score_section(facts),
+        training_section(facts.phases, lambda name: remark(facts, name)),
+        inference_section(facts),
         incident_section(facts),
         time_section(facts),
         gpu_section(facts),
         stage_section(facts),
         data_section(facts),
-        score_section(facts),
-        inference_section(facts),
         plan_section(facts),
         published_section(facts),
         origin_section(facts),
     ]
-    return document(f"{facts.name}: BERT training report", page.STYLE + chart.STYLE, *body)
+    title = f"{facts.name}: BERT training report"
+    return document(title, page.STYLE + chart.STYLE, head(facts), page.contents(body), *body)
 
 
 # -------------------------------------------------------------------- head
@@ -81,13 +81,11 @@ def head(facts: Facts) -> Html:
     world = profile.ranks(facts.nodes)
     where = f"{facts.nodes} node{'s' if facts.nodes > 1 else ''}, {world} rank{'s' if world > 1 else ''}"
     submitted = [event.get("time") for event in facts.events if event.get("event") == "submitted"]
-    spent = sum(row.get("duration_s", 0.0) for row in facts.rows)
     line = [
         f"Recipe {recipe.name}",
         f"cluster {profile.name} ({where})",
         f"submitted {moment(submitted[0])}" if submitted else "time of submission not recorded",
         f"report of {moment(time.time())}",
-        f"{duration(spent)} in finished stages",
     ]
     return tag(
         "header",
@@ -167,6 +165,7 @@ def tiles(facts: Facts) -> Html | None:
         beside("Accuracy at [MASK]", figures, "eval_mask_accuracy", "unigram_mask_accuracy", "most frequent word"),
         beside("NSP accuracy", figures, "eval_nsp_accuracy", "nsp_majority", "more frequent answer"),
         ("Real tokens per second", number(phase.median("tokens_per_s")), f"median of {phase.name}"),
+        ("Time in all", duration(facts.account.chain.wall_s) if facts.account else "–", "from submission to end"),
     ]
     return tag(
         "dl",
@@ -182,8 +181,11 @@ def beside(title: str, figures: Mapping[str, Any], key: str, baseline: str, name
 
 
 def score_list(facts: Facts) -> Html | None:
-    """The scores, by the names of the data sets."""
-    lines = [tag("li", tag("strong", dataset(found)), ": ", shown_scores(found)) for found in facts.scores.values()]
+    """The scores, by the names of the data sets, beside what they have to beat."""
+    lines = [
+        tag("li", tag("strong", dataset(found)), ": ", beside_baselines(facts, task))
+        for task, found in facts.scores.items()
+    ]
     return tag("ul", *lines, class_="scores") if lines else None
 
 
