@@ -14,7 +14,8 @@ from typing import Any
 from data_prep.publish import publish_text
 from pipeline.node.job import Job
 from pipeline.report import chart, page
-from pipeline.report.curves import Phase, level_of, training_section
+from pipeline.report.card import card
+from pipeline.report.curves import level_of, training_section
 from pipeline.report.facts import Facts, gather
 from pipeline.report.gpus import gpu_section, incident_section
 from pipeline.report.learnt import context_in_words
@@ -47,9 +48,11 @@ def main() -> int:
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Stage ``report``: write ``RUN/report.html``. While it runs, no other stage does."""
+    """Stage ``report``: write ``RUN/report.html`` and the model's card. While it runs, no other stage does."""
     facts = gather(job.run, held=False)
     publish_text(job.run.report, render(facts))
+    if "export" in facts.results:
+        publish_text(job.run.stage("export").path / "model" / "README.md", card(facts))
     return {"report": job.run.report.name, "stages_done": sum(row["state"] == "done" for row in facts.rows)}
 
 
@@ -122,23 +125,12 @@ def troubles(facts: Facts) -> list[Html]:
     return boxes
 
 
-def heldout(facts: Facts) -> Phase | None:
-    """The last phase that has been evaluated."""
-    evaluated = [phase for phase in facts.phases if is_number(phase.last("eval_mlm_loss"))]
-    return evaluated[-1] if evaluated else None
-
-
-def figures_of(facts: Facts, phase: Phase) -> dict[str, Any]:
-    """The phase's last held-out figures, with what only its end has measured."""
-    return {**phase.evaluations[-1], **facts.results.get(phase.name, {})}
-
-
 def result_sentence(facts: Facts) -> str:
     """What pretraining came to."""
-    phase = heldout(facts)
+    phase = facts.evaluated
     if phase is None:
         return "The model has not been evaluated yet."
-    figures = figures_of(facts, phase)
+    figures = facts.figures(phase)
     level, name = level_of(figures)
     words = f"MLM loss {figures['eval_mlm_loss']:.3f} nats after {number(figures['step'])} steps of {phase.name}"
     return f"{context_in_words(figures)} Held-out {words}{f'; {name} {level:.3f}' if is_number(level) else ''}."
@@ -146,10 +138,10 @@ def result_sentence(facts: Facts) -> str:
 
 def tiles(facts: Facts) -> Html | None:
     """The figures that are asked for first, each beside what it would be without context."""
-    phase = heldout(facts)
+    phase = facts.evaluated
     if phase is None:
         return None
-    figures = figures_of(facts, phase)
+    figures = facts.figures(phase)
     loss, gain, error, control = (
         figures.get(key) for key in ("eval_mlm_loss", "eval_mask_gain", "eval_mask_gain_se", "shuffled_mask_gain")
     )
