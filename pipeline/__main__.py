@@ -10,6 +10,7 @@ COMMANDS = {
     "pipeline.status": "every stage's state, reason and progress; a stage's log",
     "pipeline.cancel": "stop a run, or a stage and what waits for it; it saves first",
     "pipeline.report": "everything about a run in one HTML file",
+    "pipeline.compare": "runs beside each other: what differs, and which differences are noise",
     "pipeline.plan": "what any number of nodes means in micro-batches, and how often to save",
     "pipeline.checkpoints": "list a run's checkpoints, verify them",
     "pipeline.export": "trained weights as a folder for transformers, or as NVIDIA's file",
