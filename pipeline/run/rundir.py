@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from data_prep.publish import publish_json
 from pipeline.errors import CAUSES, Cause, ConfigError, InUseError
@@ -297,7 +297,7 @@ class RunDir:
         """Hold the run for one runner. InUseError names the process that holds it already."""
         with open(self.path / "lock", "a+", encoding="utf-8") as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _take(file)
             except BlockingIOError:
                 raise InUseError(
                     f"{self.path}: {describe_owner(self._holder())} is using this run; wait for it, or stop it with "
@@ -309,9 +309,9 @@ class RunDir:
             yield
 
     def is_held(self) -> bool:
-        """Whether a runner holds the run now."""
+        """Whether a runner holds the run now. Whoever may read the run may ask, and keeps nobody out."""
         try:
-            with open(self.path / "lock", "r+", encoding="utf-8") as file:
+            with open(self.path / "lock", encoding="utf-8") as file:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return True
@@ -332,6 +332,19 @@ class RunDir:
             gone = owner.get("host") == socket.gethostname() and not Path(f"/proc/{owner.get('pid')}").exists()
             if (owner and not gone) or time.monotonic() > deadline:
                 return {} if gone else owner
+            time.sleep(0.01)
+
+
+def _take(file: TextIO, patience_s: float = 0.2) -> None:
+    """Lock a file for oneself; BlockingIOError when another has it for longer than a look takes."""
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise
             time.sleep(0.01)
 
 
