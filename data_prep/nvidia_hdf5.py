@@ -35,6 +35,7 @@ SCHEMA = {
     "masked_lm_ids": ("<i4", 2),
     "next_sentence_labels": ("|i1", 1),
 }
+MOST_BYTES = 4 << 30  # of a file in memory; NVIDIA's own have a tenth
 FILTERS = {h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32, h5py.h5z.FILTER_LZF}
 Rows = dict[str, NDArray[Any]]
 
@@ -142,7 +143,7 @@ def read_rows(path: Path) -> Rows:
     """The six datasets of a file; DataError when one is missing, of another kind, or stored outside the file."""
     try:
         with h5py.File(path, "r", locking=False) as file:
-            rows = {}
+            rows, left = {}, MOST_BYTES
             for name, (_, dimensions) in SCHEMA.items():
                 # neither links into other files nor plug-ins: the file is a stranger's
                 if not isinstance(file.get(name, getlink=True), h5py.HardLink):
@@ -154,6 +155,9 @@ def read_rows(path: Path) -> Rows:
                     raise ValueError(f"{name} is stored outside the file or with a foreign filter")
                 if dataset.dtype.kind not in "iu" or dataset.ndim != dimensions:
                     raise ValueError(f"{name} is {dataset.dtype} with {dataset.ndim} dimensions")
+                left -= dataset.size * dataset.dtype.itemsize
+                if left < 0:  # a few kB of gzip can say terabytes
+                    raise ValueError(f"more than {MOST_BYTES >> 30} GB of samples; split it")
                 rows[name] = dataset[()]
     except (OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise DataError(f"{path} is not a file of NVIDIA's schema: {error}") from None

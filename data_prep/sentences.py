@@ -36,6 +36,19 @@ LANGUAGES = frozenset(
 )
 
 
+OWN_NAMES = {  # of languages, as their speakers call them
+    "deutsch": "de", "english": "en", "français": "fr", "francais": "fr", "español": "es", "espanol": "es",
+    "italiano": "it", "português": "pt", "portugues": "pt", "nederlands": "nl", "polski": "pl", "русский": "ru",
+    "українська": "uk", "svenska": "sv", "dansk": "da", "norsk": "no", "suomi": "fi", "čeština": "cs", "magyar": "hu",
+    "türkçe": "tr", "ελληνικά": "el", "中文": "zh", "日本語": "ja", "한국어": "ko", "العربية": "ar", "हिन्दी": "hi",
+}  # fmt: skip
+
+
+def language_named(name: str) -> str:
+    """The code of a language by its English or its own name; what is no known name comes back as it is."""
+    return {**{name: code for code, name in PUNKT_MODELS.items()}, **OWN_NAMES}.get(name.lower(), name)
+
+
 def language_fault(language: str) -> str:
     """Why ``language`` cannot be used, in one line with the known codes near it; "" when it can.
 
@@ -43,7 +56,7 @@ def language_fault(language: str) -> str:
     """
     if language.partition("-")[0] in LANGUAGES:
         return ""
-    names = {**{name: code for code, name in PUNKT_MODELS.items()}, **{code: code for code in LANGUAGES}}
+    names = {**OWN_NAMES, **{name: code for code, name in PUNKT_MODELS.items()}, **{c: c for c in LANGUAGES}}
     close = difflib.get_close_matches(language.lower(), sorted(names), n=3, cutoff=0.5)
     near = f"did you mean {', '.join(repr(names[name]) for name in close)}? " if close else ""
     return (

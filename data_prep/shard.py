@@ -89,6 +89,10 @@ def run(
     plans = plan(indexes, "train", train_shards)
     if test_fraction > 0:
         plans += plan(indexes, "test", test_shards)
+    for split, wanted in (("train", train_shards), ("test", test_shards)):
+        made = sum(shard.split == split for shard in plans)
+        if 0 < made < wanted:
+            job.say(f"{made} {split} shards instead of {wanted}: there are not enough documents for more")
     shards = run_all(
         functools.partial(_write, documents, job.out, language, splitter, identity),
         plans,
@@ -111,7 +115,7 @@ def plan(indexes: dict[str, NDArray[Any]], split: Split, shards: int) -> list[Sh
 
     ``indexes``: file name -> INDEX array. Shards get at least two documents each (a pair with a random next
     sentence needs another document) and differ by less than one run or one document in bytes.
-    Raises DataError when there are fewer than two documents per shard.
+    There are fewer shards where there are too few documents. Raises DataError when there are fewer than two.
     """
     names = list(indexes)
     chosen = [np.flatnonzero(index["split"] == SPLITS.index(split)) for index in indexes.values()]
@@ -120,12 +124,13 @@ def plan(indexes: dict[str, NDArray[Any]], split: Split, shards: int) -> list[Sh
     sizes = np.concatenate(
         [np.zeros(0, np.int64), *(index["bytes"][rows] for index, rows in zip(indexes.values(), chosen, strict=True))]
     )
-    if len(sizes) < 2 * shards:
-        other = "" if split == "train" else ", or a larger data.test_fraction"
-        raise DataError(
-            f"{len(sizes)} {split} documents cannot fill {shards} shards (two documents each at least): "
-            f"set data.{split}_shards to {max(1, len(sizes) // 2)} or less{other}"
+    if len(sizes) < 2:
+        every = sum(map(len, indexes.values()))
+        advice = (
+            f"set data.test_fraction to {min(0.5, 6 / every):.2f}" if every > 4 and split == "test" else "more text"
         )
+        raise DataError(f"{len(sizes)} {split} documents of {every} are too few, two are needed at least: {advice}")
+    shards = min(shards, len(sizes) // 2)
     starts = np.cumsum(sizes) - sizes
     bucket = starts // max(1, sizes.sum() // (RUNS_PER_SHARD * shards))
     if len(np.unique(bucket)) < 2 * shards:

@@ -59,6 +59,29 @@ class Source:
 
 
 def read_toml(cls: type[T], name: str, folder: Path, kind: str, settings: Iterable[str]) -> T:
+    """The dataclass of a file: a path, or a name in ``folder``; its ``base`` names another file that it changes.
+
+    Raises ConfigError with a line for each error.
+    """
+    path, text, table = _read(name, folder, kind)
+    seen = [path]
+    while isinstance(base := table.pop("base", None), str):
+        beside = path.parent / base if base.endswith(".toml") else base
+        below, _, values = _read(str(beside), folder, f"{path}: base: {kind}")
+        if below in seen:
+            raise ConfigError(f"{path}: base: {' and '.join(map(str, seen))} go round in a circle")
+        seen.append(below)
+        table = _laid_over(values, table)
+    errors: list[str] = []
+    table, keys = apply_settings(table, settings, errors)
+    made = build(cls, table, Source(str(path), text, keys), "", errors)
+    raise_all(errors)
+    assert made is not None
+    return made
+
+
+def _read(name: str, folder: Path, kind: str) -> tuple[Path, str, dict[str, Any]]:
+    """A file's place, text and tables."""
     path = Path(name) if name.endswith(".toml") or "/" in name else folder / f"{name}.toml"
     if not path.is_file():
         known = sorted(p.stem for p in folder.glob("*.toml"))
@@ -67,15 +90,17 @@ def read_toml(cls: type[T], name: str, folder: Path, kind: str, settings: Iterab
         raise ConfigError(f"{path}: {path.stat().st_size / 1e6:.1f} MB; a {kind} has at most {MAX_BYTES / 1e6:.0f} MB")
     try:
         text = path.read_text(encoding="utf-8")
-        table = parsed(text)
+        return path, text, parsed(text)
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not valid TOML: {error or type(error).__name__}") from None
-    errors: list[str] = []
-    table, keys = apply_settings(table, settings, errors)
-    made = build(cls, table, Source(str(path), text, keys), "", errors)
-    raise_all(errors)
-    assert made is not None
-    return made
+
+
+def _laid_over(base: dict[str, Any], table: dict[str, Any]) -> dict[str, Any]:
+    """``base`` with the values of ``table``, table by table."""
+    return base | {
+        key: {**base[key], **value} if isinstance(value, dict) and isinstance(base.get(key), dict) else value
+        for key, value in table.items()
+    }
 
 
 def parsed(text: str) -> dict[str, Any]:

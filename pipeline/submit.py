@@ -16,8 +16,9 @@ from pipeline.launch.jobs import equipped, jobs_of, with_spares
 from pipeline.launch.local import run_chain
 from pipeline.launch.request import Request
 from pipeline.run.chain import Chain
+from pipeline.run.files import read_json
 from pipeline.run.journal import Journal, live_jobs, refuse_running
-from pipeline.run.rundir import RunDir, read_json
+from pipeline.run.rundir import RunDir
 from pipeline.run.state import rows_of
 from pipeline.stages import TASKS
 from pipeline.strict_toml import table_of

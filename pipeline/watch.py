@@ -11,9 +11,10 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
+from pipeline.run.files import open_plain
 from pipeline.run.rundir import Attempt, StageDir
 from pipeline.run.state import Row
-from pipeline.words import in_short
+from pipeline.words import in_short, visible
 
 INTERVAL_S = 2.0  # between two questions to squeue
 LOG_INTERVAL_S = 0.25
@@ -77,13 +78,14 @@ def watch(look: Callable[[], tuple[list[str], bool]]) -> None:
 
 
 def print_log(attempt: Attempt, offset: int = 0) -> int:
-    """Copy an attempt's log to stdout from ``offset`` bytes on; the offset of its end."""
-    with contextlib.suppress(FileNotFoundError), open(attempt.log, "rb") as file:
+    """Print an attempt's log from ``offset`` bytes on, control characters shown; the offset of its end."""
+    with contextlib.suppress(FileNotFoundError), open_plain(attempt.log, 1 << 40) as file:
         file.seek(offset)
-        while chunk := file.read(CHUNK):
-            sys.stdout.buffer.write(chunk)
+        while chunk := file.readline(CHUNK):
+            line = chunk.decode(errors="backslashreplace").removesuffix("\n")
+            sys.stdout.write(visible(line) + "\n" * chunk.endswith(b"\n"))
             offset += len(chunk)
-    sys.stdout.buffer.flush()
+    sys.stdout.flush()
     return offset
 
 

@@ -11,7 +11,7 @@ from typing import Any, TypeGuard
 
 def visible(words: str) -> str:
     """A text whose control characters are written out, fit for a page and for a terminal."""
-    return "".join(map(_visible, words))
+    return words if words.isprintable() else "".join(map(_visible, words))
 
 
 def _visible(character: str) -> str:

@@ -27,6 +27,7 @@ from pipeline.node.job import Job, Topology
 from pipeline.node.preempt import StopRequest, stop_at_once
 from pipeline.node.supervise import supervise
 from pipeline.run.chain import Chain
+from pipeline.run.files import appeared
 from pipeline.run.rundir import Attempt, RunDir
 from pipeline.stage import Stage
 from slurm import verdict
@@ -93,18 +94,20 @@ def run_stage(run: RunDir, name: str) -> None:
 
 
 def wait_for_rank_0(chain: Chain, name: str, topology: Topology) -> None:
-    """Wait until a stage that one process does is done, looking once a second.
+    """Wait until a stage that one process does is done, looking once a second, less often where many wait.
 
     Raises SystemExit with rank 0's code where its attempt ended, StoppedCleanly when asked to stop.
     """
     stop_at_once()
-    attempt = chain.run.stage(name).join_attempt(topology.launch, PATIENCE_S)
+    attempt = chain.run.stage(name).join_attempt(topology.launch, PATIENCE_S, topology.world_size)
+    pause_s = 1.0
     while not chain.is_done(name):
         if attempt is None:
             raise PeerLost(f"{name}: rank {topology.rank} waited {PATIENCE_S:.0f} s for rank 0 to begin an attempt")
         if ended := attempt.verdict:
-            raise SystemExit(ended["code"])
-        time.sleep(1.0)
+            raise SystemExit(ended.get("code", 1))
+        time.sleep(pause_s)
+        pause_s = max(1.0, min(1.5 * pause_s, topology.world_size / 10))  # two files a look, twenty a second by all
 
 
 def execute(chain: Chain, stage: Stage, job: Job) -> None:
@@ -156,12 +159,11 @@ def workers_of(profile: Profile, environment: Mapping[str, str]) -> int:
 
 def done_soon(chain: Chain, job: Job) -> bool:
     """Whether rank 0 marks the stage done, as it does right after its peers have left the training loop."""
-    deadline = time.monotonic() + PATIENCE_S
-    while not chain.is_done(job.stage):
-        if time.monotonic() > deadline or job.stop.reason is not None:  # rank 0 may have been killed
-            return False
-        time.sleep(0.05)
-    return True
+
+    def look() -> bool | None:
+        return True if chain.is_done(job.stage) else False if job.stop.reason is not None else None
+
+    return bool(appeared(look, job.world_size, PATIENCE_S))  # rank 0 may have been killed
 
 
 def take_attempt(chain: Chain, name: str, topology: Topology) -> Attempt:
@@ -176,7 +178,7 @@ def take_attempt(chain: Chain, name: str, topology: Topology) -> Attempt:
             attempt = folder.new_attempt(topology.launch, **topology.place)
         chain.run.event("started", stage=name, attempt=attempt.number, world_size=topology.world_size)
         return attempt
-    joined = folder.join_attempt(topology.launch, PATIENCE_S)
+    joined = folder.join_attempt(topology.launch, PATIENCE_S, topology.world_size)
     if joined is None:
         raise PeerLost(f"{name}: rank {topology.rank} waited {PATIENCE_S:.0f} s for rank 0 to begin an attempt")
     return joined

@@ -1,106 +1,177 @@
-"""No line of the packages can run what a file, a peer or a user's word says: read from the syntax trees themselves."""
+"""No line of the packages can run what a file, a peer or a user's word says: read from the syntax trees themselves.
+
+Names are resolved first, through imports, their aliases and plain assignments: ``from torch import load as read`` and
+``t = torch`` hide nothing.
+"""
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+import itertools
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("pipeline", "data_prep", "slurm")
+Names = Mapping[str, str]  # what a name in a file stands for: np → numpy
 
 MODULES = {
-    *(
-        "pickle",
-        "_pickle",
-        "cPickle",
-        "pickletools",
-        "shelve",
-        "marshal",
-        "dill",
-        "cloudpickle",
-        "joblib",
-        "jsonpickle",
-    ),
-    *("code", "codeop", "runpy", "torch.distributed.checkpoint", "torch.package", "torch.hub"),
+    *("pickle", "_pickle", "cPickle", "pickletools", "shelve", "marshal", "dill", "cloudpickle", "joblib"),
+    *("jsonpickle", "code", "codeop", "runpy", "torch.distributed.checkpoint", "torch.package", "torch.hub"),
+    *("multiprocessing.managers", "multiprocessing.shared_memory", "xmlrpc", "asyncore", "cffi"),
 }
 BUILTINS = {"eval", "exec", "compile", "__import__", "breakpoint"}
-# Wherever they hang: methods and functions that pickle, unpickle, or hand text to a shell.
-NAMES = {
-    *("broadcast_object_list", "all_gather_object", "gather_object", "scatter_object_list"),
-    *("send_object_list", "recv_object_list", "bcast", "allgather", "alltoall", "sendrecv"),  # mpi4py's that pickle
-    *("popen", "getoutput", "getstatusoutput", "create_subprocess_shell"),
+ANYWHERE = {  # methods and functions by their last name, whatever they hang on
+    *("broadcast_object_list", "all_gather_object", "gather_object", "scatter_object_list", "send_object_list"),
+    *("recv_object_list", "bcast", "allgather", "alltoall", "sendrecv"),  # these pickle, mpi4py's lower case too
+    *("getoutput", "getstatusoutput", "create_subprocess_shell", "popen"),
     *("DelayedSubmission", "pickle_dump", "cloudpickle_dump", "map_array"),  # submitit's
+    *("load_library", "LoadLibrary", "load_inline", "unpack_archive", "extractall"),
+    *("ExternalLink", "SoftLink", "VirtualLayout", "create_virtual_dataset"),  # h5py's ways out of a file
+    *("Pipe", "Pool", "Manager", "Listener", "Client", "JoinableQueue", "ProcessPoolExecutor"),  # they pickle
 }
-ATTRIBUTES = {
-    *(("os", "system"), ("yaml", "load"), ("yaml", "unsafe_load"), ("yaml", "full_load"), ("dcp", "load")),
-    *(("jit", "load"), ("np", "fromregex"), ("importlib", "reload")),
+RESOLVED = (
+    r"os\.(system|startfile|exec[lv]\w*|spawn[lv]\w*|posix_spawnp?)",
+    r"(yaml|ruamel\.yaml)\.(?!safe_|CSafe|Safe)\w*[lL]oad\w*",
+    r"(.*\.)?(dcp\.load|jit\.load|np\.fromregex|numpy\.fromregex|importlib\.reload|builtins\.(eval|exec|compile))",
+    r"mpi4py\.(.*\.)?i?(send|recv|ssend|bsend|rsend|gather|scatter|reduce|allreduce|scan|exscan|isend|irecv)",
+    r"(multiprocessing|torch\.multiprocessing)\.(Queue|SimpleQueue)",
+    r"submitit\.(?!SlurmExecutor\b|SlurmJob\b).*",  # all else of it goes through pickles
+)
+IN_FULL = {"torch.load": 2, "numpy.load": 1, "np.load": 1}  # called by this name, with at most so many plain arguments
+WITH_CONSTANT = {  # the first argument of each is written there, not computed
+    *("importlib.import_module", "import_module", "ctypes.CDLL", "ctypes.PyDLL", "CDLL", "PyDLL"),
+    *("importlib.util.spec_from_file_location",),
 }
-SUBMITIT = {"SlurmExecutor", "SlurmJob"}  # its objects that we use; all else of it goes through pickles
-TRUE_ONLY, FALSE_ONLY = {"weights_only"}, {"shell", "allow_pickle", "trust_remote_code"}
+KEYWORDS: Mapping[str, bool | None] = {  # what each must be; None: not given at all
+    **{"weights_only": True, "shell": False, "allow_pickle": False, "trust_remote_code": False},
+    **{"pickle_module": None, "preexec_fn": None},
+}
+SHELLS = re.compile(r"(.*/)?(ba|da|z|k|c|tc)?sh")
+
+ALLOWED = {  # file: (fault, why it is none)
+    "data_prep/fanout.py": ("Pipe", "between a process and its own child, no name that others could open"),
+    "pipeline/bench/gpu.py": ("Pipe", "between a process and its own child, no name that others could open"),
+    "pipeline/bench/data.py": ("Pool", "between a process and its own child, no name that others could open"),
+    "data_prep/sentences.py": ("a computed import_module", "one of two constants of the same file"),
+    "pipeline/worker.py": ("a computed import_module", "a function of the table in pipeline/stages.py"),
+    "slurm/devcluster/network.py": ("a shell's -c", "constants; what varies comes behind them as arguments"),
+}
+
+
+def names_in(tree: ast.AST) -> dict[str, str]:
+    """What imports and plain assignments call things, in full."""
+    names: dict[str, str] = {}
+    for node in ast.walk(tree):
+        match node:
+            case ast.Import(names=given):
+                names |= {item.asname or item.name.split(".")[0]: item.name if item.asname else item.name.split(".")[0]
+                          for item in given}  # fmt: skip
+            case ast.ImportFrom(module=str(module), names=given, level=0):
+                names |= {item.asname or item.name: f"{module}.{item.name}" for item in given}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign):
+            for target in node.targets:
+                pairs = [(target, node.value)]
+                if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
+                    pairs = [*zip(target.elts, node.value.elts, strict=False)]
+                for name, value in pairs:
+                    if isinstance(name, ast.Name) and (full := in_full(value, names)).partition(".")[0] in IMPORTED:
+                        names.setdefault(name.id, full)
+    return names
+
+
+IMPORTED = {"torch", "numpy", "os", "yaml", "mpi4py", "multiprocessing", "importlib", "ctypes", "h5py", "builtins"}
+
+
+def in_full(node: ast.AST, names: Names) -> str:
+    """``np.load`` as ``numpy.load``; what hangs on anything but a name begins with a point."""
+    if isinstance(node, ast.Name):
+        return names.get(node.id, node.id)
+    return f"{in_full(node.value, names)}.{node.attr}" if isinstance(node, ast.Attribute) else ""
 
 
 def faults_in(source: str) -> Iterator[str]:
     """``line: what`` for everything that is not allowed."""
     tree = ast.parse(source)
-    own = {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}  # a parameter may be called eval
+    names, own = names_in(tree), {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
+    called = {id(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
     for node in ast.walk(tree):
-        yield from (f"{getattr(node, 'lineno', 0)}: {fault}" for fault in faults_of(node, own))
+        for fault in faults_of(node, names, own, called):
+            yield f"{getattr(node, 'lineno', 0)}: {fault}"
 
 
-def faults_of(node: ast.AST, own: set[str]) -> Iterator[str]:
+def faults_of(node: ast.AST, names: Names, own: set[str], called: set[int]) -> Iterator[str]:
     match node:
-        case ast.Import(names=names):
-            yield from (f"import {name.name}" for name in names if unsafe_module(name.name))
-        case ast.ImportFrom(module=str(module), names=names):
-            for name in names:
-                if unsafe_module(module) or unsafe_module(f"{module}.{name.name}"):
-                    yield f"from {module} import {name.name}"
-                if name.name in NAMES or (module, name.name) in ATTRIBUTES:
-                    yield f"import of {name.name}"
-                if module.split(".")[0] == "submitit":
-                    yield f"from {module} import {name.name}"
-        case ast.Name(id=name, ctx=ast.Load()) if name in (BUILTINS - own) | NAMES:
-            yield name
-        case ast.Attribute(value=ast.Name(id="submitit"), attr=name) if name not in SUBMITIT:
-            yield f"submitit.{name}"
-        case ast.Attribute(value=owner, attr=name):
-            if name in NAMES or (last_name(owner), name) in ATTRIBUTES:
+        case ast.Import(names=given):
+            yield from (f"import {item.name}" for item in given if unsafe_module(item.name))
+        case ast.ImportFrom(module=str(module), names=given):
+            for item in given:
+                full = f"{module}.{item.name}"
+                if unsafe_module(module) or unsafe_module(full) or unsafe(full) or full in IN_FULL or item.name == "*":
+                    yield f"from {module} import {item.name}"
+        case ast.Name(id=name, ctx=ast.Load()) if name in BUILTINS - own or unsafe(names.get(name, name)):
+            yield name  # a parameter may be called eval
+        case ast.Attribute(attr=name):
+            full = in_full(node, names)
+            if unsafe(full):
                 yield name
-            if name == "submit" and last_name(owner) != "queue":
+            if full in IN_FULL and id(node) not in called:
+                yield f"{full} not called at once"
+            if name == "submit" and not full.endswith("queue.submit"):
                 yield "submitit's submit"
-            if name in BUILTINS and last_name(owner) == "builtins":
-                yield name
         case ast.Constant(value=str(text)) if text in MODULES - {"code"}:
             yield f"the module name {text!r}"
+        case ast.List(elts=words) | ast.Tuple(elts=words):
+            said = [word.value if isinstance(word, ast.Constant) else None for word in words]
+            for word, after in itertools.pairwise(said):
+                if isinstance(word, str) and SHELLS.fullmatch(word) and re.fullmatch(r"-\w*c", str(after)):
+                    yield "a shell's -c"
         case ast.Call():
-            yield from faults_of_call(node)
+            yield from faults_of_call(node, names)
+        case ast.FunctionDef() | ast.AsyncFunctionDef():
+            calls = [call for call in ast.walk(node) if isinstance(call, ast.Call)]
+            reads = any(in_full(call.func, names) == "h5py.File" and opens_to_read(call) for call in calls)
+            if reads and not any(word.arg == "getlink" for call in calls for word in call.keywords):
+                yield "h5py.File read without a look at its links"
 
 
-def faults_of_call(call: ast.Call) -> Iterator[str]:
+def faults_of_call(call: ast.Call, names: Names) -> Iterator[str]:
+    full, said = in_full(call.func, names), {keyword.arg: keyword.value for keyword in call.keywords}
     if isinstance(call.func, ast.Name) and call.func.id in BUILTINS:
         yield call.func.id
-    said = {keyword.arg: keyword.value for keyword in call.keywords}
     for name, value in said.items():
-        if name in FALSE_ONLY and not is_constant(value, False):
+        if (
+            name is not None
+            and name in KEYWORDS
+            and not (isinstance(value, ast.Constant) and value.value is KEYWORDS[name])
+        ):
             yield f"{name}="
-        if name in TRUE_ONLY and not is_constant(value, True):
-            yield f"{name}="
-    if isinstance(call.func, ast.Attribute) and call.func.attr == "load" and last_name(call.func.value) == "torch":
-        if "weights_only" not in said:
-            yield "torch.load without weights_only=True"
-        if None in said:
-            yield "torch.load with **"
+    if full in IN_FULL and (len(call.args) > IN_FULL[full] or None in said):
+        yield f"{full} with * or too many plain arguments"
+    if full == "torch.load" and "weights_only" not in said:
+        yield "torch.load without weights_only=True"
+    if full in WITH_CONSTANT and not (call.args and within_reach(call.args[0])):
+        yield f"a computed {full.rpartition('.')[2]}"
 
 
-def is_constant(node: ast.expr, value: bool) -> bool:
-    return isinstance(node, ast.Constant) and node.value is value
+def within_reach(argument: ast.expr) -> bool:
+    """A constant, or a module of our own packages."""
+    first = argument.values[0] if isinstance(argument, ast.JoinedStr) else None
+    ours = isinstance(first, ast.Constant) and str(first.value).startswith(("pipeline.", "data_prep."))
+    return ours or isinstance(argument, ast.Constant)
 
 
-def last_name(node: ast.expr) -> str:
-    return node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
+def opens_to_read(call: ast.Call) -> bool:
+    mode = next((word.value for word in call.keywords if word.arg == "mode"), [*call.args, None, None][1])
+    return not (isinstance(mode, ast.Constant) and mode.value in ("w", "x"))
+
+
+def unsafe(full: str) -> bool:
+    return full.rpartition(".")[2] in ANYWHERE or any(re.fullmatch(pattern, full) for pattern in RESOLVED)
 
 
 def unsafe_module(name: str) -> bool:
@@ -112,73 +183,62 @@ def files() -> list[Path]:
 
 
 def test_the_packages_hold_nothing_unsafe() -> None:
-    found = [f"{path.relative_to(ROOT)}:{fault}" for path in files() for fault in faults_in(path.read_text())]
-    assert not found, "\n".join(found)
+    found = [(str(path.relative_to(ROOT)), fault) for path in files() for fault in faults_in(path.read_text())]
+    excused = {(name, fault) for name, fault in found if fault.partition(": ")[2] == ALLOWED.get(name, ("",))[0]}
+    assert not set(found) - excused, "\n".join(f"{name}:{fault}" for name, fault in found)
+    assert {name for name, _ in excused} == set(ALLOWED), "an exception that nothing needs"
     assert len(files()) > 60
 
 
 UNSAFE = (
-    "import pickle",
-    "import pickle as p, os",
-    "from pickle import loads",
-    "import shelve",
-    "import marshal",
-    "import dill",
-    "from cloudpickle import dumps",
-    "def f():\n    import _pickle",
-    "importlib.import_module('pickle')",
-    "import torch.distributed.checkpoint as dcp",
-    "from torch.distributed import checkpoint",
-    "from torch.distributed.checkpoint import load",
-    "dcp.load(state)",
-    "eval(text)",
-    "exec(text)",
-    "compile(text, '', 'exec')",
-    "run = eval",
-    "builtins.exec(text)",
-    "def f(eval):\n    return eval(text)",
-    "__import__(name)",
-    "os.system('ls')",
-    "from os import system",
-    "os.popen('ls')",
-    "subprocess.getoutput('ls')",
-    "subprocess.run('ls', shell=True)",
-    "subprocess.Popen(words, shell=flag)",
-    "yaml.load(text)",
-    "torch.load(path)",
-    "torch.load(path, weights_only=False)",
-    "torch.load(path, weights_only=safe)",
-    "torch.load(path, **options)",
-    "torch.jit.load(path)",
-    "np.load(path, allow_pickle=True)",
-    "numpy.load(path, allow_pickle=flag)",
-    "dist.broadcast_object_list(items)",
-    "dist.all_gather_object(items, item)",
-    "from torch.distributed import scatter_object_list",
-    "world.bcast(item)",
-    "executor.submit(function)",
-    "super().submit(function)",
-    "submitit.AutoExecutor(folder)",
-    "from submitit.core.utils import DelayedSubmission",
-    "import submitit.core.utils as u\nu.pickle_dump(x, y)",
-    "AutoTokenizer.from_pretrained(x, trust_remote_code=True)",
+    *(f"import {name}" for name in sorted(MODULES)),
+    *(f"import {name} as harmless, os" for name in sorted(MODULES)),
+    *(f"thing.{name}(x)" for name in sorted(ANYWHERE)),
+    *(f"from thing import {name} as harmless" for name in sorted(ANYWHERE)),
+    *(f"{name}(text)" for name in sorted(BUILTINS)),
+    *(f"f({name}=value)" for name in KEYWORDS),
+    *(f"{name}(variable)" for name in sorted(WITH_CONSTANT)),
+    *("from pickle import loads", "def f():\n    import _pickle", "importlib.import_module('pickle')"),
+    *("from torch.distributed import checkpoint", "from torch.distributed.checkpoint import load", "dcp.load(state)"),
+    *("run = eval", "builtins.exec(text)", "def f(eval):\n    return eval(text)", "import builtins as b\nb.eval(x)"),
+    *("os.system('ls')", "from os import system", "from os import system as s\ns('ls')", "os.popen('ls')"),
+    *("os.execvp(name, words)", "os.execl('/bin/sh', 'sh')", "from os import execv", "os.spawnlp(0, x)"),
+    *("import os as o\no.posix_spawn(a, b, c)", "subprocess.run('ls', shell=True)"),
+    *("subprocess.run(['bash', '-c', text])", "words = ('/bin/sh', '-c', text)", "run(['ssh', 'bash', '-lc', text])"),
+    *("yaml.load(text)", "import yaml as y\ny.unsafe_load(text)", "from yaml import load", "yaml.UnsafeLoader"),
+    *("torch.load(path)", "torch.load(path, weights_only=False)", "torch.load(path, weights_only=safe)"),
+    *("torch.load(path, **options)", "torch.jit.load(path)", "from torch import load", "from torch import load as r"),
+    *(
+        "import torch as t\nt.load(path)",
+        "t = torch\nt.load(path)",
+        "read = torch.load\nread(path)",
+        "map(torch.load, paths)",
+    ),
+    *("torch.load(path, None, pickle, weights_only=True)", "from torch import *", "torch.ops.load_library(path)"),
+    *("np.load(path, allow_pickle=True)", "import numpy as n\nn.load(path, None, True)", "np.load(path, None, True)"),
+    *("from numpy import load", "np.fromregex(path, text, kind)"),
+    *("def f():\n    from mpi4py import MPI\n    MPI.COMM_WORLD.gather(x)", "world.bcast(item)"),
+    *("from mpi4py import MPI\nw, n = MPI.COMM_WORLD, 2\nw.send(x, 1)", "from mpi4py import MPI as M\nM.x.recv()"),
+    *("import multiprocessing as m\nm.Queue()", "context.Pipe()", "from multiprocessing.connection import Client"),
+    *(
+        "ctypes.CDLL(path)",
+        "from ctypes import CDLL\nCDLL(path)",
+        "from importlib import import_module\nimport_module(x)",
+    ),
+    *("importlib.import_module(f'{room}.x')", "tarfile.open(path).extractall(folder)"),
+    *("def f():\n    h5py.File(path)['x']", "def f():\n    from h5py import File as F\n    F(path, 'r')['x']"),
+    *("executor.submit(function)", "super().submit(function)", "submitit.AutoExecutor(folder)"),
+    *("from submitit.core.utils import DelayedSubmission", "import submitit.core.utils as u\nu.pickle_dump(x, y)"),
 )
 SAFE = (
-    "re.compile('a')",
-    "torch.load(path, map_location='cpu', weights_only=True)",
-    "np.load(path)",
-    "np.load(path, allow_pickle=False)",
-    "subprocess.run(['ls'], shell=False)",
-    "dist.broadcast(tensor, 0)",
-    "world.Allgather(a, b)",
-    "queue.submit(path, words)",
-    "submitit.SlurmExecutor.__init__",
-    "json.loads(text)",
-    "class C:\n    eval: str",
-    "def f(*, eval: Path):\n    return read(eval)",
-    "model.eval()",
-    "loader.exec_module(module)",
-    "no_pickle = 'not a pickle, no eval()'",
+    *("re.compile('a')", "torch.load(path, map_location='cpu', weights_only=True)", "np.load(path)"),
+    *("np.load(path, allow_pickle=False)", "subprocess.run(['ls'], shell=False)", "dist.broadcast(tensor, 0)"),
+    *("world.Allgather(a, b)", "from mpi4py import MPI\nMPI.COMM_WORLD.Allgather(a, b)", "dist.reduce(x)"),
+    *("queue.submit(path, words)", "submitit.SlurmExecutor.__init__", "json.loads(text)", "class C:\n    eval: str"),
+    *("def f(*, eval: Path):\n    return read(eval)", "model.eval()", "loader.exec_module(module)", "queue.Queue(3)"),
+    *("no_pickle = 'not a pickle, no eval()'", "yaml.safe_load(text)", "ctypes.CDLL(None)", "['bash', path]"),
+    *("importlib.import_module('apex')", "importlib.import_module(f'pipeline.{room}')", "h5py.File('x', 'w')"),
+    "def f():\n    with h5py.File(path, 'r') as file:\n        file.get('x', getlink=True)",
 )
 
 
@@ -190,3 +250,9 @@ def test_every_unsafe_way_is_seen(source: str) -> None:
 @pytest.mark.parametrize("source", SAFE)
 def test_safe_code_is_let_through(source: str) -> None:
     assert not list(faults_in(source))
+
+
+@pytest.mark.parametrize("pattern", RESOLVED)
+def test_every_pattern_is_needed(pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "RESOLVED", [other for other in RESOLVED if other != pattern])
+    assert any(not list(faults_in(source)) for source in UNSAFE)

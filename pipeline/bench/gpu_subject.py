@@ -62,10 +62,15 @@ class Samples:
     labels: Ints
 
 
-def invent(count: int, seq_len: int, vocab_size: int, seed: int) -> Samples:
-    """Random samples as long as real ones: at 128 two thirds full (mean 109), else log-normal around half of it."""
+def invent(count: int, seq_len: int, vocab_size: int, seed: int, lengths_like: Ints | None = None) -> Samples:
+    """Random samples as long as real ones: at 128 two thirds full (mean 109), else log-normal around half of it.
+
+    With ``lengths_like`` their lengths are drawn from those.
+    """
     dice = np.random.default_rng(seed)
-    if seq_len <= 128:
+    if lengths_like is not None:
+        lengths = dice.choice(lengths_like, count)
+    elif seq_len <= 128:
         lengths = np.where(dice.random(count) < 0.66, seq_len, dice.integers(16, seq_len, count))
     else:
         lengths = np.clip(dice.lognormal(np.log(0.43 * seq_len), 0.8, count), 20, seq_len).astype(np.int64)
@@ -142,19 +147,22 @@ class Subject:
         mlm_sum, nsp_sum = losses_of(self.model, tensors, self.samples[index].seq_len)
         return mlm_sum / len(tensors["labels"]), nsp_sum / len(tensors["nsp"])
 
-    def micro_batch(self, index: int, key: int = 0) -> None:
-        """Forward and backward; gradients are added to those that are there."""
+    def micro_batch(self, index: int, key: int = 0) -> Tensor:
+        """Forward and backward; gradients are added to those that are there. Returns the loss."""
         mlm_loss, nsp_loss = self.losses(index, key)
         with torch.autocast(self.device.type, enabled=False):
             torch.autograd.backward((mlm_loss + nsp_loss) / len(self.batches))
+        return (mlm_loss + nsp_loss).detach()
 
-    def accumulate(self, indices: Sequence[int], key: int = 0) -> None:
-        """Some micro-batches as in one step, with autocast entered once or for each."""
+    def accumulate(self, indices: Sequence[int], key: int = 0) -> list[Tensor]:
+        """Some micro-batches as in one step, with autocast entered once or for each. Returns their losses."""
         once = self.levers.autocast == "step"
+        losses = []
         with self.autocast() if once else contextlib.nullcontext():
             for index in indices:
                 with contextlib.nullcontext() if once else self.autocast():
-                    self.micro_batch(index, key)
+                    losses.append(self.micro_batch(index, key))
+        return losses
 
     def step(self, number: int, learning_rate: float = 1e-3) -> float:
         """One optimizer step over all micro-batches; returns the gradients' norm."""

@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from data_prep.publish import SEAL, file_sha256, is_sealed, publish_sealed, sync_folder
 from pipeline.bert.tensor_file import write_safetensors
 from pipeline.errors import CheckpointError, InUseError, NumericalError, StorageError
-from pipeline.run.rundir import describe_owner, read_json
+from pipeline.run.files import read_json
+from pipeline.run.rundir import describe_owner
 
 Arrays = Mapping[str, NDArray[Any]]
 FORMAT = 1

@@ -101,6 +101,8 @@ class Loop:
         self.introduce()
         job.heartbeat.beat("starting", state.step)
         try:
+            if settings.evaluate_first and state.step == 0:
+                self.evaluate()
             while state.step < settings.steps:
                 began = time.perf_counter()
                 job.heartbeat.beat("working", state.step)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 from pipeline.node.job import Job
-from pipeline.run.rundir import append_jsonl
+from pipeline.run.files import append_jsonl
 
 Part = Literal["data", "compute", "communication", "checkpoint", "evaluation"]
 PARTS: tuple[Part, ...] = ("data", "compute", "communication", "checkpoint", "evaluation")

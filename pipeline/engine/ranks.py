@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import TCPStore
+from torch._C._distributed_c10d import Store
 
 from pipeline.errors import PeerLost
 from pipeline.node.distributed import Group
@@ -27,7 +27,7 @@ class Ranks:
     group: Group
     device: torch.device
     heartbeat: Heartbeat = field(default_factory=Heartbeat)
-    store: TCPStore | None = None
+    store: Store | None = None
 
     def alive(self, where: Where) -> None:
         """A sign of life, and what comes next: one's own work, or waiting for others."""

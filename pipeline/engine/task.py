@@ -41,6 +41,7 @@ class Settings:
     eval_every: int | None = None
     checkpoint_every: int | None = None
     keep_checkpoints: int = 2
+    evaluate_first: bool = False  # before the first step: what the starting weights know
 
 
 @dataclass(frozen=True)

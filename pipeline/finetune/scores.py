@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep.publish import publish_json, sync_folder
+from data_prep.publish import publish_bytes, publish_json, sync_folder
 from pipeline.config import FinetuneConfig
 from pipeline.node.job import Job
-from pipeline.run.rundir import read_json
+from pipeline.run.files import read_json
 
 Record = dict[str, Any]
 
@@ -51,7 +51,7 @@ def collect(out: Path, folders: Sequence[Path]) -> Record:
     records = {folder: read_json(folder / "scores.json") or {} for folder in folders}
     best = max(folders, key=lambda folder: records[folder]["scores"].get(records[folder].get("ranked_by"), 0.0))
     for path in sorted(best.glob("*predictions.json")):
-        publish_json(out / path.name, read_json(path) or {})
+        publish_bytes(out / path.name, path.read_bytes())
     if (best / "model").is_dir():
         link = out / f".model.{os.getpid()}.tmp"
         link.symlink_to(os.path.relpath(best / "model", out))

@@ -38,7 +38,7 @@ from pipeline.finetune.scores import in_words, record_of_seed
 from pipeline.node.device import chosen_device, device_of
 from pipeline.node.distributed import joined, peers_named
 from pipeline.node.job import Job
-from pipeline.run.rundir import read_json
+from pipeline.run.files import read_json
 
 SKIPPED = "skipped_train_examples.json"
 MISMATCHED = "mismatched"

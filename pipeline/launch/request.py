@@ -16,7 +16,9 @@ from pipeline.config import Recipe, TaskConfig, load_profile, load_recipe, resto
 from pipeline.errors import ConfigError
 from pipeline.launch import code
 from pipeline.launch.jobs import Asked, asked_by
-from pipeline.run.rundir import RunDir, read_json
+from pipeline.launch.own import write_recipe
+from pipeline.run.files import read_json
+from pipeline.run.rundir import RunDir
 from pipeline.stages import TASKS
 from slurm import flags
 from slurm.profile import SECTIONS, Profile
@@ -66,8 +68,10 @@ def of(words: Sequence[str]) -> Request:
     given = parser().parse_args(line.rest)
     run = RunDir(given.run)
     stored = read_json(run.path / "run.json") or {}
+    if given.text or given.start or given.language:
+        take_own(run, given)
     if not stored and (given.recipe is None or given.cluster is None):
-        raise ConfigError(f"{run.path} is not a run yet: name a --recipe and a --cluster")
+        raise ConfigError(f"{run.path} is not a run yet: name a --recipe and a --cluster, or your own --text")
     origin = str(run.path / "run.json")
     if given.recipe is not None:
         recipe = load_recipe(given.recipe, given.settings)
@@ -131,6 +135,11 @@ def parser() -> argparse.ArgumentParser:
     add("--recipe", help="what to train: a name in pipeline/recipes or a .toml file (default: the run's)")
     add("--cluster", help="how the site runs jobs: a name in slurm/profiles or a .toml file (default: the run's)")
     add("--run", type=Path, required=True, help="run directory: everything of this training")
+    text_help = "your own text: a folder, or files; the recipe is written for it, to RUN/recipe.toml"
+    add("--text", type=Path, nargs="+", default=[], metavar="PATH", help=text_help)
+    add("--language", metavar="CODE", help="of --text (default: en)")
+    start_help = "with --text: go on from this model, a Hugging Face folder or NVIDIA's .pt"
+    add("--start", type=Path, metavar="PATH", help=start_help)
     add("--data", type=Path, help="folder of the corpora that the recipe names (default: the profile's)")
     # taken out with Slurm's flags; named here to be explained
     nodes_help = "nodes for pretraining, as 32 or 16-32; the global batch stays the same (default: the run's, else 1)"
@@ -150,6 +159,16 @@ def parser() -> argparse.ArgumentParser:
     mixed_help = "let GPUs of different models share a job"
     add("--allow-mixed", action="store_true", default=None, help=mixed_help)
     return options
+
+
+def take_own(run: RunDir, given: argparse.Namespace) -> None:
+    """Write the recipe for ``--text`` and put it, its data and the cluster into ``given``."""
+    if given.recipe is not None or given.data is not None:
+        raise ConfigError("--text writes a recipe and knows its data: give no --recipe and no --data with it")
+    given.cluster = given.cluster or "local"
+    profile = load_profile(given.cluster)
+    given.recipe, given.data = write_recipe(run, given.text, given.language, given.start, profile)
+    given.recipe = str(given.recipe)
 
 
 def hours(text: str) -> float:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.monitor import health
+from pipeline.monitor.fold import Fold
 from pipeline.monitor.health import Finding
 
 FLUSH_S = 10.0  # one write for all GPUs, so that many nodes do not trouble a shared file system
@@ -22,8 +23,9 @@ NOT_SAMPLED = ("remap_pending", "remap_failed", "recovery_action")
 
 
 class Sampler:
-    """Writes one line per GPU and interval to ``folder/NODE.jsonl`` and judges what it reads, in daemon threads.
+    """Writes one line per GPU and window to ``folder/NODE.jsonl`` and judges what it reads, in daemon threads.
 
+    A GPU is read every ``interval_s``; the windows (`Fold`) grow with the age of the stage, ``age_s`` at the start.
     ``labels`` (job, stage, attempt, node) go into every line. ``say`` gets a line about the monitoring itself (no
     driver), each at most once. ``on_warning(line, facts)`` gets each new finding once, ``on_fatal(line)`` the first
     fatal one, whose facts are then in ``fatal``; facts are stage, attempt, node, gpu, uuid, verdict and line. All
@@ -40,9 +42,10 @@ class Sampler:
         on_warning: Callable[[str, dict[str, Any]], None],
         on_fatal: Callable[[str], None],
         interval_s: float = 1.0,
+        age_s: float = 0.0,
     ) -> None:
         self.fatal: dict[str, Any] | None = None
-        self._folder, self._labels, self._interval_s = folder, dict(labels), interval_s
+        self._folder, self._labels, self._interval_s, self._age_s = folder, dict(labels), interval_s, age_s
         self._node = str(labels["node"])
         self._say, self._on_warning, self._on_fatal = say, on_warning, on_fatal
         self._told: set[str] = set()
@@ -123,22 +126,26 @@ class Sampler:
             return
         self._uuids[index] = gpu.uuid
         before: dict[str, Any] = {}
+        fold, now = Fold(self._age_s), time.time()
         while not self._stopping.is_set():
             now = time.time()
             started = self._asked[index] = time.monotonic()
             reading, codes = gpu.read()
             self._asked.pop(index)
             if reading:
-                self._lines.append(self._line(now, gpu.index, gpu.uuid, gpu.name, reading))
+                sampled = {key: value for key, value in reading.items() if key not in NOT_SAMPLED}
+                self._keep(now, gpu.index, gpu.uuid, gpu.name, fold.add(started, sampled))
             found = [finding for code in sorted(codes) for finding in health.of_code(code)]
             self._judge(index, health.of_xids(reading.get("xid", ())) + found + health.of_reading(reading, before))
             before |= reading
             self._stopping.wait(max(0.0, started + self._interval_s - time.monotonic()))
+        self._keep(now, gpu.index, gpu.uuid, gpu.name, fold.close())
 
-    def _line(self, now: float, index: int, uuid: str, name: str, reading: Mapping[str, Any]) -> str:
-        sampled = {key: value for key, value in reading.items() if key not in NOT_SAMPLED}
-        which = {"gpu": index, **({"uuid": uuid} if uuid else {}), **({"name": name} if name else {})}
-        return json.dumps({"time": round(now, 3), **self._labels, **which, **sampled}) + "\n"
+    def _keep(self, now: float, index: int, uuid: str, name: str, window: dict[str, Any] | None) -> None:
+        """Have a window written, where there is one."""
+        if window is not None:
+            which = {"gpu": index, **({"uuid": uuid} if uuid else {}), **({"name": name} if name else {})}
+            self._lines.append(json.dumps({"time": round(now, 3), **self._labels, **which, **window}) + "\n")
 
     def _judge(self, index: int, findings: list[Finding]) -> None:
         """Tell what is new."""

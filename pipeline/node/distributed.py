@@ -4,75 +4,149 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import json
+import hmac
 import os
+import secrets
 import socket
-import time
+import tempfile
 from collections.abc import Iterator
-from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import TCPStore
+from torch._C._distributed_c10d import FileStore, PrefixStore, Store, TCPStore
 
+from data_prep.errors import escaped
 from data_prep.publish import publish_json
-from pipeline.errors import PeerLost
+from pipeline.errors import PeerLost, PipelineError
 from pipeline.node.device import fault_of
 from pipeline.node.job import Job
+from pipeline.run.files import appeared, read_json
 
 PEER_TIMEOUT_S = 120.0  # longer than any honest wait between two collectives
+LOOPBACK = "127.0.0.1"
+BACKLOG = 4096  # ranks that connect at once
 Group = dist.ProcessGroup | None
 
 
 @contextlib.contextmanager
-def joined(job: Job, device: torch.device) -> Iterator[tuple[Group, TCPStore | None]]:
+def joined(job: Job, device: torch.device) -> Iterator[tuple[Group, Store | None]]:
     """The group of all ranks of this attempt and the store where they met (None for a single one), left at the end.
 
-    Rank 0 listens on a port that the system chooses and publishes it, with the launch as nonce, in the attempt's
-    folder, readable by the owner only. Raises PeerLost when ranks do not come together or one goes away.
+    Ranks of the local runner meet in a file that nobody else can open, those of a Slurm job at a port of rank 0's.
+    Where that is stands in the attempt's folder, readable by the owner only, with a token by which both sides know each
+    other before the group forms. Raises PeerLost when they do not come together, for whatever reason, or one goes away.
     """
     if job.world_size == 1:
         yield None, None
         return
     host = rendezvous_host()
-    if host == "127.0.0.1":
+    if host == LOOPBACK:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    with peers_named(job):
-        store = _store(job, host, job.attempt.path / "rendezvous.json")
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
-            store=store,
-            rank=job.rank,
-            world_size=job.world_size,
-            timeout=datetime.timedelta(seconds=PEER_TIMEOUT_S),
-            device_id=device if device.type == "cuda" else None,  # connects now: a broken fabric shows at the start
-        )
+    with contextlib.ExitStack() as at_the_end, peers_named(job):
+        with _forming(job):
+            store = _meet(job, host, at_the_end)
+            dist.init_process_group(
+                "nccl" if device.type == "cuda" else "gloo",
+                store=store,
+                rank=job.rank,
+                world_size=job.world_size,
+                timeout=datetime.timedelta(seconds=PEER_TIMEOUT_S),
+                device_id=device if device.type == "cuda" else None,  # connects now: a broken fabric shows at the start
+            )
         yield dist.group.WORLD, store
         dist.destroy_process_group()  # not after an error: it may wait for ever, and the process ends anyway
 
 
 def rendezvous_host() -> str:
-    """This machine's address for its peers: MASTER_ADDR if given, loopback outside Slurm, else the host name."""
-    return os.environ.get("MASTER_ADDR") or (socket.gethostname() if "SLURM_JOB_ID" in os.environ else "127.0.0.1")
+    """This machine's address for its peers: MASTER_ADDR if given, loopback where all are here, else the host name."""
+    here = "SLURM_JOB_ID" not in os.environ or os.environ.get("SLURM_STEP_NUM_NODES") == "1"
+    return os.environ.get("MASTER_ADDR") or (LOOPBACK if here else socket.gethostname())
 
 
-def _store(job: Job, host: str, meeting: Path) -> TCPStore:
-    timeout = datetime.timedelta(seconds=PEER_TIMEOUT_S)
+@contextlib.contextmanager
+def _forming(job: Job) -> Iterator[None]:
+    """No failure to form the group is a defect: a peer is gone, a stranger spoke, or the network does not carry."""
+    try:
+        yield
+    except PipelineError:
+        raise
+    except Exception as error:
+        if isinstance(error, RuntimeError) and (fault := fault_of(error, job, None)) is not None:
+            raise fault from error
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        where = f"rank {job.rank} on {socket.gethostname()}"
+        raise PeerLost(f"{where}: the {job.world_size} ranks did not come together: {escaped(said)[:300]}") from error
+
+
+def _meet(job: Job, host: str, at_the_end: contextlib.ExitStack) -> Store:
+    """The store of this attempt's ranks, once all of them have shown in it that they know the token."""
+    meeting, timeout = job.attempt.path / "rendezvous.json", datetime.timedelta(seconds=PEER_TIMEOUT_S)
+    store: Store
     if job.rank == 0:
-        store = TCPStore(host, 0, job.world_size, True, timeout=timeout, wait_for_workers=False)
+        place: dict[str, Any] = {"launch": job.topology.launch, "token": secrets.token_hex(32)}
+        if host == LOOPBACK and "SLURM_JOB_ID" not in os.environ:  # there each task may have a /tmp of its own
+            folder = at_the_end.enter_context(tempfile.TemporaryDirectory(prefix="ranks-"))  # others cannot enter
+            place["file"] = f"{folder}/store"
+            store = FileStore(place["file"], job.world_size)
+        else:
+            listener = listening(host)
+            place["host"], place["port"] = listener.getsockname()[:2]
+            if place["host"] in ("0.0.0.0", "::"):
+                place["host"] = host
+            store = TCPStore(
+                place["host"], place["port"], job.world_size, True,
+                timeout=timeout, wait_for_workers=False, master_listen_fd=listener.detach(),
+            )  # fmt: skip
         previous = os.umask(0o077)
         try:
-            publish_json(meeting, {"host": host, "port": store.port, "launch": job.topology.launch})
+            publish_json(meeting, place)
         finally:
             os.umask(previous)
-        return store
-    deadline = time.monotonic() + PEER_TIMEOUT_S
-    while not meeting.exists():
-        if time.monotonic() > deadline:
-            raise PeerLost(f"rank {job.rank} waited {PEER_TIMEOUT_S:.0f} s for rank 0 to open its port")
-        time.sleep(0.02)
-    found = json.loads(meeting.read_text(encoding="utf-8"))
-    return TCPStore(found["host"], found["port"], job.world_size, False, timeout=timeout)
+    else:
+        found = appeared(lambda: read_json(meeting), job.world_size, PEER_TIMEOUT_S)
+        if found is None:
+            raise PeerLost(f"rank {job.rank} waited {PEER_TIMEOUT_S:.0f} s for rank 0 to say where the ranks meet")
+        place = found
+        if "file" in place:
+            os.stat(os.path.dirname(place["file"]))  # else torch waits for it
+            store = FileStore(place["file"], job.world_size)
+        else:
+            store = TCPStore(place["host"], place["port"], job.world_size, False, timeout=timeout)
+    store.set_timeout(timeout)
+    store = PrefixStore(_proof(place["token"], "keys"), store)
+    _recognise(store, place["token"], job)
+    return store
+
+
+def listening(host: str) -> socket.socket:
+    """A socket at a port of the address that this machine's peers know it by, and of no other.
+
+    Where the name means loopback here (as Debian has it), or an address of another machine, it listens on all.
+    """
+    family, _, _, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+    if host == LOOPBACK or not str(address[0]).startswith(("127.", "::1")):
+        with contextlib.suppress(OSError):
+            return socket.create_server((str(address[0]), 0), family=family, backlog=BACKLOG)
+    return socket.create_server(("", 0), backlog=BACKLOG)
+
+
+def _recognise(store: Store, token: str, job: Job) -> None:
+    """Both sides show that they know the token, without telling it; PeerLost where one does not."""
+    if job.rank > 0:
+        store.set(f"rank {job.rank}", _proof(token, f"rank {job.rank}"))
+        asked = ["rank 0"]
+    else:
+        asked = [f"rank {rank}" for rank in range(1, job.world_size)]
+    for name, answer in zip(asked, store.multi_get(asked), strict=True):
+        if not hmac.compare_digest(answer, _proof(token, name).encode()):
+            raise PeerLost(f"rank {job.rank}: who speaks as {name} does not know this attempt's token")
+    if job.rank == 0:
+        store.set("rank 0", _proof(token, "rank 0"))
+
+
+def _proof(token: str, name: str) -> str:
+    return hmac.new(bytes.fromhex(token), name.encode(), "sha256").hexdigest()
 
 
 @contextlib.contextmanager

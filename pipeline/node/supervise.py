@@ -109,7 +109,8 @@ def _gpus_watched(job: Job) -> Iterator[list[Facts]]:
     def end(line: str) -> None:
         unfit.append(sampler.fatal or {"line": line})
 
-    sampler = Sampler(job.attempt.path / "gpu", labels, say=job.say, on_warning=warn, on_fatal=end)
+    age_s = max(0.0, time.time() - job.run.stage(job.stage).attempts[0].owner.get("time", time.time()))
+    sampler = Sampler(job.attempt.path / "gpu", labels, say=job.say, on_warning=warn, on_fatal=end, age_s=age_s)
     with sampler:
         yield unfit
 

@@ -101,6 +101,7 @@ class Pretraining:
             eval_every=train.eval_every,
             checkpoint_every=train.checkpoint_every,
             keep_checkpoints=train.keep_checkpoints,
+            evaluate_first=start is not None and not (start / MANIFEST).exists(),  # a model that others trained
         )
         self.science = {"model": model, "train": train, "optimizer": optimizer, "phase": phase}
         verified = functools.partial(verified_together, ranks, job.out / "attempts")

@@ -19,7 +19,8 @@ from pipeline.report.facts import Facts, gather
 from pipeline.report.page import Html, document, note, section, table, tag
 from pipeline.report.scores import dataset, metric_name
 from pipeline.run.chain import Chain
-from pipeline.run.rundir import RunDir, StageDir, read_json
+from pipeline.run.files import read_json
+from pipeline.run.rundir import RunDir, StageDir
 from pipeline.strict_toml import table_of
 from pipeline.words import columns, is_number
 

@@ -13,8 +13,9 @@ from pipeline.report.curves import Metrics, Phase
 from pipeline.run import account, gpu_samples
 from pipeline.run.account import RunAccount
 from pipeline.run.chain import Chain
+from pipeline.run.files import read_json
 from pipeline.run.gpu_samples import GpuSamples
-from pipeline.run.rundir import RunDir, StageDir, read_json
+from pipeline.run.rundir import RunDir, StageDir
 from pipeline.run.state import Row, events_of, rows_of
 from pipeline.stages import TASKS
 from pipeline.words import is_number

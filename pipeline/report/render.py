@@ -19,7 +19,7 @@ from pipeline.report.curves import level_of, training_section
 from pipeline.report.facts import Facts, gather
 from pipeline.report.gpus import gpu_section, incident_section
 from pipeline.report.learnt import context_in_words
-from pipeline.report.page import Html, document, note, tag
+from pipeline.report.page import Html, document, note, table, tag
 from pipeline.report.scores import beside_baselines, dataset, inference_section, score_section
 from pipeline.report.sections import (
     badge,
@@ -98,6 +98,7 @@ def head(facts: Facts) -> Html:
         *troubles(facts),
         tag("p", result_sentence(facts), class_="lead"),
         tiles(facts),
+        phase_table(facts),
         score_list(facts),
     )
 
@@ -170,6 +171,23 @@ def beside(title: str, figures: Mapping[str, Any], key: str, baseline: str, name
     """A tile of a share beside that of always saying the same."""
     level = figures.get(baseline)
     return title, percent(figures.get(key)), f"{name}: {percent(level)}" if is_number(level) else "held out"
+
+
+def phase_table(facts: Facts) -> Html | None:
+    """Held-out figures of every phase: each was evaluated on samples of its own length."""
+    rows = []
+    for phase in facts.phases:
+        if phase.evaluations:
+            figures = facts.figures(phase)
+            gain, error, control = (
+                figures.get(key) for key in ("eval_mask_gain", "eval_mask_gain_se", "shuffled_mask_gain")
+            )
+            better = f"{gain:.2f} ± {error:.2f}" if is_number(gain) and is_number(error) else "–"
+            rows.append((phase.name, number(phase.config.seq_len), number(figures["step"]), better,
+                         f"{control:.2f}" if is_number(control) else "–", percent(figures.get("eval_mask_accuracy")),
+                         percent(figures.get("eval_nsp_accuracy"))))  # fmt: skip
+    head = ("Phase", "Tokens", "Steps", "Better than word counts at [MASK], nats", "Shuffled", "Accuracy there", "NSP")
+    return table(head, rows, numeric=range(1, 7)) if len(rows) > 1 else None
 
 
 def score_list(facts: Facts) -> Html | None:

@@ -13,7 +13,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.run.rundir import RunDir, StageDir, read_json
+from pipeline.run.files import read_json
+from pipeline.run.rundir import RunDir, StageDir
 from pipeline.stage import Stage
 from pipeline.words import is_number
 
@@ -181,16 +182,17 @@ def attempt_parts(attempt: Times, later: Sequence[Times], began: float, ended: f
 
 def _redone(attempt: Times, later: Sequence[Times]) -> list[float]:
     """The share of each piece's steps that were done again: those after the step that somebody went back to."""
-    seen_later = {(piece.seed, piece.step) for other in later for piece in other.pieces}
+    if attempt.from_step is None:
+        seen_later = {(piece.seed, piece.step) for other in later for piece in other.pieces}
+        return [float((piece.seed, piece.step) in seen_later) for piece in attempt.pieces]
     back_to = [other.from_step for other in later if other.from_step is not None]
+    resumed = [min(back_to)] if back_to else []
     shares: list[float] = []
-    before: float = attempt.from_step or 0
+    before: float = attempt.from_step
     for piece in attempt.pieces:
         step = before if piece.step is None else piece.step
-        kept = min([*back_to, *(to for time, to in attempt.rollbacks if time >= piece.until)], default=None)
-        if attempt.from_step is None:
-            shares.append(float((piece.seed, piece.step) in seen_later))
-        elif kept is None or step <= kept:
+        kept = min([*resumed, *(to for time, to in attempt.rollbacks if time >= piece.until)], default=None)
+        if kept is None or step <= kept:
             shares.append(0.0)
         else:
             shares.append((step - max(before, kept)) / (step - before) if step > before else 1.0)

@@ -1,18 +1,18 @@
 """The GPU samples of a run (``attempts/NNNN/gpu/NODE.jsonl``) brought down to what a page can show.
 
-Read line by line: a day of 256 GPUs is gigabytes. Above ``MOST_BYTES`` only every k-th line is read.
+Read line by line: up to version 0.1 a day of 256 GPUs was gigabytes. Above ``MOST_BYTES`` only every k-th line is read.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipeline.run.files import lines_of, open_plain, parsed
 from pipeline.run.incidents import short_host
 from pipeline.run.rundir import RunDir
 from pipeline.words import is_number
@@ -22,6 +22,7 @@ MOST_BINS = 240  # points of time that a chart shows
 MOST_BYTES = 50_000_000
 STRIDES = (1, 11, 101, 1009, 10007)  # primes, so that the GPUs of a node, which take turns, are all met
 END_BYTES = 65536
+MOST_FILE_BYTES = 1 << 32
 PAUSE_S = 60.0  # power between two samples further apart is not counted where the energy counter is missing
 
 
@@ -69,18 +70,25 @@ class Gpu:
 
     def add(self, line: dict[str, Any], stage: str, bin_: int) -> None:
         """Take one sample, in order of time within its attempt."""
-        self.samples += 1
+        count, ranges = line.get("samples", 1), line.get("range")
+        count = count if isinstance(count, int) and 0 < count < MOST_BYTES else 1
+        ranges = ranges if isinstance(ranges, dict) else {}
+        self.samples += count
         self.name = str(line.get("name", self.name))
         for metric in METRICS:
             value = line.get(metric)
             if is_number(value):
-                self.sums[metric] += value
-                self.counts[metric] += 1
-                self.highest[metric] = max(value, self.highest.get(metric, value))
-                total, count = self.bins[metric].get(bin_, (0.0, 0))
-                self.bins[metric][bin_] = (total + value, count + 1)
+                self.sums[metric] += value * count
+                self.counts[metric] += count
+                high = [n for n in (value, self.highest.get(metric), *_list(ranges.get(metric))) if is_number(n)]
+                self.highest[metric] = max(high)
+                total, number = self.bins[metric].get(bin_, (0.0, 0))
+                self.bins[metric][bin_] = (total + value * count, number + count)
         self._add_energy(line, stage)
         self.throttled.update(str(reason) for reason in _list(line.get("throttle")))
+        throttled = line.get("throttled")
+        if isinstance(throttled, dict):
+            self.throttled.update({str(why): often for why, often in throttled.items() if isinstance(often, int)})
         self.xids.update(number for number in _list(line.get("xid")) if isinstance(number, int))
         now, before = line.get("ecc_uncorrected"), self.last.get("ecc_uncorrected")
         if is_number(now) and is_number(before):
@@ -97,7 +105,7 @@ class Gpu:
         now, before = line.get("energy_j"), last.get("energy_j")
         if is_number(now) and is_number(before):
             self.energy_j[stage] += max(0.0, now - before)
-        elif is_number(line.get("power_w")) and 0 < passed <= self.pause_s:
+        elif is_number(line.get("power_w")) and 0 < passed <= max(self.pause_s, 2 * line.get("samples", 1)):
             self.energy_j[stage] += line["power_w"] * passed
 
 
@@ -166,26 +174,16 @@ def _folded(files: list[tuple[Span, list[Path]]], stride: int) -> GpuSamples | N
 def _lines(path: Path, stride: int) -> Iterator[dict[str, Any] | None]:
     """The objects of every ``stride``-th line, None for a damaged one."""
     try:
-        with open(path, "rb") as file:
-            for raw in itertools.islice(file, 0, None, stride):
-                if raw.endswith(b"\n"):  # else a kill cut it
-                    yield _parsed(raw)
+        with open_plain(path, MOST_FILE_BYTES) as file:
+            yield from map(parsed, itertools.islice(lines_of(file), 0, None, stride))
     except OSError:
         yield None
-
-
-def _parsed(raw: bytes) -> dict[str, Any] | None:
-    try:
-        line = json.loads(raw)
-    except (ValueError, RecursionError):
-        return None
-    return line if isinstance(line, dict) else None
 
 
 def _ends(path: Path) -> list[float]:
     """The times of a file's first and last samples; empty when it has none."""
     try:
-        with open(path, "rb") as file:
+        with open_plain(path, MOST_FILE_BYTES) as file:
             first = file.read(END_BYTES).splitlines()
             file.seek(max(0, path.stat().st_size - END_BYTES))
             last = file.read().splitlines()
@@ -193,7 +191,7 @@ def _ends(path: Path) -> list[float]:
         return []
     ends = []
     for lines in (first, reversed(last)):
-        times = ((_parsed(raw) or {}).get("time") for raw in lines)
+        times = ((parsed(raw) or {}).get("time") for raw in lines)
         ends += [next((float(time) for time in times if is_number(time)), None)]
     return [time for time in ends if time is not None]
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from data_prep.publish import publish_json
 from pipeline.config import restore
 from pipeline.errors import InUseError
-from pipeline.run.rundir import RunDir, read_json
+from pipeline.run.files import read_json
+from pipeline.run.rundir import RunDir
 from slurm import queue, states
 
 OLD_NAMES = {"sending": "submission", "ours": "held_by_us"}  # in files of version 0.1
@@ -47,8 +48,9 @@ class Journal:
         if values is None:
             return None
         for old, new in OLD_NAMES.items():
-            for record in (values, *values["jobs"]):
-                if old in record:
+            jobs = values.get("jobs")
+            for record in (values, *(jobs if isinstance(jobs, list) else ())):
+                if isinstance(record, dict) and old in record:
                     record[new] = record.pop(old)
         return restore(cls, values, str(cls.path(run)))
 

@@ -11,64 +11,41 @@ import fcntl
 import functools
 import json
 import os
+import re
 import socket
+import stat
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from data_prep.publish import publish_json
 from pipeline.errors import CAUSES, Cause, ConfigError, InUseError
+from pipeline.run.files import NONE_THERE, appeared, append_jsonl, open_plain, read_json, read_jsonl
 from pipeline.words import is_number
 
+SETTINGS = {"recipe": dict, "profile": dict, "corpora": dict, "data_dir": str}  # of run.json, in every version
+NEWEST = 8  # attempts among which that of a launch is, should others have begun at the same time
 BEGINNING_S = 30.0  # a stage's folder is begun in milliseconds
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """The object in a JSON file; None when there is no such file or it holds something else."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file; a line that a kill or a full disk left unfinished is dropped."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return []
-    found = []
-    for line in text[: text.rfind("\n") + 1].splitlines():
-        with contextlib.suppress(ValueError):
-            found.append(json.loads(line))
-    return found
-
-
-def append_jsonl(path: Path, record: Mapping[str, Any]) -> None:
-    """Append one line with a single write, so that lines of several processes never mix.
-
-    What a full disk cut off is ended by a line feed when the next one comes. Raises OSError.
-    """
-    line = (json.dumps(record) + "\n").encode()
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-    try:
-        size = os.fstat(descriptor).st_size
-        if size and os.pread(descriptor, 1, size - 1) != b"\n":
-            line = b"\n" + line
-        if os.write(descriptor, line) < len(line):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-    finally:
-        os.close(descriptor)
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """One start of a stage: a numbered folder that only this start writes into."""
+    """One start of a stage: a numbered folder that only this start writes into.
+
+    What the files of one that has a successor (``past``) say is read once in a process.
+    """
 
     path: Path
+    past: bool = field(default=False, compare=False)
+    _known: dict[str, dict[str, Any]] = field(default_factory=dict, compare=False, repr=False)
+
+    def _record(self, name: str) -> dict[str, Any] | None:
+        record = self._known.get(name) or read_json(self.path / name)
+        if self.past and record is not None:
+            self._known[name] = record
+        return record
 
     @property
     def number(self) -> int:
@@ -76,7 +53,7 @@ class Attempt:
 
     @property
     def owner(self) -> dict[str, Any]:
-        return read_json(self.path / "owner.json") or {}
+        return self._record("owner.json") or {}
 
     @property
     def job_id(self) -> str:
@@ -87,7 +64,7 @@ class Attempt:
     @property
     def verdict(self) -> dict[str, Any] | None:
         """``code``, ``cause``, ``line``, ``rank``, ``host``, ``time``; None while nobody has judged."""
-        record = read_json(self.path / "verdict.json")
+        record = self._record("verdict.json")
         return None if record is None else {"cause": CAUSES.get(record.get("code", 1), "defect"), **record}
 
     @property
@@ -99,18 +76,24 @@ class Attempt:
         return self.path / "metrics.jsonl"
 
     @functools.cached_property
+    def all_lines(self) -> list[dict[str, Any]]:
+        """The attempt's metric lines, read once. Raises OSError where they cannot be."""
+        return read_jsonl(self.metrics)
+
+    @property
     def lines(self) -> list[dict[str, Any]]:
-        """The attempt's metric lines, read once; none where the file cannot be read."""
+        """The attempt's metric lines; none where the file cannot be read."""
         try:
-            return [line for line in read_jsonl(self.metrics) if isinstance(line, dict)]
-        except (OSError, ValueError):
+            return self.all_lines
+        except OSError:
             return []
 
     @property
     def resumed_from(self) -> int | None:
         """The step from which this start went on, 0 for the beginning; None where that is not (yet) on record."""
-        record = read_json(self.path / "attempt.json")
-        step = None if record is None else (record.get("resumed_from") or {"step": 0}).get("step")
+        record = self._record("attempt.json")
+        origin = None if record is None else (record.get("resumed_from") or {"step": 0})
+        step = origin.get("step") if isinstance(origin, dict) else None
         return int(step) if is_number(step) else None
 
     @property
@@ -140,6 +123,13 @@ class Attempt:
         with contextlib.suppress(OSError), os.fdopen(descriptor, "w") as file:
             json.dump(record, file)
         return True
+
+
+@functools.lru_cache(1 << 14)
+def _past(path: Path, inode: int) -> Attempt:
+    """The attempt of this folder; another that has taken its name has another inode."""
+    del inode
+    return Attempt(path, past=True)
 
 
 @dataclass(frozen=True)
@@ -189,8 +179,14 @@ class StageDir:
     def attempts(self) -> list[Attempt]:
         """All attempts, oldest first."""
         folder = self.path / "attempts"
-        names = os.listdir(folder) if folder.is_dir() else []
-        return [Attempt(folder / name) for name in sorted(names) if name.isdigit()]
+        found = []
+        if folder.is_dir():
+            with os.scandir(folder) as entries:
+                found = sorted((e.name, e.inode()) for e in entries if re.fullmatch("[0-9]{4,9}", e.name))
+        return [
+            *(_past(folder / name, inode) for name, inode in found[:-1]),
+            *(Attempt(folder / n) for n, _ in found[-1:]),
+        ]
 
     def new_attempt(self, launch: str, **place: str | int) -> Attempt:
         """Take the next attempt number by creating its folder, which only one process can.
@@ -213,21 +209,28 @@ class StageDir:
             )
             return attempt
 
-    def join_attempt(self, launch: str, timeout_s: float = 60.0) -> Attempt | None:
-        """The attempt that rank 0 of the same launch took; None when it does not appear in time."""
-        deadline = time.monotonic() + timeout_s
-        while time.monotonic() < deadline:
-            for attempt in reversed(self.attempts):
-                if attempt.owner.get("launch") == launch:
-                    return attempt
-            time.sleep(0.02)
-        return None
+    def join_attempt(self, launch: str, timeout_s: float = 60.0, ranks: int = 1) -> Attempt | None:
+        """The attempt that rank 0 of the same launch took; None when it does not appear in time.
+
+        Each of ``ranks`` ranks asks for it: an attempt whose owner is known to be another is not looked at again.
+        """
+        others: set[int] = set()
+
+        def look() -> Attempt | None:
+            for attempt in reversed(self.attempts[-NEWEST:]):
+                if attempt.number not in others and (owner := attempt.owner):
+                    if owner.get("launch") == launch:
+                        return attempt
+                    others.add(attempt.number)
+            return None
+
+        return appeared(look, ranks, timeout_s)
 
     def metrics(self) -> list[dict[str, Any]]:
         """Metric lines of all attempts in order of step, the last attempt's line where steps repeat."""
         lines: dict[tuple[int, bool, bool], dict[str, Any]] = {}
         for attempt in self.attempts:
-            for line in read_jsonl(attempt.metrics):
+            for line in attempt.all_lines:
                 lines[line["step"], "loss" in line, "eval_mlm_loss" in line] = line
         return [lines[key] for key in sorted(lines)]
 
@@ -270,6 +273,20 @@ class RunDir:
                 f"{self.path}: not a run (no readable run.json); start one with "
                 f"python -m pipeline.submit --recipe R --cluster C --run {self.path}"
             )
+        odd = [f"{key} ({kind.__name__})" for key, kind in SETTINGS.items() if not isinstance(found.get(key), kind)]
+        odd += (
+            [
+                f"corpora.{name} (dict)"
+                for name, facts in dict(found.get("corpora") or {}).items()
+                if not isinstance(facts, dict)
+            ]
+            if not odd
+            else []
+        )
+        if odd:
+            raise ConfigError(
+                f"{self.path / 'run.json'}: damaged, as it lacks {', '.join(odd)}; bring it back from a backup"
+            )
         return found
 
     @property
@@ -295,28 +312,42 @@ class RunDir:
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
         """Hold the run for one runner. InUseError names the process that holds it already."""
-        with open(self.path / "lock", "a+", encoding="utf-8") as file:
-            try:
-                _take(file)
-            except BlockingIOError:
+        path = self.path / "lock"
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+        try:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise ConfigError(f"{path}: not a plain file; take it away")
+            for patience_s in (0.1, 0.1, 0.0):  # a reader's look takes no longer
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    time.sleep(patience_s)
+            else:
                 raise InUseError(
                     f"{self.path}: {describe_owner(self._holder())} is using this run; wait for it, or stop it with "
                     f"python -m pipeline.cancel {self.path}"
-                ) from None
-            file.truncate(0)
-            file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}))
-            file.flush()
+                )
+            os.ftruncate(descriptor, 0)
+            os.pwrite(
+                descriptor,
+                json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}).encode(),
+                0,
+            )
             yield
+        finally:
+            os.close(descriptor)
 
     def is_held(self) -> bool:
-        """Whether a runner holds the run now. Whoever may read the run may ask, and keeps nobody out."""
+        """Whether a runner holds the run now. Reading suffices for the question."""
         try:
-            with open(self.path / "lock", encoding="utf-8") as file:
+            with open_plain(self.path / "lock") as file:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return True
-        except FileNotFoundError:
-            return False
+        except OSError as error:
+            if error.errno not in (*NONE_THERE, errno.EACCES):
+                raise
         return False
 
     @property
@@ -332,19 +363,6 @@ class RunDir:
             gone = owner.get("host") == socket.gethostname() and not Path(f"/proc/{owner.get('pid')}").exists()
             if (owner and not gone) or time.monotonic() > deadline:
                 return {} if gone else owner
-            time.sleep(0.01)
-
-
-def _take(file: TextIO, patience_s: float = 0.2) -> None:
-    """Lock a file for oneself; BlockingIOError when another has it for longer than a look takes."""
-    deadline = time.monotonic() + patience_s
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                raise
             time.sleep(0.01)
 
 

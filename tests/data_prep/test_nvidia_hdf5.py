@@ -194,3 +194,13 @@ def test_data_outside_the_file_is_not_followed(tmp_path: Path) -> None:
         file["next_sentence_labels"] = h5py.ExternalLink(str(tmp_path / "b.hdf5"), "next_sentence_labels")
     with pytest.raises(DataError, match="not a file of NVIDIA's schema"):
         read_rows(tmp_path / "a.hdf5")
+
+
+def test_a_bomb_is_refused_before_it_is_unpacked(tmp_path: Path) -> None:
+    path = tmp_path / "bomb.hdf5"
+    with h5py.File(path, "w") as file:
+        for name, (kind, dimensions) in SCHEMA.items():
+            file.create_dataset(name, (1 << 32, 512)[:dimensions], kind, chunks=True, compression="gzip")
+    assert path.stat().st_size < 100_000
+    with pytest.raises(DataError, match="more than 4 GB of samples; split it"):
+        read_rows(path)

@@ -184,11 +184,13 @@ def test_every_document_is_planned_once_and_shards_are_balanced(sizes: list[int]
         index = np.zeros(len(part), shard.INDEX)
         index["bytes"] = part
         indexes[f"f{number}"] = index
-    if len(sizes) < 2 * shards:
-        with pytest.raises(DataError, match=rf"set data\.train_shards to {max(1, len(sizes) // 2)} or less"):
+    if len(sizes) < 2:
+        with pytest.raises(DataError, match="two are needed at least"):
             shard.plan(indexes, "train", shards)
         return
     plans = shard.plan(indexes, "train", shards)
+    shards = min(shards, len(sizes) // 2)
+    assert len(plans) == shards
     seen = Counter((s.file, at) for plan in plans for s in plan.spans for at in range(s.first, s.last))
     assert seen == Counter((name, at) for name, index in indexes.items() for at in range(len(index)))
     weights = [sum(indexes[s.file]["bytes"][s.first : s.last].sum() for s in plan.spans) for plan in plans]
@@ -198,15 +200,16 @@ def test_every_document_is_planned_once_and_shards_are_balanced(sizes: list[int]
         assert max(weights) - min(weights) <= 2 * (max(sizes) + run)
 
 
-def test_too_small_a_corpus_says_what_to_set(tmp_path: Path) -> None:
+def test_a_small_corpus_makes_fewer_shards_and_says_what_else_to_set(tmp_path: Path) -> None:
     source = documents_folder(tmp_path / "documents", 6)
-    with pytest.raises(DataError, match=r"documents cannot fill 4 shards.*data\.train_shards"):
-        shard.run(FolderJob(tmp_path / "out"), documents=source, **SETTINGS)
+    with pytest.raises(DataError, match=r"test documents of \d are too few.*set data\.test_fraction to 0\.50"):
+        shard.run(FolderJob(tmp_path / "out"), documents=source, **SETTINGS | {"test_fraction": 0.001})
     facts = shard.run(
         FolderJob(tmp_path / "out"),
         documents=source,
-        **SETTINGS | {"train_shards": 1, "test_fraction": 0.0},
+        **SETTINGS | {"test_fraction": 0.0},
     )
+    assert facts["train"]["shards"] == 2
     assert (facts["train"]["documents"], facts["test"]["documents"]) == (5, 0)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.run.rundir import read_jsonl
+from pipeline.run.files import read_jsonl
 from support.running import ROOT
 
 pytestmark = [pytest.mark.slow]

@@ -22,7 +22,8 @@ from typing import Any
 from faults import traced, training, zygote
 from faults.table import Injection, Row, spread, tried
 from faults.training import PHASE, STAGE, TRAIN
-from pipeline.run.rundir import RunDir, read_jsonl
+from pipeline.run.files import read_jsonl
+from pipeline.run.rundir import RunDir
 
 STEPS, EVERY = PHASE.steps, TRAIN.checkpoint_every
 DISK_MB = 8

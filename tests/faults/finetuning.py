@@ -12,7 +12,8 @@ from typing import Any
 from faults import zygote
 from pipeline.config import FinetuneConfig
 from pipeline.node.job import Job, Topology
-from pipeline.run.rundir import RunDir, read_json, read_jsonl
+from pipeline.run.files import read_json, read_jsonl
+from pipeline.run.rundir import RunDir
 from support.toys import config_of, examples, write_model
 
 MODEL, RESULTS = "model", ("scores.json", "predictions.json", "model/model.safetensors")

@@ -12,7 +12,8 @@ import h5py
 from faults.starts import SAMPLES
 from faults.training import STAGE
 from pipeline.engine import checkpoint_folder
-from pipeline.run.rundir import Attempt, RunDir, StageDir, read_json, read_jsonl
+from pipeline.run.files import read_json, read_jsonl
+from pipeline.run.rundir import Attempt, RunDir, StageDir
 
 STEPS, BATCH, EVERY = 24, 9, 2  # of a training; samples in a step; steps between checkpoints
 STEP_FIGURES = ("samples", "loss", "mlm_loss", "nsp_loss", "grad_norm", "learning_rate")

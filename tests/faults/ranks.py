@@ -24,7 +24,8 @@ from faults.outcome import EVERY, STEPS, Facts, final_digest, saved
 from faults.starts import LANES, SAMPLES, Start, begun, in_lanes
 from faults.table import Injection, Row, share, spread
 from faults.training import STAGE
-from pipeline.run.rundir import RunDir, read_json
+from pipeline.run.files import read_json
+from pipeline.run.rundir import RunDir
 
 WORLD = 3
 TRAINING = {**SHAPE, "keep_checkpoints": STEPS}

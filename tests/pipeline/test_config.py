@@ -41,7 +41,25 @@ def refusal(tmp_path, text: str, *settings: str) -> list[str]:
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.stem)
 def test_every_recipe_loads_under_its_own_name(path):
-    assert load_recipe(path.stem).name == path.stem
+    """Those that are only bases of others once they have what these must say."""
+    model = ["hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"]
+    needs = {"small": [], "standard": [], "further": [f"model.{key}=4" for key in model]}
+    settings = [*needs[path.stem], 'data.books=["books"]'] if path.stem in needs else []
+    assert load_recipe(path.stem, settings).name == path.stem
+
+
+def test_a_recipe_changes_its_base_table_by_table(tmp_path):
+    (tmp_path / "own.toml").write_text('name = "own"\nbase = "small"\n[data]\nbooks = ["x"]\n[phase1]\nsteps = 7\n')
+    (tmp_path / "more.toml").write_text('name = "more"\nbase = "own.toml"\n[phase1]\nwarmup = 0.5\n')
+    small, more = load_recipe("small", ['data.books=["x"]']), load_recipe(str(tmp_path / "more.toml"))
+    changed = dataclasses.replace(small.phases["phase1"], steps=7, warmup=0.5)
+    assert more == dataclasses.replace(small, name="more", phases={**small.phases, "phase1": changed})
+    (tmp_path / "own.toml").write_text('name = "own"\nbase = "more.toml"\n')
+    with pytest.raises(ConfigError, match="circle"):
+        load_recipe(str(tmp_path / "more.toml"))
+    (tmp_path / "own.toml").write_text('name = "own"\nbase = "smal"\n')
+    with pytest.raises(ConfigError, match="did you mean 'small'"):
+        load_recipe(str(tmp_path / "own.toml"))
 
 
 @pytest.mark.parametrize("path", sorted(PROFILES.glob("*.toml")), ids=lambda path: path.stem)

@@ -24,8 +24,9 @@ from pipeline.launch.local import run_chain
 from pipeline.report.facts import gather
 from pipeline.run import account
 from pipeline.run.chain import Chain
+from pipeline.run.files import append_jsonl
 from pipeline.run.journal import Journal, SentJob
-from pipeline.run.rundir import Attempt, RunDir, append_jsonl
+from pipeline.run.rundir import Attempt, RunDir
 from pipeline.run.state import RULE, Holder, Left, Sent, State, survey
 from pipeline.stages import table
 from pipeline.status import look, show_log

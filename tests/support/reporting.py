@@ -14,7 +14,8 @@ from pipeline.config import load_profile, load_recipe
 from pipeline.report.facts import gather
 from pipeline.report.render import render
 from pipeline.run.chain import Chain
-from pipeline.run.rundir import Attempt, RunDir, append_jsonl
+from pipeline.run.files import append_jsonl
+from pipeline.run.rundir import Attempt, RunDir
 from pipeline.strict_toml import table_of
 from support.running import TWO_PHASES
 

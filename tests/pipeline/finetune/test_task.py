@@ -24,7 +24,8 @@ from pipeline.finetune.problems import problem_of
 from pipeline.finetune.scores import collect
 from pipeline.finetune.task import Files, Finetuning, finetune, run
 from pipeline.node.job import Job, Topology
-from pipeline.run.rundir import RunDir, read_jsonl
+from pipeline.run.files import read_jsonl
+from pipeline.run.rundir import RunDir
 from support.toys import NOUNS, config_of, examples, write_model
 
 ALONE = Ranks(0, 1, None, torch.device("cpu"))

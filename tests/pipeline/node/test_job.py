@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -31,7 +32,8 @@ def test_an_attempt_knows_its_slurm_job_restart_and_step(tmp_path):
     topology = Topology.of({**SRUN, "SLURM_RESTART_COUNT": "2"})
     assert (topology.rank, topology.launch) == (3, "71-2-0")
     attempt = StageDir(tmp_path).new_attempt(topology.launch, **topology.place)
-    assert (attempt.job_id, attempt.owner["restart"], attempt.owner["step"]) == ("71", 2, "0")
+    owner = json.loads((attempt.path / "owner.json").read_text())
+    assert (attempt.job_id, owner["restart"], owner["step"]) == ("71", 2, "0")
 
 
 def test_the_local_runner_inside_an_allocation_is_no_job_of_the_run(tmp_path):

@@ -16,7 +16,8 @@ from pipeline.report.curves import all_charts, charts
 from pipeline.report.facts import Facts, gather
 from pipeline.report.render import render
 from pipeline.run.chain import Chain
-from pipeline.run.rundir import RunDir, append_jsonl
+from pipeline.run.files import append_jsonl
+from pipeline.run.rundir import RunDir
 from support.reporting import (
     HOSTILE,
     RESULTS,

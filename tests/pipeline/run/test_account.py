@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from pipeline.config import load_profile, load_recipe
 from pipeline.run.account import PARTS, Times, attempt_parts, pieces_of, read, run_account, stage_account
 from pipeline.run.chain import Chain
-from pipeline.run.rundir import RunDir, append_jsonl
+from pipeline.run.files import append_jsonl
+from pipeline.run.rundir import RunDir
 from pipeline.strict_toml import table_of
 from support.running import TWO_PHASES, Background, call
 

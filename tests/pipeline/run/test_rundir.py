@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import ConfigError, InUseError
-from pipeline.run.rundir import Attempt, RunDir, StageDir, append_jsonl, read_jsonl
+from pipeline.run.files import append_jsonl, read_jsonl
+from pipeline.run.rundir import NEWEST, Attempt, RunDir, StageDir
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
@@ -105,7 +106,7 @@ def test_metrics_keep_the_last_attempt_per_step(tmp_path):
 def test_lines_of_several_processes_never_mix(tmp_path):
     path = tmp_path / "events.jsonl"
     code = (
-        "import sys; from pathlib import Path; from pipeline.run.rundir import append_jsonl\n"
+        "import sys; from pathlib import Path; from pipeline.run.files import append_jsonl\n"
         "for i in range(300): append_jsonl(Path(sys.argv[1]), {'who': sys.argv[2], 'i': i, 'pad': 'x' * 500})"
     )
     writers = [subprocess.Popen([sys.executable, "-c", code, str(path), str(n)]) for n in range(3)]
@@ -150,3 +151,35 @@ def test_a_lock_that_still_names_a_dead_holder_is_looked_at_again(tmp_path):
         with pytest.raises(InUseError, match=f"process {os.getpid()} on .*, since 2"), RunDir(tmp_path).held():
             pass
         timer.join()
+
+
+def test_a_waiting_rank_looks_at_no_old_attempt_twice(tmp_path, monkeypatch):
+    stage = StageDir(tmp_path / "phase1")
+    for number in range(50):
+        stage.new_attempt(f"old {number}")
+    opened: list[object] = []
+    real = os.open
+    monkeypatch.setattr(os, "open", lambda path, *more: opened.append(path) or real(path, *more))
+    assert stage.join_attempt("never", timeout_s=0.5, ranks=4) is None
+    assert len(opened) == NEWEST
+
+
+def test_the_files_of_past_attempts_are_opened_once_in_a_process(tmp_path, monkeypatch):
+    stage = StageDir(tmp_path / "phase1")
+    for number in range(3):
+        append_jsonl(stage.new_attempt(f"launch {number}").metrics, {"step": number, "loss": 1.0})
+    opened: list[object] = []
+    real = os.open
+    monkeypatch.setattr(os, "open", lambda path, *more: opened.append(path) or real(path, *more))
+    for looks in (6, 2, 2):
+        opened.clear()
+        assert [(one.owner["launch"], len(one.lines)) for one in stage.attempts] == [
+            (f"launch {n}", 1) for n in range(3)
+        ]
+        assert len(opened) == looks
+    stage.attempts[0].write_verdict(75, "late", 0)
+    assert stage.attempts[0].verdict is not None
+    stage.path.rename(tmp_path / "old")  # as a stage that is stale is moved aside
+    for number in range(2):
+        stage.new_attempt(f"other {number}")
+    assert stage.attempts[0].owner["launch"] == "other 0"

@@ -1,0 +1,199 @@
+"""``--text`` and ``--start``: the recipe that a person would write for texts and a model of one's own.
+
+The rules, in the order in which they are applied:
+
+* What a file is, its name says: .xml (also compressed) is a MediaWiki export, .jsonl .csv .tsv .parquet records with a
+  column ``text``, all else text; a folder is books, one for each file, unless all that it holds are records or exports.
+* The base is `further` where there is a model to start from, `standard` where there is a GPU and at least 100 MB of
+  text, else `small`.
+* A vocabulary has an entry for every 1,000 bytes of text, a power of two from 1,024 on, at most 30,522.
+* A shard has about 4 MB of text; of fewer than 100 texts a tenth is held out, or about six, at most half.
+* English is lower-cased, other languages keep case and accents; a model to start from decides for its vocabulary.
+* Without a GPU, bf16 only where the CPU has instructions for it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from data_prep.publish import publish_text
+from data_prep.sentences import language_fault, language_named
+from pipeline.config import load_recipe
+from pipeline.errors import ConfigError
+from pipeline.launch.estimate import disk_gb
+from pipeline.run.rundir import RunDir
+from slurm.profile import Profile
+
+PACKED = (".bz2", ".gz", ".xz", ".zst")
+KINDS = {".xml": "wikipedia", **dict.fromkeys((".jsonl", ".csv", ".tsv", ".parquet"), "jsonl")}
+STANDARD_BYTES, SHARD_BYTES, VOCAB_BYTES = 100e6, 4e6, 1000
+FEW_TEXTS = 100  # of which a tenth is held out, or about six
+LOWEST, HIGHEST = 1024, 30522  # entries of a vocabulary
+
+
+def write_recipe(
+    run: RunDir, texts: Sequence[Path], language: str | None, start: Path | None, profile: Profile
+) -> tuple[Path, Path]:
+    """Write ``RUN/recipe.toml`` and say so; returns it and the folder below which all that it names lies.
+
+    Raises ConfigError with a line for everything that is wrong, before anything is written.
+    """
+    faults = [f"--text {path}: there is no such file or folder" for path in texts if not path.exists()]
+    if start is not None and not start.exists():
+        faults.append(hub_name(start))
+    code = language_named(language or "en")
+    if fault := language_fault(code):
+        faults.append(fault.replace("data.language", "--language"))
+    if not texts:
+        faults.append("--start needs --text FILE or FOLDER, the text to go on with")
+    if faults:
+        raise ConfigError("\n".join(faults))
+    every = [path.resolve() for path in (*texts, *((start,) if start else ()))]
+    data = Path(os.path.commonpath([path.parent for path in every]))
+    model = model_of(start.resolve(), data) if start else {}
+    corpora = dict(corpora_of([path.resolve() for path in texts], data))
+    size = sum(path.stat().st_size for text in texts for path in ([text] if text.is_file() else files_in(text)))
+    count = sum(len(files_in(text)) if text.is_dir() else FEW_TEXTS for text in texts)
+    gpu = bool(profile.gpus_per_node) or Path("/dev/nvidia0").exists()
+    base = "further" if start else "standard" if gpu and size >= STANDARD_BYTES else "small"
+    english = code.partition("-")[0] == "en"
+    tables: dict[str, dict[str, Any]] = {
+        "model": model.get("model", {}),
+        "data": {
+            **corpora,
+            "language": code,
+            **model.get("data", {"lowercase": english, "strip_accents": english, "vocab_size": vocab_size(size)}),
+            "train_shards": min(256, max(2, round(size / SHARD_BYTES))),
+            "test_shards": min(8, max(1, round(size / SHARD_BYTES / 16))),
+            **({"test_fraction": round(min(0.5, max(0.1, 6 / count)), 2)} if count < FEW_TEXTS else {}),
+        },
+        "train": {} if gpu or computes_bf16() else {"precision": "fp32"},
+        "phase1": model.get("phase1", {}),
+    }
+    path = run.path / "recipe.toml"
+    text = toml({"name": safe_name(run.path.resolve().name), "base": base}, tables)
+    if path.exists() and path.read_text(encoding="utf-8") != text:
+        raise ConfigError(f"{path} is there and says something else: change it and give --recipe {path}, or remove it")
+    run.path.mkdir(parents=True, exist_ok=True)
+    publish_text(path, text)
+    recipe = load_recipe(str(path))
+    steps = ", ".join(f"{phase.steps:,} of {phase.global_batch} samples of {phase.seq_len} tokens"
+                      for phase in recipe.phases.values())  # fmt: skip
+    print(f"{path}, from {size / 1e6:.1f} MB in {data}:\n\n{text}")
+    print(f"steps: {steps}; disk: {disk_gb(recipe) + 4 * size / 1e9:.2f} GB; change it and submit again as you like")
+    return path, data
+
+
+def corpora_of(texts: Sequence[Path], data: Path) -> Iterator[tuple[str, list[str]]]:
+    """``wikipedia``, ``books`` and ``jsonl`` of a recipe, below ``data``."""
+    found: dict[str, list[str]] = {"wikipedia": [], "books": [], "jsonl": []}
+    for text in texts:
+        inner = files_in(text) if text.is_dir() else [text]
+        kinds = {kind_of(path) for path in inner}
+        if not inner:
+            raise ConfigError(f"--text {text}: the folder is empty")
+        if text.is_dir() and kinds == {"books"}:
+            inner = [text]  # a book for each file
+        elif len(kinds) > 1:
+            raise ConfigError(f"--text {text} holds {' and '.join(sorted(kinds))}: name its files one by one, by kind")
+        for path in inner:
+            found[kind_of(path)].append(path.relative_to(data).as_posix())
+    yield from ((kind, names) for kind, names in found.items() if names)
+
+
+def files_in(folder: Path) -> list[Path]:
+    """Files of a folder that are not hidden."""
+    return sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+
+
+def kind_of(path: Path) -> str:
+    """The recipe's key for a file."""
+    suffixes = [suffix for suffix in path.suffixes if suffix not in PACKED]
+    return KINDS.get(suffixes[-1] if suffixes else "", "books")
+
+
+def vocab_size(size: float) -> int:
+    """Entries for so many bytes of text."""
+    return int(min(HIGHEST, max(LOWEST, 2 ** round(math.log2(max(1.0, size / VOCAB_BYTES))))))
+
+
+def hub_name(start: Path) -> str:
+    """What to do about a model that is not on this machine."""
+    text = str(start)
+    if text.startswith(("/", ".", "~")) or text.count("/") > 1 or text.endswith((".pt", ".bin")):
+        return f"--start {text}: there is no such file or folder"
+    return (
+        f"--start {text}: no folder here. If it is a name on the hub, fetch it first, where there is network:  "
+        f"hf download {text} --local-dir {text.rpartition('/')[2]}"
+    )
+
+
+def model_of(start: Path, data: Path) -> dict[str, dict[str, Any]]:
+    """Tables of a recipe for a Hugging Face folder, or NVIDIA's ``.pt`` with configuration and vocabulary beside it.
+
+    Shape, words and case are the model's own; that its weights fit is checked here. Raises ConfigError, DataError and
+    CheckpointError.
+    """
+    from pipeline.bert.config import padded_vocab  # these import torch
+    from pipeline.bert.folder import ModelFolder
+    from pipeline.bert.tokenizer import read_tokenizer
+    from pipeline.bert.weights import config_beside, load_start
+
+    if start.is_dir():
+        folder = ModelFolder(start)
+        config, tokenizer = folder.config, folder.tokenizer
+    else:
+        from pipeline.bert.weight_files import read_config
+
+        beside = config_beside(start)
+        if beside is None:
+            raise ConfigError(f"--start {start}: its bert_config.json must lie beside it, and so must its vocab.txt")
+        tokenizer = read_tokenizer(start.parent)
+        config = dataclasses.replace(read_config(beside), vocab_size=padded_vocab(tokenizer.vocabulary.size))
+    load_start(start, config, tokenizer.vocab)
+    shape = {name: value for name, value in config.to_dict().items() if name in MODEL_KEYS}
+    return {
+        "model": shape,
+        "data": {
+            "vocab": tokenizer.vocab.resolve().relative_to(data).as_posix(),
+            "vocab_size": tokenizer.vocabulary.size,
+            "lowercase": tokenizer.lowercase,
+            "strip_accents": tokenizer.strip_accents,
+        },
+        "phase1": {"start": start.relative_to(data).as_posix()},
+    }
+
+
+MODEL_KEYS = (
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act",
+    "hidden_dropout_prob", "attention_probs_dropout_prob", "max_position_embeddings", "type_vocab_size",
+)  # fmt: skip
+
+
+def computes_bf16() -> bool:
+    """Whether this CPU multiplies bf16."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    return any(f" {name}" in flags for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def safe_name(name: str) -> str:
+    return "".join(letter if letter.isascii() and letter.isalnum() else "-" for letter in name)[:64] or "own"
+
+
+def toml(top: dict[str, str], tables: dict[str, dict[str, Any]]) -> str:
+    """A recipe file; JSON's strings, numbers and lists are TOML's."""
+    lines = [f"{key} = {json.dumps(value)}" for key, value in top.items()]
+    for name, values in tables.items():
+        if values:
+            lines += ["", f"[{name}]"]
+            lines += [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in values.items()]
+    return "\n".join([*lines, ""])

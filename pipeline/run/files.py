@@ -1,0 +1,131 @@
+"""Reading and writing the small files of a run folder, whatever somebody has put in their place."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import json
+import os
+import re
+import stat
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+
+from pipeline.words import is_number
+
+T = TypeVar("T")
+MOST_JSON_BYTES, MOST_LINES_BYTES, LONGEST_LINE = 1 << 23, 1 << 27, 1 << 18
+NONE_THERE = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO, errno.EEXIST}  # or something that is not ours
+DIGEST = re.compile("[0-9a-f]{64}")
+# What stands under these names in any file of ours, or is left out: readers need not ask again.
+TEXTS = {*("line", "cause", "host", "event", "launch", "fingerprint")}
+FIGURES = {*("loss", "mlm_loss", "nsp_loss", "learning_rate", "grad_norm", "step_s", "unigram_loss")}  # also not finite
+WHOLE = ("world_size", "nodes")
+NUMBERS = {
+    **dict.fromkeys(("time", "since", "started", "finished", "duration_s", "step", "attempt", "pid"), 2.0**53),
+    **dict.fromkeys(WHOLE, 2**20),
+}  # and the largest that can be honest: up to 2 ** 53 floats count exactly
+
+
+def open_plain(path: Path, most_bytes: int = MOST_LINES_BYTES) -> BinaryIO:
+    """A file of a run folder to read in bytes. OSError where it is none of ours.
+
+    Whoever may write into the folder could plant a pipe, which would be waited for, a device, which never ends, or
+    more than fits into memory.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    status = os.fstat(descriptor)
+    if stat.S_ISREG(status.st_mode) and status.st_size <= most_bytes:
+        return os.fdopen(descriptor, "rb")
+    os.close(descriptor)
+    raise OSError(errno.EEXIST, f"not a plain file of at most {most_bytes >> 20} MB", str(path))
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file; None when there is no such file or it holds something else."""
+    try:
+        with open_plain(path, MOST_JSON_BYTES) as file:
+            return parsed(file.read())
+    except OSError as error:
+        if error.errno in NONE_THERE:
+            return None
+        raise  # a server that fails must not make a finished stage look unfinished
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file; a line that a kill or a full disk left unfinished is dropped."""
+    try:
+        with open_plain(path) as file:
+            return [record for line in lines_of(file) if (record := parsed(line)) is not None]
+    except FileNotFoundError:
+        return []
+
+
+def lines_of(file: BinaryIO) -> Iterator[bytes]:
+    """The finished lines of a file, but for those that are longer than any of ours."""
+    while line := file.readline(LONGEST_LINE):
+        if line.endswith(b"\n"):
+            yield line
+
+
+def parsed(text: bytes) -> dict[str, Any] | None:
+    """The object that a JSON text says, without members that are not what their names say; None for anything else."""
+    try:
+        record = json.loads(text.decode())
+    except (ValueError, RecursionError):
+        return None
+    return _sound(record) if isinstance(record, dict) else None
+
+
+def _sound(record: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in record.items() if (fits := _kind(key)) is None or fits(value)}
+
+
+@functools.lru_cache(1 << 10)
+def _kind(key: str) -> Callable[[Any], bool] | None:
+    """Whether a value can stand under this name; None where any can."""
+    if (largest := NUMBERS.get(key)) is not None:
+        kinds = (int,) if key in WHOLE else (int, float)
+        return lambda value: type(value) in kinds and -largest <= value <= largest
+    if key in FIGURES or key.startswith(("eval_", "tokens_", "sequences_")):
+        return lambda value: type(value) is float or is_number(value)
+    if key == "code":  # of an exit, or the digest of the code that a run runs
+        return lambda value: bool(DIGEST.fullmatch(value)) if type(value) is str else type(value) is int
+    return (lambda value: type(value) is str) if key in TEXTS else None
+
+
+def append_jsonl(path: Path, record: Mapping[str, Any]) -> None:
+    """Append one line with a single write, so that lines of several processes never mix.
+
+    What a full disk cut off is ended by a line feed when the next one comes. Raises OSError.
+    """
+    line = (json.dumps(record) + "\n").encode()
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK | os.O_NOCTTY, 0o666)
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EEXIST, "in its place lies no plain file", str(path))
+        size = status.st_size
+        if size and os.pread(descriptor, 1, size - 1) != b"\n":
+            line = b"\n" + line
+        if os.write(descriptor, line) < len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+    finally:
+        os.close(descriptor)
+
+
+def appeared(look: Callable[[], T | None], readers: int, timeout_s: float) -> T | None:
+    """What ``look`` finds once it is there; None after ``timeout_s``.
+
+    ``readers`` processes wait for it on one file system: the pauses between two looks double, up to those at which
+    all together look twenty times a second.
+    """
+    deadline, pause_s = time.monotonic() + timeout_s, max(0.02, readers / 1000)
+    while (found := look()) is None:
+        if (left_s := deadline - time.monotonic()) <= 0:
+            return None
+        time.sleep(min(pause_s, left_s))
+        pause_s = max(pause_s, min(2 * pause_s, readers / 20))
+    return found
