@@ -17,6 +17,7 @@ COMMANDS = {
     "pipeline.export": "trained weights as a folder for transformers, or as NVIDIA's file",
     "pipeline.finetune": "fine-tune, score and predict: SQuAD, MRPC, SST-2, CoLA, MNLI",
     "pipeline.nvidia": "calls of NVIDIA's run_*.sh, translated and run",
+    "pipeline.tables": "NVIDIA's published tables with one's own figures beside them",
     "pipeline.bench": "how fast a model answers",
     "pipeline.monitor": "one reading of every GPU of this node, and what it means",
     "pipeline.worker": "one process of a stage, as srun starts it",
