@@ -121,7 +121,10 @@ def describe(error: BaseException) -> tuple[str, int]:
     if isinstance(code, int):
         return "\n".join(map(escaped, str(error).split("\n"))), code
     if isinstance(error, OSError) and error.errno in STORAGE_ERRNOS:
-        return escaped(f"storage: {error.strerror}: {error.filename or 'unknown file'}"), StorageError.exit_code
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        advice = "; make room and start again, what is finished is kept" if full else ""
+        where = error.filename or "a file that was being written"
+        return escaped(f"storage: {error.strerror}: {where}{advice}"), StorageError.exit_code
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", 130
     return f"{type(error).__name__}: {error}", 1
