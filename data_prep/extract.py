@@ -82,7 +82,7 @@ def run(
 
     def progress(done: int, total: int) -> None:
         if done % every == 0 or done == total:
-            job.say(f"{done} of {total} parts read")
+            job.say(f"{done} of {total} parts read", done / total)
 
     results = run_all(
         functools.partial(_read, job.out, max_document_mb, text_column),

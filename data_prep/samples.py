@@ -115,7 +115,7 @@ def run(
         functools.partial(_make, shards, job.out, settings, vocabulary.sha256),
         blocks,
         job.workers,
-        lambda done, total: job.say(f"{done} of {total} shards of samples written"),
+        lambda done, total: job.say(f"{done} of {total} shards of samples written", done / total),
         [(block.end - block.start) * (2 + block.duplicates) for block in blocks],
     )
     rows = [row for row in made if row["rows"]]

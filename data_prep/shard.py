@@ -97,7 +97,7 @@ def run(
         functools.partial(_write, documents, job.out, language, splitter, identity),
         plans,
         job.workers,
-        lambda done, total: job.say(f"{done} of {total} text shards written"),
+        lambda done, total: job.say(f"{done} of {total} text shards written", done / total),
         [plan.bytes for plan in plans],
     )
     totals = _totals(counts, shards)

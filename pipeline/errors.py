@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import socket
 import sys
 import traceback
 from collections.abc import Callable, Mapping
@@ -110,8 +111,12 @@ CAUSES: Mapping[int, Cause] = {
 }  # fmt: skip
 """The cause that an exit code stands for where nobody says a more exact one."""
 STORAGE_ERRNOS = (
-    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE),
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO),
     *(errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG),
+)
+SERVER_ERRNOS = (  # a file server that went away, and comes back
+    *(errno.ESHUTDOWN, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ESTALE),
+    *(errno.ECONNRESET, errno.ECONNABORTED, errno.EREMOTEIO),
 )
 
 
@@ -125,6 +130,11 @@ def describe(error: BaseException) -> tuple[str, int]:
         advice = "; make room and start again, what is finished is kept" if full else ""
         where = error.filename or "a file that was being written"
         return escaped(f"storage: {error.strerror}: {where}{advice}"), StorageError.exit_code
+    if isinstance(error, OSError) and error.errno in SERVER_ERRNOS:
+        where = error.filename or "a file that was in use"
+        return escaped(f"storage: {error.strerror}: {where}; start me again when the server is back"), 76
+    if isinstance(error, MemoryError):
+        return f"out of memory on {socket.gethostname()}; ask for more, or work with fewer processes", 2
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", 130
     return f"{type(error).__name__}: {error}", 1
@@ -132,6 +142,8 @@ def describe(error: BaseException) -> tuple[str, int]:
 
 def cause_of(error: BaseException) -> Cause:
     """Why an attempt ended, as a word that programs read."""
+    if isinstance(error, OSError) and error.errno in SERVER_ERRNOS:
+        return "disk"
     return getattr(error, "cause", None) or CAUSES.get(describe(error)[1], "defect")
 
 
@@ -139,17 +151,24 @@ def exit_code_of(work: Callable[[], int | None]) -> int:
     """Do ``work`` and return the documented exit code; what stopped it is printed in one line."""
     try:
         return work() or 0
-    except BrokenPipeError:  # the reader of our output went away (`| head`)
+    except BrokenPipeError as error:
+        if error.errno != errno.EPIPE:  # ESHUTDOWN: of a file server
+            return _told(error)
+        # the reader of our output went away (`| head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except SystemExit as error:  # by argparse, or said already
         return error.code if isinstance(error.code, int) else 0
     except (Exception, KeyboardInterrupt) as error:
-        line, code = describe(error)
-        if code == 1 or os.environ.get("PIPELINE_DEBUG"):
-            traceback.print_exc()
-        print(line, file=sys.stderr)
-        return code
+        return _told(error)
+
+
+def _told(error: BaseException) -> int:
+    line, code = describe(error)
+    if code == 1 or os.environ.get("PIPELINE_DEBUG"):
+        traceback.print_exception(error)
+    print(line, file=sys.stderr)
+    return code
 
 
 def run_command(main: Callable[[], int | None]) -> None:

@@ -69,8 +69,9 @@ def look(run: RunDir, short: bool) -> tuple[list[str], bool]:
     ]
     lines = columns([cell if sent else (*cell[:2], *cell[3:]) for cell in cells], right=(2, 3) if sent else (2,))
     lines += [f"! {line}" for line in incidents(events_of(run))[-MOST_INCIDENTS:]]
+    stages = Chain.of(run).stages
     if times := account_of(run, rows):
-        lines.append(time_line(times))
+        lines.append(time_line(times, trained=any(stages[name].width == "ranks" for name in times.stages)))
     if silent:
         lines.append(f"Slurm does not answer, states are from the run's own files: {silent}")
     return lines, more
@@ -82,12 +83,15 @@ def account_of(run: RunDir, rows: list[Row]) -> account.RunAccount | None:
     return account.read(run, Chain.of(run).stages, events_of(run), live, time.time())
 
 
-def time_line(times: account.RunAccount) -> str:
-    """The chain's time in a line: the whole, goodput, and every part above one per cent, the largest first."""
+def time_line(times: account.RunAccount, *, trained: bool) -> str:
+    """The chain's time in a line: the whole, goodput, and every part above one per cent, the largest first.
+
+    Before anything was ``trained`` there is no goodput to tell: it is the share of steps that count.
+    """
     chain, whole = times.chain, times.chain.wall_s or 1.0
     shares = sorted(((seconds / whole, part) for part, seconds in chain.parts.items()), reverse=True)
     parts = [f"{account.PARTS[part]} {100 * share:.0f} %" for share, part in shares if share >= 0.01]
-    goodput = f", goodput {100 * chain.goodput:.0f} %" if chain.goodput is not None else ""
+    goodput = f", goodput {100 * chain.goodput:.0f} %" if trained and chain.goodput is not None else ""
     return f"{in_short(chain.wall_s)}{goodput}: {', '.join(parts) or 'nothing has run yet'}"
 
 

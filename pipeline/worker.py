@@ -21,7 +21,7 @@ from data_prep.fanout import EXCHANGE, die_with_parent
 from data_prep.liveness import keep_freed_memory
 from data_prep.publish import publish_json
 from pipeline.config import restore
-from pipeline.errors import PeerLost, StoppedCleanly, cause_of, describe, run_command
+from pipeline.errors import ConfigError, EnvironmentFault, PeerLost, StoppedCleanly, cause_of, describe, run_command
 from pipeline.node.device import set_defaults
 from pipeline.node.job import Job, Topology
 from pipeline.node.preempt import StopRequest, stop_at_once
@@ -42,6 +42,7 @@ def main() -> int:
     parser.add_argument("stage", nargs="+", help="stages to run in this order")
     arguments = parser.parse_args()
     set_defaults(os.environ)
+    refuse_other_ranks(os.environ)
     if parent := os.environ.get("PIPELINE_PARENT"):
         die_with_parent(int(parent))
     try:
@@ -51,6 +52,22 @@ def main() -> int:
         _tell_script(error)
         raise
     return 0
+
+
+def refuse_other_ranks(environment: Mapping[str, str]) -> None:
+    """EnvironmentFault where srun started more or fewer ranks than the job has, ConfigError under an mpiexec."""
+    ranks, asked = Topology.of(environment).world_size, environment.get("JOB_RANKS", "")
+    if asked.isdigit() and ranks != int(asked):
+        raise EnvironmentFault(
+            f"{ranks} ranks were started and the job has {asked} (nodes times tasks): look for what changes it in the "
+            "profile's srun_args and in the environment"
+        )
+    started = max(int(environment.get(name) or 1) for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"))
+    if ranks == 1 and started > 1:
+        raise ConfigError(
+            f"mpiexec has started {started} processes: ranks are started by srun or by python -m pipeline.submit "
+            "--processes N, which say which rank each is"
+        )
 
 
 def _tell_script(error: BaseException) -> None:

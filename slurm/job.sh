@@ -8,12 +8,32 @@
 #                   run; 0: no limit                                        the job got, shared out
 #   srun_args=() program=() arguments=()   words of the srun line; "${program[@]}" --version must work
 #   site()          modules, set-up lines and environment of the site
-# For the ranks it exports JOB_VERDICT, JOB_TRIES, JOB_DEADLINE and JOB_LIMIT (slurm/verdict.py).
+# For the ranks it exports JOB_VERDICT, JOB_TRIES, JOB_DEADLINE and JOB_LIMIT (slurm/verdict.py), and JOB_RANKS.
 least_s=60   # of the allowed GPU time: with less left nothing is started
 most_tries=2 # attempts without progress
 
 # may be unset when the job was sent with --export=NONE
 export PATH="${PATH:-/usr/local/bin:/usr/bin:/bin}"
+
+# What a shell, a job or an mpiexec around this job's submission has left behind, and srun or the ranks would obey; what
+# Slurm sets for this job stays. slurm/environment.py reads the list from here.
+foreign='JOB_VERDICT JOB_TRIES JOB_DEADLINE JOB_LIMIT JOB_RANKS PIPELINE_LAUNCH PIPELINE_PARENT
+  RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE GROUP_RANK NODE_RANK MASTER_ADDR MASTER_PORT TORCHELASTIC_*
+  PMI_* PMIX_* OMPI_COMM_* OMPI_UNIVERSE_SIZE SQUEUE_* SINFO_* SACCT_* SCANCEL_* SCONTROL_* SRUN_* SALLOC_*
+  SLURM_NTASKS* SLURM_NPROCS SLURM_PROCID SLURM_LOCALID SLURM_NODEID SLURM_GTIDS SLURM_STEP* SLURM_SRUN_* SLURM_CPU_BIND*
+  SLURM_CPUS_PER_TASK SLURM_MEM_* SLURM_DISTRIBUTION SLURM_DIST_PLANESIZE SLURM_EXACT SLURM_EXCLUSIVE SLURM_OVERCOMMIT
+  SLURM_OVERLAP SLURM_HINT SLURM_THREADS SLURM_THREADS_PER_CORE SLURM_CORE_SPEC SLURM_CONSTRAINT SLURM_TIMELIMIT
+  SLURM_WAIT SLURM_LABELIO SLURM_STDINMODE SLURM_STDOUTMODE SLURM_STDERRMODE SLURM_OPEN_MODE SLURM_MULTI_PROG
+  SLURM_RELATIVE SLURM_USE_MIN_NODES SLURM_SPREAD_JOB SLURM_WORKING_DIR SLURM_REMOTE_CWD SLURM_PROLOG SLURM_EPILOG
+  SLURM_TASK_PROLOG SLURM_TASK_EPILOG SLURM_KILL_BAD_EXIT SLURM_NO_KILL SLURM_DISABLE_STATUS SLURM_IMMEDIATE'
+set -f
+for name in $(compgen -e); do
+  for pattern in $foreign; do
+    # shellcheck disable=SC2254
+    case $name in $pattern) unset -v "$name" ;; esac
+  done
+done
+set +f
 
 # signals are for the ranks; this shell lives on to decide what happens next
 ended=no
@@ -122,10 +142,11 @@ if [ -s "$bad_nodes" ]; then
   mapfile -t spared < <(scontrol show hostnames "$SLURM_JOB_NODELIST" | grep -Fxf "$bad_nodes")
   if [ "${#spared[@]}" -ge "$SLURM_JOB_NUM_NODES" ]; then spared=(); fi
 fi
+nodes=$((SLURM_JOB_NUM_NODES - ${#spared[@]}))
 part=()
 if [ "${#spared[@]}" -gt 0 ]; then
   printf -v list '%s,' "${spared[@]}"
-  part=(--exclude="${list%,}" --nodes=$((SLURM_JOB_NUM_NODES - ${#spared[@]})))
+  part=(--exclude="${list%,}")
   echo "attempt $attempt: without ${spared[*]}, found bad before"
 fi
 echo "$this" >>"$JOB_TRIES"
@@ -136,7 +157,8 @@ if [ -n "$code" ]; then
   export PYTHONPATH="$code${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1 PYTHONDONTWRITEBYTECODE=1
 fi
 cpus=${cpus:-$((SLURM_CPUS_ON_NODE > tasks ? SLURM_CPUS_ON_NODE / tasks : 1))}
-srun --ntasks-per-node="$tasks" --cpus-per-task="$cpus" --export=ALL --kill-on-bad-exit=1 --unbuffered \
+export JOB_RANKS=$((nodes * tasks)) # what the ranks must be as many as
+srun --nodes="$nodes" --ntasks="$JOB_RANKS" --ntasks-per-node="$tasks" --cpus-per-task="$cpus" --export=ALL --kill-on-bad-exit=1 --unbuffered \
   "${srun_args[@]}" "${part[@]}" "${program[@]}" "${arguments[@]}"
 exit_code=$?
 

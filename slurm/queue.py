@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import TypeVar
 
 from slurm.command import Answer, run, which
+from slurm.environment import clean
 from slurm.errors import ControllerDown, Refused, SlurmError
 
 T = TypeVar("T")
@@ -68,20 +69,9 @@ class Job:
         return self.waiting and self.reason == "DependencyNeverSatisfied"
 
 
-def clean_environment(environ: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The environment for Slurm's commands: no habits of the user's squeue, no traces of a job that we run in.
-
-    SBATCH_* goes as well: its values were resolved into the script (see ``slurm.flags``).
-    """
-    kept = ("SLURM_CONF", "SLURM_JWT", "SLURM_SACK_SOCKET")
-    foreign = ("SLURM", "SBATCH_", "SQUEUE_", "SINFO_", "SACCT_", "SCANCEL_", "SCONTROL_", "SRUN_", "PMI_", "PMIX_")
-    source = os.environ if environ is None else environ
-    return {name: value for name, value in source.items() if name in kept or not name.startswith(foreign)}
-
-
 def ask(argv: Sequence[str], timeout_s: float = TIMEOUT_S) -> Answer:
     """Run one Slurm command; ControllerDown when nobody answered, else the answer, good or bad."""
-    answer = run(argv, timeout_s=timeout_s, env=clean_environment())
+    answer = run(argv, timeout_s=timeout_s, env=clean())
     if answer.timed_out or (not answer.ok and DOWN.search(answer.err)):
         raise ControllerDown(f"{argv[0]}: Slurm's controller does not answer ({answer.said})")
     return answer
@@ -157,7 +147,7 @@ def accounted(ids: Iterable[str | int]) -> dict[str, Job]:
     if not wanted or which("sacct") is None:
         return {}
     argv = ["sacct", "-X", "-n", "-P", f"--delimiter={SEPARATOR}", f"--jobs={wanted}", "--format=JobIDRaw,State"]
-    answer = run(argv, timeout_s=TIMEOUT_S, env=clean_environment())
+    answer = run(argv, timeout_s=TIMEOUT_S, env=clean())
     rows = [line.split(SEPARATOR) for line in answer.out.splitlines() if answer.ok]
     # "CANCELLED by 1000"
     return {row[0]: Job(id=row[0], state=row[1].partition(" ")[0]) for row in rows if len(row) == 2}

@@ -275,7 +275,8 @@ class Loop:
         if step % self.settings.say_every == 0 or step == steps:
             self.job.say(
                 f"step {step}/{steps}  loss {sums.loss:.4f}  lr {rate:.3g}  "
-                f"{sums.plan.global_batch / took:.1f} sequences/s  {tokens / took:.0f} tokens/s"
+                f"{sums.plan.global_batch / took:.1f} sequences/s  {tokens / took:.0f} tokens/s",
+                step / steps,
             )
 
     def evaluate(self) -> None:

@@ -166,7 +166,7 @@ class SlowRanks:
         self._window.append([s / n if n else 0.0 for s, n in zip(seconds, micro_batches, strict=True)])
         if len(self._window) < WINDOW:
             return []
-        typical = [statistics.median(column) for column in zip(*self._window, strict=True)]
+        typical: list[float] = np.median(np.array(self._window), axis=0).tolist()
         ordered = sorted(value for value in typical if value > 0)
         found = []
         for rank, own in enumerate(typical):

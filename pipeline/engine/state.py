@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -117,7 +118,7 @@ def begin(state: TrainingState, job: Job, ranks: Ranks, task: Task, *, again: bo
         saved = checkpoint.read(stage_dir / "attempts" / f"{attempt:04d}" / f"step-{step:08d}")
     if job.rank == 0 and not again:
         resumed = {"attempt": attempt, "step": step} if attempt else None
-        publish_json(job.attempt.path / "attempt.json", {"resumed_from": resumed})
+        publish_json(job.attempt.path / "attempt.json", {"resumed_from": resumed, "time": time.time()})
     if saved is not None:
         for line in state.changes(saved):
             job.say(line)

@@ -363,7 +363,7 @@ class Finetuning:
         )
 
 
-NO_SETTINGS = ("dataset", "seeds", "checkpoint_every", "reduction")  # of a configuration: not shown beside scores
+NO_SETTINGS = ("dataset", "seeds", "checkpoint_every", "reduction", "baseline")  # not shown beside scores
 
 
 def ending(key: str, name: str) -> str:

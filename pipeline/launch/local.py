@@ -20,6 +20,7 @@ from types import FrameType
 from pipeline.errors import RESTART_CODES
 from pipeline.run.chain import Chain
 from pipeline.run.rundir import RunDir
+from slurm.environment import clean
 from slurm.verdict import TRIES, begin_try, may_try_again
 
 STOP_GRACE_S = 120.0
@@ -121,7 +122,7 @@ class LocalRunner:
     def _start(self, name: str, slots: int) -> Running:
         world = slots if self.chain.stages[name].width == "ranks" else 1
         environment = {
-            **os.environ,
+            **clean(),
             "PIPELINE_PARENT": str(os.getpid()),
             "PIPELINE_LAUNCH": secrets.token_hex(8),
             "WORLD_SIZE": str(world),

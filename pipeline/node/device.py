@@ -153,13 +153,15 @@ def driver_version() -> str:
         return ""
 
 
-def fault_of(error: RuntimeError, job: Job, micro_batch: int | None) -> PipelineError | None:
-    """What one of CUDA's own errors means, as an error with an exit code; None for any other."""
+def fault_of(error: Exception, job: Job, micro_batch: int | None) -> PipelineError | None:
+    """What one of CUDA's own errors, or a lack of memory, means, as an error with an exit code; None for any other."""
     import torch
 
     where, line = f"rank {job.rank} on {socket.gethostname()}", str(error).strip().split("\n")[0]
     if isinstance(error, torch.OutOfMemoryError):
-        return ConfigError(f"{where}: {_too_large(job.stage, micro_batch)} ({line.split('. GPU')[0]})")
+        return ConfigError(f"{where}: {_too_large(job.stage, micro_batch, 'GPU')} ({line.split('. GPU')[0]})")
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator: " in line:
+        return ConfigError(f"{where}: {_too_large(job.stage, micro_batch, 'machine')} ({line or 'no memory left'})")
     if not isinstance(error, getattr(torch, "AcceleratorError", ())) and not line.lower().startswith("cuda"):
         return None
     if any(word.lower() in line.lower() for word in BROKEN):
@@ -168,12 +170,13 @@ def fault_of(error: RuntimeError, job: Job, micro_batch: int | None) -> Pipeline
     return DeviceFault(f"{where}: {line}; {job.stage} goes on from its last checkpoint")
 
 
-def _too_large(stage: str, micro_batch: int | None) -> str:
+def _too_large(stage: str, micro_batch: int | None, what: str) -> str:
     if micro_batch is None or micro_batch < 2:
-        return "this GPU is too small for the model"
+        return f"this {what} is too small for the model"
     return (
-        f"a micro-batch of {micro_batch} samples does not fit this GPU; --set {stage}.micro_batch={micro_batch // 2} "
-        f"needs about half of the memory that grows with it and changes no result but for its last bits"
+        f"a micro-batch of {micro_batch} samples does not fit this {what}; --set {stage}.micro_batch="
+        f"{micro_batch // 2} needs about half of the memory that grows with it and changes no result but for its last "
+        f"bits"
     )
 
 

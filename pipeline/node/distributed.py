@@ -72,7 +72,7 @@ def _forming(job: Job) -> Iterator[None]:
     except PipelineError:
         raise
     except Exception as error:
-        if isinstance(error, RuntimeError) and (fault := fault_of(error, job, None)) is not None:
+        if (fault := fault_of(error, job, None)) is not None:
             raise fault from error
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
         where = f"rank {job.rank} on {socket.gethostname()}"
@@ -157,7 +157,7 @@ def peers_named(job: Job, micro_batch: int | None = None) -> Iterator[None]:
     """
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if (fault := fault_of(error, job, micro_batch)) is not None:
             raise fault from error
         text = str(error)

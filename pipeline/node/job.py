@@ -13,6 +13,7 @@ from pathlib import Path
 
 from pipeline.node.heartbeat import Heartbeat
 from pipeline.node.preempt import StopRequest
+from pipeline.node.screen import Screen
 from pipeline.run.rundir import Attempt, RunDir
 
 
@@ -59,6 +60,7 @@ class Job:
     threads: int
     stop: StopRequest = field(default_factory=StopRequest)
     heartbeat: Heartbeat = field(default_factory=Heartbeat)
+    screen: Screen = field(default_factory=Screen)
 
     @property
     def out(self) -> Path:
@@ -72,12 +74,12 @@ class Job:
     def world_size(self) -> int:
         return self.topology.world_size
 
-    def say(self, line: str) -> None:
-        """One progress line to rank 0's log and standard output; other ranks are silent."""
+    def say(self, line: str, share: float | None = None) -> None:
+        """One line to rank 0's log and standard output; other ranks are silent. ``share`` of the work is done."""
         if self.rank == 0:
             self._log(line)
             with contextlib.suppress(OSError):
-                print(f"  {self.stage}: {line}", flush=True)
+                self.screen.show(f"  {self.stage}: {line}", share)
 
     def warn(self, line: str) -> None:
         """One warning line from any rank."""

@@ -11,7 +11,7 @@ from typing import Literal
 from pipeline.report.page import Html, tag
 
 Point = tuple[float, float]
-Look = Literal["main", "fine", "thin", "second", "level"]
+Look = Literal["main", "fine", "thin", "second", "third", "fourth", "level"]
 
 FONT = 12.0  # pixels; texts are placed by an estimate of their width, there being no font to measure
 WIDEST = 0.6 * FONT  # of one character
@@ -30,6 +30,8 @@ svg .main { stroke: var(--main); stroke-width: 2.2; }
 svg .fine { stroke: var(--main); stroke-width: 1.3; }
 svg .thin { stroke: var(--thin); stroke-width: 1.1; }
 svg .second { stroke: var(--second); stroke-width: 2.2; }
+svg .third { stroke: var(--good); stroke-width: 2.2; }
+svg .fourth { stroke: var(--busy); stroke-width: 2.2; }
 svg .level { stroke: var(--level); stroke-width: 1.6; stroke-dasharray: 7 5; stroke-linecap: butt; }
 svg circle { fill: var(--page); stroke-width: 1.8; }
 """
@@ -37,7 +39,7 @@ svg circle { fill: var(--page); stroke-width: 1.8; }
 
 @dataclass(frozen=True)
 class Line:
-    """``points`` (x, y), x not descending; ``dots`` marks each of them. A level is one point drawn over all x.
+    """``points`` (x, y), x not descending; ``dots`` marks each of them. A level of one point is drawn over all x.
 
     ``legend`` stands in the legend instead of ``name``; the empty text leaves the line out of it. The line breaks
     where x jumps by more than ``gap``.
@@ -201,6 +203,8 @@ def _plot(chart: Chart, lines: Sequence[Line], missing: str, width: int, height:
     marks = [(x, label) for x, label in chart.marks if drawable((x, 0.0))]
     xs = [x for line in lines if line.look != "level" for x, _ in line.points] or [0.0, 1.0]
     x = axis([0.0, chart.until, *xs, *(mark for mark, _ in marks)], ticks=max(2, width // 90), widen=False)
+    if chart.x_label == "step" and x.step < 1:  # there is no half step
+        x = replace(x, ticks=tuple(map(float, range(math.ceil(x.low), math.floor(x.high) + 1))), step=1.0)
     ys = [y for line in lines for _, y in line.points]
     y = axis([*ys, *([0.0] if chart.from_zero else [])], ticks=5, widen=True)
     labels = [tick_label(tick, y.step, max(map(abs, y.ticks))) for tick in y.ticks]
@@ -259,7 +263,7 @@ def _marks(frame: _Frame, marks: Sequence[tuple[float, str]]) -> list[Html]:
 
 
 def _line(frame: _Frame, line: Line) -> list[Html]:
-    if line.look == "level":
+    if line.look == "level" and len(line.points) == 1:
         at = frame.up(line.points[-1][1])
         return [_segment("level", frame.left, at, frame.right, at)]
     kept = thin(line.points, frame.x.low, frame.x.high, int(frame.right - frame.left) // 2)

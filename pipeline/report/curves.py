@@ -1,15 +1,15 @@
-"""The part of the report on one pretraining phase: its figures in a sentence, its curves, its attempts."""
+"""The part of the report on pretraining: curves over all phases, and each phase in a sentence and its attempts."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pipeline.config import PhaseConfig
-from pipeline.report.chart import Chart, Line, Look, Point, draw
-from pipeline.report.page import Html, note, section, table, tag
+from pipeline.report.chart import Chart, Line, Point, draw
+from pipeline.report.page import Html, join, note, section, table, tag
 from pipeline.run.rundir import Attempt, StageDir
 from pipeline.words import duration, is_number, moment, number, percent
 
@@ -60,8 +60,12 @@ class Phase:
 
     def last(self, key: str) -> Any:
         """The last value of a metric, from a training step or an evaluation; None when there is none."""
-        lines = self.evaluations if key.startswith("eval") or key == "unigram_loss" else self.steps
+        lines = self.lines_with(key)
         return lines[-1].get(key) if lines else None
+
+    def lines_with(self, key: str) -> Metrics:
+        """The lines that hold a metric."""
+        return self.evaluations if key.startswith(("eval", "unigram")) else self.steps
 
     @property
     def reached(self) -> float:
@@ -71,6 +75,12 @@ class Phase:
     def median(self, key: str) -> float | None:
         values = [line[key] for line in self.steps if is_number(line.get(key))]
         return statistics.median(values) if values else None
+
+    @property
+    def tokens_per_step(self) -> float | None:
+        """Tokens without padding that a step takes on average, by the two throughputs."""
+        tokens, sequences = self.median("tokens_per_s"), self.median("sequences_per_s")
+        return self.config.global_batch * tokens / sequences if tokens and sequences else None
 
 
 def _start(attempt: Attempt) -> Start:
@@ -85,8 +95,13 @@ def _start(attempt: Attempt) -> Start:
     return Start(attempt.number, host, began, ended, from_step, last_step, attempt.verdict)
 
 
-def phase_section(phase: Phase, remark: str) -> Html:
-    """Heading, sentence, charts and attempts of a phase; ``remark`` is said first (an older configuration)."""
+def training_section(phases: Sequence[Phase], remark: Callable[[str], str]) -> Html:
+    """The curves of all phases over one axis, then each phase in a sentence; ``remark`` says what is old about one."""
+    return section("Training", charts(phases), *[phase_part(phase, remark(phase.name)) for phase in phases])
+
+
+def phase_part(phase: Phase, remark: str) -> Html:
+    """Heading, sentence and attempts of a phase; ``remark`` is said first (an older configuration)."""
     config = phase.config
     title = f"Phase {phase.name.removeprefix('phase')}: {config.seq_len} tokens, {config.global_batch:,} samples a step"
     said = [note(remark)] if remark else []
@@ -95,10 +110,10 @@ def phase_section(phase: Phase, remark: str) -> Html:
     elif not phase.steps and not phase.evaluations:
         said.append(note("No step has been logged yet." if phase.starts else "This phase has not started."))
     else:
-        said += [tag("p", summary(phase)), charts(phase)]
+        said.append(tag("p", summary(phase)))
     if len(phase.starts) > 1:
         said.append(attempts_table(phase.starts, config.steps))
-    return section(title, *said)
+    return join(tag("h3", title), *said)
 
 
 def summary(phase: Phase) -> str:
@@ -122,30 +137,128 @@ def summary(phase: Phase) -> str:
     return " ".join(parts)
 
 
-def charts(phase: Phase) -> Html:
-    """The loss over the whole width, twice (for wide and for narrow pages), and four smaller charts."""
-    loss = loss_chart(phase)
-    wide = tag("div", draw(loss, key=f"{phase.name}-loss", width=940, height=340), class_="wide")
-    narrow = tag("div", draw(loss, key=f"{phase.name}-loss-narrow", height=320), class_="narrow")
-    hint = tag("span", " Only context leads below the dashed line." if phase.last("eval_mask_loss") else "")
+@dataclass(frozen=True)
+class Ruler:
+    """One axis for all phases: of each its name, where it begins and how long a step is; and where the last ends."""
+
+    label: str
+    places: Sequence[tuple[Phase, float, float]]
+    until: float
+
+    @classmethod
+    def of(cls, label: str, phases: Sequence[Phase], length: Callable[[Phase], float]) -> Ruler:
+        places, at = [], 0.0
+        for phase in phases:
+            places.append((phase, at, length(phase)))
+            at += phase.reached * length(phase)
+        return cls(label, places, at)
+
+    def points(self, key: str, scale: float = 1.0) -> list[Point]:
+        """(x, value) of every line that has a number there, be it finite or not."""
+        return [
+            (start + x * length, y)
+            for phase, start, length in self.places
+            for x, y in _points(phase.lines_with(key), key, scale)
+        ]
+
+    def levels(self, value: Callable[[Mapping[str, Any]], Any]) -> list[Point]:
+        """``value`` of each phase's last evaluation, from the phase's beginning to its end."""
+        known = [(place, value(place[0].evaluations[-1])) for place in self.places if place[0].evaluations]
+        return [
+            (start + share * phase.reached * length, float(level))
+            for (phase, start, length), level in known
+            for share in (0, 1)
+            if is_number(level)
+        ]
+
+    def chart(self, title: str, unit: str, *lines: Line, from_zero: bool = True) -> Chart:
+        """A chart of ``lines``, marked where phases and attempts begin."""
+        marks = [(start, phase.name) for phase, start, _ in self.places if start]
+        marks += [
+            (start + step * length, f"attempt {number}")
+            for phase, start, length in self.places
+            for step, number in _restarts(phase)
+        ]
+        return Chart(title, self.label, unit, lines, marks, from_zero=from_zero, until=self.until)
+
+
+def _restarts(phase: Phase) -> list[tuple[float, int]]:
+    """Step and number of the attempts after the first."""
+    return [(float(start.from_step), start.number) for start in phase.starts[1:] if start.from_step is not None]
+
+
+def charts(phases: Sequence[Phase]) -> Html | None:
+    """The loss by steps over the whole width, twice (for wide and for narrow pages), and smaller charts; None yet."""
+    begun = [phase for phase in phases if phase.reached > 1]
+    if not begun:
+        return None
+    drawn = all_charts(begun)
+    if (loss := drawn.pop("loss", None)) is None:
+        return None
+    wide = tag("div", draw(loss, key="loss", width=940, height=340), class_="wide")
+    narrow = tag("div", draw(loss, key="loss-narrow", height=320), class_="narrow")
+    hint = tag("span", " Only context leads below the dashed line." if begun[-1].last("eval_mask_loss") else "")
     figures = [tag("figure", tag("figcaption", loss.title, hint), wide, narrow, class_="whole")]
-    for key, chart in small_charts(phase).items():
-        figures.append(tag("figure", tag("figcaption", chart.title), draw(chart, key=f"{phase.name}-{key}")))
+    for key, chart in drawn.items():
+        figures.append(tag("figure", tag("figcaption", chart.title), draw(chart, key=key)))
     return tag("div", *figures, class_="charts")
 
 
-def loss_chart(phase: Phase) -> Chart:
+def all_charts(phases: Sequence[Phase]) -> dict[str, Chart]:
+    """All curves of the phases, by a short key; those that nothing was logged for are left out."""
+    steps = Ruler.of("step", phases, lambda phase: 1.0)
+    tokens = Ruler.of("real tokens", phases, lambda phase: phase.tokens_per_step or 0.0)
+    rates = steps.points("learning_rate")
+    peak = max(rates, key=lambda point: point[1], default=(0.0, 0.0))
+    shown = {
+        "loss": loss_chart("Loss", steps),
+        "tokens": loss_chart("Loss by tokens", tokens),
+        "hidden": steps.chart(
+            "Loss at [MASK]",
+            "nats",
+            Line("held-out loss at [MASK]", steps.points("eval_mask_loss"), "main", dots=True),
+            Line("word counts there", steps.levels(lambda line: line.get("unigram_mask_loss")), "level"),
+            from_zero=False,
+        ),
+        "accuracy": steps.chart(
+            "Held-out accuracy",
+            "%",
+            Line(_with_share("MLM", phases, "eval_mlm_accuracy"), steps.points("eval_mlm_accuracy", 100.0), dots=True),
+            Line(_with_share("NSP", phases, "eval_nsp_accuracy"), steps.points("eval_nsp_accuracy", 100.0), "second",
+                 dots=True),
+        ),
+        "learning-rate": steps.chart(
+            "Learning rate", "", Line(f"highest logged {number(peak[1])} at step {number(int(peak[0]))}", rates)
+        ),
+        "gradient": steps.chart(
+            "Gradient norm", "", Line("before clipping", steps.points("grad_norm"), "fine"),
+        ),
+        "sequences": steps.chart("Sequences per second", "1/s", _rate(steps, "sequences/s", "sequences_per_s")),
+        "tokens-per-s": steps.chart(
+            "Real tokens per second", "1/s", _rate(steps, "tokens/s without padding", "tokens_per_s")
+        ),
+    }  # fmt: skip
+    return {key: chart for key, chart in shown.items() if any(len(line.points) > 1 for line in chart.lines)}
+
+
+def _rate(ruler: Ruler, name: str, key: str) -> Line:
+    medians = [number(phase.median(key)) for phase, _, _ in ruler.places if phase.median(key)]
+    return Line(f"{name}, median {', '.join(medians)}", ruler.points(key), "fine")
+
+
+def loss_chart(title: str, ruler: Ruler) -> Chart:
     """Training and held-out MLM loss with the best loss without context as the level to beat."""
-    mlm = "mlm_loss" if any("mlm_loss" in line for line in phase.steps) else "loss"
-    level, name = level_of(phase.evaluations[-1] if phase.evaluations else {})
-    levels = [(phase.reached, level)] if is_number(level) else []
-    lines = [
-        Line("training MLM loss" if mlm == "mlm_loss" else "training loss", _points(phase.steps, mlm), "thin"),
-        Line(_with_last("held-out MLM loss", phase, "eval_mlm_loss"), _points(phase.evaluations, "eval_mlm_loss"),
-             "main", dots=True),
-        Line(f"{name} {number(level, 4)}", levels, "level"),
-    ]  # fmt: skip
-    return Chart("Loss", "step", "nats per masked token", lines, _marks(phase), until=phase.reached)
+    last = ruler.places[-1][0]
+    mlm = "mlm_loss" if last.last("mlm_loss") is not None else "loss"
+    level, name = level_of(last.evaluations[-1] if last.evaluations else {})
+    return ruler.chart(
+        title,
+        "nats per masked token",
+        Line("training MLM loss" if mlm == "mlm_loss" else "training loss", ruler.points(mlm), "thin"),
+        Line(_with_last("held-out MLM loss", last, "eval_mlm_loss"), ruler.points("eval_mlm_loss"), "main", dots=True),
+        Line(f"{name} {number(level, 4)}", ruler.levels(lambda line: level_of(line)[0]), "level"),
+        from_zero=False,
+    )
 
 
 def level_of(figures: Mapping[str, Any]) -> tuple[Any, str]:
@@ -153,35 +266,6 @@ def level_of(figures: Mapping[str, Any]) -> tuple[Any, str]:
     known = is_number(figures.get("context_free_loss"))
     return (figures["context_free_loss"], "best without context") if known else (
         figures.get("unigram_loss"), "unigram loss")  # fmt: skip
-
-
-def small_charts(phase: Phase) -> dict[str, Chart]:
-    """Loss where a word is hidden, accuracies, learning rate and the two throughputs, by a short key."""
-    looks: dict[str, Look] = {"MLM": "main", "NSP": "second"}
-    accuracies = [
-        Line(f"{name} {percent(phase.last(key))}", _points(phase.evaluations, key, 100.0), looks[name], dots=True)
-        for name, key in (("MLM", "eval_mlm_accuracy"), ("NSP", "eval_nsp_accuracy"))
-    ]
-    counts = _points(phase.evaluations, "unigram_mask_loss")[-1:]
-    hidden = [
-        Line("held-out loss at [MASK]", _points(phase.evaluations, "eval_mask_loss"), "main", dots=True),
-        Line("word counts there", counts, "level"),
-    ]
-    rates = {
-        key: Line(f"{label}, median {number(phase.median(key))}", _points(phase.steps, key), "fine")
-        for key, label in (("sequences_per_s", "sequences/s"), ("tokens_per_s", "tokens/s without padding"))
-    }
-    common: dict[str, Any] = {"marks": _marks(phase), "from_zero": True, "until": phase.reached}
-    peak = max((y for _, y in _points(phase.steps, "learning_rate")), default=0.0)
-    rate = Line(f"learning rate, highest logged {number(peak)}", _points(phase.steps, "learning_rate"), "main")
-    at_mask = Chart("Loss at [MASK]", "step", "nats", hidden, **{**common, "from_zero": False})
-    return {
-        **({"hidden": at_mask} if counts else {}),
-        "accuracy": Chart("Held-out accuracy", "step", "%", accuracies, **common),
-        "learning-rate": Chart("Learning rate", "step", "", [rate], **common),
-        "sequences": Chart("Sequences per second", "step", "1/s", [rates["sequences_per_s"]], **common),
-        "tokens": Chart("Real tokens per second", "step", "1/s", [rates["tokens_per_s"]], **common),
-    }
 
 
 def tuning_charts(tuning: Mapping[str, Mapping[str, Metrics]]) -> Html | None:
@@ -209,13 +293,9 @@ def _with_last(name: str, phase: Phase, key: str) -> str:
     return f"{name} {value:.3f}" if is_number(value) else name
 
 
-def _marks(phase: Phase) -> list[tuple[float, str]]:
-    """Where the attempts after the first began."""
-    return [
-        (float(start.from_step), f"attempt {start.number}")
-        for start in phase.starts[1:]
-        if is_number(start.from_step) and start.from_step is not None
-    ]
+def _with_share(name: str, phases: Sequence[Phase], key: str) -> str:
+    known = [phase.last(key) for phase in phases if is_number(phase.last(key))]
+    return f"{name} {percent(known[-1])}" if known else name
 
 
 def attempts_table(starts: Sequence[Start], steps: int) -> Html:

@@ -49,6 +49,16 @@ class Facts:
     def nodes(self) -> int:
         return int(self.settings.get("nodes", 1))
 
+    @property
+    def evaluated(self) -> Phase | None:
+        """The last phase that has been evaluated."""
+        evaluated = [phase for phase in self.phases if is_number(phase.last("eval_mlm_loss"))]
+        return evaluated[-1] if evaluated else None
+
+    def figures(self, phase: Phase) -> dict[str, Any]:
+        """The phase's last held-out figures, with what only its end has measured."""
+        return {**phase.evaluations[-1], **self.results.get(phase.name, {})}
+
 
 def gather(run: RunDir, *, held: bool) -> Facts:
     """Read a run. ``held``: whether a runner is at work on it. ConfigError when it is not a run."""

@@ -28,7 +28,8 @@ def context_in_words(figures: Mapping[str, Any]) -> str:
     gain, error, control = (figures.get(key) for key in ("eval_mask_gain", "eval_mask_gain_se", "shuffled_mask_gain"))
     if not (is_number(gain) and is_number(error)):
         return "Whether the model uses context was not measured."
-    better = f"where a word is hidden it is {gain:.2f} ± {error:.2f} nats better than word counts"
+    than = f"nats {'better' if gain >= 0 else 'worse'} than word counts"
+    better = f"where a word is hidden it is {abs(gain):.2f} ± {error:.2f} {than}"
     if gain <= 3 * error:
         return f"The model has not learnt to use context: {better}, no more than chance."
     if not is_number(control):

@@ -59,8 +59,24 @@ def table(head: Sequence[Any], rows: Iterable[Sequence[Any]], *, numeric: Sequen
     return tag("div", tag("table", header, body, class_=class_ or None), class_="scroll")
 
 
-def section(title: str, *children: Any) -> Html:
-    return tag("section", tag("h2", title), *children)
+class Section(Html):
+    """A part of the page with a heading; ``heading`` and ``name`` are what the contents say of it and point to."""
+
+    heading: str
+    name: str
+
+
+def section(title: str, *children: Any) -> Section:
+    name = "".join(letter if letter.isalnum() else "-" for letter in title.lower())
+    made = Section(tag("section", tag("h2", title), *children, id=name))
+    made.heading, made.name = title, name
+    return made
+
+
+def contents(parts: Iterable[Html | None]) -> Html:
+    """Links to the sections among ``parts``."""
+    links = [tag("a", part.heading, href=f"#{part.name}") for part in parts if isinstance(part, Section)]
+    return tag("nav", *links, aria_label="contents")
 
 
 def folded(title: str, content: Html) -> Html:
@@ -84,6 +100,3 @@ def document(title: str, style: str, *body: Any) -> str:
         tag("style", Html(style)),
     )
     return "<!doctype html>\n" + tag("html", head, tag("body", tag("main", *body)), lang="en") + "\n"
-
-
-# -------------------------------------------------------------------- numbers for people

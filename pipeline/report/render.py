@@ -14,12 +14,13 @@ from typing import Any
 from data_prep.publish import publish_text
 from pipeline.node.job import Job
 from pipeline.report import chart, page
-from pipeline.report.curves import Phase, level_of, phase_section
+from pipeline.report.card import card
+from pipeline.report.curves import level_of, training_section
 from pipeline.report.facts import Facts, gather
 from pipeline.report.gpus import gpu_section, incident_section
 from pipeline.report.learnt import context_in_words
 from pipeline.report.page import Html, document, note, table, tag
-from pipeline.report.scores import dataset, inference_section, score_section, shown_scores
+from pipeline.report.scores import beside_baselines, dataset, inference_section, score_section
 from pipeline.report.sections import (
     badge,
     data_section,
@@ -48,29 +49,31 @@ def main() -> int:
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Stage ``report``: write ``RUN/report.html``. While it runs, no other stage does."""
+    """Stage ``report``: write ``RUN/report.html`` and the model's card. While it runs, no other stage does."""
     facts = gather(job.run, held=False)
     publish_text(job.run.report, render(facts))
+    if "export" in facts.results:
+        publish_text(job.run.stage("export").path / "model" / "README.md", card(facts))
     return {"report": job.run.report.name, "stages_done": sum(row["state"] == "done" for row in facts.rows)}
 
 
 def render(facts: Facts) -> str:
     """The report as one HTML document."""
     body = [
-        head(facts),
-        *(phase_section(phase, remark(facts, phase.name)) for phase in facts.phases),
+        score_section(facts),
+        training_section(facts.phases, lambda name: remark(facts, name)),
+        inference_section(facts),
         incident_section(facts),
         time_section(facts),
         gpu_section(facts),
         stage_section(facts),
         data_section(facts),
-        score_section(facts),
-        inference_section(facts),
         plan_section(facts),
         published_section(facts),
         origin_section(facts),
     ]
-    return document(f"{facts.name}: BERT training report", page.STYLE + chart.STYLE, *body)
+    title = f"{facts.name}: BERT training report"
+    return document(title, page.STYLE + chart.STYLE, head(facts), page.contents(body), *body)
 
 
 # -------------------------------------------------------------------- head
@@ -82,13 +85,11 @@ def head(facts: Facts) -> Html:
     world = profile.ranks(facts.nodes)
     where = f"{facts.nodes} node{'s' if facts.nodes > 1 else ''}, {world} rank{'s' if world > 1 else ''}"
     submitted = [event.get("time") for event in facts.events if event.get("event") == "submitted"]
-    spent = sum(row.get("duration_s", 0.0) for row in facts.rows)
     line = [
         f"Recipe {recipe.name}",
         f"cluster {profile.name} ({where})",
         f"submitted {moment(submitted[0])}" if submitted else "time of submission not recorded",
         f"report of {moment(time.time())}",
-        f"{duration(spent)} in finished stages",
     ]
     return tag(
         "header",
@@ -126,23 +127,12 @@ def troubles(facts: Facts) -> list[Html]:
     return boxes
 
 
-def heldout(facts: Facts) -> Phase | None:
-    """The last phase that has been evaluated."""
-    evaluated = [phase for phase in facts.phases if is_number(phase.last("eval_mlm_loss"))]
-    return evaluated[-1] if evaluated else None
-
-
-def figures_of(facts: Facts, phase: Phase) -> dict[str, Any]:
-    """The phase's last held-out figures, with what only its end has measured."""
-    return {**phase.evaluations[-1], **facts.results.get(phase.name, {})}
-
-
 def result_sentence(facts: Facts) -> str:
     """What pretraining came to."""
-    phase = heldout(facts)
+    phase = facts.evaluated
     if phase is None:
         return "The model has not been evaluated yet."
-    figures = figures_of(facts, phase)
+    figures = facts.figures(phase)
     level, name = level_of(figures)
     words = f"MLM loss {figures['eval_mlm_loss']:.3f} nats after {number(figures['step'])} steps of {phase.name}"
     return f"{context_in_words(figures)} Held-out {words}{f'; {name} {level:.3f}' if is_number(level) else ''}."
@@ -150,10 +140,10 @@ def result_sentence(facts: Facts) -> str:
 
 def tiles(facts: Facts) -> Html | None:
     """The figures that are asked for first, each beside what it would be without context."""
-    phase = heldout(facts)
+    phase = facts.evaluated
     if phase is None:
         return None
-    figures = figures_of(facts, phase)
+    figures = facts.figures(phase)
     loss, gain, error, control = (
         figures.get(key) for key in ("eval_mlm_loss", "eval_mask_gain", "eval_mask_gain_se", "shuffled_mask_gain")
     )
@@ -169,6 +159,7 @@ def tiles(facts: Facts) -> Html | None:
         beside("Accuracy at [MASK]", figures, "eval_mask_accuracy", "unigram_mask_accuracy", "most frequent word"),
         beside("NSP accuracy", figures, "eval_nsp_accuracy", "nsp_majority", "more frequent answer"),
         ("Real tokens per second", number(phase.median("tokens_per_s")), f"median of {phase.name}"),
+        ("Time in all", duration(facts.account.chain.wall_s) if facts.account else "–", "from submission to end"),
     ]
     return tag(
         "dl",
@@ -188,7 +179,7 @@ def phase_table(facts: Facts) -> Html | None:
     rows = []
     for phase in facts.phases:
         if phase.evaluations:
-            figures = figures_of(facts, phase)
+            figures = facts.figures(phase)
             gain, error, control = (
                 figures.get(key) for key in ("eval_mask_gain", "eval_mask_gain_se", "shuffled_mask_gain")
             )
@@ -201,8 +192,11 @@ def phase_table(facts: Facts) -> Html | None:
 
 
 def score_list(facts: Facts) -> Html | None:
-    """The scores, by the names of the data sets."""
-    lines = [tag("li", tag("strong", dataset(found)), ": ", shown_scores(found)) for found in facts.scores.values()]
+    """The scores, by the names of the data sets, beside what they have to beat."""
+    lines = [
+        tag("li", tag("strong", dataset(found)), ": ", beside_baselines(facts, task))
+        for task, found in facts.scores.items()
+    ]
     return tag("ul", *lines, class_="scores") if lines else None
 
 

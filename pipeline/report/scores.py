@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.report.curves import tuning_charts
 from pipeline.report.facts import Facts
 from pipeline.report.learnt import worth_in_words
-from pipeline.report.page import Html, note, section, table
+from pipeline.report.page import Html, folded, note, section, table
 from pipeline.words import is_number, number, spoken
+
+BASELINES = {"majority": "most frequent class", "bag_of_words": "bag of words"}
 
 
 def dataset(found: Mapping[str, Any]) -> str:
@@ -40,6 +42,16 @@ def baseline(found: Mapping[str, Any], name: str) -> str:
     return f"{metric_name(str(found['ranked_by']))} {value:.2f}\N{NO-BREAK SPACE}%" if is_number(value) else "–"
 
 
+def beside_baselines(facts: Facts, task: str) -> str:
+    """A task's scores in a line, with what they have to beat."""
+    found = facts.scores[task]
+    known = [(words, baseline(found, name)) for name, words in BASELINES.items()]
+    if task in facts.scratch:
+        known.append(("without pretraining", shown_scores(facts.scratch[task])))
+    beat = "; ".join(f"{words} {value}" for words, value in known if value != "–")
+    return shown_scores(found) + (f" ({beat})" if beat else "")
+
+
 def score_section(facts: Facts) -> Html:
     curves = tuning_charts(facts.tuning)
     if not facts.scores:
@@ -48,7 +60,7 @@ def score_section(facts: Facts) -> Html:
         (
             dataset(found),
             shown_scores(found),
-            *(baseline(found, name) for name in ("majority", "bag_of_words")),
+            *(baseline(found, name) for name in BASELINES),
             shown_scores(facts.scratch[task]) if task in facts.scratch else "–",
             number(found.get("examples")),
             number(found.get("train_examples")),
@@ -60,8 +72,7 @@ def score_section(facts: Facts) -> Html:
     head = (
         "Data set",
         "Score",
-        "Most frequent class",
-        "Bag of words",
+        *map(str.capitalize, BASELINES.values()),
         "Without pretraining",
         "Evaluated on",
         "Trained on",
@@ -100,29 +111,53 @@ def seed_table(facts: Facts) -> Html | None:
 def inference_section(facts: Facts) -> Html | None:
     """How fast the fine-tuned models answer, beside transformers on the same machine; None when it was not measured."""
     found = facts.results.get("inference") or {}
-    measured, rows = found.get("rows"), []
-    for row in measured if isinstance(measured, list) else []:
-        if isinstance(row, Mapping):
-            latency = row["latency_ms"] if isinstance(row.get("latency_ms"), Mapping) else {}
-            rows.append(
-                (
-                    f"{row.get('task')}, {number(row.get('seq_len'))} tokens",
-                    number(row.get("batch")),
-                    str(row.get("engine")),
-                    spoken(str(row.get("part"))),
-                    str(row.get("lengths", "–")),
-                    str(row.get("precision")),
-                    number(row.get("sequences_per_s")),
-                    *(number(latency.get(key), 3) for key in ("p50", "p90", "p95", "p99")),
-                )
-            )
+    measured = found.get("rows")
+    rows = [row for row in (measured if isinstance(measured, list) else []) if isinstance(row, Mapping)]
     if not rows:
         return None
-    head = ("Task", "Batch", "Engine", "Part", "Lengths", "Precision", "Sequences/s", "p50, ms", "p90", "p95", "p99")
     threads = found.get("threads")
     where = f"On {found.get('device')}" + (f" with {number(threads)} threads" if is_number(threads) else "")
     said = note(
         f"{where}; latency of a whole batch. Forward: the model alone; end to end: from text to answer. "
         f"Real lengths are those of text, full ones all of the longest."
     )
-    return section("Inference", table(head, rows, numeric=(1, 6, 7, 8, 9, 10)), said)
+    return section("Inference", pivot(rows), said, folded("All measurements", measurements(rows)))
+
+
+def pivot(rows: Sequence[Mapping[str, Any]]) -> Html | None:
+    """A line for each thing measured, with the ratio of the first engine to transformers before both rates."""
+    rates: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        what = (
+            f"{row.get('task')}, {number(row.get('seq_len'))} tokens, {spoken(str(row.get('part')))}, batch "
+            f"{number(row.get('batch'))}, {row.get('lengths', 'unknown')} lengths, {row.get('precision')}"
+        )
+        rates.setdefault(what, {})[str(row.get("engine"))] = row.get("sequences_per_s")
+    lines = []
+    for what, by_engine in rates.items():
+        ours, theirs = by_engine.get("pipeline"), by_engine.get("transformers")
+        ratio = f"{ours / theirs:.2f} ×" if is_number(ours) and is_number(theirs) and theirs > 0 else "–"
+        lines.append((what, ratio, *(number(rate) if is_number(rate) else "–" for rate in (ours, theirs))))
+    head = ("Sequences/s", "Ratio", "This code", "transformers")
+    return table(head, lines, numeric=(1, 2, 3), class_="pivot")
+
+
+def measurements(rows: Sequence[Mapping[str, Any]]) -> Html:
+    """Everything that was measured."""
+    shown = []
+    for row in rows:
+        latency = row["latency_ms"] if isinstance(row.get("latency_ms"), Mapping) else {}
+        shown.append(
+            (
+                f"{row.get('task')}, {number(row.get('seq_len'))} tokens",
+                number(row.get("batch")),
+                str(row.get("engine")),
+                spoken(str(row.get("part"))),
+                str(row.get("lengths", "–")),
+                str(row.get("precision")),
+                number(row.get("sequences_per_s")),
+                *(number(latency.get(key), 3) for key in ("p50", "p90", "p95", "p99")),
+            )
+        )
+    head = ("Task", "Batch", "Engine", "Part", "Lengths", "Precision", "Sequences/s", "p50, ms", "p90", "p95", "p99")
+    return table(head, shown, numeric=(1, 6, 7, 8, 9, 10))

@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.run.files import read_json
 from pipeline.run.rundir import RunDir, StageDir
 from pipeline.stage import Stage
 from pipeline.words import is_number
@@ -98,8 +99,8 @@ class Piece:
 class Times:
     """One attempt: Unix times, its pieces, the step it continued from (None where no steps are resumed).
 
-    ``worked_from`` is when its stage's function began, where known. ``rollbacks``: (time, step gone back to).
-    ``has_steps`` says that work which logged nothing was start-up.
+    ``worked_from`` is when its stage's function began, where known; with ``has_steps`` when a first step that is still
+    in work did, and other work that logged nothing was start-up. ``rollbacks``: (time, step gone back to).
     """
 
     began: float
@@ -163,7 +164,8 @@ def attempt_parts(attempt: Times, later: Sequence[Times], began: float, ended: f
     """Seconds of ``began`` to ``ended`` by part; ``later`` are the attempts that came after."""
     parts = dict.fromkeys(PARTS, 0.0)
     if not attempt.pieces:
-        worked_from = ended if attempt.has_steps else min(max(attempt.worked_from or began, began), ended)
+        unknown = ended if attempt.has_steps else began
+        worked_from = min(max(attempt.worked_from or unknown, began), ended)
         return {**parts, "start_up": worked_from - began, "compute": ended - worked_from}
     cursor, before = began, "start_up"
     for piece, again in zip(attempt.pieces, _redone(attempt, later), strict=True):
@@ -255,8 +257,11 @@ def _attempts(folder: StageDir, stage: Stage, rollbacks: Sequence[Mapping[str, A
                              for key in ("started", "finished"))  # fmt: skip
         if is_number(finished):
             ended = max(ended, finished)
-        if ended == began and now is not None and attempt is attempts[-1]:
+        live = now is not None and attempt is attempts[-1]
+        if live and now is not None and ended == began:
             ended = max(began, now)
+        if stage.width == "ranks":
+            started = (read_json(attempt.path / "attempt.json") or {}).get("time") if live else None
         times = Times(
             began=began,
             ended=ended,

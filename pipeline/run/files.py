@@ -6,6 +6,7 @@ import errno
 import functools
 import json
 import os
+import re
 import stat
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -17,12 +18,13 @@ from pipeline.words import is_number
 T = TypeVar("T")
 MOST_JSON_BYTES, MOST_LINES_BYTES, LONGEST_LINE = 1 << 23, 1 << 27, 1 << 18
 NONE_THERE = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO, errno.EEXIST}  # or something that is not ours
+DIGEST = re.compile("[0-9a-f]{64}")
 # What stands under these names in any file of ours, or is left out: readers need not ask again.
 TEXTS = {*("line", "cause", "host", "event", "launch", "fingerprint")}
 FIGURES = {*("loss", "mlm_loss", "nsp_loss", "learning_rate", "grad_norm", "step_s", "unigram_loss")}  # also not finite
 WHOLE = ("world_size", "nodes")
 NUMBERS = {
-    **dict.fromkeys(("time", "since", "started", "finished", "duration_s", "step", "attempt", "code", "pid"), 2.0**53),
+    **dict.fromkeys(("time", "since", "started", "finished", "duration_s", "step", "attempt", "pid"), 2.0**53),
     **dict.fromkeys(WHOLE, 2**20),
 }  # and the largest that can be honest: up to 2 ** 53 floats count exactly
 
@@ -89,6 +91,8 @@ def _kind(key: str) -> Callable[[Any], bool] | None:
         return lambda value: type(value) in kinds and -largest <= value <= largest
     if key in FIGURES or key.startswith(("eval_", "tokens_", "sequences_")):
         return lambda value: type(value) is float or is_number(value)
+    if key == "code":  # of an exit, or the digest of the code that a run runs
+        return lambda value: bool(DIGEST.fullmatch(value)) if type(value) is str else type(value) is int
     return (lambda value: type(value) is str) if key in TEXTS else None
 
 

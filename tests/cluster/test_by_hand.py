@@ -21,7 +21,13 @@ def who(slurm, user) -> dict[str, object]:
 def test_a_phase_by_hand(slurm, prepared, reference, user, who) -> None:
     """Begun by ``sbatch slurm/stage.sbatch RUN STAGE``, ended by ``srun`` inside ``salloc``."""
     words = ["--parsable", "--nodes=2", f"--output={prepared}/%j.out", f"--chdir={ROOT}", "slurm/stage.sbatch"]
-    job = slurm.call("sbatch", *words, str(prepared), "phase1", **who)
+    inside = {
+        "SLURM_NTASKS": "1",
+        "SLURM_NPROCS": "1",
+        "MASTER_ADDR": "login",
+        "SQUEUE_FORMAT": "%i",
+    }  # of an salloc -n1
+    job = slurm.call("sbatch", *words, str(prepared), "phase1", **who, **inside)
     slurm.wait(lambda: len(metrics(prepared, 1)) >= 20, "phase 1 trains", 60)
     slurm.call("scancel", job)
     slurm.wait_state(job, "CANCELLED")

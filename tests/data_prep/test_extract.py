@@ -248,7 +248,7 @@ from data_prep import extract
 extract.PART_BYTES = 300_000
 class Job:
     out, workers = Path(sys.argv[1]), 2
-    def say(self, line): print(line, flush=True)
+    def say(self, line, share=None): print(line, flush=True)
 if __name__ == "__main__":
     extract.run(Job(), wikipedia=[], books=[], jsonl=[Path(sys.argv[2])], max_document_mb=1)
 """

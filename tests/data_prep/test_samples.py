@@ -42,7 +42,7 @@ class FolderJob:
         out.mkdir(exist_ok=True)
         self.out, self.workers = out, workers
 
-    def say(self, line: str) -> None:
+    def say(self, line: str, share: float | None = None) -> None:
         pass
 
 
@@ -119,7 +119,7 @@ def test_text_that_the_vocabulary_hardly_knows_is_told_before_training(tmp_path:
     text, vocab = text_folder(tmp_path / "text"), tmp_path / "vocab.txt"
     said: list[str] = []
     job = FolderJob(tmp_path / "out")
-    job.say = said.append  # type: ignore[method-assign]
+    job.say = lambda line, share=None: said.append(line)  # type: ignore[method-assign]
     vocab.write_text("\n".join([*SPECIAL.values(), *WORDS[4:], "."]) + "\n")  # without four of the words
     facts = samples.run(job, shards=text, vocab=vocab, **SETTINGS)
     train = facts["train"]
@@ -267,7 +267,7 @@ def test_text_without_full_stops_is_used_to_the_last_word(tmp_path: Path) -> Non
     vocab.write_text("\n".join([*SPECIAL.values(), *words]) + "\n")
     said: list[str] = []
     job = FolderJob(tmp_path / "out")
-    job.say = said.append  # type: ignore[method-assign]
+    job.say = lambda line, share=None: said.append(line)  # type: ignore[method-assign]
     text = one_shard(tmp_path / "text", transcripts)
     facts = samples.run(job, shards=text, vocab=vocab, **SETTINGS | {"seq_len": 128})["train"]
     assert facts["tokens"] >= 2 * 36_000

@@ -38,7 +38,7 @@ class FolderJob:
         out.mkdir(exist_ok=True)
         self.out, self.workers = out, workers
 
-    def say(self, line: str) -> None:
+    def say(self, line: str, share: float | None = None) -> None:
         pass
 
 

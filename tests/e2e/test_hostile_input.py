@@ -309,7 +309,7 @@ from pathlib import Path
 from data_prep import extract
 class Job:
     out, workers = Path(sys.argv[1]), 1
-    def say(self, line): pass
+    def say(self, line, share=None): pass
 Job.out.mkdir()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 facts = extract.run(Job(), wikipedia=[Path(sys.argv[2])], books=[], jsonl=[], max_document_mb=16)

@@ -223,7 +223,7 @@ class QuietJob:
         self.out, self.workers = out, 1
         out.mkdir(parents=True)
 
-    def say(self, line: str) -> None:
+    def say(self, line: str, share: float | None = None) -> None:
         pass
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from datetime import datetime
 from pathlib import Path
 from typing import get_args
@@ -19,6 +22,7 @@ from pipeline.errors import ConfigError
 from pipeline.launch import request
 from pipeline.launch.local import run_chain
 from pipeline.report.facts import gather
+from pipeline.run import account
 from pipeline.run.chain import Chain
 from pipeline.run.files import append_jsonl
 from pipeline.run.journal import Journal, SentJob
@@ -322,9 +326,48 @@ def test_where_the_time_went_and_what_stood_out(run):
     assert len(told["incidents"]) == 2
 
 
+def test_a_first_step_is_work_and_what_trains_nothing_has_no_goodput(run):
+    run.event("submitted")
+    began = run.stage("extract").new_attempt("x").owner["time"]
+    record = {"started": began, "finished": began + 60, "attempt": 1, "duration_s": 60.0}
+    run.stage("extract").mark_done({**Chain.of(run).record("extract"), **record})
+    assert look(run, short=False)[0][-1] == "60 s: computing 100 %"
+    attempt = run.stage("phase1").new_attempt("x")
+    owner = {**attempt.owner, "time": began + 60}
+    (attempt.path / "owner.json").write_text(json.dumps(owner))
+    times = account.read(run, Chain.of(run).stages, run.events, ["phase1"], began + 160)
+    assert times.stages["phase1"].parts["start_up"] == pytest.approx(100)
+    (attempt.path / "attempt.json").write_text(json.dumps({"resumed_from": None, "time": began + 80}))
+    times = account.read(run, Chain.of(run).stages, run.events, ["phase1"], began + 160)
+    assert times.stages["phase1"].parts["start_up"] == pytest.approx(20)
+    assert times.stages["phase1"].parts["compute"] == pytest.approx(80)
+
+
 def test_a_run_that_has_not_begun_has_no_account(run):
     assert len(look(run, short=False)[0]) == STAGES
     assert json.loads(call("status", run.path, "--json").stdout)["account"] is None
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
+def test_a_colleague_may_look_without_leaving_a_trace(run):
+    """Status and report as a user who may only read, while a runner holds the run."""
+    with tempfile.TemporaryDirectory() as folder, run.held():
+        run.stage("extract").new_attempt("now")
+        seen = Path(folder) / "run"
+        shutil.copytree(run.path, seen)
+        subprocess.run(["chmod", "-R", "a+rX,a-w", folder], check=True)
+        before = sorted(path.stat().st_mtime_ns for path in seen.rglob("*"))
+        with open(seen / "lock") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            code = "import os, pathlib; "
+            code += "from pipeline.run.rundir import RunDir; from pipeline.run.state import survey; "
+            code += "from pipeline.report.facts import gather; from pipeline.report.render import render; "
+            code += "os.setgroups([]); os.setgid(65534); os.setuid(65534); "
+            code += f"run = RunDir(pathlib.Path({str(seen)!r})); held = run.is_held(); "
+            code += "print(held, survey(run)[0]['state'], len(render(gather(run, held=held))) > 1000)"
+            done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+        assert done.stdout == "True running True\n", done.stderr
+        assert before == sorted(path.stat().st_mtime_ns for path in seen.rglob("*"))
 
 
 def test_the_commands(run):

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.errors import ConfigError, EnvironmentFault
+from pipeline.worker import refuse_other_ranks
 from support.running import ROOT, command, states
 
 
@@ -36,3 +38,25 @@ def test_two_ranks_run_a_stage_of_one_process_and_then_one_of_ranks(small_run: P
             if rank.poll() is None:
                 os.killpg(rank.pid, signal.SIGKILL)
     assert states(run)["squad"] == "done"
+
+
+@pytest.mark.parametrize(
+    ("environment", "error"),
+    [
+        (
+            {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "JOB_RANKS": "4"},
+            "1 ranks were started and the job has 4",
+        ),
+        ({"OMPI_COMM_WORLD_SIZE": "3", "OMPI_COMM_WORLD_RANK": "0"}, "mpiexec has started 3 processes"),
+        ({"PMI_SIZE": "2", "PMI_RANK": "1"}, "mpiexec has started 2 processes"),
+    ],
+)
+def test_ranks_that_others_count_differently_are_refused(environment, error):
+    with pytest.raises((EnvironmentFault, ConfigError), match=error):
+        refuse_other_ranks(environment)
+
+
+def test_ranks_that_agree_begin():
+    refuse_other_ranks({"RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "JOB_RANKS": "4"})
+    refuse_other_ranks({"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0", "PMI_SIZE": "2"})
+    refuse_other_ranks({})

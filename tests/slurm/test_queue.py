@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from slurm import queue, states
+from slurm.environment import clean
 from slurm.errors import ControllerDown, SlurmError
 from slurm.queue import Job
 
@@ -131,7 +132,7 @@ def test_accounting_is_a_bonus(stub) -> None:
 
 def test_users_habits_do_not_change_the_answers() -> None:
     habits = {"SQUEUE_FORMAT": "%i", "SLURM_TIME_FORMAT": "relative", "SBATCH_PARTITION": "x", "SLURM_JOB_ID": "1"}
-    assert queue.clean_environment(habits | {"SLURM_CONF": "c", "HOME": "h"}) == {"SLURM_CONF": "c", "HOME": "h"}
+    assert clean(habits | {"SLURM_CONF": "c", "HOME": "h"}) == {"SLURM_CONF": "c", "HOME": "h"}
 
 
 @pytest.mark.parametrize(

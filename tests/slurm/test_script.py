@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from slurm import script, submission, verdict
+from slurm.environment import clean
 from slurm.errors import FlagError
 from slurm.flags import Setting
 from slurm.resources import Resources
@@ -109,7 +110,8 @@ def test_the_hand_written_stage_script_ends_with_it_too(job, tmp_path: Path) -> 
     code, calls, said = job(None, "a run", "phase1", "phase2", CODE="6", **words)
     assert code == 6, said
     assert calls[0] == (
-        "srun --ntasks-per-node=2 --cpus-per-task=1 --export=ALL --kill-on-bad-exit=1 --unbuffered --overcommit "
+        "srun --nodes=3 --ntasks=6 --ntasks-per-node=2 --cpus-per-task=1 --export=ALL --kill-on-bad-exit=1 "
+        "--unbuffered --overcommit "
         f"{sys.executable} -m pipeline.worker a run phase1 phase2"
     )
     assert (tmp_path / "a run" / "jobs" / "7.over").read_text() == "6 ended with code 6\n"
@@ -121,6 +123,7 @@ def test_the_hand_written_stage_script_ends_with_it_too(job, tmp_path: Path) -> 
 SQUEUE = 'case $* in *%T*) echo "${STATE:-RUNNING}" ;; *) echo "${LEFT:-UNLIMITED}" ;; esac'
 SRUN = """\
 case $* in *--nodelist=*--version) [[ $* != *--nodelist=n[$DUMB]* ]]; exit ;; esac
+env | LC_ALL=C sort >environment
 echo "srun $*" >>log; printenv JOB_DEADLINE >>log; printenv JOB_LIMIT >>log
 if [ -n "$SPEND" ]; then echo 1000 >"$SPEND"; fi
 if [ -n "$WORK" ]; then /bin/sleep "$WORK"; fi
@@ -376,10 +379,27 @@ def test_deadline(job, left: str, seconds: int | None) -> None:
 def test_bad_nodes_are_left_out_next_time(job) -> None:
     job(CODE="1", SAY="77 n2")
     _, calls, said = job(SLURM_RESTART_COUNT="1")
-    assert any("--exclude=n2 --nodes=2" in call for call in calls)
+    assert any("srun --nodes=2 --ntasks=2 " in call and "--exclude=n2" in call for call in calls)
     assert "without n2" in said
     job(CODE="1", SAY="77 n1 n3")  # all nodes are bad now: better to try than not to run at all
     assert not any("--exclude" in call for call in job()[1])
+
+
+def test_nothing_of_the_shell_around_reaches_the_ranks(job, tmp_path: Path) -> None:
+    around = {"SLURM_NTASKS": "1", "SLURM_CPU_BIND": "quiet,mask_cpu:0x1", "SLURM_MEM_PER_CPU": "100", "PMI_RANK": "0"}
+    around |= {"MASTER_ADDR": "login7", "RANK": "3", "WORLD_SIZE": "9", "SQUEUE_FORMAT": "%i", "JOB_DEADLINE": "7"}
+    around |= {"OMPI_COMM_WORLD_SIZE": "2", "SLURM_STEP_ID": "4", "SLURM_PROCID": "0"}
+    code, calls, said = job(**around, SLURM_CONF="/etc/x.conf", SLURM_GPUS_ON_NODE="8", MY_OWN="x")
+    assert code == 0, said
+    assert calls[0].startswith("srun --nodes=3 --ntasks=3 --ntasks-per-node=1 ")
+    environment = dict(
+        line.split("=", 1) for line in (tmp_path / "environment").read_text().splitlines() if "=" in line
+    )
+    assert not around.keys() & environment.keys()
+    assert environment["JOB_RANKS"] == "3"
+    kept = {"SLURM_CONF": "/etc/x.conf", "SLURM_GPUS_ON_NODE": "8", "MY_OWN": "x", "SLURM_JOB_ID": "7"}
+    assert kept.items() <= environment.items()
+    assert clean({**around, **kept}) == {"SLURM_CONF": "/etc/x.conf", "MY_OWN": "x"}
 
 
 def test_verdict_is_given_once(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ class FakeJob:
         self.lines: list[str] = []
         out.mkdir(parents=True, exist_ok=True)
 
-    def say(self, line: str) -> None:
+    def say(self, line: str, share: float | None = None) -> None:
         self.lines.append(line)
 
 

@@ -268,11 +268,13 @@ def page_of(chain: Chain, *, held: bool = False) -> Page:
     names = {tag for tag, _ in page.tags}
     assert not names & {"script", "link", "img", "iframe", "object", "base", "form"}
     attributes = {key for _, attrs in page.tags for key in attrs}
-    assert not attributes & {"src", "href", "xlink:href", "style"}
+    assert not attributes & {"src", "xlink:href", "style"}
     assert not [key for key in attributes if key.startswith("on")]
     assert "url(" not in html
     assert "@import" not in html
     ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
     assert len(ids) == len(set(ids))
+    links = [attrs["href"] or "" for _, attrs in page.tags if "href" in attrs]
+    assert {f"#{name}" for name in ids} >= set(links)  # nothing but places of the page
     assert not re.search(r"\bnan\b|\bNone\b|\binf\b", page.text)
     return page

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pipeline.bert.dropout import dropout, keep_factors
+from pipeline.bert.dropout import dropout, keep_factors, keyed
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -53,3 +53,13 @@ def test_gradients_pass_through_the_same_factors():
     out = dropout(values, 0.5)
     out.sum().backward()
     assert torch.equal(values.grad, out)
+
+
+def test_a_key_seeds_as_torch_does_and_leaves_nothing_behind():
+    keyed(1, "phase1", 2, 3)
+    draws, seed = torch.rand(8), torch.initial_seed()
+    torch.manual_seed(seed)
+    assert torch.equal(torch.rand(8), draws)
+    before = len(torch.cuda._queued_calls)
+    keyed(1, "phase1", 2, 4)
+    assert len(torch.cuda._queued_calls) == before

@@ -187,6 +187,13 @@ def test_a_model_that_does_not_fit_gets_no_advice_that_cannot_help():
     assert "this GPU is too small for the model" in str(fault)
 
 
+@pytest.mark.parametrize("use_up", [lambda: torch.empty(1 << 60), lambda: bytearray(1 << 62)])
+def test_a_machine_without_memory_is_told_what_would_fit(use_up):
+    with pytest.raises(ConfigError, match=r"does not fit this machine; --set phase1.micro_batch=128 "):  # noqa: SIM117
+        with peers_named(job(), 256):
+            use_up()
+
+
 def test_other_errors_stay_what_they_are():
     with pytest.raises(RuntimeError, match="a defect of ours"), peers_named(job(), 256):
         raise RuntimeError("a defect of ours")

@@ -234,17 +234,36 @@ def test_hostile_names_are_shown_not_obeyed(tmp_path):
 
 def test_inference_stands_beside_transformers(tmp_path):
     text = page_of(finished_run(tmp_path / "run")).text
-    text = part_of(text, "On Example CPU with 2 threads", "Batch plan")
-    assert "latency of a whole batch" in text
-    whole = page_of(finished_run(tmp_path / "again")).text
-    assert "squad, 384 tokens 32 pipeline forward real bf16 61.5 520 537 553 not known" in whole
-    assert "squad, 384 tokens 32 transformers forward real bf16 40.25" in whole
+    assert "On Example CPU with 2 threads; latency of a whole batch" in text
+    assert "384 tokens, forward, batch 32, real lengths, bf16 1.53 × 61.5 40.25" in text
+    assert "384 tokens, end to end, batch 32, real lengths, bf16 – 48 –" in text
+    assert "squad, 384 tokens 32 pipeline forward real bf16 61.5 520 537 553 not known" in text
+    assert "squad, 384 tokens 32 transformers forward real bf16 40.25" in text
 
 
 def test_every_part_of_the_time_has_its_colour() -> None:
     for part in PARTS:
         assert f".part-{part} {{ fill: var(--{part.replace('_', '-')}); }}" in STYLE
         assert STYLE.count(f"--{part.replace('_', '-')}: #") == 2, part  # light and dark
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance of ``#rrggbb`` (WCAG 2.2)."""
+    parts = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
+def test_texts_and_lines_stand_out_from_their_ground(scheme) -> None:
+    """At least 4.5 : 1 for texts and 3 : 1 for what is drawn (WCAG 2.2, 1.4.3 and 1.4.11)."""
+    colours = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6});", STYLE.split("@media")[scheme]))
+    texts = [(text, ground, 4.5) for text in ("ink", "quiet", "main") for ground in ("page", "panel")]
+    texts += [(kind, f"{kind}-page", 4.5) for kind in ("good", "bad", "busy")]
+    texts += [("ink", f"{kind}-page", 4.5) for kind in ("bad", "busy")]
+    for text, ground, least in [*texts, *((line, "page", 3.0) for line in ("thin", "second", "level"))]:
+        low, high = sorted(map(luminance, (colours[text], colours[ground])))
+        assert (high + 0.05) / (low + 0.05) >= least, (text, ground)
 
 
 # -------------------------------------------------------------------- data

@@ -196,3 +196,25 @@ def test_a_log_cannot_write_to_the_terminal(tmp_path: Path, capsys: pytest.Captu
     KINDS["a pipe"](attempt.log)
     with pytest.raises(OSError, match="not a plain file"):
         print_log(attempt)
+
+
+def test_looking_at_a_run_opens_nothing_for_writing(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading is all that `status` and the report need of a run of somebody else."""
+    opened: list[int] = []
+    real = os.open
+    monkeypatch.setattr(
+        os, "open", lambda path, flags, *more, **words: opened.append(flags) or real(path, flags, *more)
+    )
+    plain = open
+
+    def other_open(path: Any, *more: Any, **words: Any) -> Any:
+        assert str(whole) not in str(path)
+        return plain(path, *more, **words)
+
+    monkeypatch.setattr("builtins.open", other_open)
+    with RunDir(whole).held():
+        opened.clear()
+        assert RunDir(whole).is_held()
+        assert len(list(told(RunDir(whole)))) == 4
+    assert len(opened) > 20
+    assert not any(flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) for flags in opened)

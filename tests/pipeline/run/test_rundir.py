@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import multiprocessing
 import os
@@ -73,6 +74,19 @@ def test_one_holder_and_the_second_is_told_who(tmp_path):
     assert not run.is_held()
     with run.held():
         assert run.is_held()
+
+
+def test_whoever_looks_keeps_no_runner_out(tmp_path):
+    run = RunDir(tmp_path)
+    with run.held():
+        pass
+    with open(tmp_path / "lock") as file:  # a look, drawn out
+        fcntl.flock(file, fcntl.LOCK_SH)
+        timer = threading.Timer(0.05, fcntl.flock, [file, fcntl.LOCK_UN])
+        timer.start()
+        with run.held():
+            assert run.is_held()
+        timer.join()
 
 
 def test_metrics_keep_the_last_attempt_per_step(tmp_path):

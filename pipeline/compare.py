@@ -1,0 +1,27 @@
+"""``python -m pipeline.compare RUN RUN …``: what differs, and whether it matters; of one RUN, its older results."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from data_prep.publish import publish_text
+from pipeline.errors import run_command
+from pipeline.report.compare import as_page, in_terminal, sides_of
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m pipeline.compare", description=__doc__)
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directories; the first is the yardstick")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write the tables with curves as one page, too")
+    arguments = parser.parse_args()
+    sides, changes = sides_of(arguments.runs)
+    print("\n".join(in_terminal(sides, changes)))
+    if arguments.html:
+        publish_text(arguments.html, as_page(sides, changes))
+        print(arguments.html)
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)
