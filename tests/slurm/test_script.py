@@ -77,6 +77,24 @@ def test_submit_sh() -> None:
     golden("submit.sh", submission.submit_sh(chain, extra))
 
 
+def test_submit_sh_where_sbatch_greets_or_says_nothing(tmp_path: Path) -> None:
+    """It finds the id among other lines; without one it cancels what it has sent."""
+    chain = [JobPlan(name=name, section="data", stages=()) for name in ("a", "b")]
+    (tmp_path / "submit.sh").write_text(submission.submit_sh(chain, {"a": [], "b": []}))
+    for name in ("sbatch", "scontrol", "scancel"):
+        body = f'echo "{name} $*" >>log; if [ {name} = sbatch ]; then echo "--> OK"; case $* in $NO*) ;; *'
+        (tmp_path / name).write_text(f'#!/bin/bash\n{body}) echo "41$(wc -l <log);lab" ;; esac; fi\n')
+        (tmp_path / name).chmod(0o755)
+    call = {"args": ["bash", "submit.sh"], "cwd": tmp_path, "capture_output": True, "text": True}
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    assert subprocess.run(**call, env=env | {"NO": "none"}, check=True).stdout == "411\n412\n"
+    assert (tmp_path / "log").read_text().splitlines()[2:] == ["scontrol release 411", "scontrol release 412"]
+    (tmp_path / "log").unlink()
+    refused = subprocess.run(**call, env=env | {"NO": "*b.sbatch"}, check=False)
+    assert (refused.returncode, "gave no job id" in refused.stderr) == (1, True)
+    assert (tmp_path / "log").read_text().splitlines()[2:] == ["scancel 411"]
+
+
 @pytest.mark.parametrize(
     "changes",
     [
