@@ -420,6 +420,12 @@ def test_nothing_of_the_shell_around_reaches_the_ranks(job, tmp_path: Path) -> N
     assert clean({**around, **kept}) == {"SLURM_CONF": "/etc/x.conf", "MY_OWN": "x"}
 
 
+def test_nodes_with_different_cpus_get_the_smallest_share(job) -> None:
+    for per_node, cpus in (("16,4(x2)", 4), ("2(x2),128", 2), ("8(x3)", 8)):
+        call = job(SLURM_CPUS_ON_NODE="16", SLURM_JOB_CPUS_PER_NODE=per_node)[1][0]
+        assert f"--cpus-per-task={cpus} " in call
+
+
 def test_verdict_is_given_once(tmp_path: Path) -> None:
     environ = {"JOB_VERDICT": str(tmp_path / "v")}
     assert verdict.give(77, ["n1", "; rm -rf", "n2.site"], environ)
