@@ -60,10 +60,11 @@ def sbatch_args(job: JobPlan, ids: Mapping[str, str], extra: Sequence[str] = ())
     return [*words, spell("dependency", dependency)]
 
 
-def submit_sh(jobs: Sequence[JobPlan], extra: Mapping[str, Sequence[str]]) -> str:
+def submit_sh(jobs: Sequence[JobPlan], extra: Mapping[str, Sequence[str]], journal: str = "", note: str = "") -> str:
     """A script that sends a chain: all jobs held or waiting until the last one is accepted, none left on failure.
 
-    ``extra`` are words for sbatch by name of the job.
+    ``extra`` are words for sbatch by name of the job. ``note`` goes into the file ``journal`` around the release, so
+    that the chain can be found; in it ``$job1`` is the first job's id and ``$1`` is releasing, then released.
     """
     lines = [
         "#!/bin/bash",
@@ -97,5 +98,10 @@ def submit_sh(jobs: Sequence[JobPlan], extra: Mapping[str, Sequence[str]]) -> st
         lines.append(f'sent+=("$job{number}"); echo "$job{number}"')
         ids[job.name] = f"$job{number}"
     free = [f'"{ids[job.name]}"' for job in jobs if not job.needs and not job.held_by_user]
-    lines += ["", *(f"scontrol release {word}" for word in free), ""]
+    release = [f"scontrol release {word}" for word in free]
+    if journal:
+        new, file = quote("journal", f"{journal}.new"), quote("journal", journal)
+        lines += ["", "note() {", f"  cat >{new} <<END", note, "END", f"  mv {new} {file}", "}"]
+        release = ["note releasing", *release, "note released"]
+    lines += ["", *release, ""]
     return "\n".join(lines)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -10,7 +12,7 @@ from pathlib import Path
 from data_prep.publish import publish_text
 from pipeline.launch import code
 from pipeline.launch.request import Request
-from pipeline.run.journal import run_key
+from pipeline.run.journal import Journal, run_key
 from pipeline.run.rundir import RunDir
 from slurm.flags import Setting
 from slurm.header import spell
@@ -58,7 +60,10 @@ def write_scripts(folder: Path, request: Request, jobs: Sequence[JobPlan]) -> li
     folder.mkdir(parents=True, exist_ok=True)
     texts = {job.file: script_text(request, job) for job in jobs if not job.stands_in_for}
     words = {job.name: [f"--comment={tag_of(request.run, job, 'by-hand')}", *request.extra] for job in jobs}
-    texts["submit.sh"] = submit_sh(jobs, words)
+    ids = {job.name: f"$job{number}" for number, job in enumerate(jobs, start=1)}
+    journal = dataclasses.replace(Journal.of(jobs, "by-hand", ids), state="$1")
+    note = json.dumps(dataclasses.asdict(journal))
+    texts["submit.sh"] = submit_sh(jobs, words, str(Journal.path(request.run).resolve()), note)
     for name, text in texts.items():
         publish_text(folder / name, text)
     (folder / "submit.sh").chmod(0o755)

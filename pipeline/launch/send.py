@@ -18,7 +18,7 @@ from data_prep.publish import publish_text
 from pipeline.errors import SlurmFault
 from pipeline.launch.request import Request
 from pipeline.launch.scripts import script_text, tag_of
-from pipeline.run.journal import Journal, SentJob, live_jobs, name_of, refuse_running, submission_of
+from pipeline.run.journal import Journal, live_jobs, name_of, refuse_running, submission_of
 from pipeline.run.rundir import RunDir
 from slurm import queue
 from slurm.errors import Refused, SlurmError
@@ -84,7 +84,7 @@ def send(
         (run.path / name).mkdir(exist_ok=True)
     executor = Executor(run.path / "jobs")
     sent: dict[str, submitit.SlurmJob[None]] = {}
-    _journal(jobs, submission, {}).write(run)
+    Journal.of(jobs, submission, {}).write(run)
     ids = {job.id: job.id for job in old}
     ended = tuple(Need(job=job.id, kind="afterany") for job in old)
     try:
@@ -105,7 +105,7 @@ def send(
             else:
                 before.write(run)
         raise
-    journal = _journal(jobs, submission, {name: job.job_id for name, job in sent.items()})
+    journal = Journal.of(jobs, submission, {name: job.job_id for name, job in sent.items()})
     journal.write(run)
     replaced = [job for job in live_jobs(run) if submission_of(job) != submission]
     if replaced:
@@ -116,23 +116,6 @@ def send(
     release(run, journal, {job.id for job in journal.jobs})
     run.event("sent", sending=submission, jobs={name: job.job_id for name, job in sent.items()})
     return list(sent.values())
-
-
-def _journal(jobs: Sequence[JobPlan], submission: str, ids: Mapping[str, str]) -> Journal:
-    return Journal(
-        submission=submission,
-        state="sending",
-        jobs=tuple(
-            SentJob(
-                name=job.name,
-                stages=job.stages,
-                needs=tuple(need.job for need in job.needs),
-                held_by_us=not job.needs and not job.held_by_user,
-                id=ids.get(job.name, ""),
-            )
-            for job in jobs
-        ),
-    )
 
 
 def release(run: RunDir, journal: Journal, live: Collection[str]) -> None:

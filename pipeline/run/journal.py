@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from pipeline.errors import InUseError
 from pipeline.run.files import read_json
 from pipeline.run.rundir import RunDir
 from slurm import queue, states
+from slurm.submission import JobPlan
 
 OLD_NAMES = {"sending": "submission", "ours": "held_by_us"}  # in files of version 0.1
 
@@ -54,6 +55,21 @@ class Journal:
                     record[new] = record.pop(old)
         return restore(cls, values, str(cls.path(run)))
 
+    @classmethod
+    def of(cls, jobs: Sequence[JobPlan], submission: str, ids: Mapping[str, str]) -> Journal:
+        """The journal of a chain that is being sent; ``ids`` by name, as far as Slurm has given them."""
+        sent = (
+            SentJob(
+                name=job.name,
+                stages=job.stages,
+                needs=tuple(need.job for need in job.needs),
+                held_by_us=not job.needs and not job.held_by_user,
+                id=ids.get(job.name, ""),
+            )
+            for job in jobs
+        )
+        return cls(submission=submission, state="sending", jobs=tuple(sent))
+
     def write(self, run: RunDir) -> None:
         publish_json(self.path(run), dataclasses.asdict(self))
 
@@ -80,9 +96,16 @@ def name_of(job: queue.Job) -> str:
 
 
 def live_jobs(run: RunDir) -> list[queue.Job]:
-    """The run's jobs that wait or run, oldest first, told by their comments. Raises ControllerDown, SlurmError."""
-    jobs = (job for job in queue.jobs().values() if job.comment.startswith(f"{run_key(run)}/") and not job.ended)
-    return sorted(jobs, key=lambda job: int(job.id))
+    """The run's jobs that wait or run, oldest first. Raises ControllerDown, SlurmError.
+
+    Told by the journal's ids, then by their comments, which sites and users rewrite: a job of the journal is given
+    back with the comment that it was sent with.
+    """
+    key, journal = run_key(run), Journal.read(run)
+    tags = {number: f"{key}/{journal.submission}/{name}" for number, name in journal.names.items()} if journal else {}
+    jobs = (dataclasses.replace(job, comment=tags.get(job.id, job.comment)) for job in queue.jobs().values())
+    ours = (job for job in jobs if job.comment.startswith(f"{key}/") and not job.ended)
+    return sorted(ours, key=lambda job: int(job.id))
 
 
 def refuse_running(run: RunDir, jobs: list[queue.Job], hint: str) -> None:

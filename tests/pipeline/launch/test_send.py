@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import submit
+from pipeline import cancel, submit
 from pipeline.config import load_profile, load_recipe
 from pipeline.errors import ConfigError, InUseError
 from pipeline.launch import code, jobs, request, scripts
@@ -258,6 +258,31 @@ def test_scripts_are_written_without_slurm_and_as_they_are_sent(tmp_path, monkey
     for job in ready(Flag("account", "proj x"), cluster="generic", nodes="4"):
         assert (out / job.file).read_text() == scripts.script_text(asked_for(tmp_path / "run"), job)
     assert "--nice=5" in (out / "submit.sh").read_text()
+
+
+def test_a_chain_sent_by_submit_sh_is_the_runs(fake, tmp_path, monkeypatch) -> None:
+    """With a real shell and stub commands: it is in the journal, and what squeue's comments say is not needed."""
+    run, bin_, out = RunDir(tmp_path / "it's run"), tmp_path / "bin", tmp_path / "out"
+    run.path.mkdir()
+    bin_.mkdir()
+    for name, body in (("sbatch", "echo Welcome; echo x >>n; echo 10$(($(wc -l <n) - 1))"), ("scontrol", "cp $J held")):
+        (bin_ / name).write_text(f"#!/bin/bash\n{body}\n")
+        (bin_ / name).chmod(0o755)
+    scripts.write_scripts(out, asked_for(run.path), ready(cluster="generic", nodes="2"))
+    env = {"PATH": f"{bin_}:/usr/bin:/bin", "J": str(Journal.path(run)).replace("'", "?").replace(" ", "?")}
+    subprocess.run([out / "submit.sh"], env=env, check=True)
+    assert '"state": "releasing"' in (out / "held").read_text()
+    journal = Journal.read(run)
+    assert (journal.state, journal.submission) == ("released", "by-hand")
+    assert journal.names == {"100": "data", "101": "pretrain", "102": "finetune", "103": "report"}
+    fake.all = {
+        number: {"tag": "the site's", "held": False, "state": "RUNNING", "waits": ""} for number in ("100", "7")
+    }
+    with pytest.raises(InUseError, match=r"data \(job 100, running\)"):
+        send_once(run)
+    monkeypatch.setattr(RunDir, "event", lambda self, *words, **values: None)
+    cancel.cancel_jobs(run, "extract")
+    assert {number: job["state"] for number, job in fake.all.items()} == {"100": "CANCELLED", "7": "RUNNING"}
 
 
 def test_a_dry_run_writes_nothing_and_names_sources(tmp_path) -> None:
