@@ -185,9 +185,15 @@ wait_if_ended() {
     echo "attempt $attempt: code $exit_code; Slurm is ending this job"
     sed -i "/^$this\$/d" "$JOB_TRIES" 2>/dev/null # no fault of ours
     if [ "$requeue" != yes ]; then exit "$last"; fi
-    trap - TERM
-    sleep 3600
-    exit "$last"
+    for _ in 1 2 3 4 5; do
+      sleep 2
+      if [ "$(timeout 60 squeue -h -j "$SLURM_JOB_ID" -o %T 2>/dev/null)" != RUNNING ]; then
+        trap - TERM
+        sleep 3600
+        exit "$last"
+      fi
+    done
+    ended=no # somebody's signal, or a preemption with time to spare: both want a requeue
   fi
 }
 ask() {

@@ -255,7 +255,7 @@ def test_two_attempts_without_progress_are_the_last(job, tmp_path: Path) -> None
     assert asked(job(CODE="75", SLURM_RESTART_COUNT="2")[1]) == 1
     verdict.made_progress(tries)
     assert asked(job(CODE="76", SLURM_RESTART_COUNT="3")[1]) == 1
-    _, calls, said = job(CODE="75", TERM_PARENT="1", SLURM_RESTART_COUNT="4")  # preempted
+    _, calls, said = job(CODE="75", TERM_PARENT="1", STATE="COMPLETING", SLURM_RESTART_COUNT="4")  # preempted
     assert (asked(calls), "without progress" in said) == (0, False)
     assert asked(job(CODE="76", SLURM_RESTART_COUNT="5")[1]) == 0
 
@@ -377,8 +377,10 @@ def test_a_refused_requeue_ends_with_the_code(job) -> None:
 
 def test_a_job_that_slurm_ends_does_not_come_back(job) -> None:
     """scancel: the ranks stop cleanly with 75, but a requeue would raise the job from the dead."""
-    assert asked(job(CODE="75", TERM_PARENT="1")[1]) == 0
-    assert asked(job(CODE="75", TERM_PARENT="1", LEFT="10:00")[1]) == 0
+    assert asked(job(CODE="75", TERM_PARENT="1", STATE="COMPLETING")[1]) == 0
+    assert asked(job(CODE="75", TERM_PARENT="1", STATE="COMPLETING", LEFT="10:00")[1]) == 0
+    for number, code in (("4", "75"), ("5", "137")):  # TERM that no kill follows: scancel --full, --signal=B:TERM@60
+        assert asked(job(CODE=code, TERM_PARENT="1", LEFT="10:00", SLURM_JOB_ID=number)[1], int(number)) == 1
     assert asked(job(CODE="75", STATE="COMPLETING")[1]) == 0  # TERM may reach the shell late
     assert asked(job(CODE="75", TERM_PARENT="1", LEFT="0:00")[1]) == 1  # the time limit
     assert asked(job(CODE="75", STATE="COMPLETING", LEFT="0:00", SLURM_JOB_ID="8")[1], 8) == 1
