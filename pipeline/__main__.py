@@ -1,8 +1,11 @@
-"""``python -m pipeline``: the commands, one line each."""
+"""``python -m pipeline``, ``bert-pipeline``: the commands, one line each; or one of them."""
 
 from __future__ import annotations
 
-from pipeline.errors import run_command
+import runpy
+import sys
+
+from pipeline.errors import ConfigError, run_command
 from pipeline.words import columns
 
 COMMANDS = {
@@ -27,9 +30,22 @@ COMMANDS = {
 
 
 def main() -> int:
-    print("\n".join(["python -m …   (--help says more)", *columns(COMMANDS.items())]))
+    """List the commands; or run one, by the last part of its name, as ``python -m`` does."""
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
+        print("\n".join(["python -m …   (--help says more)", *columns(COMMANDS.items())]))
+        return 0
+    names = {module.rpartition(".")[2]: module for module in COMMANDS}
+    word = sys.argv.pop(1)
+    if word not in names:
+        raise ConfigError(f"no command {word!r}: the commands are {', '.join(names)}")
+    runpy.run_module(names[word], run_name="__main__", alter_sys=True)
     return 0
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """``bert-pipeline``, which `pip install` puts in place."""
     run_command(main)
+
+
+if __name__ == "__main__":
+    command()

@@ -123,7 +123,7 @@ class PhaseConfig:
     micro_batch: int | None = limited(None, low=1, science=False)  # none: what the profile allows
     learning_rate: float = limited(above=0)
     warmup: float = limited(low=0, high=1)  # proportion of steps
-    schedule: Literal["poly", "linear", "constant", "cosine"] = "poly"
+    schedule: Literal["poly", "linear", "constant", "cosine", "wsd"] = "poly"
     steps: int = limited(low=1)
     start: str | None = None  # a Hugging Face folder or NVIDIA's .pt under --data; the phases before are left out
 

@@ -126,9 +126,12 @@ def describe(error: BaseException) -> tuple[str, int]:
     if isinstance(code, int):
         return "\n".join(map(escaped, str(error).split("\n"))), code
     if isinstance(error, OSError) and error.errno in STORAGE_ERRNOS:
-        return escaped(f"storage: {error.strerror}: {error.filename or 'unknown file'}"), StorageError.exit_code
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        advice = "; make room and start again, what is finished is kept" if full else ""
+        where = error.filename or "a file that was being written"
+        return escaped(f"storage: {error.strerror}: {where}{advice}"), StorageError.exit_code
     if isinstance(error, OSError) and error.errno in SERVER_ERRNOS:
-        where = error.filename or "unknown file"
+        where = error.filename or "a file that was in use"
         return escaped(f"storage: {error.strerror}: {where}; start me again when the server is back"), 76
     if isinstance(error, MemoryError):
         return f"out of memory on {socket.gethostname()}; ask for more, or work with fewer processes", 2

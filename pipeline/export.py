@@ -13,6 +13,7 @@ from data_prep.fanout import Job
 from data_prep.publish import publish_json
 from pipeline.bert.config import ACTIVATIONS, BertConfig
 from pipeline.errors import CheckpointError, ConfigError, run_command
+from pipeline.words import absent_model
 
 if TYPE_CHECKING:
     from pipeline.bert.folder import Source
@@ -151,6 +152,8 @@ def main() -> int:
     parser.add_argument("--gelu", choices=ACTIVATIONS, help="of an NVIDIA file: tanh (its code since 2022) or erf")
     options = parser.parse_args()
     path: Path = options.source
+    if not path.exists():
+        raise ConfigError(absent_model(path, "source"))
     if (path / "model" / "config.json").is_file():  # a run, or a stage that made a model
         path = path / "model"
     if options.to == "nvidia":

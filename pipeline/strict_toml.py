@@ -40,7 +40,7 @@ class Source:
 
     def at(self, section: str, key: str) -> str:
         dotted = f"{section}.{key}" if section else key
-        if dotted in self.set_keys:
+        if any(f"{given}.".startswith(f"{dotted}.") for given in self.set_keys):
             return f"--set {dotted}"
         line = self._line(section, key)
         return f"{self.file}{f':{line}' if line else ''}: {dotted}"
@@ -129,6 +129,8 @@ def apply_settings(
             inner[parent] = dict(inner[parent]) if isinstance(inner.get(parent), dict) else {}
             inner = inner[parent]
         inner[last] = value
+        if dotted.strip() in keys:
+            errors.append(f"--set {dotted.strip()}: given twice; give it once")
         keys.add(dotted.strip())
     return table, frozenset(keys)
 
@@ -146,7 +148,9 @@ def build(cls: type[T], table: dict[str, Any], source: Source, section: str, err
         if source.unknown is not None and not any(f"{given}.".startswith(f"{dotted}.") for given in source.set_keys):
             source.unknown.append(dotted)
         else:
-            errors.append(f"{source.at(section, key)}: unknown key; {_hint(key, [*fields, *tables])}")
+            deeper = [f"did you mean {name}?" for name in homes(cls, key, table)] if not section else []
+            hint = deeper[0] if deeper else _hint(key, [*fields, *tables])
+            errors.append(f"{source.at(section, key)}: unknown key; {hint}")
     values: dict[str, Any] = {}
     for name, spec in fields.items():
         if "tables" in spec.metadata:
@@ -158,6 +162,17 @@ def build(cls: type[T], table: dict[str, Any], source: Source, section: str, err
             where = f"{source.file}: {f'[{section}] ' if section else ''}"
             errors.append(f"{where}{name} is missing")
     return cls(**values) if len(errors) == before else None
+
+
+def homes(cls: type, key: str, tables: Iterable[str] = ()) -> list[str]:
+    """Dotted names of the keys called ``key`` one table below ``cls``; ``tables`` are the numbered ones of a file."""
+    hints = typing.get_type_hints(cls)
+    kinds: dict[str, Any] = {}
+    for spec in dataclasses.fields(cls):
+        many = _named(spec, dict.fromkeys(tables))
+        options = typing.get_args(hints[spec.name]) or (hints[spec.name],)
+        kinds |= {name: kind for name in many or [spec.name] for kind in options if dataclasses.is_dataclass(kind)}
+    return [f"{name}.{key}" for name, kind in kinds.items() if key in {spec.name for spec in dataclasses.fields(kind)}]
 
 
 def table_of(made: Any) -> dict[str, Any]:

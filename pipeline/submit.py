@@ -35,6 +35,8 @@ def main() -> int:
     run, profile = asked.run, asked.profile
     if asked.dry_run:
         show_plan(planned(asked), asked)
+        if asked.local:
+            corpora.check(asked)
         return 0
     absent = corpora.missing(asked)
     if asked.test_only or (asked.write_scripts and absent):

@@ -6,6 +6,7 @@ import sys
 import time
 import unicodedata
 from collections.abc import Container, Iterable, Sequence
+from pathlib import Path
 from typing import Any, TypeGuard
 
 
@@ -98,3 +99,14 @@ def columns(rows: Iterable[Sequence[str]], right: Container[int] = ()) -> list[s
         return "  ".join(cell.rjust(width) if i in right else cell.ljust(width) for i, (cell, width) in cells).rstrip()
 
     return [line(row) for row in rows]
+
+
+def absent_model(path: Path, option: str) -> str:
+    """What to do about a model that is not on this machine; how to fetch it where it may be a name on the hub."""
+    name = str(path)
+    if name.startswith(("/", ".", "~")) or name.count("/") > 1 or path.suffix in (".pt", ".bin"):
+        return f"{option} {name}: there is no such file or folder"
+    return (
+        f"{option} {name}: no folder here. If it is a name on the hub, fetch it first, where there is network:  "
+        f"hf download {name} --local-dir {path.name}"
+    )

@@ -22,7 +22,7 @@ ROOMS = 32  # packages and flat files that a newcomer meets
 LINES = 22_100  # of the product, tools apart
 FILE, FUNCTION = 400, 100  # lines
 
-PAGES = ("README.md", "CONTRIBUTING.md", "docs/architecture.md")
+PAGES = ("README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/cluster.md", "docs/recipes.md")
 
 
 def relative(path: Path) -> str:

@@ -20,6 +20,7 @@ from pipeline.finetune.options import SQUAD, defaults
 from pipeline.finetune.problems import SquadProblem
 from pipeline.finetune.samples import Samples
 from pipeline.finetune.squad import Question, Squad, read_squad, split_words
+from pipeline.words import absent_model
 
 GLUE = "glue"
 PAIRS = 256  # as many different sequences as are asked, in turn
@@ -133,7 +134,7 @@ def full_samples(count: int, seq_len: int, vocab_size: int) -> Samples:
 def write_shape(size: str, to: Path) -> None:
     """A folder ``to`` with configuration and an invented vocabulary, but no weights, of BERT ``base`` or ``large``."""
     if size not in SIZES:
-        raise ConfigError(f"--model {size}: no such folder; give one, or {' or '.join(SIZES)} for random weights")
+        raise ConfigError(f"{absent_model(Path(size), '--model')}; {' and '.join(SIZES)} have random weights")
     syllables = list(map("".join, itertools.product("bcdfghjklmnprstvwz", "aeiou")))
     pairs = list(map("".join, itertools.product(syllables, repeat=2)))
     pieces = (*"abcdefghijklmnopqrstuvwxyz0123456789.,?!'-", *syllables, *pairs)

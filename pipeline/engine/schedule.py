@@ -15,6 +15,8 @@ DECAYS: dict[str, Callable[[float, float], float]] = {
     "poly": lambda p, w: math.sqrt(1 - p),
     "linear": lambda p, w: (1 - p) / (1 - w),
     "cosine": lambda p, w: (1 + math.cos(math.pi * (p - w) / (1 - w))) / 2,
+    # Warm-up, stable, decay (Hägele et al. 2024): the last fifth of the steps falls as 1 - sqrt.
+    "wsd": lambda p, w: 1 - math.sqrt(max(0.0, p - max(w, 0.8)) / (1 - max(w, 0.8))),
     "constant": lambda p, w: 1.0,
 }
 

@@ -34,7 +34,7 @@ class Settings:
     optimizer: OptimizerConfig
     learning_rate: float
     warmup: float  # share of all steps
-    schedule: Literal["poly", "linear", "constant", "cosine"]
+    schedule: Literal["poly", "linear", "constant", "cosine", "wsd"]
     max_grad_norm: float
     log_every: int = 1
     say_every: int = 10  # a line for people

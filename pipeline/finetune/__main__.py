@@ -21,6 +21,7 @@ from pipeline.finetune.options import DEFAULTS, MODES
 from pipeline.node.job import Job, Topology
 from pipeline.node.preempt import StopRequest
 from pipeline.run.rundir import RunDir
+from pipeline.words import absent_model
 
 if TYPE_CHECKING:
     from pipeline.finetune.task import Files
@@ -77,6 +78,8 @@ def main() -> int:
 
 def _check(arguments: argparse.Namespace, config: FinetuneConfig, modes: tuple[str, ...]) -> None:
     """Refuse what cannot work together, before anything heavy is imported or written."""
+    if not arguments.model.exists():
+        raise ConfigError(absent_model(arguments.model, "--model"))
     for mode, name in (("train", "train"), ("eval", "eval"), ("prediction", "eval")):
         if mode in modes and getattr(arguments, name) is None:
             raise ConfigError(f"--mode {arguments.mode} needs --{name} FILE")

@@ -52,7 +52,7 @@ METRICS: dict[str, Callable[[Classes, Classes], float]] = {
 class Task:
     """One file format and what counts: ``text`` names one or two columns, the first of ``metrics`` ranks runs.
 
-    ``header`` gives the columns of a file that has no header line. Class i is called ``labels[i]``.
+    ``header`` gives the columns of a file whose first line does not name ``text``. Class i is called ``labels[i]``.
     """
 
     text: tuple[str, ...]
@@ -95,13 +95,15 @@ def read_table(path: Path, task: Task, *, labelled: bool = True) -> Table:
     DataError names file, line, what was found and what is expected. ``labelled=False`` needs no label column.
     """
     lines = _lines(path)
-    header = list(task.header) or lines[0].split("\t")
+    first = lines[0].split("\t")
+    headed = not task.header or set(task.text) <= set(first)  # CoLA's test file has a header, its others have none
+    header = first if headed else list(task.header)
     needed = (*task.text, task.label) if labelled else task.text
     for name in needed:
         if name not in header:
             found = ", ".join(map(repr, header))
             raise DataError(f"{path}:1: column {name!r} is missing; found {found}")
-    begin = 0 if task.header else 1
+    begin = int(headed)
     rows = [line.split("\t") for line in lines[begin:]]
     if not rows:
         raise DataError(f"{path}:{len(lines)}: no examples below the header")
@@ -124,7 +126,7 @@ def read_table(path: Path, task: Task, *, labelled: bool = True) -> Table:
 
 
 def _lines(path: Path) -> list[str]:
-    """Lines of a UTF-8 file with or without byte-order mark; only LF and CRLF end a line."""
+    """Lines of a UTF-8 file with or without byte-order mark; only LF and CRLF end a line, blank last ones are none."""
     try:
         data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
     except OSError as error:
@@ -132,7 +134,7 @@ def _lines(path: Path) -> list[str]:
     if not data.strip():
         raise DataError(f"{path}: the file is empty; expected tab-separated examples")
     lines = []
-    for number, line in enumerate(data.removesuffix(b"\n").split(b"\n"), 1):
+    for number, line in enumerate(data.rstrip(b"\r\n").split(b"\n"), 1):
         try:
             lines.append(line.removesuffix(b"\r").decode())
         except UnicodeDecodeError as error:

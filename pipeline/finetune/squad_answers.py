@@ -73,7 +73,7 @@ def answer_questions(
     answers, n_best = {}, {}
     for question in squad.questions:
         pool = found[question.id]
-        null_entry = nulls.get(question.id) if config.version_2 else None
+        null_entry = nulls.get(question.id, Candidate("", 0.0, 0.0)) if config.version_2 else None
         if null_entry:
             pool = [*pool, null_entry]
         best = sorted(pool, key=lambda candidate: -candidate.score)[: config.n_best]

@@ -28,6 +28,7 @@ from pipeline.config import load_recipe
 from pipeline.errors import ConfigError
 from pipeline.launch.estimate import disk_gb
 from pipeline.run.rundir import RunDir
+from pipeline.words import absent_model
 from slurm.profile import Profile
 
 PACKED = (".bz2", ".gz", ".xz", ".zst")
@@ -46,7 +47,7 @@ def write_recipe(
     """
     faults = [f"--text {path}: there is no such file or folder" for path in texts if not path.exists()]
     if start is not None and not start.exists():
-        faults.append(hub_name(start))
+        faults.append(absent_model(start, "--start"))
     code = language_named(language or "en")
     if fault := language_fault(code):
         faults.append(fault.replace("data.language", "--language"))
@@ -121,17 +122,6 @@ def kind_of(path: Path) -> str:
 def vocab_size(size: float) -> int:
     """Entries for so many bytes of text."""
     return int(min(HIGHEST, max(LOWEST, 2 ** round(math.log2(max(1.0, size / VOCAB_BYTES))))))
-
-
-def hub_name(start: Path) -> str:
-    """What to do about a model that is not on this machine."""
-    text = str(start)
-    if text.startswith(("/", ".", "~")) or text.count("/") > 1 or text.endswith((".pt", ".bin")):
-        return f"--start {text}: there is no such file or folder"
-    return (
-        f"--start {text}: no folder here. If it is a name on the hub, fetch it first, where there is network:  "
-        f"hf download {text} --local-dir {text.rpartition('/')[2]}"
-    )
 
 
 def model_of(start: Path, data: Path) -> dict[str, dict[str, Any]]:

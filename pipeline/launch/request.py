@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from pipeline import batch
 from pipeline.config import Recipe, TaskConfig, load_profile, load_recipe, restore
@@ -20,6 +20,7 @@ from pipeline.launch.own import write_recipe
 from pipeline.run.files import read_json
 from pipeline.run.rundir import RunDir
 from pipeline.stages import TASKS
+from pipeline.strict_toml import homes
 from slurm import flags
 from slurm.profile import SECTIONS, Profile
 from slurm.resources import parse_nodes
@@ -65,14 +66,20 @@ class Request:
 def of(words: Sequence[str]) -> Request:
     """The request of a command line: recipe and profile from it, else from the run. ConfigError, FlagError."""
     line = flags.split(words, sections=SECTIONS)
-    given = parser().parse_args(line.rest)
+    given, unknown = parser().parse_known_args(line.rest)
+    if faults := [_unknown(word) for word in unknown if word.startswith("-")] or unknown:
+        raise ConfigError("\n".join(faults))
     run = RunDir(given.run)
+    if run.path.exists() and not run.path.is_dir():
+        raise ConfigError(f"--run {run.path}: is a file; name a folder, which may be new")
     stored = read_json(run.path / "run.json") or {}
     if given.text or given.start or given.language:
         take_own(run, given)
     if not stored and (given.recipe is None or given.cluster is None):
         raise ConfigError(f"{run.path} is not a run yet: name a --recipe and a --cluster, or your own --text")
     origin = str(run.path / "run.json")
+    if given.recipe is not None and not given.replace:
+        refuse_other(run, stored, load_recipe(given.recipe, given.settings).name)
     if given.recipe is not None:
         recipe = load_recipe(given.recipe, given.settings)
     else:
@@ -84,6 +91,11 @@ def of(words: Sequence[str]) -> Request:
         profile = dataclasses.replace(profile, processes=given.processes)
     wanted = [flag.value for flag in line.flags if flag.name == "nodes" and flag.section in ("", "pretrain")]
     nodes = parse_nodes(wanted[-1] if wanted else str(stored.get("node_range", "1")))
+    if wanted and profile.runner == "local" and nodes != (1, 1):
+        raise ConfigError(
+            f"--nodes {wanted[-1]}: cluster profile {profile.name!r} is this machine alone; --processes N says how "
+            "many ranks it has, --cluster names a profile of a site with nodes"
+        )
     asked: dict[str, Asked] = {}
     if profile.runner == "local":
         _refuse_slurms(profile, given, line)
@@ -106,8 +118,8 @@ def of(words: Sequence[str]) -> Request:
         extra=line.passthrough,
         code=code.digest() if given.upgrade else code.of_run(stored),
         settings=tuple(given.settings),
-        stages=tuple(given.stages.split(",")) if given.stages else (),
-        remake=tuple(given.remake.split(",")) if given.remake else (),
+        stages=_names(given.stages),
+        remake=_names(given.remake),
         **{name: getattr(given, name) for name in (*SWITCHES, "write_scripts", "max_gpu_hours", "allow_mixed")},
     )
 
@@ -117,14 +129,48 @@ SWITCHES = {
     "split_seeds": "one job for each seed of a fine-tuning task",
     "dry_run": "show the jobs and where each setting comes from",
     "test_only": "ask Slurm when the jobs would start; send nothing",
-    "replace": "cancel jobs of this run that are at work",
+    "replace": "cancel jobs of this run that are at work; let another recipe take it over",
     "upgrade": "go on with the code of this checkout instead of the code with which the run began",
 }
 
 
+class Options(argparse.ArgumentParser):
+    """Refuses in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; as in {self.prog} --text FOLDER --run runs/mine, --help lists the options")
+
+
+def _unknown(word: str) -> str:
+    """What to do about an option that is none of submit's."""
+    name = word.lstrip("-").partition("=")[0].replace("-", "_")
+    if keys := homes(Recipe, name, ("phase1",)):
+        return f"{word}: a value of the recipe; change it with --set {keys[0]}=VALUE{_also(keys[1:])}"
+    return f"{word}: no option of submit; --help lists them"
+
+
+def _names(text: str | None) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",")) if text else ()
+
+
+def _also(keys: Sequence[str]) -> str:
+    return f" (there are {', '.join(keys)}, too)" if keys else ""
+
+
+def refuse_other(run: RunDir, stored: Mapping[str, Any], name: str) -> None:
+    """ConfigError where a run with finished stages is another recipe's."""
+    whose = (stored.get("recipe") or {}).get("name", name)
+    done = sorted(path.parent.name for path in run.path.glob("stages/*/done.json"))
+    if whose != name and done:
+        raise ConfigError(
+            f"{run.path} is a run of recipe {whose!r}, not {name!r}, and has finished {', '.join(done)}: name "
+            f"another --run; or give --replace, and what {name!r} makes anew goes to {run.path / 'old'}"
+        )
+
+
 def parser() -> argparse.ArgumentParser:
     """Our own options; Slurm's are taken out before."""
-    options = argparse.ArgumentParser(
+    options = Options(
         prog="python -m pipeline.submit",
         description="Make or continue a run and send its chain to this machine or to Slurm.",
         epilog="Slurm's options keep their names and letters (-p gpu -A project -t 2-00:00:00) and mean pretraining; "

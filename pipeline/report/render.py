@@ -42,6 +42,7 @@ def main() -> int:
     arguments = parser.parse_args()
     run = RunDir(arguments.run)
     out = arguments.out or run.report
+    out.parent.mkdir(parents=True, exist_ok=True)
     publish_text(out, render(gather(run, held=run.is_held())))
     print(out)
     return 0

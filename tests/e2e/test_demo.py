@@ -20,7 +20,12 @@ from pipeline.pretrain.evaluate import WordShares, heldout
 from pipeline.run.rundir import RunDir
 from support.running import ROOT, call, digests, states
 
-BLOCKS = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+PAGES = [
+    ROOT / f"{name}.md"
+    for name in ("README", *(f"docs/{page}" for page in ("cluster", "recipes", "errors", "from_nvidia")))
+]
+TEXT = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+BLOCKS = re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL)
 COMMANDS = [line for block in BLOCKS for line in block.strip().splitlines()]
 MADE_ALREADY = {"make demo"}  # its run is the one that test_demo.py made
 CLUSTER = "devcluster"  # the tour on a real Slurm: tests/cluster does the same and more
@@ -187,11 +192,11 @@ def test_the_report_renders_in_a_browser(demo, tmp_path):
 
 
 def test_the_commands_of_the_readme(demo):
-    """Every line of its command blocks runs, in order, as it stands there; last, for it changes runs/demo."""
+    """Every line of its blocks and the pages' runs, in order, as it stands there; last, for it changes runs/demo."""
     assert "make demo" in COMMANDS
     assert len(COMMANDS) >= 7
     (ROOT / "runs/my-bert.pt").unlink(missing_ok=True)
-    for name in ("my-bert", "my-sentiment", "large", "scripts"):
+    for name in ("my-bert", "my-sentiment", "large", "scripts", "mine", "further"):
         shutil.rmtree(ROOT / "runs" / name, ignore_errors=True)
     for command in COMMANDS:
         if command in MADE_ALREADY or CLUSTER in command:
@@ -201,9 +206,8 @@ def test_the_commands_of_the_readme(demo):
 
 
 def test_files_and_options_named_in_the_readme_exist():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    for path in re.findall(r"`((?:pipeline|slurm|data_prep|tests)/[\w/.]*\w)`", text):
+    for path in re.findall(r"`((?:pipeline|slurm|data_prep|tests|docs)/[\w/.]*\w)`", TEXT):
         assert (ROOT / path).exists(), path
-    for module in set(re.findall(r"python -m ([\w.]+)", text)):
+    for module in set(re.findall(r"python -m ([\w.]+)", TEXT)):
         done = subprocess.run([ROOT / ".venv/bin/python", "-m", module, "--help"], capture_output=True, check=False)
         assert done.returncode == 0, module

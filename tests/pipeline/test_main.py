@@ -43,3 +43,15 @@ def test_what_a_command_says_of_itself_can_be_asked() -> None:
         assert importlib.util.find_spec(name) is not None
         done = subprocess.run([sys.executable, "-m", name, "--help"], cwd=ROOT, capture_output=True, check=False)
         assert done.returncode == 0
+
+
+def test_a_command_runs_by_its_last_name() -> None:
+    def said(*words: str) -> tuple[int, str]:
+        call = [sys.executable, "-m", *words]
+        done = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, check=False)
+        return done.returncode, done.stdout + done.stderr
+
+    words = ("--recipe", "tiny", "--cluster", "local", "--nodes", "1")
+    assert said("pipeline", "plan", *words) == said("pipeline.plan", *words)
+    assert said("pipeline", "plam")[0] == 2
+    assert "status, cancel" in said("pipeline", "plam")[1]

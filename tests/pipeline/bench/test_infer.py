@@ -290,7 +290,7 @@ def test_the_command_refuses_in_one_line_each(
         (("--seq", "glue=x"), "command line: glue_seq_len = 'x': expected a whole number, found a string\n"),
         (("--seconds", "0"), "command line: seconds = 0.0: must be greater than 0\n"),
         (("--threads", "0"), "--threads 0: must be at least 1\n"),
-        (("--model", "tiny"), "--model tiny: no such folder; give one, or base or large for random weights\n"),
+        (("--model", "/tiny"), "--model /tiny: there is no such file or folder; base and large have random weights\n"),
     ):
         code, _, err = called(capsys, monkeypatch, "infer", "--model", model, *words)
         assert (code, err) == (2, said)

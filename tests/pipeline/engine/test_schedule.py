@@ -6,6 +6,8 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -39,6 +41,15 @@ def test_poly_drops_at_the_hand_over_and_ends_at_zero():
     assert half == math.sqrt(0.5)  # the step at p = w already decays
 
 
+def test_wsd_is_that_of_transformers():
+    steps, optimizer = 200, torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    theirs = transformers.get_wsd_schedule(optimizer, 20, 40, num_training_steps=steps, decay_type="1-sqrt").lr_lambdas
+    for step in range(1, steps + 1):
+        assert learning_rate("wsd", base=1.0, warmup=0.1, steps=steps, step=step) == pytest.approx(
+            theirs[0](step), abs=1e-9
+        )
+
+
 @pytest.mark.parametrize("name", ["linear", "cosine"])
 def test_linear_and_cosine_join_without_a_jump_and_end_at_zero(name):
     rates = [learning_rate(name, base=1.0, warmup=0.1, steps=1000, step=s) for s in range(1, 1001)]
@@ -67,7 +78,7 @@ def test_rate_stays_between_zero_and_base(name, base, warmup, steps, share):
 
 
 def test_refusals_are_one_line():
-    with pytest.raises(ConfigError, match=r"'polly' is unknown; choose one of constant, cosine, linear, poly$"):
+    with pytest.raises(ConfigError, match=r"'polly' is unknown; choose one of constant, cosine, linear, poly, wsd$"):
         learning_rate("polly", base=1, warmup=0.1, steps=10, step=1)
     for warmup in (-0.1, 1.0, float("nan")):
         with pytest.raises(ConfigError, match="share of the steps"):

@@ -31,6 +31,13 @@ def encode(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
     return flat, np.concatenate([[0], np.cumsum([len(text) for text in texts])]).astype(np.int64)
 
 
+def test_cola_reads_its_test_file_of_two_columns_and_blank_last_lines(tmp_path: Path) -> None:
+    asked = read_table(write(tmp_path, "index\tsentence\n0\tOne.\n1\tTwo.\n"), TASKS["cola"], labelled=False)
+    assert (asked.texts, asked.lines) == ((["One.", "Two."],), [2, 3])
+    table = read_table(write(tmp_path, "gj04\t1\t\tOne.\ngj04\t0\t*\tTwo.\n\r\n\n"), TASKS["cola"])
+    assert (table.texts, table.lines) == ((["One.", "Two."],), [1, 2])
+
+
 def test_official_mrpc_with_byte_order_mark_quotes_and_crlf(tmp_path: Path) -> None:
     rows = ['1\t7\t8\tHe said "no\tShe\u2028said "no', "0\t9\t10\t\"\t'"]
     table = read_table(write(tmp_path, "\ufeff" + "\r\n".join([MRPC, *rows]) + "\r\n"), TASKS["mrpc"])

@@ -99,6 +99,8 @@ def test_a_question_without_any_window_is_answered_empty() -> None:
     squad, _ = one_feature()
     answers, n_best = answer_questions(squad, [], [], CONFIG, vocabulary=VOCAB, basic=BASIC)
     assert answers == {"q": "empty"}
+    config = replace(CONFIG, version_2=True)
+    assert answer_questions(squad, [], [], config, vocabulary=VOCAB, basic=BASIC)[0] == {"q": ""}  # no words, no answer
     assert n_best["q"] == [{"text": "empty", "probability": 1.0, "start_logit": 0.0, "end_logit": 0.0}]
 
 

@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.config import load_recipe
-from pipeline.launch.own import HIGHEST, LOWEST, hub_name, kind_of, vocab_size
+from pipeline.launch.own import HIGHEST, LOWEST, kind_of, vocab_size
 from pipeline.run.files import read_jsonl
 from pipeline.run.rundir import RunDir
+from pipeline.words import absent_model
 from support.running import call
 from support.toys import VOCAB
 
@@ -78,8 +79,8 @@ def test_a_vocabulary_grows_with_the_text_within_bounds(size):
 
 
 def test_a_path_is_not_taken_for_a_name_on_the_hub():
-    assert "hf download" not in hub_name(Path("/models/bert"))
-    assert "hf download" not in hub_name(Path("bert.pt"))
+    assert "hf download" not in absent_model(Path("/models/bert"), "--start")
+    assert "hf download" not in absent_model(Path("bert.pt"), "--start")
 
 
 @pytest.mark.slow

@@ -1,0 +1,101 @@
+"""What a user gets wrong: each is answered by what, where and what to do, before anything is written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from data_prep.publish import publish_json
+from pipeline.errors import ConfigError
+from pipeline.launch import request
+from support.running import SMALL, call
+
+RUN = ["--run", "RUN"]
+KNOWN = ["--recipe", "tiny", "--cluster", "local", *RUN]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """The working directory of these commands: a text, a file, and what is no model."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("one")
+    (tmp_path / "text.txt").write_text("One sentence.\n\nAnother one.\n")
+    (tmp_path / "alone.pt").write_bytes(b"no weights")
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / "model.pt").write_bytes(b"PK\x03\x04 no weights")
+    (tmp_path / "cut" / "bert_config.json").write_text(
+        '{"vocab_size": 8, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}'
+    )
+    (tmp_path / "cut" / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\n")
+    return tmp_path
+
+
+WORDS = {
+    "nothing": ([], ["arguments are required: --run", "--text FOLDER --run"]),
+    "no run": (["--recipe", "tiny"], ["arguments are required: --run"]),
+    "only a run": (RUN, ["RUN is not a run yet", "--recipe", "--text"]),
+    "the run is a file": ([*KNOWN, "--run", "file"], ["file: is a file", "folder"]),
+    "no nodes": ([*KNOWN, "--nodes", "0"], ["--nodes=0: at least 1"]),
+    "nodes in words": ([*KNOWN, "-N", "abc"], ["--nodes=abc", "as 16 or 16-32"]),
+    "nodes backwards": ([*KNOWN, "--nodes", "2-1"], ["--nodes=2-1", "the smaller number first"]),
+    "nodes of this machine": ([*KNOWN, "--nodes", "4"], ["--nodes 4", "--processes N", "--cluster"]),
+    "an empty setting": ([*KNOWN, "--set", ""], ["--set", "key=value"]),
+    "a key without its table": ([*KNOWN, "--set", "steps=10"], ["--set steps: unknown", "mean phase1.steps?"]),
+    "a table that is not": ([*KNOWN, "--set", "fase1.steps=10"], ["--set fase1: unknown key; did you mean 'phase1'?"]),
+    "a setting twice": ([*KNOWN, *["--set", "data.seed=1"] * 2], ["--set data.seed: given twice"]),
+    "an option of fine-tuning": ([*KNOWN, "--epochs", "3"], ["--epochs: a value of the recipe", "--set squad.epochs="]),
+    "an option of others": ([*KNOWN, "--precision", "fp16"], ["--set train.precision="]),
+    "an option of none": ([*KNOWN, "--bogus"], ["--bogus: no option of submit", "--help"]),
+    "Slurm's on this machine": ([*KNOWN, "-p", "gpu"], ["--partition", "'local', which has no Slurm"]),
+    "a language that is none": ([*RUN, "--text", "text.txt", "--language", "deutsh"], ["'deutsh'", "mean 'de'"]),
+    "no such text": ([*RUN, "--text", "none.txt"], ["--text none.txt: there is no such file"]),
+    "a name on the hub": ([*RUN, "--text", "text.txt", "--start", "a/bert"], ["--start a/bert", "hf download"]),
+    "a file without its shape": ([*RUN, "--text", "text.txt", "--start", "alone.pt"], ["alone.pt", "bert_config.json"]),
+    "a file cut short": ([*RUN, "--text", "text.txt", "--start", "cut/model.pt"], ["cannot be read", "copy it"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_words_that_cannot_be_meant(folder, name):
+    words, parts = WORDS[name]
+    with pytest.raises(Exception) as refused:
+        request.of(words)
+    assert refused.value.exit_code in (2, 4), refused.value
+    assert all(part in str(refused.value) for part in parts), refused.value
+    assert not (folder / "RUN").exists()
+
+
+def test_blanks_between_stages_are_nothing(folder):
+    assert request.of([*KNOWN, "--stages", "extract, shard"]).stages == ("extract", "shard")
+
+
+def test_a_run_of_another_recipe_is_taken_over_only_when_told(folder):
+    (folder / "RUN" / "stages" / "extract").mkdir(parents=True)
+    publish_json(
+        folder / "RUN" / "run.json", {"recipe": {"name": "bert_base"}, "profile": {}, "corpora": {}, "data_dir": "."}
+    )
+    publish_json(folder / "RUN" / "stages" / "extract" / "done.json", {})
+    with pytest.raises(ConfigError, match="RUN is a run of recipe 'bert_base', not 'tiny', and has finished extract"):
+        request.of(KNOWN)
+    assert request.of([*KNOWN, "--replace"]).recipe.name == "tiny"
+
+
+COMMANDS = {
+    "no data": ("submit", ["--recipe", SMALL, "--cluster", "local", *RUN, "--data", "none", "--dry-run"], 2,
+                ["none/", "no such file", "--data DIR"]),
+    "a name to export": ("export", ["bert-base-uncased", "out"], 2, ["hf download bert-base-uncased"]),
+    "a name to fine-tune": ("finetune", ["sst2", "--model", "bert-base-uncased", "--train", "file", "--out", "out"], 2,
+                            ["--model bert-base-uncased", "hf download"]),
+    "a name to measure": ("bench", ["infer", "--model", "bert-base-uncased"], 2, ["hf download", "base and large"]),
+    "no run to report": ("report", ["none"], 2, ["none: not a run"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_commands_that_cannot_work(folder, name):
+    module, words, code, parts = COMMANDS[name]
+    done = call(module, *words, cwd=folder)
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    assert all(part in done.stderr for part in parts), done.stderr
