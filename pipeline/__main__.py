@@ -25,6 +25,7 @@ COMMANDS = {
     "pipeline.monitor": "one reading of every GPU of this node, and what it means",
     "pipeline.worker": "one process of a stage, as srun starts it",
     "slurm.probe": "draft a cluster profile from what this site's Slurm says",
+    "data_prep.inspect": "one sample in words: what is masked, and which text it is from",
     "data_prep.nvidia_hdf5": "shards from and to NVIDIA's HDF5 schema",
 }
 
