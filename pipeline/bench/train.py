@@ -30,8 +30,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data_prep.hdf5 import read_listed
-from data_prep.manifest import load
 from data_prep.publish import publish_json
 from pipeline.bench.gpu_fast import PowerMeter, memory_gib, padded, release
 from pipeline.bench.gpu_subject import Samples, Subject, best, invent, synchronise
@@ -306,6 +304,9 @@ def device_of_rank(rank: int) -> torch.device:
 
 def lengths_of(folder: Path, seq_len: int) -> np.ndarray[Any, np.dtype[np.int64]]:
     """Lengths of the samples of a folder's first training shard."""
+    from data_prep.hdf5 import read_listed  # h5py is needed for nothing else here
+    from data_prep.manifest import load
+
     samples = load(folder, "train")
     if samples.seq_len != seq_len:
         raise ConfigError(f"--lengths {folder}: its samples have length {samples.seq_len}, the phase has {seq_len}")
