@@ -14,6 +14,7 @@ COMMANDS = {
     "pipeline.cancel": "stop a run, or a stage and what waits for it; it saves first",
     "pipeline.report": "everything about a run in one HTML file",
     "pipeline.compare": "runs beside each other: what differs, and which differences are noise",
+    "pipeline.prove": "what others need to check a training, and the check",
     "pipeline.plan": "what any number of nodes means in micro-batches, and how often to save",
     "pipeline.checkpoints": "list a run's checkpoints, verify them",
     "pipeline.export": "trained weights as a folder for transformers, or as NVIDIA's file",

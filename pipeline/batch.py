@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 from pipeline.errors import ConfigError
@@ -46,7 +47,9 @@ class BatchPlan:
     @property
     def shares(self) -> list[int]:
         """Micro-batches of each rank."""
-        return [len(self.range_of(rank)) for rank in range(self.world_size)]
+        count, world = self.micro_batches, self.world_size
+        ends = [rank * count // world for rank in range(world + 1)]
+        return [after - before for before, after in itertools.pairwise(ends)]
 
     @property
     def accumulation(self) -> int:
@@ -54,9 +57,17 @@ class BatchPlan:
         return -(-self.micro_batches // self.world_size)
 
     @property
+    def largest_rank_batch(self) -> int:
+        """The largest of ``rank_batches``, without making them all: only the last micro-batch may be a short one."""
+        busiest = self.micro_batches % self.world_size or self.world_size  # ranks, the last one among them
+        if busiest > 1:
+            return self.accumulation * self.micro_batch
+        return max(self.rank_batch(self.world_size - 1), (self.accumulation - 1) * self.micro_batch)
+
+    @property
     def balance(self) -> float:
         """Mean rank batch divided by the largest: 1 means that no rank waits for another."""
-        return self.global_batch / self.world_size / max(self.rank_batches)
+        return self.global_batch / self.world_size / self.largest_rank_batch
 
 
 def plan(global_batch: int, micro_batch: int, world_size: int) -> BatchPlan:

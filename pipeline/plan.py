@@ -113,7 +113,7 @@ def rows(recipe: Recipe, profile: Profile, nodes: list[int], with_ranks: bool = 
                 "nodes": count,
                 "world_size": plan.world_size,
                 "global_batch": plan.global_batch,
-                "rank_batch": max(plan.rank_batches),
+                "rank_batch": plan.largest_rank_batch,
                 "micro_batch": plan.micro_batch,
                 "accumulation": plan.accumulation,
                 "balance": round(plan.balance, 4),

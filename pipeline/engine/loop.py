@@ -128,7 +128,7 @@ class Loop:
 
                 took = time.perf_counter() - began
                 last = state.step == settings.steps
-                self.peers.put_slow_on_record(sums.seconds.tolist(), sums.plan.shares, state.step)
+                self.peers.put_slow_on_record(sums.seconds, sums.plan, state.step)
 
                 # What is due after a step: a line, held-out figures, a checkpoint.
                 if state.step % settings.log_every == 0 or last:

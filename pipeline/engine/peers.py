@@ -19,8 +19,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 
+from pipeline.batch import BatchPlan
 from pipeline.config import science
 from pipeline.errors import EnvironmentFault, NodeFault, PeerLost
 from pipeline.node.distributed import Group
@@ -137,14 +139,14 @@ class Peers:
         if not self.mixed:
             check_state(state, step, self.hosts, self.group)
 
-    def put_slow_on_record(self, seconds: Sequence[float], micro_batches: Sequence[int], step: int) -> None:
+    def put_slow_on_record(self, seconds: NDArray[np.float64], plan: BatchPlan, step: int) -> None:
         """Take the ranks' compute seconds of a step; whoever turns out slow is warned of and goes into the events.
 
         On rank 0 alone: at a thousand ranks the medians are work.
         """
         if self.job.rank != 0:
             return
-        for rank, ratio in self._slow.add(seconds, micro_batches):
+        for rank, ratio in self._slow.add(seconds.tolist(), plan.shares):
             host, attempt = self.hosts[rank], self.job.attempt.number
             self.job.warn(f"rank {rank} on {host} is slow: {ratio:.1f} times the others over {WINDOW} steps")
             facts = {"stage": self.job.stage, "attempt": attempt, "step": step, "rank": rank, "host": host}

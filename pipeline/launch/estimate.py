@@ -111,7 +111,7 @@ def fit(seconds: Mapping[BatchPlan, float], base: Rates, recipe: Recipe, extra_s
     shares = []
     for plan, total_s in seconds.items():
         step = step_of(once, "", plan, recipe)
-        shares.append((total_s - step.total_s + step.compute_s) / max(plan.rank_batches))
+        shares.append((total_s - step.total_s + step.compute_s) / plan.largest_rank_batch)
     return 1 / statistics.mean(shares)
 
 
@@ -121,7 +121,7 @@ def step_of(rates: Rates, phase: str, plan: BatchPlan, recipe: Recipe) -> Step:
     lamb_s = LAMB_BYTES * parameters / (1e9 * rates.memory_gb_s) if rates.lamb_s is None else rates.lamb_s
     ring = 2 * (plan.world_size - 1) / plan.world_size
     return Step(
-        compute_s=max(plan.rank_batches) / rates.sequences_per_s[phase],
+        compute_s=plan.largest_rank_batch / rates.sequences_per_s[phase],
         lamb_s=lamb_s,
         reduce_s=ring * 4 * parameters / (1e9 * rates.reduce_gb_s),
         host_s=rates.host_s + rates.extra_s.get(phase, 0.0),

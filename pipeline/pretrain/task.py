@@ -63,6 +63,29 @@ def verified_together(ranks: Ranks, record: Path, folder: Path, split: str) -> S
     return samples
 
 
+def settings_of(train: TrainConfig, optimizer: OptimizerConfig, phase: PhaseConfig) -> Settings:
+    """How the engine trains a phase."""
+    assert phase.micro_batch is not None  # submit chose it when the run was created
+    return Settings(
+        steps=phase.steps,
+        seed=train.seed,
+        micro_batch=phase.micro_batch,
+        precision=train.precision,
+        reduction=train.reduction,
+        loss_mean=train.loss_mean,
+        optimizer=optimizer,
+        learning_rate=phase.learning_rate,
+        warmup=phase.warmup,
+        schedule=phase.schedule,
+        max_grad_norm=train.max_grad_norm,
+        log_every=train.log_every,
+        say_every=10 * train.log_every,
+        eval_every=train.eval_every,
+        checkpoint_every=train.checkpoint_every,
+        keep_checkpoints=train.keep_checkpoints,
+    )
+
+
 class Pretraining:
     """One phase: its samples in order, their masks, its losses and its held-out figures."""
 
@@ -83,24 +106,8 @@ class Pretraining:
     ) -> None:
         self.arranged = arrangement(ranks.device.type, phase.seq_len)
         self.job, self.phase, self.vocab, self.start = job, phase, vocab, start
-        assert phase.micro_batch is not None  # submit chose it when the run was created
-        self.settings = Settings(
-            steps=phase.steps,
-            seed=train.seed,
-            micro_batch=phase.micro_batch,
-            precision=train.precision,
-            reduction=train.reduction,
-            loss_mean=train.loss_mean,
-            optimizer=optimizer,
-            learning_rate=phase.learning_rate,
-            warmup=phase.warmup,
-            schedule=phase.schedule,
-            max_grad_norm=train.max_grad_norm,
-            log_every=train.log_every,
-            say_every=10 * train.log_every,
-            eval_every=train.eval_every,
-            checkpoint_every=train.checkpoint_every,
-            keep_checkpoints=train.keep_checkpoints,
+        self.settings = dataclasses.replace(
+            settings_of(train, optimizer, phase),
             evaluate_first=start is not None and not (start / MANIFEST).exists(),  # a model that others trained
         )
         self.science = {"model": model, "train": train, "optimizer": optimizer, "phase": phase}
@@ -110,7 +117,7 @@ class Pretraining:
         self.config = BertConfig(vocab_size=vocab_size, **dataclasses.asdict(model))
         once = dataclasses.replace(train, masking="static", masked_lm_prob=MASKED_SHARE)
         test = PretrainingData(samples, "test", phase, once, verified)
-        self.heldout = heldout(test, train.eval_samples, phase.micro_batch)
+        self.heldout = heldout(test, train.eval_samples, self.settings.micro_batch)
         self.shares = WordShares.of(self.data)
         self.baselines = baselines(self.heldout, self.shares)
         self.predicting = arrangement(ranks.device.type, phase.seq_len, predicting=True)

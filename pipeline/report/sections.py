@@ -181,7 +181,7 @@ def plan_section(facts: Facts) -> Html:
                 (
                     phase.name + ("" if worlds else " (planned)"),
                     *map(number, (world, plan.global_batch, plan.micro_batch, plan.accumulation,
-                                  max(plan.rank_batches), config.steps, config.steps * plan.global_batch)),
+                                  plan.largest_rank_batch, config.steps, config.steps * plan.global_batch)),
                     percent(plan.balance),
                 )
             )  # fmt: skip

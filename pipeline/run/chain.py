@@ -25,7 +25,7 @@ class Chain:
     @classmethod
     def of(cls, run: RunDir) -> Chain:
         """The chain that a run's run.json describes."""
-        settings = run.settings
+        settings = run.whole_settings
         recipe = restore(Recipe, settings["recipe"], str(run.path / "run.json"))
         return cls.planned(run, recipe, settings["corpora"])
 

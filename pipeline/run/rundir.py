@@ -273,21 +273,30 @@ class RunDir:
                 f"{self.path}: not a run (no readable run.json); start one with "
                 f"python -m pipeline.submit --recipe R --cluster C --run {self.path}"
             )
-        odd = [f"{key} ({kind.__name__})" for key, kind in SETTINGS.items() if not isinstance(found.get(key), kind)]
+        odd = [key for key, kind in SETTINGS.items() if key in found and not isinstance(found[key], kind)]
         odd += (
             [
-                f"corpora.{name} (dict)"
+                f"corpora.{name}"
                 for name, facts in dict(found.get("corpora") or {}).items()
                 if not isinstance(facts, dict)
             ]
             if not odd
             else []
         )
-        if odd:
-            raise ConfigError(
-                f"{self.path / 'run.json'}: damaged, as it lacks {', '.join(odd)}; bring it back from a backup"
-            )
+        self._refuse(odd)
         return found
+
+    @property
+    def whole_settings(self) -> dict[str, Any]:
+        """As ``settings``; ConfigError where one that every run has is missing."""
+        settings = self.settings
+        self._refuse([key for key in SETTINGS if key not in settings])
+        return settings
+
+    def _refuse(self, odd: list[str]) -> None:
+        if odd:
+            where = self.path / "run.json"
+            raise ConfigError(f"{where}: damaged: {', '.join(odd)} missing or of another kind; bring back a copy of it")
 
     @property
     def data_dir(self) -> Path:

@@ -26,6 +26,8 @@ def test_every_sample_exactly_once_and_ranks_differ_by_one_micro_batch(global_ba
     assert max(counts) - min(counts) <= 1
     assert sum(found.rank_batches) == global_batch
     assert max(counts) == found.accumulation
+    assert counts == found.shares
+    assert max(found.rank_batches) == found.largest_rank_batch
     assert found.micro_batch <= micro_batch
 
 

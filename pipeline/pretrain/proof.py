@@ -1,0 +1,266 @@
+"""Bundles that strangers can check: a training's record, the checkpoints kept of it, and the samples of the steps
+that follow them. Checking runs the checker's own code on the bundle's numbers; nothing of a bundle is ever executed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from data_prep.errors import DataError
+from data_prep.hdf5 import Shard
+from data_prep.manifest import SampleSet
+from data_prep.publish import file_sha256, is_sealed, publish_bytes, publish_sealed, publish_text
+from pipeline.batch import BatchPlan
+from pipeline.bert.config import BertConfig
+from pipeline.bert.heads import BertForPreTraining
+from pipeline.bert.packing import arrangement
+from pipeline.config import PhaseConfig, Recipe, TrainConfig, restore
+from pipeline.engine import backend, checkpoint
+from pipeline.engine.accumulate import Accumulator, Sums
+from pipeline.engine.checkpoint_folder import is_whole, step_folder
+from pipeline.engine.feed import Batch, Fed, Feed, digest48, on_device
+from pipeline.engine.metrics import Clock
+from pipeline.engine.precision import LossScale, autocast_for
+from pipeline.engine.ranks import Ranks
+from pipeline.engine.reduce import GradientBuffer, Reducer
+from pipeline.engine.schedule import learning_rate
+from pipeline.engine.state import TrainingState
+from pipeline.errors import ConfigError
+from pipeline.launch import code
+from pipeline.node.device import chosen_device
+from pipeline.pretrain.data import PretrainingData, SampleOrder
+from pipeline.pretrain.task import Pretraining, settings_of
+from pipeline.run.files import read_jsonl
+from pipeline.run.rundir import RunDir
+from pipeline.stages import samples_name
+from pipeline.words import is_number
+
+FORMAT = 1
+PROOF = "proof.json"
+FIGURES = ("loss", "mlm_loss", "nsp_loss", "grad_norm")
+ROUNDING = {"fp32": 1e-5}  # relative: what another processor or number of ranks may change; 1e-3 for other precisions
+ROUNDED_UPDATE = 0.05  # of an update's length: an optimizer enlarges what rounding does to small gradients
+Arrays = dict[str, NDArray[Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A figure as logged and as computed, how far apart (0: equal bit for bit), and how far rounding may be."""
+
+    figure: str
+    logged: str
+    computed: str
+    apart: float
+    rounding: float = 0.0
+
+
+def bundle(run: RunDir, out: Path) -> dict[str, list[int]]:
+    """Write the bundle ``out`` of a run; returns the steps of each phase that can be checked by it.
+
+    ConfigError where ``out`` exists, or no checkpoint is kept before a step whose figures were logged.
+    """
+    if out.exists():
+        raise ConfigError(f"{out} exists already: name a folder that does not")
+    settings = run.settings
+    recipe = restore(Recipe, settings["recipe"], str(run.path / "run.json"))
+    steps: dict[str, list[int]] = {}
+    temporary = out.with_name(f".{out.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    data = {name: _add(run, temporary / name, recipe, name, steps) for name in recipe.phases}
+    if not any(steps.values()):
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise ConfigError(
+            f"{run.path}: no step to prove: no checkpoint is kept whose next step was logged; train with "
+            "--set train.log_every=1 (and a larger train.keep_checkpoints)"
+        )
+    wanted = code.of_run(settings)
+    root = next((r for r in (code.folder(run, wanted), code.ROOT) if r.is_dir() and code.digest(r) == wanted), None)
+    for name in code.shipped(root) if root else ():
+        (temporary / "code" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile((root or Path()) / name, temporary / "code" / name)
+    files = {str(p.relative_to(temporary)): file_sha256(p) for p in sorted(temporary.rglob("*")) if p.is_file()}
+    keys = ("recipe", "corpora", "versions", "commit")
+    record = {"format": FORMAT, **{key: settings.get(key) for key in keys}, "code": wanted}
+    publish_sealed(temporary / PROOF, {**record, "data": data, "steps": steps, "files": files})
+    temporary.rename(out)
+    return {name: found for name, found in steps.items() if found}
+
+
+def _add(run: RunDir, to: Path, recipe: Recipe, name: str, steps: dict[str, list[int]]) -> dict[str, Any]:
+    """Add a phase's record, kept checkpoints and samples to the folder ``to``; returns what its data are."""
+    phase, stage = recipe.phases[name], run.stage(name)
+    kept = {checkpoint.step_of(f): f for f in checkpoint.lineage(stage.path) if is_whole(f)}
+    lines = [line for line in stage.metrics() if "loss" in line]
+    steps[name] = [step for step in sorted(line["step"] for line in lines) if step - 1 in kept]
+    if not kept:
+        return {}
+    to.mkdir(parents=True)
+    publish_text(to / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    data = PretrainingData(run.stage(samples_name(phase.seq_len)).path, "train", phase, recipe.train)
+    for step, folder in kept.items():
+        shutil.copytree(folder, step_folder(to, step))
+        if step + 1 in steps[name]:
+            first = checkpoint.read(folder, tensors=()).sample_position
+            _, shard, row = data.order[np.arange(first, first + phase.global_batch)]
+            publish_bytes(to / f"samples-{step + 1}.safetensors", save(_excerpt(data.shards, shard, row)))
+    set_ = data.manifest
+    hashes = [{"rows": file.rows, "sha256": file.sha256} for file in set_.shards]
+    facts = {key: getattr(set_, key) for key in ("seq_len", "vocab_size", "vocab_sha256", "seed", "special", "sha256")}
+    return {**facts, "shards": hashes}
+
+
+def _excerpt(shards: list[Shard], shard: NDArray[np.int64], row: NDArray[np.int64]) -> Arrays:
+    """Some rows of some shards, each once: their places, lengths and content."""
+    places = np.unique(np.stack([shard, row], axis=1), axis=0)
+    tokens = [shards[s].tokens[shards[s].offsets[r] : shards[s].offsets[r + 1]] for s, r in places]
+    return {
+        "places": places,
+        "lengths": np.array([len(part) for part in tokens], np.int64),
+        "tokens": np.concatenate(tokens),
+        "b_start": np.array([shards[s].b_start[r] for s, r in places], np.int64),
+        "is_random_next": np.array([shards[s].is_random_next[r] for s, r in places], np.int64),
+    }
+
+
+class Excerpt(PretrainingData):
+    """The data of a bundle: the order over all rows of all shards, of which only some are there."""
+
+    def __init__(self, facts: Mapping[str, Any], found: Arrays, phase: PhaseConfig, train: TrainConfig) -> None:
+        own = {field.name: facts[field.name] for field in dataclasses.fields(SampleSet) if field.name in facts}
+        self.phase, self.train = phase, train
+        self.manifest = SampleSet(folder=Path(), **{**own, "shards": ()})
+        rows = [int(shard["rows"]) for shard in facts["shards"]]
+        self.first_id = np.append(0, np.cumsum(rows))[:-1].astype(np.int64)
+        self.order = SampleOrder(rows, train.seed)
+        ends = np.cumsum(found["lengths"])
+        self.shards = []
+        for number, count in enumerate(rows):
+            own_rows = np.flatnonzero(found["places"][:, 0] == number)
+            at, full = found["places"][own_rows, 1], np.zeros((3, count), np.int64)
+            for values, key in zip(full, ("lengths", "b_start", "is_random_next"), strict=True):
+                values[at] = found[key][own_rows]
+            parts = [found["tokens"][ends[i] - found["lengths"][i] : ends[i]] for i in own_rows]
+            tokens = np.concatenate(parts) if parts else np.zeros(0, np.uint16)
+            offsets = np.append(0, np.cumsum(full[0]))
+            self.shards.append(Shard(tokens, offsets, full[1], full[2], full[1], self.manifest.seq_len, "", 0, ""))
+
+
+class Replay(Pretraining):
+    """A phase of which single steps are computed again."""
+
+    def __init__(self, recipe: Recipe, phase: PhaseConfig, data: PretrainingData, device: torch.device) -> None:
+        self.phase, self.data = phase, data
+        self.arranged = arrangement(device.type, phase.seq_len)
+        self.settings = settings_of(recipe.train, recipe.optimizer, phase)
+
+
+class OneBatch:
+    """A feed of one batch, all of whose micro-batches are this process's."""
+
+    def __init__(self, task: Replay, number: int, device: torch.device) -> None:
+        self.task, self.number, self.device = task, number, device
+        self.plan = BatchPlan(task.size(number), task.settings.micro_batch, 1)
+        self.left = iter(self.plan.range_of(0))
+
+    def batch(self) -> Batch:
+        return Batch(self.number, self.plan, [0] * len(self.task.counts_named))
+
+    def micro_batch(self) -> Fed:
+        index = next(self.left)
+        read = self.task.read(self.number, index)
+        return Fed(index, on_device(read, self.device), read.counts, digest48(read))
+
+
+def computed(task: Replay, saved: checkpoint.Checkpoint, device: torch.device) -> tuple[Sums, float, TrainingState]:
+    """The step after a checkpoint: its sums, the norm of its gradient, and the state after it."""
+    settings = task.settings
+    torch.set_num_threads(int(saved.identity.get("threads", 1)))
+    model = BertForPreTraining(BertConfig.from_dict(saved.model)).to(device).train()
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    gradients = GradientBuffer([parameter for _, parameter in trained])
+    optimizer = backend.of_config(settings.optimizer, trained, gradients)
+    state = TrainingState(model, optimizer, LossScale() if settings.precision == "fp16" else None, saved.identity)
+    state.restore(saved, task.size(0))
+    reducer = Reducer(gradients, 0, None, settings.reduction, scalars=len(task.losses_named))
+    autocast = autocast_for(settings.precision, device)
+    accumulator = Accumulator(saved.stage, task, Ranks(0, 1, None, device), state, reducer, autocast, Clock())
+    accumulator.begin(state.batches)
+    sums = accumulator.accumulate(cast(Feed, OneBatch(task, state.batches, device)), lambda _: False)
+    rate = learning_rate(settings.schedule, base=settings.learning_rate, warmup=settings.warmup, steps=settings.steps,
+                         step=state.step + 1)  # fmt: skip
+    return sums, state.optimizer.step(rate, max_grad_norm=settings.max_grad_norm), state
+
+
+def check(folder: Path, step: int, stage: str | None = None) -> list[Row]:
+    """Compute a step of a bundle again.
+
+    Compared are losses, the gradient's norm, the samples' digest and, where the next checkpoint is there, the weights
+    after the step: the length of their difference beside that of the update. ConfigError where the bundle does not
+    hold this step, DataError where it is not what it says.
+    """
+    record = _record(folder)
+    recipe = restore(Recipe, record["recipe"], str(folder / PROOF))
+    able = {name: [int(s) for s in record["steps"].get(name, [])] for name in recipe.phases}
+    names = [name for name, steps in able.items() if step in steps and stage in (None, name)]
+    if len(names) != 1:
+        shown = "; ".join(f"{name}: {', '.join(map(str, steps))}" for name, steps in able.items() if steps)
+        raise ConfigError(f"{folder}: name one of its steps ({shown}), by --step and, where several have it, --stage")
+    (name,) = names
+    own, phase = folder / name, recipe.phases[name]
+    for path in [own / "metrics.jsonl", own / f"samples-{step}.safetensors"]:
+        if file_sha256(path) != record["files"].get(str(path.relative_to(folder))):
+            raise DataError(f"{path} is not the file that {PROOF} lists: the bundle was changed")
+    saved = checkpoint.read(step_folder(own, step - 1))
+    logged = next((line for line in read_jsonl(own / "metrics.jsonl") if line.get("step") == step), {})
+    if not all(is_number(logged.get(key)) for key in FIGURES) or "samples" not in logged:
+        raise DataError(f"{own / 'metrics.jsonl'}: step {step} has no whole record")
+    try:
+        data = Excerpt(record["data"][name], load((own / f"samples-{step}.safetensors").read_bytes()), phase,
+                       recipe.train)  # fmt: skip
+        positions = np.arange(phase.global_batch) + saved.sample_position
+        if not data.lengths(positions).all() or max(s.tokens.max(initial=0) for s in data.shards) >= (
+            data.manifest.vocab_size
+        ):
+            raise ValueError("it lacks samples of the step, or holds tokens outside the vocabulary")
+    except (KeyError, ValueError, IndexError, TypeError, SafetensorError) as error:
+        raise DataError(f"{own / f'samples-{step}.safetensors'}: not the samples of step {step}: {error}") from None
+    device = chosen_device()
+    sums, norm, state = computed(Replay(recipe, phase, data, device), saved, device)
+    found = {"loss": sums.loss, **sums.losses, "grad_norm": norm}
+    rounding = ROUNDING.get(recipe.train.precision, 1e-3)
+    rows = [
+        Row(key, repr(logged[key]), repr(value), abs(logged[key] - value) / max(abs(logged[key]), 1e-30), rounding)
+        for key, value in found.items()
+    ]
+    rows.append(Row("samples", str(logged["samples"]), sums.samples, float(logged["samples"] != sums.samples)))
+    if is_whole(step_folder(own, step)):
+        after = checkpoint.read(step_folder(own, step), tensors=("weights",)).weights
+        ours = {key: value.cpu().numpy() for key, value in state.model.state_dict().items()}
+        apart, update = (
+            sum(float(np.square(there[key] - after[key]).sum()) for key in after) ** 0.5
+            for there in (ours, saved.weights)
+        )
+        words = ("update's length " + repr(update), "difference " + repr(apart))
+        rows.append(Row("weights", *words, apart / max(update, 1e-30), ROUNDED_UPDATE))
+    return rows
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    try:
+        record = json.loads((folder / PROOF).read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{folder / PROOF} cannot be read: {error}; name a folder that pipeline.prove wrote") from None
+    if not is_sealed(record) or record.get("format") != FORMAT:
+        raise DataError(f"{folder / PROOF} was changed, or another version wrote it")
+    return cast(dict[str, Any], record)
