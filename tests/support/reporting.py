@@ -141,9 +141,10 @@ TINY = (
 
 def begin(path: Path, recipe: str = TWO_PHASES, profile: str = "local", *settings: str) -> Chain:
     path.mkdir(parents=True, exist_ok=True)
+    given = dict(value.split("=", 1) for value in (*(TINY if recipe == TWO_PHASES else ()), *settings))
     values = {
         "format": 1,
-        "recipe": table_of(load_recipe(recipe, [*(TINY if recipe == TWO_PHASES else ()), *settings])),
+        "recipe": table_of(load_recipe(recipe, [f"{key}={value}" for key, value in given.items()])),
         "profile": dataclasses.asdict(load_profile(profile)),
         "nodes": 1,
         "corpora": {"enwiki-sample.xml.bz2": {"bytes": 1_234_567, "digest": "0123456789abcdef"}},
