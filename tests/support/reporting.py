@@ -158,12 +158,12 @@ def begin(path: Path, recipe: str = TWO_PHASES, profile: str = "local", *setting
     return Chain.of(run)
 
 
-def start(chain: Chain, name: str) -> Attempt:
+def start(chain: Chain, name: str, world: int = 2) -> Attempt:
     folder = chain.run.stage(name)
     folder.path.mkdir(parents=True, exist_ok=True)
     (folder.path / "stage.json").write_text(json.dumps(chain.record(name)))
     attempt = folder.new_attempt("launch")
-    chain.run.event("started", stage=name, attempt=attempt.number, world_size=2)
+    chain.run.event("started", stage=name, attempt=attempt.number, world_size=world)
     return attempt
 
 
