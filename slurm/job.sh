@@ -156,7 +156,9 @@ if [ -n "$code" ]; then
   # before any other copy, whatever the working folder is; a byte-code file would change the copy
   export PYTHONPATH="$code${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1 PYTHONDONTWRITEBYTECODE=1
 fi
-cpus=${cpus:-$((SLURM_CPUS_ON_NODE > tasks ? SLURM_CPUS_ON_NODE / tasks : 1))}
+# "16,4(x2)": srun takes one number for all nodes, so the smallest share
+least=$(tr , '\n' <<<"${SLURM_JOB_CPUS_PER_NODE:-${SLURM_CPUS_ON_NODE:-1}}" | sed 's/(.*//' | sort -n | head -n 1)
+cpus=${cpus:-$((least > tasks ? least / tasks : 1))}
 export JOB_RANKS=$((nodes * tasks)) # what the ranks must be as many as
 srun --nodes="$nodes" --ntasks="$JOB_RANKS" --ntasks-per-node="$tasks" --cpus-per-task="$cpus" --export=ALL --kill-on-bad-exit=1 --unbuffered \
   "${srun_args[@]}" "${part[@]}" "${program[@]}" "${arguments[@]}"

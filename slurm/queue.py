@@ -200,25 +200,34 @@ def submit(
     """Send one script, with ``arguments`` of its own, and return the job id: one job whatever the controller does.
 
     ``tag`` is the script's ``--comment``, unique to this sending: after an answer that got lost Slurm is asked for it
-    before anything is sent again. Raises Refused (in Slurm's words) and ControllerDown.
+    before anything is sent again, and also where a site's sbatch prints more than the id, or something else. Raises
+    Refused (in Slurm's words) and ControllerDown; nothing is left of a refused job.
     """
+
+    def tagged() -> str:
+        return next((job.id for job in jobs().values() if job.comment == tag), "")
 
     unsure = False  # whether an earlier sbatch may have reached Slurm
 
     def once() -> Answer:
         nonlocal unsure
-        if unsure:  # raises ControllerDown itself while there is no answer, so nothing is sent twice
-            for job in jobs().values():
-                if job.comment == tag:
-                    return Answer(argv=("squeue",), code=0, out=job.id, err="")
+        # raises ControllerDown itself while there is no answer, so nothing is sent twice
+        if unsure and (found := tagged()):
+            return Answer(argv=("squeue",), code=0, out=found, err="")
         unsure = True
         return ask(["sbatch", "--parsable", *extra, str(script), *arguments], timeout_s=60)
 
     answer = patiently(once, patience_s=patience_s, say=say)
-    job_id = answer.out.strip().partition(";")[0]
-    if not answer.ok or not job_id.isdigit():
-        raise Refused(f"{script.name}: {_reason(answer)}")
-    return job_id
+    ids: list[str] = re.findall(r"^\s*([0-9]+)(?:;\S*)?\s*$", answer.out, re.MULTILINE)
+    if answer.ok and len(ids) == 1:
+        return ids[0]
+    job_id = patiently(tagged, patience_s=patience_s, say=say) if answer.ok or ids else ""
+    if answer.ok and job_id:
+        return job_id
+    if answer.ok:
+        raise Refused(f"{script.name}: sbatch gave no job id, and no job has the comment {tag}: {answer.said}")
+    cancel([job_id] if job_id else [], patience_s=patience_s)  # a wrapper that failed after Slurm had taken the job
+    raise Refused(f"{script.name}: {_reason(answer)}")
 
 
 def _reason(answer: Answer) -> str:

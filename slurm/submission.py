@@ -72,6 +72,14 @@ def submit_sh(jobs: Sequence[JobPlan], extra: Mapping[str, Sequence[str]]) -> st
         'cd "$(dirname "$0")"',
         "# their values are already in the scripts",
         'for name in "${!SBATCH_@}"; do unset "$name"; done',
+        "# the id among what a site's sbatch prints: the last line that is one",
+        "send() {",
+        "  local said id",
+        '  said=$(sbatch "$@") || return',
+        "  id=$(sed -nE 's/^ *([0-9]+)(;.*)?$/\\1/p' <<<\"$said\" | tail -n 1)",
+        '  if [ -z "$id" ]; then echo "sbatch gave no job id (squeue shows a held job): $said" >&2; return 1; fi',
+        '  echo "$id"',
+        "}",
         "sent=()",
         'trap \'code=$?; if [ "$code" -ne 0 ] && [ "${#sent[@]}" -gt 0 ]; then scancel "${sent[@]}"; fi\' EXIT',
         "",
@@ -85,8 +93,8 @@ def submit_sh(jobs: Sequence[JobPlan], extra: Mapping[str, Sequence[str]]) -> st
         if job.stands_in_for:
             words.append(f'"{ids[job.stands_in_for]}"')
         lines.append(f"# {check_text('job name', job.name)}")
-        lines.append(f"job{number}=$(sbatch {' '.join(words)})")
-        lines.append(f'job{number}=${{job{number}%%;*}}; sent+=("$job{number}"); echo "$job{number}"')
+        lines.append(f"job{number}=$(send {' '.join(words)})")
+        lines.append(f'sent+=("$job{number}"); echo "$job{number}"')
         ids[job.name] = f"$job{number}"
     free = [f'"{ids[job.name]}"' for job in jobs if not job.needs and not job.held_by_user]
     lines += ["", *(f"scontrol release {word}" for word in free), ""]

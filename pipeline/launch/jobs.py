@@ -114,7 +114,7 @@ def equipped(jobs: Iterable[JobPlan], asked: Mapping[str, Asked]) -> list[JobPla
 
 
 def _small(ask: Asked) -> Asked:
-    mem_gb = None if {"mem-per-cpu", "mem-per-gpu"} & ask.left.keys() else REPORT_GB
+    mem_gb = ask.resources.mem_gb and min(ask.resources.mem_gb, REPORT_GB)  # none where a site's nodes have no figure
     time_min = min(ask.resources.time_min or REPORT_MIN, REPORT_MIN)
     one = dataclasses.replace(ask.resources, nodes=(1, 1), tasks_per_node=1, cpus_per_task=1, exclusive=None)
     return Asked(

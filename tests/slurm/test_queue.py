@@ -115,6 +115,32 @@ def test_rejection_is_in_slurms_words(stub, tmp_path: Path) -> None:
     assert len(calls(tmp_path)) == 1
 
 
+GREETING = "echo ---; echo '  Welcome to the Lab'; echo '--> host 12 OK'\n"
+
+
+@pytest.mark.parametrize(
+    ("prints", "commands"),
+    [
+        (f"{GREETING} echo 42", ["sbatch"]),
+        (f"echo '42;lab'; {GREETING}", ["sbatch"]),
+        ("echo 900; echo 42; echo 7", ["sbatch", "squeue"]),  # a budget looks like an id
+        ("echo 'job 42 is yours'", ["sbatch", "squeue"]),
+        ("echo 42; exit 3", ["sbatch", "squeue", "scancel"]),
+    ],
+)
+def test_sbatch_may_print_anything(stub, tmp_path: Path, prints: str, commands: list[str]) -> None:
+    stub("sbatch", prints)
+    stub("squeue", show(row("41", comment="run#a"), row("42", comment="run#b")))
+    stub("scancel", "")
+    if "scancel" in commands:  # nothing is left of a job that its caller counts as refused
+        with pytest.raises(SlurmError):
+            queue.submit(tmp_path / "x", tag="run#b")
+        assert calls(tmp_path)[-1] == "scancel 42"
+    else:
+        assert queue.submit(tmp_path / "x", tag="run#b") == "42"
+    assert [line.split()[0] for line in calls(tmp_path)] == commands
+
+
 def test_cancel_of_ended_jobs_is_no_error(stub) -> None:
     stub("scancel", 'echo "scancel: error: Kill job error on job id 7: Invalid job id specified" >&2; exit 1\n')
     assert queue.cancel([7, 8]) == ["scancel", "7", "8"]

@@ -77,6 +77,24 @@ def test_submit_sh() -> None:
     golden("submit.sh", submission.submit_sh(chain, extra))
 
 
+def test_submit_sh_where_sbatch_greets_or_says_nothing(tmp_path: Path) -> None:
+    """It finds the id among other lines; without one it cancels what it has sent."""
+    chain = [JobPlan(name=name, section="data", stages=()) for name in ("a", "b")]
+    (tmp_path / "submit.sh").write_text(submission.submit_sh(chain, {"a": [], "b": []}))
+    for name in ("sbatch", "scontrol", "scancel"):
+        body = f'echo "{name} $*" >>log; if [ {name} = sbatch ]; then echo "--> OK"; case $* in $NO*) ;; *'
+        (tmp_path / name).write_text(f'#!/bin/bash\n{body}) echo "41$(wc -l <log);lab" ;; esac; fi\n')
+        (tmp_path / name).chmod(0o755)
+    call = {"args": ["bash", "submit.sh"], "cwd": tmp_path, "capture_output": True, "text": True}
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    assert subprocess.run(**call, env=env | {"NO": "none"}, check=True).stdout == "411\n412\n"
+    assert (tmp_path / "log").read_text().splitlines()[2:] == ["scontrol release 411", "scontrol release 412"]
+    (tmp_path / "log").unlink()
+    refused = subprocess.run(**call, env=env | {"NO": "*b.sbatch"}, check=False)
+    assert (refused.returncode, "gave no job id" in refused.stderr) == (1, True)
+    assert (tmp_path / "log").read_text().splitlines()[2:] == ["scancel 411"]
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -400,6 +418,12 @@ def test_nothing_of_the_shell_around_reaches_the_ranks(job, tmp_path: Path) -> N
     kept = {"SLURM_CONF": "/etc/x.conf", "SLURM_GPUS_ON_NODE": "8", "MY_OWN": "x", "SLURM_JOB_ID": "7"}
     assert kept.items() <= environment.items()
     assert clean({**around, **kept}) == {"SLURM_CONF": "/etc/x.conf", "MY_OWN": "x"}
+
+
+def test_nodes_with_different_cpus_get_the_smallest_share(job) -> None:
+    for per_node, cpus in (("16,4(x2)", 4), ("2(x2),128", 2), ("8(x3)", 8)):
+        call = job(SLURM_CPUS_ON_NODE="16", SLURM_JOB_CPUS_PER_NODE=per_node)[1][0]
+        assert f"--cpus-per-task={cpus} " in call
 
 
 def test_verdict_is_given_once(tmp_path: Path) -> None:

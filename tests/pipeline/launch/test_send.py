@@ -108,6 +108,9 @@ def test_what_the_jobs_ask_for() -> None:
     assert (data.resources.gpus_per_node, finetune.resources.gpus_per_node) == (0, 8)
     assert (finetune.resources.nodes, finetune.resources.most_tasks) == ((1, 1), 8)  # a node with all its GPUs
     assert (report.resources.cpus_per_task, report.resources.time_min) == (1, 30)
+    for asked, mem_gb in (("64G", 4), ("1G", 1), ("0", 0)):
+        assert ready(Flag("mem", asked, "data"))[3].resources.mem_gb == mem_gb
+    assert ready(Flag("mem-per-cpu", "2G", "data"))[3].resources.mem_gb is None
     assert scripts.gpu_hours([pretrain]) == 32 * 8 * 48
     _, range_, _, _ = ready(nodes="16-32", SBATCH_PARTITION="h100")
     assert range_.resources.nodes == (16, 32)
