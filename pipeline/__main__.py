@@ -21,10 +21,11 @@ COMMANDS = {
     "pipeline.finetune": "fine-tune, score and predict: SQuAD, MRPC, SST-2, CoLA, MNLI",
     "pipeline.nvidia": "calls of NVIDIA's run_*.sh, translated and run",
     "pipeline.tables": "NVIDIA's published tables with one's own figures beside them",
-    "pipeline.bench": "how fast a model answers",
+    "pipeline.bench": "how fast: data, training, inference, a GPU, the host; beside others",
     "pipeline.monitor": "one reading of every GPU of this node, and what it means",
     "pipeline.worker": "one process of a stage, as srun starts it",
     "slurm.probe": "draft a cluster profile from what this site's Slurm says",
+    "data_prep.inspect": "one sample in words: what is masked, and which text it is from",
     "data_prep.nvidia_hdf5": "shards from and to NVIDIA's HDF5 schema",
 }
 

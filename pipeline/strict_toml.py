@@ -129,8 +129,6 @@ def apply_settings(
             inner[parent] = dict(inner[parent]) if isinstance(inner.get(parent), dict) else {}
             inner = inner[parent]
         inner[last] = value
-        if dotted.strip() in keys:
-            errors.append(f"--set {dotted.strip()}: given twice; give it once")
         keys.add(dotted.strip())
     return table, frozenset(keys)
 

@@ -102,7 +102,7 @@ def alone(run: Callable[..., Any], out: Path, settings: Mapping[str, Any]) -> Ro
 
 
 def _measure(run: Callable[..., Any], out: Path, settings: dict[str, Any]) -> tuple[float, float]:
-    run(SimpleNamespace(out=out, workers=1, say=lambda line: None), **settings)
+    run(SimpleNamespace(out=out, workers=1, say=lambda line, share=None: None), **settings)
     return time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 

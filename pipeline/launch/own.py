@@ -18,6 +18,7 @@ import dataclasses
 import json
 import math
 import os
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -81,9 +82,12 @@ def write_recipe(
     text = toml({"name": safe_name(run.path.resolve().name), "base": base}, tables)
     if path.exists() and path.read_text(encoding="utf-8") != text:
         raise ConfigError(f"{path} is there and says something else: change it and give --recipe {path}, or remove it")
+    with tempfile.TemporaryDirectory() as folder:  # what cannot be loaded is not left behind
+        draft = Path(folder) / path.name
+        draft.write_text(text, encoding="utf-8")
+        recipe = load_recipe(str(draft))
     run.path.mkdir(parents=True, exist_ok=True)
     publish_text(path, text)
-    recipe = load_recipe(str(path))
     steps = ", ".join(f"{phase.steps:,} of {phase.global_batch} samples of {phase.seq_len} tokens"
                       for phase in recipe.phases.values())  # fmt: skip
     print(f"{path}, from {size / 1e6:.1f} MB in {data}:\n\n{text}")

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import functools
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +70,9 @@ def of(words: Sequence[str]) -> Request:
     given, unknown = parser().parse_known_args(line.rest)
     if faults := [_unknown(word) for word in unknown if word.startswith("-")] or unknown:
         raise ConfigError("\n".join(faults))
+    keys = [setting.partition("=")[0].strip() for setting in given.settings]
+    for key in sorted({key for key in keys if keys.count(key) > 1}):
+        print(f"--set {key}: given {keys.count(key)} times, the last one counts", file=sys.stderr)
     run = RunDir(given.run)
     if run.path.exists() and not run.path.is_dir():
         raise ConfigError(f"--run {run.path}: is a file; name a folder, which may be new")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.config import PhaseConfig
-from pipeline.report.chart import Chart, Line, Point, draw
+from pipeline.report.chart import Chart, Line, Look, Point, draw
 from pipeline.report.page import Html, join, note, section, table, tag
 from pipeline.run.rundir import Attempt, StageDir
 from pipeline.words import duration, is_number, moment, number, percent
@@ -269,11 +269,14 @@ def level_of(figures: Mapping[str, Any]) -> tuple[Any, str]:
 
 
 def tuning_charts(tuning: Mapping[str, Mapping[str, Metrics]]) -> Html | None:
-    """The training loss of every fine-tuning task, a line for each seed."""
+    """The training loss of every fine-tuning task, a line for each seed and one without pretraining."""
     figures = []
     for task, stages in tuning.items():
-        several = len(stages) > 1
-        lines = [Line(name, _points(steps, "loss"), "thin" if several else "main") for name, steps in stages.items()]
+        scratch = f"{task}-scratch"  # without pretraining
+        usual: Look = "thin" if len(stages.keys() - {scratch}) > 1 else "main"
+        lines = [
+            Line(name, _points(steps, "loss"), "second" if name == scratch else usual) for name, steps in stages.items()
+        ]
         chart = Chart(f"Training loss of {task}", "step", "nats", lines, from_zero=True)
         figures.append(tag("figure", tag("figcaption", chart.title), draw(chart, key=f"{task}-tuning")))
     return tag("div", *figures, class_="charts") if figures else None

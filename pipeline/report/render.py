@@ -42,8 +42,9 @@ def main() -> int:
     arguments = parser.parse_args()
     run = RunDir(arguments.run)
     out = arguments.out or run.report
+    text = render(gather(run, held=run.is_held()))
     out.parent.mkdir(parents=True, exist_ok=True)
-    publish_text(out, render(gather(run, held=run.is_held())))
+    publish_text(out, text)
     print(out)
     return 0
 

@@ -60,11 +60,11 @@ CORPORA: dict[str, tuple[str, bytes, tuple[str, ...], tuple[str, ...]]] = {
         ("data.wikipedia=[]", "data.jsonl=['lines.jsonl']"),
         ("lines.jsonl",),
     ),
-    "a corpus too small for its shards": (
+    "a corpus of a single text": (
         "lines.jsonl",
         json.dumps({"text": TEXT}).encode() + b"\n",
         ("data.wikipedia=[]", "data.jsonl=['lines.jsonl']"),
-        ("shards",),
+        ("too few", "two are needed"),
     ),
 }
 

@@ -18,10 +18,10 @@ import pytest
 
 from data_prep.errors import DataError
 from data_prep.manifest import publish_manifest
-from pipeline.config import RECIPES, load_recipe
+from pipeline.config import load_recipe
 from pipeline.errors import ConfigError
 from pipeline.pretrain.data import PretrainingData
-from support.running import ROOT, SMALL, command, one_line, submit
+from support.running import ROOT, SMALL, TWO_PHASES, command, one_line, submit
 
 pytestmark = [pytest.mark.slow]
 
@@ -333,7 +333,7 @@ def test_an_article_of_50_mb_is_skipped_in_little_memory(tmp_path: Path) -> None
 
 
 DEEP = 100_000
-TINY = (RECIPES / "tiny.toml").read_text(encoding="utf-8")
+TINY = Path(TWO_PHASES).read_text(encoding="utf-8")
 TOML = {
     "arrays": "a = " + "[" * DEEP + "]" * DEEP,
     "tables": "a = " + "{a=" * DEEP + "1" + "}" * DEEP,

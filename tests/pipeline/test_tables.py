@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.report.published import published
-from pipeline.tables import DEFINING, Value, cells_of, definitions, found_for, values_of
+from pipeline.report.published import DEFINING, Value, cells_of, definitions, found_for, published
+from pipeline.tables import values_of
 from support.running import ROOT, call
 
 ROWS = published()

@@ -141,9 +141,10 @@ TINY = (
 
 def begin(path: Path, recipe: str = TWO_PHASES, profile: str = "local", *settings: str) -> Chain:
     path.mkdir(parents=True, exist_ok=True)
+    given = dict(value.split("=", 1) for value in (*(TINY if recipe == TWO_PHASES else ()), *settings))
     values = {
         "format": 1,
-        "recipe": table_of(load_recipe(recipe, [*(TINY if recipe == TWO_PHASES else ()), *settings])),
+        "recipe": table_of(load_recipe(recipe, [f"{key}={value}" for key, value in given.items()])),
         "profile": dataclasses.asdict(load_profile(profile)),
         "nodes": 1,
         "corpora": {"enwiki-sample.xml.bz2": {"bytes": 1_234_567, "digest": "0123456789abcdef"}},
@@ -157,12 +158,12 @@ def begin(path: Path, recipe: str = TWO_PHASES, profile: str = "local", *setting
     return Chain.of(run)
 
 
-def start(chain: Chain, name: str) -> Attempt:
+def start(chain: Chain, name: str, world: int = 2) -> Attempt:
     folder = chain.run.stage(name)
     folder.path.mkdir(parents=True, exist_ok=True)
     (folder.path / "stage.json").write_text(json.dumps(chain.record(name)))
     attempt = folder.new_attempt("launch")
-    chain.run.event("started", stage=name, attempt=attempt.number, world_size=2)
+    chain.run.event("started", stage=name, attempt=attempt.number, world_size=world)
     return attempt
 
 

@@ -43,7 +43,6 @@ WORDS = {
     "an empty setting": ([*KNOWN, "--set", ""], ["--set", "key=value"]),
     "a key without its table": ([*KNOWN, "--set", "steps=10"], ["--set steps: unknown", "mean phase1.steps?"]),
     "a table that is not": ([*KNOWN, "--set", "fase1.steps=10"], ["--set fase1: unknown key; did you mean 'phase1'?"]),
-    "a setting twice": ([*KNOWN, *["--set", "data.seed=1"] * 2], ["--set data.seed: given twice"]),
     "an option of fine-tuning": ([*KNOWN, "--epochs", "3"], ["--epochs: a value of the recipe", "--set squad.epochs="]),
     "an option of others": ([*KNOWN, "--precision", "fp16"], ["--set train.precision="]),
     "an option of none": ([*KNOWN, "--bogus"], ["--bogus: no option of submit", "--help"]),
@@ -68,6 +67,12 @@ def test_words_that_cannot_be_meant(folder, name):
 
 def test_blanks_between_stages_are_nothing(folder):
     assert request.of([*KNOWN, "--stages", "extract, shard"]).stages == ("extract", "shard")
+
+
+def test_a_setting_twice_is_said_and_the_last_counts(folder, capsys):
+    asked = request.of([*KNOWN, "--set", "data.seed=1", "--set", "data.seed=2"])
+    assert asked.recipe.data.seed == 2
+    assert capsys.readouterr().err == "--set data.seed: given 2 times, the last one counts\n"
 
 
 def test_a_run_of_another_recipe_is_taken_over_only_when_told(folder):
