@@ -178,6 +178,14 @@ elif ! [[ $exit_code =~ ^([03-9]|7[5-7])$ ]]; then # killed, or it did not start
   exit_code=76
 fi
 
+# a script that outlived its node's slurmd, or its turn, must not end or requeue the attempt that came after it
+leave_to_next() {
+  shown=$(timeout 60 scontrol show job "$SLURM_JOB_ID" 2>/dev/null)
+  if [[ $shown =~ Restarts=([0-9]+) ]] && [ "${BASH_REMATCH[1]}" != "$attempt" ]; then
+    echo "attempt $attempt: code $exit_code; Slurm has begun attempt ${BASH_REMATCH[1]}, which goes on alone"
+    exit "$last"
+  fi
+}
 # a job that Slurm is ending: a cancelled one must not come back, a preempted one comes back by itself unless its
 # script ends first, so wait to be killed; only after the time limit is it ours to ask
 wait_if_ended() {
@@ -200,6 +208,7 @@ ask() {
   answer=$(timeout 60 squeue -h -j "$SLURM_JOB_ID" -o %T 2>&1) || return
   if [ "$answer" = COMPLETING ]; then ended=yes; fi # TERM may reach this shell late, or never
   wait_if_ended
+  leave_to_next
   answer=$(timeout 60 scontrol requeue "$SLURM_JOB_ID" 2>&1)
 }
 # whether the job's program starts at all on one of its nodes
@@ -207,6 +216,7 @@ starts() {
   timeout 60 srun --nodes=1 --ntasks=1 --nodelist="$1" --export=ALL "${srun_args[@]}" "${program[@]}" --version
 } >/dev/null 2>&1 </dev/null
 
+if [ "$exit_code" != 0 ]; then leave_to_next; fi
 case $exit_code in
 0) exit 0 ;;
 75 | 76 | 77) ;;

@@ -150,6 +150,7 @@ if [ -n "$TERM_PARENT" ]; then kill -TERM $PPID; fi
 exit "${CODE:-0}"
 """
 SCONTROL = """\
+if [ "$1 $2" = "show job" ]; then echo "  Requeue=1 Restarts=${NOW:-${SLURM_RESTART_COUNT:-0}} BatchFlag=1"; exit; fi
 echo "scontrol $*" >>log
 case $1 in show) tr , '\\n' <<<"$3"; exit ;; esac
 if [ -n "$REFUSE" ]; then echo "$REFUSE" >&2; exit 1; fi
@@ -403,6 +404,15 @@ def test_bad_nodes_are_left_out_next_time(job) -> None:
     assert "without n2" in said
     job(CODE="1", SAY="77 n1 n3")  # all nodes are bad now: better to try than not to run at all
     assert not any("--exclude" in call for call in job()[1])
+
+
+@pytest.mark.parametrize("code", ["76", "5", "137"])
+def test_a_script_that_outlived_its_attempt_leaves_the_next_one_alone(job, tmp_path: Path, code: str) -> None:
+    ended, calls, said = job(SLURM_RESTART_COUNT="1", NOW="2", CODE=code)
+    assert ended == int(code)
+    assert "Slurm has begun attempt 2, which goes on alone" in said
+    assert not [call for call in calls if "requeue" in call]
+    assert not list(tmp_path.glob("*/7.over"))
 
 
 def test_nothing_of_the_shell_around_reaches_the_ranks(job, tmp_path: Path) -> None:
