@@ -20,6 +20,7 @@ from data_prep.errors import DataError
 from data_prep.hdf5 import Shard, read_listed
 from data_prep.manifest import SampleSet, load
 from data_prep.masking import mask_tokens
+from data_prep.publish import file_sha256
 from data_prep.wordpiece import Vocabulary
 
 
@@ -99,7 +100,7 @@ def masked(
 
 def origin(stages: Path, samples: SampleSet, shard: Shard, row: int) -> Iterator[str]:
     """Title and source of A's document, by its first sentence; what is not there any more is said."""
-    text = next((path for path in sorted((stages / "shard").glob("*.txt")) if _sha256(path) == shard.source), None)
+    text = next((path for path in sorted((stages / "shard").glob("*.txt")) if file_sha256(path) == shard.source), None)
     if text is None:
         yield f"its text shard is not in {stages / 'shard'}"
         return
@@ -113,12 +114,6 @@ def origin(stages: Path, samples: SampleSet, shard: Shard, row: int) -> Iterator
                     yield f"title: {printable(document['title'])}; source: {document['source']} ({path.name})"
                     return
     yield f"its document is not in {stages / 'extract'}"
-
-
-def _sha256(path: Path) -> str:
-    from data_prep.publish import file_sha256
-
-    return file_sha256(path)
 
 
 def _blocks(text: Path) -> Iterator[str]:

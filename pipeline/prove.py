@@ -19,6 +19,7 @@ def main() -> int:
     parser.add_argument("--to", type=Path, metavar="BUNDLE", help="the folder to write")
     parser.add_argument("--check", type=Path, metavar="BUNDLE", help="a bundle to check")
     parser.add_argument("--step", type=int, metavar="N", help="the step to compute again")
+    parser.add_argument("--index", type=int, metavar="I", help="only this micro-batch of it, counted from 0")
     parser.add_argument("--stage", metavar="PHASE", help="its phase, where several have this step")
     options = parser.parse_args()
     making, checking = (options.run, options.to), (options.check, options.step)
@@ -31,7 +32,7 @@ def main() -> int:
         for name, found in steps.items():
             print(f"{options.to}: {name}, steps to check: {', '.join(map(str, found))}")
         return 0
-    rows = proof.check(options.check, options.step, options.stage)
+    rows = proof.check(options.check, options.step, options.stage, options.index)
     words = [(row.figure, row.logged, row.computed, f"{row.apart:.1e} apart" if row.apart else "equal") for row in rows]
     print("\n".join(columns([("figure", "on record", "computed", ""), *words])))
     if far := [row.figure for row in rows if row.apart > row.rounding]:

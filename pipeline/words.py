@@ -47,6 +47,13 @@ def percent(share: Any) -> str:
     return f"{100 * share:.1f}\N{NO-BREAK SPACE}%" if is_number(share) else "not known"
 
 
+def with_error(value: Any, error: Any, digits: int = 2) -> str:
+    """``2.21 ± 0.03``, without the error where there is none."""
+    if not is_number(value):
+        return "–"
+    return f"{value:.{digits}f} ± {error:.{digits}f}" if is_number(error) else f"{value:.{digits}f}"
+
+
 def duration(seconds: Any) -> str:
     """Seconds as ``41.3 s``, ``7 min 12 s``, ``2 h 05 min``, ``3 d 4 h``."""
     if not is_number(seconds) or seconds < 0:

@@ -280,6 +280,8 @@ def transformers_step(
     )
 
     def step(number: int, learning_rate: float) -> Tensor:
+        repeatable = torch.are_deterministic_algorithms_enabled()  # ours; its users run it without
+        torch.use_deterministic_algorithms(False)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
         for index in range(accumulation):
@@ -291,6 +293,7 @@ def transformers_step(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        torch.use_deterministic_algorithms(repeatable)
         found: Tensor = loss.detach()
         return found
 

@@ -27,12 +27,14 @@ ASKED = ("stop", "save")  # what any rank may ask of all, agreed with each batch
 class Sums:
     """What a batch came to: the same on every rank.
 
-    ``losses`` are means by name, ``counts`` those of the whole batch by name; ``samples`` is a digest of the ids of
+    ``losses`` are means by name, ``shares [micro_batches, losses]`` what each micro-batch adds to them; ``counts`` are
+    those of the whole batch by name; ``samples`` is a digest of the ids of
     all its samples in order; ``asked`` says what some rank asked for; ``seconds [ranks]`` of computing.
     """
 
     plan: BatchPlan
     losses: dict[str, float]
+    shares: NDArray[np.float64]
     counts: dict[str, int]
     samples: str
     asked: dict[str, bool]
@@ -105,6 +107,7 @@ class Accumulator:
         return Sums(
             plan=plan,
             losses=dict(zip(self.task.losses_named, losses.sum(0).tolist(), strict=True)),
+            shares=losses.numpy(),
             counts=dict(zip(self.task.counts_named, counts.astype(int).tolist(), strict=True)),
             samples=hashlib.blake2b(digests.tobytes(), digest_size=8).hexdigest(),
             asked=dict(zip(ASKED, (asked > 0).tolist(), strict=True)),

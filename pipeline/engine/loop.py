@@ -21,7 +21,7 @@ from pipeline.engine import backend, checkpoint
 from pipeline.engine.accumulate import Accumulator, Sums
 from pipeline.engine.diagnose import culprit
 from pipeline.engine.feed import Feed
-from pipeline.engine.metrics import Clock, write_line
+from pipeline.engine.metrics import MOST_SHARES, Clock, rounded, write_line
 from pipeline.engine.peers import Peers
 from pipeline.engine.precision import LossScale, autocast_for
 from pipeline.engine.ranks import Ranks
@@ -91,6 +91,7 @@ class Loop:
         self.board: Board | None = None
         self.rolled_back = False
         self.saved_at = time.monotonic()
+        self.saved_step = -1  # of the newest checkpoint
 
     # ---------------------------------------------------------------- the loop
 
@@ -130,8 +131,9 @@ class Loop:
                 last = state.step == settings.steps
                 self.peers.put_slow_on_record(sums.seconds, sums.plan, state.step)
 
-                # What is due after a step: a line, held-out figures, a checkpoint.
-                if state.step % settings.log_every == 0 or last:
+                # What is due after a step: a line (so that others can check it, for one after a checkpoint), held-out
+                # figures, a checkpoint.
+                if state.step % settings.log_every == 0 or last or state.step == self.saved_step + 1:
                     self.log_step(sums, rate, norm, took)
                 if settings.eval_every is not None and (state.step % settings.eval_every == 0 or last):
                     self.evaluate()
@@ -178,6 +180,7 @@ class Loop:
     def begin(self, *, again: bool = False) -> None:
         """Bring the state to where training begins or goes on."""
         begin(self.state, self.job, self.ranks, self.task, again=again)
+        self.saved_step = self.state.step if self.state.saved else -1
         self.accumulator.begin(self.state.batches)
         self.feed = Feed(self.task, self.job.rank, self.job.world_size, self.ranks.device, self.state.batches)
         self.state.model.train()
@@ -260,6 +263,7 @@ class Loop:
         """The figures of a step, and a line for people now and then."""
         step, steps, scale = self.state.step, self.settings.steps, self.state.scale
         scaled = {} if scale is None else {"loss_scale": scale.scale, "skipped": self.state.skipped}
+        checkable = step == self.saved_step + 1 and sums.plan.micro_batches <= MOST_SHARES
         tokens = sums.counts[self.task.counts_named[-1]]
         self.log(
             loss=sums.loss,
@@ -271,6 +275,7 @@ class Loop:
             tokens_per_s=tokens / took,
             step_s=took,
             **scaled,
+            **({"shares": [[rounded(share) for share in each] for each in sums.shares.tolist()]} if checkable else {}),
         )
         if step % self.settings.say_every == 0 or step == steps:
             self.job.say(
@@ -293,7 +298,7 @@ class Loop:
         """
         state = self.state
         self.ranks.alive("waiting")  # for the others and for the file system
-        self.saved_at = time.monotonic()
+        self.saved_at, self.saved_step = time.monotonic(), state.step
         with self.clock.spent("checkpoint"):
             self.peers.compare(state.tensors(), state.step)
             if self.saver is None:

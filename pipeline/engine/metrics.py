@@ -14,6 +14,14 @@ Part = Literal["data", "compute", "communication", "checkpoint", "evaluation"]
 PARTS: tuple[Part, ...] = ("data", "compute", "communication", "checkpoint", "evaluation")
 
 
+MOST_SHARES = 4096  # micro-batches of a step whose shares of the losses are put on record
+
+
+def rounded(share: float) -> float:
+    """A number with the digits that single precision has."""
+    return float(f"{share:.9g}")
+
+
 class Clock:
     """Seconds of one process by part; what no part claims is ``other``. Parts do not nest.
 

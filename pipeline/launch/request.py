@@ -82,10 +82,10 @@ def of(words: Sequence[str]) -> Request:
     if not stored and (given.recipe is None or given.cluster is None):
         raise ConfigError(f"{run.path} is not a run yet: name a --recipe and a --cluster, or your own --text")
     origin = str(run.path / "run.json")
-    if given.recipe is not None and not given.replace:
-        refuse_other(run, stored, load_recipe(given.recipe, given.settings).name)
     if given.recipe is not None:
         recipe = load_recipe(given.recipe, given.settings)
+        if not given.replace:
+            refuse_other(run, stored, recipe.name)
     else:
         recipe = restore(Recipe, stored["recipe"], origin, given.settings)
     profile = load_profile(given.cluster) if given.cluster is not None else restore(Profile, stored["profile"], origin)

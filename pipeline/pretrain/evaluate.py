@@ -136,9 +136,11 @@ def evaluate(
 
     ``eval_mlm_loss`` (nats a predicted word), ``eval_mlm_accuracy``, ``eval_nsp_accuracy``; loss and accuracy of each
     of `KINDS` (``eval_mask_loss`` …); and ``eval_mask_gain``, how far the loss lies below the unigram's where [MASK]
-    stands, with its standard error, samples being independent and their words not. None where there is no such word.
+    stands. ``…_se`` of the total loss, of gain and accuracy at [MASK] and of NSP are standard errors, samples being
+    independent and the words of a sample not. None where there is no such word.
     """
-    sums = torch.zeros(3 * len(KINDS) + 2 + 5, dtype=torch.float64, device=ranks.device)
+    kinds = len(KINDS)
+    sums = torch.zeros(3 * kinds + 2 + 3 * 6, dtype=torch.float64, device=ranks.device)
     model.eval()
     with torch.inference_mode(), autocast_for(precision, ranks.device):
         for micro_batch in micro_batches[ranks.rank :: ranks.world_size]:
@@ -148,42 +150,50 @@ def evaluate(
             mlm_logits, nsp_logits = model(Batch.of(inputs), inputs["masked"])
             losses = functional.cross_entropy(mlm_logits.float(), labels.long(), reduction="none").double()
             each = torch.ones_like(losses)
-            by_kind = torch.stack([each, losses, correct(mlm_logits, labels).double()])
-            by_kind = by_kind @ functional.one_hot(kind, len(KINDS)).double()
-            # What is gained on the word counts at [MASK], and at how many places, sample by sample.
+            right = correct(mlm_logits, labels).double()
+            by_kind = torch.stack([each, losses, right]) @ functional.one_hot(kind, kinds).double()
+            # Sample by sample: the loss; at [MASK] what is gained on the word counts and what is right; the places.
             of_counts = torch.from_numpy(-shares.log[micro_batch.arrays["labels"]]).to(ranks.device)
-            gains = torch.stack([of_counts - losses, each]) * (kind == 0)
-            gain, words = gains.new_zeros(2, len(nsp)).index_add_(1, inputs["sample"].long(), gains)
-            products = torch.stack([gain, gain.square(), gain * words, words.square(), words.sign()])
+            hidden = each * (kind == 0)
+            places = torch.stack([each, hidden, hidden])
+            values = torch.stack([places, torch.stack([losses, of_counts - losses, right]) * places])
+            words, value = values.new_zeros(2, 3, len(nsp)).index_add_(2, inputs["sample"].long(), values)
+            products = torch.stack([words, value, value.square(), value * words, words.square(), words.sign()])
             pairs = torch.stack([correct(nsp_logits, nsp).double(), torch.ones(len(nsp), device=ranks.device)])
-            sums += torch.cat([by_kind.flatten(), pairs.sum(1), products.sum(1)])
+            sums += torch.cat([by_kind.flatten(), pairs.sum(1), products.sum(2).T.flatten()])
     model.train()
     flat = ranks.sum(sums).cpu().numpy()
-    (counts, summed, right), (nsp_right, answers) = flat[:9].reshape(3, -1), flat[9:11]
-    gain, error = ratio_and_error(counts[0], *flat[11:])
+    (counts, summed, hits), (nsp_hits, answers) = flat[: 3 * kinds].reshape(3, -1), flat[3 * kinds :][:2]
+    (_, loss_error), (gain, gain_error), (_, accuracy_error) = (
+        ratio_and_error(*figure) for figure in flat[3 * kinds + 2 :].reshape(3, 6)
+    )
+    nsp_accuracy = float(nsp_hits / answers)
     at = {
         f"eval_{kind}_{name}": float(value / count) if count else None
-        for name, values in (("loss", summed), ("accuracy", right))
+        for name, values in (("loss", summed), ("accuracy", hits))
         for kind, value, count in zip(KINDS, values, counts, strict=True)
     }
     return {
         "eval_mlm_loss": float(summed.sum() / counts.sum()),
-        "eval_mlm_accuracy": float(right.sum() / counts.sum()),
-        "eval_nsp_accuracy": float(nsp_right / answers),
+        "eval_mlm_loss_se": loss_error,
+        "eval_mlm_accuracy": float(hits.sum() / counts.sum()),
+        "eval_nsp_accuracy": nsp_accuracy,
+        "eval_nsp_accuracy_se": math.sqrt(nsp_accuracy * (1 - nsp_accuracy) / (answers - 1)) if answers > 1 else None,
         **at,
+        "eval_mask_accuracy_se": accuracy_error,
         "eval_mask_gain": gain,
-        "eval_mask_gain_se": error,
+        "eval_mask_gain_se": gain_error,
     }
 
 
 def ratio_and_error(
-    words: float, gain: float, gain_squared: float, gain_words: float, words_squared: float, samples: float
+    words: float, value: float, value_squared: float, value_words: float, words_squared: float, samples: float
 ) -> tuple[float | None, float | None]:
-    """Mean gain of ``words`` and its standard error from sums over samples (ratio estimator, Cochran 1977, 6.4)."""
+    """Mean value of ``words`` and its standard error from sums over samples (ratio estimator, Cochran 1977, 6.4)."""
     if not words:
         return None, None
-    mean = gain / words
+    mean = value / words
     if samples < 2:
         return float(mean), None
-    squares = gain_squared - 2 * mean * gain_words + mean**2 * words_squared
+    squares = value_squared - 2 * mean * value_words + mean**2 * words_squared
     return float(mean), math.sqrt(max(0.0, squares) * samples / (samples - 1)) / float(words)

@@ -30,7 +30,7 @@ from pipeline.engine import backend, checkpoint
 from pipeline.engine.accumulate import Accumulator, Sums
 from pipeline.engine.checkpoint_folder import is_whole, step_folder
 from pipeline.engine.feed import Batch, Fed, Feed, digest48, on_device
-from pipeline.engine.metrics import Clock
+from pipeline.engine.metrics import Clock, rounded
 from pipeline.engine.precision import LossScale, autocast_for
 from pipeline.engine.ranks import Ranks
 from pipeline.engine.reduce import GradientBuffer, Reducer
@@ -65,6 +65,10 @@ class Row:
     rounding: float = 0.0
 
 
+def row(figure: str, logged: float, computed: float, rounding: float) -> Row:
+    return Row(figure, repr(logged), repr(computed), abs(logged - computed) / max(abs(logged), 1e-30), rounding)
+
+
 def bundle(run: RunDir, out: Path) -> dict[str, list[int]]:
     """Write the bundle ``out`` of a run; returns the steps of each phase that can be checked by it.
 
@@ -81,8 +85,8 @@ def bundle(run: RunDir, out: Path) -> dict[str, list[int]]:
     if not any(steps.values()):
         shutil.rmtree(temporary, ignore_errors=True)
         raise ConfigError(
-            f"{run.path}: no step to prove: no checkpoint is kept whose next step was logged; train with "
-            "--set train.log_every=1 (and a larger train.keep_checkpoints)"
+            f"{run.path}: no step to prove: no checkpoint is kept after which a step was made; train with a "
+            "larger train.keep_checkpoints"
         )
     wanted = code.of_run(settings)
     root = next((r for r in (code.folder(run, wanted), code.ROOT) if r.is_dir() and code.digest(r) == wanted), None)
@@ -182,8 +186,8 @@ class OneBatch:
         return Fed(index, on_device(read, self.device), read.counts, digest48(read))
 
 
-def computed(task: Replay, saved: checkpoint.Checkpoint, device: torch.device) -> tuple[Sums, float, TrainingState]:
-    """The step after a checkpoint: its sums, the norm of its gradient, and the state after it."""
+def restored(task: Replay, saved: checkpoint.Checkpoint, device: torch.device) -> Accumulator:
+    """A model and its training in the state of a checkpoint, about to read the batch that follows."""
     settings = task.settings
     torch.set_num_threads(int(saved.identity.get("threads", 1)))
     model = BertForPreTraining(BertConfig.from_dict(saved.model)).to(device).train()
@@ -196,17 +200,35 @@ def computed(task: Replay, saved: checkpoint.Checkpoint, device: torch.device) -
     autocast = autocast_for(settings.precision, device)
     accumulator = Accumulator(saved.stage, task, Ranks(0, 1, None, device), state, reducer, autocast, Clock())
     accumulator.begin(state.batches)
-    sums = accumulator.accumulate(cast(Feed, OneBatch(task, state.batches, device)), lambda _: False)
+    return accumulator
+
+
+def computed(task: Replay, accumulator: Accumulator) -> tuple[Sums, float]:
+    """The next step: its sums and the norm of its gradient. The accumulator's state is then that after it."""
+    settings, state = task.settings, accumulator.state
+    sums = accumulator.accumulate(cast(Feed, OneBatch(task, state.batches, accumulator.ranks.device)), lambda _: False)
     rate = learning_rate(settings.schedule, base=settings.learning_rate, warmup=settings.warmup, steps=settings.steps,
                          step=state.step + 1)  # fmt: skip
-    return sums, state.optimizer.step(rate, max_grad_norm=settings.max_grad_norm), state
+    return sums, state.optimizer.step(rate, max_grad_norm=settings.max_grad_norm)
 
 
-def check(folder: Path, step: int, stage: str | None = None) -> list[Row]:
+def shares_of(task: Replay, accumulator: Accumulator, index: int) -> list[float]:
+    """What one micro-batch of the next step adds to each loss."""
+    number, device = accumulator.state.batches, accumulator.ranks.device
+    read = task.read(number, index)
+    fed = Fed(index, on_device(read, device), read.counts, digest48(read))
+    plan = BatchPlan(task.size(number), task.settings.micro_batch, 1)
+    with accumulator.autocast:
+        parts = accumulator.losses(number, fed, plan, accumulator.counts.tolist())
+    return [rounded(float(part.detach())) for part in parts]
+
+
+def check(folder: Path, step: int, stage: str | None = None, index: int | None = None) -> list[Row]:
     """Compute a step of a bundle again.
 
     Compared are losses, the gradient's norm, the samples' digest and, where the next checkpoint is there, the weights
-    after the step: the length of their difference beside that of the update. ConfigError where the bundle does not
+    after the step: the length of their difference beside that of the update. With ``index`` only what this micro-batch
+    adds to the losses, which one core can compute of any batch. ConfigError where the bundle does not
     hold this step, DataError where it is not what it says.
     """
     record = _record(folder)
@@ -236,17 +258,22 @@ def check(folder: Path, step: int, stage: str | None = None) -> list[Row]:
     except (KeyError, ValueError, IndexError, TypeError, SafetensorError) as error:
         raise DataError(f"{own / f'samples-{step}.safetensors'}: not the samples of step {step}: {error}") from None
     device = chosen_device()
-    sums, norm, state = computed(Replay(recipe, phase, data, device), saved, device)
-    found = {"loss": sums.loss, **sums.losses, "grad_norm": norm}
+    task = Replay(recipe, phase, data, device)
+    accumulator = restored(task, saved, device)
     rounding = ROUNDING.get(recipe.train.precision, 1e-3)
-    rows = [
-        Row(key, repr(logged[key]), repr(value), abs(logged[key] - value) / max(abs(logged[key]), 1e-30), rounding)
-        for key, value in found.items()
-    ]
+    if index is not None:
+        shares = logged.get("shares") or []
+        if not 0 <= index < len(shares):
+            raise ConfigError(f"{folder}: step {step} has the shares of {len(shares)} micro-batches on record")
+        found = dict(zip(task.losses_named, shares_of(task, accumulator, index), strict=True))
+        return [row(f"{key} of {index}", shares[index][i], found[key], rounding) for i, key in enumerate(found)]
+    sums, norm = computed(task, accumulator)
+    found = {"loss": sums.loss, **sums.losses, "grad_norm": norm}
+    rows = [row(key, logged[key], value, rounding) for key, value in found.items()]
     rows.append(Row("samples", str(logged["samples"]), sums.samples, float(logged["samples"] != sums.samples)))
     if is_whole(step_folder(own, step)):
         after = checkpoint.read(step_folder(own, step), tensors=("weights",)).weights
-        ours = {key: value.cpu().numpy() for key, value in state.model.state_dict().items()}
+        ours = {key: value.cpu().numpy() for key, value in accumulator.state.model.state_dict().items()}
         apart, update = (
             sum(float(np.square(there[key] - after[key]).sum()) for key in after) ** 0.5
             for there in (ours, saved.weights)

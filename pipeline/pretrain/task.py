@@ -121,6 +121,7 @@ class Pretraining:
         self.shares = WordShares.of(self.data)
         self.baselines = baselines(self.heldout, self.shares)
         self.predicting = arrangement(ranks.device.type, phase.seq_len, predicting=True)
+        self.heldout_batches = self._marked(self.heldout)  # laid out once for all evaluations
         self.evaluated: dict[str, Any] | None = None
 
     # ---------------------------------------------------------------- where it begins
@@ -189,11 +190,13 @@ class Pretraining:
     # ---------------------------------------------------------------- held-out figures
 
     def evaluate(self, model: nn.Module, ranks: Ranks) -> Mapping[str, Any]:
-        self.evaluated = self._evaluated(model, ranks, self.heldout)
+        self.evaluated = self._evaluated(model, ranks, self.heldout_batches)
         return {**self.evaluated, **self.baselines}
 
-    def _evaluated(self, model: nn.Module, ranks: Ranks, parts: Sequence[MaskedSamples]) -> dict[str, Any]:
-        batches = [marked(self.packed(part, self.predicting), part, self.shares.mask_id) for part in parts]
+    def _marked(self, parts: Sequence[MaskedSamples]) -> list[MicroBatch]:
+        return [marked(self.packed(part, self.predicting), part, self.shares.mask_id) for part in parts]
+
+    def _evaluated(self, model: nn.Module, ranks: Ranks, batches: Sequence[MicroBatch]) -> dict[str, Any]:
         return evaluate(model, batches, self.shares, self.settings.precision, ranks)
 
     def in_words(self, figures: Mapping[str, Any]) -> str:
@@ -210,8 +213,9 @@ class Pretraining:
         The control is the same evaluation with the words around in random order: what a model gains by context
         and order is lost there.
         """
-        figures = self.evaluated or self._evaluated(model, ranks, self.heldout)
-        control = self._evaluated(model, ranks, [shuffled(part, self.data.manifest.special) for part in self.heldout])
+        figures = self.evaluated or self._evaluated(model, ranks, self.heldout_batches)
+        without_order = [shuffled(part, self.data.manifest.special) for part in self.heldout]
+        control = self._evaluated(model, ranks, self._marked(without_order))
         figures |= {f"shuffled_{end}": control[f"eval_{end}"] for end in ("mask_gain", "mask_gain_se")}
         self.job.say(context_in_words(figures))
         return {**figures, **self.baselines}

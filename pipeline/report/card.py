@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pipeline.report.facts import Facts
 from pipeline.report.learnt import context_in_words
 from pipeline.report.scores import beside_baselines, dataset
-from pipeline.words import is_number, number, percent, visible
+from pipeline.words import is_number, number, percent, visible, with_error
 
 USAGE = """from transformers import pipeline
 
@@ -85,7 +85,12 @@ def figures(facts: Facts) -> str:
         ("next sentence, accuracy", "eval_nsp_accuracy", "nsp_majority"),
     )
     rows = [
-        (phase.name, name, number(found.get(key)), number(found.get(base)) if is_number(found.get(base)) else "–")
+        (
+            phase.name,
+            name,
+            with_error(found.get(key), found.get(f"{key}_se"), 3),
+            number(found.get(base)) if is_number(found.get(base)) else "–",
+        )
         for phase in facts.phases
         if phase.evaluations
         for found in [facts.figures(phase)]

@@ -32,7 +32,7 @@ from pipeline.report.sections import (
 )
 from pipeline.report.times import time_section
 from pipeline.run.rundir import RunDir
-from pipeline.words import duration, is_number, moment, number, percent
+from pipeline.words import duration, is_number, moment, number, percent, with_error
 
 
 def main() -> int:
@@ -153,10 +153,10 @@ def tiles(facts: Facts) -> Html | None:
     shown = [
         (
             "Better than word counts at [MASK]",
-            f"{gain:.2f} ± {error:.2f}" if is_number(gain) and is_number(error) else "–",
+            with_error(gain, error),
             f"nats; words around shuffled: {control:.2f}" if is_number(control) else "nats per hidden word",
         ),
-        ("Held-out MLM loss", number(loss, 4), margin),
+        ("Held-out MLM loss", with_error(number(loss, 4), figures.get("eval_mlm_loss_se"), 3), margin),
         beside("Accuracy at [MASK]", figures, "eval_mask_accuracy", "unigram_mask_accuracy", "most frequent word"),
         beside("NSP accuracy", figures, "eval_nsp_accuracy", "nsp_majority", "more frequent answer"),
         ("Real tokens per second", number(phase.median("tokens_per_s")), f"median of {phase.name}"),
@@ -172,7 +172,9 @@ def tiles(facts: Facts) -> Html | None:
 def beside(title: str, figures: Mapping[str, Any], key: str, baseline: str, name: str) -> tuple[str, str, str]:
     """A tile of a share beside that of always saying the same."""
     level = figures.get(baseline)
-    return title, percent(figures.get(key)), f"{name}: {percent(level)}" if is_number(level) else "held out"
+    share, error = figures.get(key), figures.get(f"{key}_se")
+    shown = with_error(100 * share, 100 * error, 1) + " %" if is_number(share) and is_number(error) else percent(share)
+    return title, shown, f"{name}: {percent(level)}" if is_number(level) else "held out"
 
 
 def phase_table(facts: Facts) -> Html | None:
@@ -184,8 +186,7 @@ def phase_table(facts: Facts) -> Html | None:
             gain, error, control = (
                 figures.get(key) for key in ("eval_mask_gain", "eval_mask_gain_se", "shuffled_mask_gain")
             )
-            better = f"{gain:.2f} ± {error:.2f}" if is_number(gain) and is_number(error) else "–"
-            rows.append((phase.name, number(phase.config.seq_len), number(figures["step"]), better,
+            rows.append((phase.name, number(phase.config.seq_len), number(figures["step"]), with_error(gain, error),
                          f"{control:.2f}" if is_number(control) else "–", percent(figures.get("eval_mask_accuracy")),
                          percent(figures.get("eval_nsp_accuracy"))))  # fmt: skip
     head = ("Phase", "Tokens", "Steps", "Better than word counts at [MASK], nats", "Shuffled", "Accuracy there", "NSP")

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from faults import training
 from pipeline.bert.packing import Batch, layout
+from pipeline.engine.feed import on_device
 from pipeline.engine.ranks import Ranks
 from pipeline.engine.task import MicroBatch
 from pipeline.pretrain.data import MaskedSamples, PretrainingData
@@ -90,6 +92,26 @@ def test_no_model_without_context_does_better_than_the_context_free_loss() -> No
     hidden = seen == words
     visible = shares.context_free_losses(labels[~hidden], seen[~hidden]).sum()
     assert (visible - shares.log[labels[hidden]].sum()) / draws == pytest.approx(least, abs=2e-3)
+
+
+def test_every_error_is_that_of_drawing_the_samples_again(parts) -> None:
+    """Total loss, accuracy at [MASK] and NSP: the spread over bootstrapped samples, one sample a micro-batch."""
+    masked, micro_batch, shares = parts
+    model = WithoutContext(shares)
+    figures = evaluate(model, [micro_batch], shares, "fp32", ALONE)
+    seen, sample = masked.tokens[masked.positions], micro_batch.arrays["sample"]
+    inputs = on_device(micro_batch, ALONE.device)
+    logits, _ = model(Batch.of(inputs), inputs["masked"])
+    losses = functional.cross_entropy(logits, inputs["labels"].long(), reduction="none").numpy()
+    samples = len(masked.lengths)
+    weights = np.random.default_rng(2).multinomial(samples, np.full(samples, 1 / samples), 2000)
+    each = weights[:, sample]
+    assert figures["eval_mlm_loss_se"] == pytest.approx(((each * losses).sum(1) / each.sum(1)).std(), rel=0.15)
+    right = (1 - masked.nsp) @ weights.T / samples
+    assert figures["eval_nsp_accuracy_se"] == pytest.approx(right.std(), rel=0.1)
+    hidden = each * (seen == shares.mask_id)
+    common = (hidden * (masked.labels == shares.log.argmax())).sum(1) / hidden.sum(1)
+    assert figures["eval_mask_accuracy_se"] == pytest.approx(common.std(), rel=0.25)
 
 
 def test_the_error_of_a_gain_is_that_of_whole_samples() -> None:

@@ -45,6 +45,22 @@ def test_a_step_is_computed_again_without_the_run_and_without_the_bundles_code(b
     assert float(figures["grad_norm"].split()[1]) == pytest.approx(float(figures["grad_norm"].split()[2]), rel=1e-5)
 
 
+def test_a_single_micro_batch_is_computed_again(bundle, tmp_path):
+    copy = tmp_path / "bundle"
+    shutil.copytree(bundle, copy)
+    done = call("prove", "--check", copy, "--step", 21, "--index", 1)
+    assert done.returncode == 0, done.stderr
+    assert "nsp_loss of 1" in done.stdout
+    assert done.stdout.endswith("equal bit for bit\n")
+    one_line(call("prove", "--check", copy, "--step", 21, "--index", 99), 2, "shares of", "on record")
+    record = copy / "phase1" / "metrics.jsonl"
+    lines = [json.loads(line) for line in record.read_text().splitlines()]
+    lines[20]["shares"].reverse()
+    record.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    resealed(copy, record)
+    assert call("prove", "--check", copy, "--step", 21, "--index", 0).returncode == 5
+
+
 def test_forgeries_are_found(bundle, tmp_path):
     copy = tmp_path / "bundle"
     shutil.copytree(bundle, copy)
