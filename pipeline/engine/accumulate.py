@@ -61,6 +61,8 @@ class Accumulator:
     ) -> None:
         self.stage, self.task, self.ranks, self.state = stage, task, ranks, state
         self.reducer, self.gradients, self.autocast, self.clock = reducer, reducer.gradients, autocast, clock
+        # Backward keeps to the types of the forward.
+        self.plain = torch.autocast(ranks.device.type, enabled=False)
         self.counts = np.zeros(0)  # of the batch that comes next, over all ranks
 
     def begin(self, batch: int) -> None:
@@ -78,7 +80,9 @@ class Accumulator:
             batch = feed.batch()
         plan, counts = batch.plan, self.counts
         self.reducer.begin(plan)
-        digests = np.zeros(plan.micro_batches)
+        digests, counted = np.zeros(plan.micro_batches), counts.tolist()
+        scale = 1.0 if self.state.scale is None else self.state.scale.scale
+        of_loss = torch.full((), scale, device=ranks.device)  # the gradient that backward begins with
         # One autocast for all micro-batches: the weights are cast once.
         with self.autocast:
             for index in plan.range_of(ranks.rank):
@@ -86,8 +90,9 @@ class Accumulator:
                 with clock.spent("data"):
                     fed = feed.micro_batch()
                 with clock.spent("compute"), self.reducer.micro_batch(index) as scalars:
-                    parts = self.losses(batch.number, fed, plan, counts.tolist())
-                    self._backward(parts)
+                    parts = self.losses(batch.number, fed, plan, counted)
+                    with self.plain:
+                        torch.autograd.backward(parts, [of_loss] * len(parts))
                     scalars.copy_(torch.stack([part.detach() for part in parts]))
                 digests[index] = fed.digest
         with clock.spent("compute"):
@@ -101,7 +106,7 @@ class Accumulator:
             losses, together = self.reducer.finish(np.concatenate([*told.values(), seconds, digests]))
         ranks.alive("working")
         if self.state.scale is not None:
-            self.gradients.flat.mul_(1 / self.state.scale.scale)
+            self.gradients.flat.mul_(1 / scale)
         ends = np.cumsum([len(part) for part in (*told.values(), seconds)])
         asked, self.counts, seconds, digests = np.split(together, ends)
         return Sums(
@@ -126,9 +131,3 @@ class Accumulator:
         if settings.loss_mean == "micro":
             counts = [count * plan.micro_batches for count in fed.counts]
         return [total / int(count) for total, count in zip(sums, counts, strict=False)]
-
-    def _backward(self, parts: Sequence[Tensor]) -> None:
-        loss = sum(parts[1:], parts[0])
-        scale = self.state.scale
-        with torch.autocast(self.ranks.device.type, enabled=False):  # backward keeps to the types of the forward
-            torch.autograd.backward(loss if scale is None else loss * scale.scale)
