@@ -7,6 +7,7 @@ What a step computes depends on the step alone: its samples, the dropout and the
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import time
 from collections.abc import Callable
@@ -154,7 +155,9 @@ class Loop:
         self.ranks.wait_for_all()  # should rank 0 die while it saves, the others notice here
         with self.clock.spent("evaluation"):
             result = self.task.finish(state.model, self.ranks)
-        write_line(job, self.clock, state.step)  # where the time after the last step went
+        line = write_line(job, self.clock, state.step)  # where the time after the last step went
+        if self.board is not None:
+            self.board.add(state.step, {"scores": result.get("scores", {})}, line["time"])
         self.close()
         return {"checkpoint": state.saved, "step": state.step, "samples": state.samples, **result}
 
@@ -191,7 +194,12 @@ class Loop:
             self.job.say(preflight(self.job.out, checkpoint_bytes, self.settings.keep_checkpoints))
             if self.saver is not None and not again:
                 self.saver.prepare(**self.state.named())
-            self.board = Board(self.job.out, after_step=self.state.step, warn=self.job.warn)
+            self.board = Board(
+                self.job.out,
+                after_step=self.state.step,
+                settings=dataclasses.asdict(self.settings),
+                warn=self.job.warn,
+            )
 
     def introduce(self) -> None:
         """Say how a batch is shared."""

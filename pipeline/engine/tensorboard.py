@@ -6,7 +6,7 @@ import io
 import os
 import socket
 import time as clock
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ GROUPS = {
     "speed": ("sequences_per_s", "tokens_per_s", "step_s"),
 }
 """TensorBoard shows tags of one group together; figures that are not named here go to ``other``."""
+JUDGED_BY = ("train/loss", "heldout/mlm_loss", "heldout/mask_gain", "scores/accuracy", "scores/f1")
+"""What TensorBoard's table of hyper-parameters shows beside them."""
 
 
 class Board:
@@ -29,18 +31,29 @@ class Board:
     said once through ``warn``, and nothing is written from then on.
     """
 
-    def __init__(self, folder: Path, *, after_step: int = 0, warn: Callable[[str], None] = print) -> None:
-        """``folder`` is the stage's; ``after_step`` the step that this attempt continues from."""
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        after_step: int = 0,
+        settings: Mapping[str, Any] | None = None,
+        warn: Callable[[str], None] = print,
+    ) -> None:
+        """``folder`` is the stage's, ``after_step`` the step that this attempt continues from, ``settings`` the
+        hyper-parameters.
+        """
         self.folder, self.after_step, self.warn = folder, after_step, warn
+        self.settings = dict(_flat(settings or {}))
         self.file: io.FileIO | None = None
         self.failed = False
         try:
             from tensorboard.compat.proto import event_pb2, summary_pb2
             from tensorboard.summary.writer.record_writer import RecordWriter
+            from torch.utils.tensorboard.summary import hparams
         except ImportError as error:
             self._fail(error)
             return
-        self._events, self._summaries, self._records = event_pb2, summary_pb2, RecordWriter
+        self._events, self._summaries, self._records, self._hparams = event_pb2, summary_pb2, RecordWriter, hparams
 
     def add(self, step: int, values: Mapping[str, Any], time: float) -> None:
         """Write the numbers among ``values``, such as a metric line with its ``spent_s``; ``time`` is Unix time."""
@@ -69,6 +82,9 @@ class Board:
         self._write(self._events.Event(wall_time=time, file_version="brain.Event:2"))
         started = self._events.SessionLog(status=self._events.SessionLog.START)
         self._write(self._events.Event(wall_time=time, step=self.after_step + 1, session_log=started))
+        judged = dict.fromkeys(JUDGED_BY, 0.0)
+        for summary in self._hparams(self.settings, judged)[:2] if self.settings else ():  # type: ignore[no-untyped-call]
+            self._write(self._events.Event(wall_time=time, summary=summary))
 
     def _write(self, event: Any) -> None:
         assert self.file is not None
@@ -79,6 +95,15 @@ class Board:
     def _fail(self, error: Exception) -> None:
         self.close()
         self.warn(f"no more TensorBoard curves ({type(error).__name__}: {error}); metrics.jsonl is not affected")
+
+
+def _flat(settings: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    """Every setting that has a value, those of a table as ``table.setting``."""
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{before}{name}.")
+        elif value is not None:
+            yield before + name, value if isinstance(value, bool | int | float | str) else str(value)
 
 
 def _scalars(values: Mapping[str, Any]) -> list[tuple[str, float]]:

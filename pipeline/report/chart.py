@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -165,6 +166,38 @@ def draw(chart: Chart, *, key: str, width: int = 460, height: int = 250) -> Html
         role="img",
         aria_labelledby=f"{key}-title {key}-desc",
     )
+
+
+def strips(
+    title: str, rows: Sequence[tuple[str, Sequence[float]]], x_label: str, *, key: str, width: int = 460
+) -> Html:
+    """A line of dots for each row, with its mean and the standard deviation (n - 1) to both sides, as ``<svg>``."""
+    rows = [(name, [value for value in values if abs(value) <= LARGEST]) for name, values in rows]
+    rows = [(name, values) for name, values in rows if len(values) > 1]
+    x = axis([value for _, values in rows for value in values] or [0.0, 1.0], ticks=5, widen=True)
+    height = 46 * len(rows) + 44
+    labels = [tick_label(tick, x.step, max(map(abs, x.ticks))) for tick in x.ticks]
+    side = max(8.0, WIDEST * max(map(len, labels)) / 2)
+    frame = _Frame(side, width - side, 0.0, height - 44.0, x, x)
+    pieces, said = [], []
+    for tick, label in zip(x.ticks, labels, strict=True):
+        at = frame.across(tick)
+        pieces.append(_segment("grid", at, 0, at, frame.bottom))
+        pieces.append(tag("text", label, x=at, y=round(frame.bottom + 16, 1), text_anchor="middle"))
+    pieces.append(tag("text", x_label, x=width / 2, y=height - 8, text_anchor="middle"))
+    for number, (name, values) in enumerate(rows):
+        mean, deviation = statistics.mean(values), statistics.stdev(values)
+        y = 46 * number + 32
+        said.append(f"{name}: {len(values)} seeds, mean {mean:.4g}, deviation {deviation:.3g}, from {min(values):.4g} "
+                    f"to {max(values):.4g}.")  # fmt: skip
+        pieces.append(tag("text", name, class_="key", x=8, y=y - 16))
+        pieces.append(_segment("level", frame.across(mean - deviation), y, frame.across(mean + deviation), y))
+        pieces.append(_segment("main", frame.across(mean), y - 9, frame.across(mean), y + 9))
+        pieces += [tag("circle", tag("title", f"{value:.4g}"), class_="second", cx=frame.across(value), cy=y, r=3.2)
+                   for value in values]  # fmt: skip
+    described = tag("title", title, id=f"{key}-title") + tag("desc", " ".join(said), id=f"{key}-desc")
+    return tag("svg", Html(described), *pieces, viewBox=f"0 0 {width} {height}", role="img",
+               aria_labelledby=f"{key}-title {key}-desc")  # fmt: skip
 
 
 def describe(lines: Sequence[Line], missing: str) -> str:

@@ -9,6 +9,9 @@ from typing import Any
 
 from pipeline.words import visible
 
+STACKED = ((3, "stack"), (6, "tall"))
+"""Tables of more columns: on a narrow screen and a tablet their cells stand below each other, each with its head."""
+FOLDING = ("pivot", "stages")  # tables that have their own way to be narrow
 VOID = {"meta", "br"}
 
 STYLE = Path(__file__).with_name("style.css").read_text(encoding="utf-8")
@@ -49,7 +52,14 @@ def table(head: Sequence[Any], rows: Iterable[Sequence[Any]], *, numeric: Sequen
     """A table; the columns ``numeric`` are aligned to the right."""
 
     def cells(kind: str, row: Sequence[Any]) -> list[Html]:
-        return [tag(kind, cell, class_="n" if index in numeric else None) for index, cell in enumerate(row)]
+        return [
+            tag(kind, cell, class_="n" if index in numeric else None, data_label=text(head[index]))
+            for index, cell in enumerate(row)
+        ]
+
+    for most, stacked in STACKED if class_ not in FOLDING else ():
+        if len(head) > most:
+            class_ = f"{class_} {stacked}".strip()
 
     header = tag(
         "thead",

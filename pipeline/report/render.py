@@ -156,7 +156,7 @@ def tiles(facts: Facts) -> Html | None:
             with_error(gain, error),
             f"nats; words around shuffled: {control:.2f}" if is_number(control) else "nats per hidden word",
         ),
-        ("Held-out MLM loss", with_error(number(loss, 4), figures.get("eval_mlm_loss_se"), 3), margin),
+        ("Held-out MLM loss", with_error(loss, figures.get("eval_mlm_loss_se"), 3), margin),
         beside("Accuracy at [MASK]", figures, "eval_mask_accuracy", "unigram_mask_accuracy", "most frequent word"),
         beside("NSP accuracy", figures, "eval_nsp_accuracy", "nsp_majority", "more frequent answer"),
         ("Real tokens per second", number(phase.median("tokens_per_s")), f"median of {phase.name}"),

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pipeline.report.chart import strips
 from pipeline.report.curves import tuning_charts
 from pipeline.report.facts import Facts
 from pipeline.report.learnt import worth_in_words
-from pipeline.report.page import Html, folded, note, section, table
+from pipeline.report.page import Html, folded, join, note, section, table, tag
 from pipeline.words import is_number, number, spoken
 
 BASELINES = {"majority": "most frequent class", "bag_of_words": "bag of words"}
@@ -105,7 +106,20 @@ def seed_table(facts: Facts) -> Html | None:
             shown = f"{mean:.2f}{deviation}" if is_number(mean) else number(mean)
             rows.append((dataset(found), metric_name(name), each, shown, f"{best:.2f} (seed {number(best_seed)})"))
     head = ("Data set", "Metric", "Seed by seed, %", "Mean, %", "Best, %")
-    return table(head, rows, numeric=(3, 4)) if rows else None
+    return join(table(head, rows, numeric=(3, 4)), seed_spread(facts)) if rows else None
+
+
+def seed_spread(facts: Facts) -> Html | None:
+    """The seeds of each task as dots, in the metric that ranks them."""
+    drawn = []
+    for found in facts.scores.values():
+        key = str(found.get("ranked_by"))
+        scores = [(s.get("scores") or {}).get(key) for s in found.get("seeds") or [] if isinstance(s, Mapping)]
+        drawn.append((f"{dataset(found)}, {metric_name(key)}", [float(value) for value in scores if is_number(value)]))
+    title = "Spread over seeds"
+    if not any(len(values) > 1 for _, values in drawn):
+        return None
+    return tag("figure", tag("figcaption", title), strips(title, drawn, "score, %", key="spread"))
 
 
 def inference_section(facts: Facts) -> Html | None:

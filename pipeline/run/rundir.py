@@ -14,6 +14,7 @@ import os
 import re
 import socket
 import stat
+import struct
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ from pipeline.words import is_number
 
 SETTINGS = {"recipe": dict, "profile": dict, "corpora": dict, "data_dir": str}  # of run.json, in every version
 NEWEST = 8  # attempts among which that of a launch is, should others have begun at the same time
+FLOCK = struct.Struct("hhqqi4x")  # C's struct flock: type, whence, start, length, pid
 BEGINNING_S = 30.0  # a stage's folder is begun in milliseconds
 
 
@@ -326,17 +328,15 @@ class RunDir:
         try:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 raise ConfigError(f"{path}: not a plain file; take it away")
-            for patience_s in (0.1, 0.1, 0.0):  # a reader's look takes no longer
-                try:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    time.sleep(patience_s)
-            else:
+            try:
+                fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
+            except BlockingIOError:
+                if _locked_by(descriptor) == fcntl.F_RDLCK:  # none of ours: those that run write, those that look ask
+                    raise InUseError(f"{path} is locked by a process that only reads it: take the file away") from None
                 raise InUseError(
                     f"{self.path}: {describe_owner(self._holder())} is using this run; wait for it, or stop it with "
                     f"python -m pipeline.cancel {self.path}"
-                )
+                ) from None
             os.ftruncate(descriptor, 0)
             os.pwrite(
                 descriptor,
@@ -348,12 +348,10 @@ class RunDir:
             os.close(descriptor)
 
     def is_held(self) -> bool:
-        """Whether a runner holds the run now. Reading suffices for the question."""
+        """Whether a runner holds the run now. Reading suffices for the question, and asking locks nothing."""
         try:
             with open_plain(self.path / "lock") as file:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
+                return _locked_by(file.fileno()) == fcntl.F_WRLCK
         except OSError as error:
             if error.errno not in (*NONE_THERE, errno.EACCES):
                 raise
@@ -373,6 +371,12 @@ class RunDir:
             if (owner and not gone) or time.monotonic() > deadline:
                 return {} if gone else owner
             time.sleep(0.01)
+
+
+def _locked_by(descriptor: int) -> int:
+    """Which lock of somebody else an open file bears: F_WRLCK, F_RDLCK or F_UNLCK."""
+    asked = FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+    return int(FLOCK.unpack(fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, asked))[0])
 
 
 def describe_owner(owner: Mapping[str, Any] | None) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import json
 import os
 import shutil
@@ -355,10 +354,9 @@ def test_a_colleague_may_look_without_leaving_a_trace(run):
         run.stage("extract").new_attempt("now")
         seen = Path(folder) / "run"
         shutil.copytree(run.path, seen)
-        subprocess.run(["chmod", "-R", "a+rX,a-w", folder], check=True)
-        before = sorted(path.stat().st_mtime_ns for path in seen.rglob("*"))
-        with open(seen / "lock") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with RunDir(seen).held():
+            subprocess.run(["chmod", "-R", "a+rX,a-w", folder], check=True)
+            before = sorted(path.stat().st_mtime_ns for path in seen.rglob("*"))
             code = "import os, pathlib; "
             code += "from pipeline.run.rundir import RunDir; from pipeline.run.state import survey; "
             code += "from pipeline.report.facts import gather; from pipeline.report.render import render; "

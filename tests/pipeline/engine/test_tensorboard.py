@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+from tensorboard.plugins.hparams import metadata
 
 from pipeline.engine.tensorboard import Board
 
@@ -84,6 +85,19 @@ def test_a_run_shows_each_phase_as_one_run(tmp_path):
     (tmp_path / "run" / "stages" / "phase1" / "attempts" / "0001").mkdir(parents=True)
     found = EventMultiplexer().AddRunsFromDirectory(str(tmp_path / "run")).Reload()
     assert sorted(found.Runs()) == ["stages/phase1", "stages/phase2"]
+
+
+def test_hyper_parameters_are_there_as_tensorboards_own_table_reads_them(tmp_path):
+    board = Board(tmp_path, settings={"learning_rate": 1e-3, "optimizer": {"name": "lamb"}, "eval_every": None})
+    board.add(1, {"loss": 1.0, "scores": {"accuracy": 71.0}}, 1.0)
+    board.close()
+    found = EventMultiplexer().AddRun(str(tmp_path), "run").Reload()
+    content = found.SummaryMetadata("run", metadata.SESSION_START_INFO_TAG).plugin_data.content
+    told = metadata.parse_session_start_info_plugin_data(content).hparams
+    assert told["learning_rate"].number_value == 1e-3
+    assert told["optimizer.name"].string_value == "lamb"
+    assert sorted(told) == ["learning_rate", "optimizer.name"]
+    assert curve(tmp_path, "scores/accuracy") == [(1, 71.0)]
 
 
 def test_a_record_cut_by_a_kill_costs_nothing_else(tmp_path):

@@ -11,15 +11,28 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pipeline.report.chart import FONT, Chart, Line, axis, draw, thin, tick_label
+from pipeline.report.chart import FONT, Chart, Line, axis, draw, strips, thin, tick_label
 
 ANY = st.floats(allow_nan=True, allow_infinity=True)
 FINITE = st.floats(min_value=-1e100, max_value=1e100)
+STRIP = st.lists(st.floats(min_value=-1e6, max_value=1e6), min_size=2, max_size=9)
 SIZES = [(460, 250), (940, 340)]
 
 
 def parsed(chart: Chart, size: tuple[int, int] = SIZES[0]) -> ElementTree.Element:
     return ElementTree.fromstring(draw(chart, key="k", width=size[0], height=size[1]))
+
+
+@given(st.lists(STRIP, min_size=1, max_size=4))
+def test_every_seed_of_a_strip_lies_inside_and_in_order(rows):
+    svg = ElementTree.fromstring(strips("t", [(str(n), row) for n, row in enumerate(rows)], "%", key="k"))
+    width, height = map(float, svg.attrib["viewBox"].split()[2:])
+    assert all(-1 <= x <= width + 1 and -1 <= y <= height + 1 for x, y in places(svg))
+    dots = [element for element in svg.iter() if element.tag == "circle"]
+    for number, row in enumerate(rows):
+        own = [float(dot.attrib["cx"]) for dot in dots[: len(row)]]
+        del dots[: len(row)]
+        assert [own[i] for i in sorted(range(len(row)), key=row.__getitem__)] == sorted(own), number
 
 
 def places(svg: ElementTree.Element) -> list[tuple[float, float]]:

@@ -301,13 +301,14 @@ def test_several_seeds_show_mean_and_deviation(tmp_path):
     start(chain, "sst2")
     record = {"dataset": "reviews", "scores": {"accuracy": 75.0}, "mean": {"accuracy": 72.5}, "examples": 900}
     seeds = [{"seed": 1, "scores": {"accuracy": 70.0}}, {"seed": 7, "scores": {"accuracy": 75.0}}]
-    record |= {"deviation": {"accuracy": 3.54}, "seeds": seeds}
+    record |= {"deviation": {"accuracy": 3.54}, "seeds": seeds, "ranked_by": "accuracy"}
     for name in chain.stages:
         finish(chain, name, {})
     (chain.run.stage("sst2").path / "scores.json").write_text(json.dumps(record))
     text = page_of(chain).text
     assert "reviews accuracy 72.50 ± 3.54 % – – – 900 not known 1, 7" in text
     assert "reviews accuracy 1: 70.00, 7: 75.00 72.50 ± 3.54 75.00 (seed 7)" in text
+    assert "reviews, accuracy: 2 seeds, mean 72.5, deviation 3.54, from 70 to 75." in text
 
 
 def large_run(path: Path, examples: int = 10570, *settings: str, world: int = 8) -> Chain:

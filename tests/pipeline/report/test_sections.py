@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
+import subprocess
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -286,3 +288,20 @@ def test_every_seed_of_a_task_is_a_line_of_its_chart() -> None:
     assert [drawn.count(f"<figcaption>Training loss of {task}<") for task in ("squad", "mrpc")] == [1, 1]
     assert all(name in drawn for name in ("squad-1", "squad-2"))
     assert tuning_charts({}) is None
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="chromium is not installed: widths are not measured")
+@pytest.mark.parametrize("width", [400, 800, 1280])
+def test_nothing_has_to_be_scrolled_sideways(tmp_path, width):
+    """The page's own script measures what is wider than the place it has."""
+    measure = (
+        "<script>document.title = 'wide:' + [...document.querySelectorAll('.scroll, html')].filter("
+        "e => e.scrollWidth > e.clientWidth + 1).map(e => e.textContent.slice(0, 30)).join('|') + ':end'</script>"
+    )
+    page = tmp_path / "page.html"
+    written = render(gather(finished_run(tmp_path / "run").run, held=False))
+    page.write_text(written.replace("</body>", f"{measure}</body>"))
+    words = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--dump-dom"]
+    words += [f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900", page.as_uri()]
+    shown = subprocess.run(["chromium", *words], capture_output=True, text=True, timeout=120, check=True)
+    assert "<title>wide::end</title>" in shown.stdout

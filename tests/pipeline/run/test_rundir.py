@@ -16,7 +16,7 @@ import pytest
 
 from pipeline.errors import ConfigError, InUseError
 from pipeline.run.files import append_jsonl, read_jsonl
-from pipeline.run.rundir import NEWEST, Attempt, RunDir, StageDir
+from pipeline.run.rundir import FLOCK, NEWEST, Attempt, RunDir, StageDir
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
@@ -76,17 +76,23 @@ def test_one_holder_and_the_second_is_told_who(tmp_path):
         assert run.is_held()
 
 
-def test_whoever_looks_keeps_no_runner_out(tmp_path):
+def test_whoever_looks_locks_nothing_and_a_readers_lock_is_told_from_a_runners(tmp_path, monkeypatch):
     run = RunDir(tmp_path)
-    with run.held():
-        pass
-    with open(tmp_path / "lock") as file:  # a look, drawn out
-        fcntl.flock(file, fcntl.LOCK_SH)
-        timer = threading.Timer(0.05, fcntl.flock, [file, fcntl.LOCK_UN])
-        timer.start()
+    with run.held(), monkeypatch.context() as patch:
+        patch.setattr(fcntl, "flock", None)
+        asked = []
+        real = fcntl.fcntl
+        patch.setattr(fcntl, "fcntl", lambda file, what, *more: asked.append(what) or real(file, what, *more))
+        assert run.is_held()
+        assert asked == [fcntl.F_OFD_GETLK]
+    with open(tmp_path / "lock") as file:  # somebody who may only read
+        fcntl.fcntl(file, fcntl.F_OFD_SETLK, FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, 0, 0, 0))
+        assert not run.is_held()
+        with pytest.raises(InUseError, match="take the file away"), run.held():
+            pass
+        (tmp_path / "lock").unlink()
         with run.held():
             assert run.is_held()
-        timer.join()
 
 
 def test_metrics_keep_the_last_attempt_per_step(tmp_path):
