@@ -158,6 +158,14 @@ class FinetuneConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ClassifyConfig(FinetuneConfig):
+    """A classification of one's own: the columns of ``text`` (one or two; none: found by name) and ``label``."""
+
+    text: tuple[str, ...] = ()
+    label: str = "label"
+
+
+@dataclass(frozen=True, kw_only=True)
 class InferenceConfig:
     """The inference benchmark: answers and labels per second, and how long one batch takes.
 

@@ -19,11 +19,12 @@ from pipeline.bert.packing import Batch
 from pipeline.bert.weight_files import load_into
 from pipeline.engine.precision import AUTOCAST
 from pipeline.engine.ranks import Ranks
-from pipeline.finetune.glue import TASKS, Table
+from pipeline.finetune.glue import TASKS
 from pipeline.finetune.options import SQUAD
 from pipeline.finetune.predict import packed
 from pipeline.finetune.problems import GlueProblem, Problem, SquadProblem
 from pipeline.finetune.samples import Samples
+from pipeline.finetune.table import Table
 
 PAIR_TASK = TASKS["mrpc"]  # two texts, two classes
 N_BEST, LONGEST_ANSWER = 20, 30

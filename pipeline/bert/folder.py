@@ -109,6 +109,12 @@ class ModelFolder:
         return dataclasses.replace(config, vocab_size=padded_vocab(size))
 
     @cached_property
+    def labels(self) -> tuple[str, ...]:
+        """The names of a classifier's classes, where there are some."""
+        named = read_object(self.path / MODEL, CheckpointError).get("id2label")
+        return tuple(map(str, named.values())) if isinstance(named, dict) else ()
+
+    @cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer (`pipeline.bert.tokenizer.read_tokenizer`)."""
         return read_tokenizer(self.path)
@@ -175,10 +181,8 @@ def load_hugging_face(folder: Path) -> tuple[BertConfig, State]:
 def read_folder(folder: Path) -> Source:
     """A folder's weights, whole, to be written elsewhere; CheckpointError."""
     config, state = load_hugging_face(folder)
-    named = read_object(folder / MODEL, CheckpointError).get("id2label")
-    labels = tuple(map(str, named.values())) if isinstance(named, dict) else ()
     arrays = {name: tensor.numpy() for name, tensor in state.items()}
-    return Source(config, arrays, f"the folder {folder.name}", labels).checked()
+    return Source(config, arrays, f"the folder {folder.name}", ModelFolder(folder).labels).checked()
 
 
 def write_folder(to: Path, source: Source, tokenizer: Tokenizer, *, card: str, replace: bool = False) -> dict[str, Any]:

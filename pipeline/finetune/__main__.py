@@ -1,4 +1,4 @@
-"""Fine-tune a BERT on SQuAD, MRPC, SST-2, CoLA or MNLI files, score it, and predict with it."""
+"""Fine-tune a BERT on files of SQuAD, MRPC, SST-2, CoLA, MNLI or of classes of your own; score it; predict with it."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 
 from data_prep.liveness import keep_freed_memory
 from data_prep.publish import publish_json
-from pipeline.config import PRECISIONS, FinetuneConfig, restore
+from pipeline.config import PRECISIONS, ClassifyConfig, FinetuneConfig, restore
 from pipeline.errors import ConfigError, PeerLost, run_command
-from pipeline.finetune.options import DEFAULTS, MODES
+from pipeline.finetune.options import CLASSIFY, DEFAULTS, MODES
 from pipeline.node.job import Job, Topology
 from pipeline.node.preempt import StopRequest
 from pipeline.run.rundir import RunDir
@@ -85,6 +85,10 @@ def _check(arguments: argparse.Namespace, config: FinetuneConfig, modes: tuple[s
             raise ConfigError(f"--mode {arguments.mode} needs --{name} FILE")
     if arguments.eval_mismatched and arguments.task != "mnli":
         raise ConfigError(f"--eval-mismatched belongs to mnli, not {arguments.task}")
+    if arguments.task != CLASSIFY and (arguments.text or arguments.label):
+        raise ConfigError(f"--text and --label belong to classify; {arguments.task} has its own columns")
+    if isinstance(config, ClassifyConfig) and len(config.text) > 2:
+        raise ConfigError(f"--text {arguments.text}: names {len(config.text)} columns; one or two can be read")
     if not config.seeds or len(set(config.seeds)) < len(config.seeds):
         raise ConfigError(f"--seed {' '.join(map(str, config.seeds))}: give at least one, none twice")
     if "train" in modes and "eval" not in modes and len(config.seeds) > 1:
@@ -165,6 +169,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--eval", type=Path, metavar="FILE", help="file to score on or to predict")
     parser.add_argument("--eval-mismatched", type=Path, metavar="FILE", help="mnli: a second file to score on, apart")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where results go")
+    parser.add_argument("--text", metavar="COLUMN[,COLUMN]", help="classify: one or two (default: text, sentence)")
+    parser.add_argument("--label", metavar="COLUMN", help="classify: of the classes (default: label)")
     parser.add_argument("--dataset", metavar="NAME", help="name shown in scores.json (default: name of --eval)")
     parser.add_argument(
         "--mode",
@@ -195,12 +201,15 @@ def _config(arguments: argparse.Namespace) -> FinetuneConfig:
     given = {key: getattr(arguments, key) for key in (*HELP, "precision", "version_2")}
     given["dataset"] = arguments.dataset or (source.name if source else arguments.task)
     given["seeds"] = arguments.seed
+    kind = ClassifyConfig if arguments.task == CLASSIFY else FinetuneConfig
+    if kind is ClassifyConfig:
+        given |= {"text": arguments.text.split(",") if arguments.text else None, "label": arguments.label}
     changed = {key: value for key, value in given.items() if value is not None}
     for name in ("threads", "processes", "max_steps"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} {value}: must be at least 1")
-    return restore(FinetuneConfig, DEFAULTS[arguments.task] | changed, "command line")
+    return restore(kind, DEFAULTS[arguments.task] | changed, "command line")
 
 
 if __name__ == "__main__":

@@ -1,19 +1,17 @@
-"""GLUE-format TSV files to samples, and the scores of GLUE tasks (Wang et al. 2019), described as a table."""
+"""Classification of texts and pairs of texts: GLUE's tasks (Wang et al. 2019) as data, one's own, and scores."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
-from data_prep.errors import DataError
+from pipeline.config import ClassifyConfig
 from pipeline.finetune.samples import Samples, join
 from pipeline.finetune.squad import Encode
-
-Classes = NDArray[np.int64]
+from pipeline.finetune.table import Classes, Columns, Table, read_table, text_columns
 
 
 def accuracy(predicted: Classes, labels: Classes) -> float:
@@ -40,25 +38,24 @@ def matthews(predicted: Classes, labels: Classes) -> float:
     return 100 * covariance / spread if spread else 0.0
 
 
+def macro_f1(predicted: Classes, labels: Classes) -> float:
+    """The mean of every class's F1, in percent."""
+    return float(np.mean([f1(predicted == c, labels == c) for c in np.union1d(predicted, labels)]))
+
+
 METRICS: dict[str, Callable[[Classes, Classes], float]] = {
     "accuracy": accuracy,
     "f1": f1,
+    "macro_f1": macro_f1,
     "mean": mean_of_accuracy_and_f1,
     "matthews": matthews,
 }
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task:
-    """One file format and what counts: ``text`` names one or two columns, the first of ``metrics`` ranks runs.
+class Task(Columns):
+    """The columns of a file, and what counts: the first of ``metrics`` ranks runs."""
 
-    ``header`` gives the columns of a file whose first line does not name ``text``. Class i is called ``labels[i]``.
-    """
-
-    text: tuple[str, ...]
-    label: str
-    labels: tuple[str, ...] = ("0", "1")
-    header: tuple[str, ...] = ()
     metrics: tuple[str, ...]
 
 
@@ -80,66 +77,13 @@ TASKS = {
 }
 
 
-@dataclass(frozen=True)
-class Table:
-    """The rows of one file: its texts by column, classes ``[N]``, and each row's line in the file, from 1."""
-
-    texts: tuple[list[str], ...]
-    classes: Classes | None
-    lines: list[int]
-
-
-def read_table(path: Path, task: Task, *, labelled: bool = True) -> Table:
-    """Read a tab-separated file, in which quotes have no meaning and every line has as many cells as the first.
-
-    DataError names file, line, what was found and what is expected. ``labelled=False`` needs no label column.
+def own_task(config: ClassifyConfig, file: Path, labels: tuple[str, ...]) -> Task:
+    """The task of anybody's ``file``: the columns that the configuration names, the classes of a trained model's
+    ``labels`` or else those of the file.
     """
-    lines = _lines(path)
-    first = lines[0].split("\t")
-    headed = not task.header or set(task.text) <= set(first)  # CoLA's test file has a header, its others have none
-    header = first if headed else list(task.header)
-    needed = (*task.text, task.label) if labelled else task.text
-    for name in needed:
-        if name not in header:
-            found = ", ".join(map(repr, header))
-            raise DataError(f"{path}:1: column {name!r} is missing; found {found}")
-    begin = int(headed)
-    rows = [line.split("\t") for line in lines[begin:]]
-    if not rows:
-        raise DataError(f"{path}:{len(lines)}: no examples below the header")
-    for number, row in enumerate(rows, begin + 1):
-        if len(row) != len(header):
-            expected = ", ".join(header)
-            raise DataError(f"{path}:{number}: {len(row)} cells; expected {len(header)}: {expected}")
-    texts = tuple([row[header.index(name)] for row in rows] for name in task.text)
-    numbers = list(range(begin + 1, begin + 1 + len(rows)))
-    classes = None
-    if labelled:
-        found_labels = [row[header.index(task.label)] for row in rows]
-        for number, label in zip(numbers, found_labels, strict=True):
-            if label not in task.labels:
-                raise DataError(
-                    f"{path}:{number}: label {label!r} is unknown; expected one of {', '.join(task.labels)}"
-                )
-        classes = np.array([task.labels.index(label) for label in found_labels], np.int64)
-    return Table(texts, classes, numbers)
-
-
-def _lines(path: Path) -> list[str]:
-    """Lines of a UTF-8 file with or without byte-order mark; only LF and CRLF end a line, blank last ones are none."""
-    try:
-        data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-    if not data.strip():
-        raise DataError(f"{path}: the file is empty; expected tab-separated examples")
-    lines = []
-    for number, line in enumerate(data.rstrip(b"\r\n").split(b"\n"), 1):
-        try:
-            lines.append(line.removesuffix(b"\r").decode())
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path}:{number}: not UTF-8 at byte {error.start} of the line") from None
-    return lines
+    task = Task(text=config.text or text_columns(file, config.label), label=config.label, labels=labels,
+                metrics=("accuracy", "macro_f1"))  # fmt: skip
+    return replace(task, labels=read_table(file, task).labels) if not labels else task
 
 
 def build_samples(table: Table, encode: Encode, max_seq_len: int, *, cls: int, sep: int) -> Samples:

@@ -15,7 +15,7 @@ from torch.nn import functional
 from pipeline.bert.config import BertConfig
 from pipeline.bert.heads import BertForQuestionAnswering, BertForSequenceClassification, Model
 from pipeline.bert.tokenizer import Tokenizer
-from pipeline.config import FinetuneConfig
+from pipeline.config import ClassifyConfig, FinetuneConfig
 from pipeline.engine.ranks import Ranks
 from pipeline.finetune import glue, squad
 from pipeline.finetune.baselines import majority, naive_bayes
@@ -23,6 +23,7 @@ from pipeline.finetune.options import SQUAD
 from pipeline.finetune.samples import Samples
 from pipeline.finetune.squad_answers import answer_questions, basic_tokenizer
 from pipeline.finetune.squad_metric import score
+from pipeline.finetune.table import Table, read_table
 
 Outputs = Any  # what the model's forward returns
 Logits = NDArray[np.float32]
@@ -157,7 +158,7 @@ def _samples(features: Sequence[squad.Feature], targets: list[tuple[int, int]] |
 
 
 class GlueProblem:
-    """Classification of sentences or pairs of them; predictions are keyed by the line in the file, from 1."""
+    """Classification of texts or pairs of them; predictions are keyed by the line in the file, from 1."""
 
     head = "classifier."
 
@@ -168,20 +169,20 @@ class GlueProblem:
     def new_model(self, config: BertConfig) -> Model:
         return BertForSequenceClassification(config, len(self.task.labels))
 
-    def _samples(self, table: glue.Table) -> Samples:
+    def _samples(self, table: Table) -> Samples:
         encoder = self.tokenizer.encoder
         cls, sep = encoder.vocabulary.special["cls"], encoder.vocabulary.special["sep"]
         return glue.build_samples(table, encoder.encode, self.config.max_seq_len, cls=cls, sep=sep)
 
     def read_train(self, path: Path) -> tuple[Samples, dict[str, int], list[str]]:
-        samples = self._samples(glue.read_table(path, self.task))
+        samples = self._samples(read_table(path, self.task))
         return samples, {"train_examples": len(samples)}, []
 
     def read_eval(self, path: Path, *, labelled: bool) -> tuple[Samples, dict[str, int]]:
-        samples = self.ask(glue.read_table(path, self.task, labelled=labelled))
+        samples = self.ask(read_table(path, self.task, labelled=labelled))
         return samples, {"examples": len(samples)}
 
-    def ask(self, table: glue.Table) -> Samples:
+    def ask(self, table: Table) -> Samples:
         """Samples of rows to classify, which `judge` then refers to."""
         self.table = table
         return self._samples(table)
@@ -200,18 +201,24 @@ class GlueProblem:
         return logits
 
     def judge(self, logits: Sequence[Logits], ranks: Ranks) -> tuple[dict[str, Any], dict[str, float]]:
-        predicted = np.stack(logits).argmax(axis=1)
-        by_line = {
-            str(line): self.task.labels[label] for line, label in zip(self.table.lines, predicted.tolist(), strict=True)
+        stacked = np.stack(logits)
+        predicted = stacked.argmax(axis=1)
+        chances = np.exp(stacked - stacked.max(axis=1, keepdims=True))
+        chances /= chances.sum(axis=1, keepdims=True)
+        labels, lines = self.task.labels, list(map(str, self.table.lines))
+        by_line = {line: labels[label] for line, label in zip(lines, predicted.tolist(), strict=True)}
+        detailed = {
+            line: {"text": list(texts), "label": by_line[line], "probabilities": dict(zip(labels, each, strict=True))}
+            for line, each, *texts in zip(lines, chances.tolist(), *self.table.texts, strict=True)
         }
-        return {"predictions.json": by_line}, self._scores(predicted)
+        return {"predictions.json": by_line, "detailed_predictions.json": detailed}, self._scores(predicted)
 
     def _scores(self, predicted: Ints) -> dict[str, float]:
         classes = self.table.classes
         return {} if classes is None else {m: glue.METRICS[m](predicted, classes) for m in self.task.metrics}
 
     def baselines(self, train: Path) -> dict[str, dict[str, float]]:
-        table = glue.read_table(train, self.task)
+        table = read_table(train, self.task)
         assert table.classes is not None
         known, asked = (list(map(" ".join, zip(*each.texts, strict=True))) for each in (table, self.table))
         predicted = {
@@ -221,8 +228,13 @@ class GlueProblem:
         return {name: self._scores(found) for name, found in predicted.items()}
 
 
-def problem_of(task: str, config: FinetuneConfig, tokenizer: Tokenizer) -> Problem:
-    """The `Problem` of a task's name."""
+def problem_of(
+    task: str, config: FinetuneConfig, tokenizer: Tokenizer, file: Path | None = None, labels: tuple[str, ...] = ()
+) -> Problem:
+    """The `Problem` of a task's name; one's own is described by its ``file`` (see `glue.own_task`)."""
     if task == SQUAD:
         return SquadProblem(config, tokenizer)
+    if isinstance(config, ClassifyConfig):
+        assert file is not None
+        return GlueProblem(glue.own_task(config, file, labels), config, tokenizer)
     return GlueProblem(glue.TASKS[task], config, tokenizer)

@@ -177,7 +177,7 @@ class Finetuning:
         self.job, self.config, self.files, self.modes = job, config, files, modes
         self.name, self.own_identity, self.seed, self.scratch = task, identity, config.seeds[0], scratch
         self.source = ModelFolder(files.model)
-        self.problem: Problem = problem_of(task, config, self.source.tokenizer)
+        self.problem = self._problem()
         self.facts: Record = {"task": task, "dataset": config.dataset, "unit": "percent"}
         self.samples = self._read_train() if files.train is not None and "train" in modes else None
         self.evaluations = self._read_evaluations()
@@ -203,6 +203,11 @@ class Finetuning:
         )
         self._order: tuple[int, np.ndarray[Any, np.dtype[np.int64]]] = (-1, np.zeros(0, np.int64))
 
+    def _problem(self) -> Problem:
+        training = "train" in self.modes
+        file = self.files.train if training else self.files.eval
+        return problem_of(self.name, self.config, self.source.tokenizer, file, () if training else self.source.labels)
+
     def _read_train(self) -> Samples:
         assert self.files.train is not None
         samples, counts, skipped = self.problem.read_train(self.files.train)
@@ -222,7 +227,7 @@ class Finetuning:
     def _read_evaluations(self) -> dict[str, tuple[Problem, Samples]]:
         evaluations = {}
         for name, path in self.files.evaluations.items() if {"eval", "prediction"} & set(self.modes) else ():
-            problem = problem_of(self.name, self.config, self.source.tokenizer)
+            problem = self._problem()
             samples, counts = problem.read_eval(path, labelled="eval" in self.modes)
             evaluations[name] = problem, samples
             self.facts |= {ending(key, name): count for key, count in counts.items()}

@@ -14,6 +14,7 @@ import torch
 from pipeline.config import load_recipe
 from pipeline.finetune import glue
 from pipeline.finetune.baselines import majority, naive_bayes, terms
+from pipeline.finetune.table import read_table
 from pipeline.finetune.task import Files, Finetuning, identity_of, run
 from pipeline.stages import table
 from support.toys import config_of, examples, write_model
@@ -57,9 +58,9 @@ def test_scores_stand_beside_their_baselines(tmp_path: Path, model: Path) -> Non
     data, config = examples(tmp_path, "mrpc"), replace(config_of("mrpc"), epochs=1)
     given = {"task": "mrpc", "config": config, "model": model, "train": data, "eval": data}
     scores = run(job(tmp_path / "out"), **given)
-    classes = glue.read_table(data, glue.TASKS["mrpc"]).classes
+    classes = read_table(data, glue.TASKS["mrpc"]).classes
     assert classes is not None
-    common = np.bincount(glue.read_table(data, glue.TASKS["mrpc"]).classes).argmax()
+    common = np.bincount(read_table(data, glue.TASKS["mrpc"]).classes).argmax()
     assert scores["baselines"]["majority"]["accuracy"] == pytest.approx(100 * (classes == common).mean())
     assert set(scores["baselines"]["bag_of_words"]) == {"accuracy", "f1", "mean"}
     scratch = run(job(tmp_path / "scratch"), **given, scratch=True)

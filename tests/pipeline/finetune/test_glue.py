@@ -14,7 +14,8 @@ from torchmetrics.functional.classification import (
 )
 
 from data_prep.errors import DataError
-from pipeline.finetune.glue import METRICS, TASKS, Table, build_samples, read_table
+from pipeline.finetune.glue import METRICS, TASKS, build_samples
+from pipeline.finetune.table import Table, read_table
 
 MRPC = "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String"
 
