@@ -22,7 +22,15 @@ ROOMS = 32  # packages and flat files that a newcomer meets
 LINES = 25_500  # of the product, tools apart
 FILE, FUNCTION = 400, 100  # lines
 
-PAGES = ("README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/cluster.md", "docs/recipes.md")
+PAGES = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "docs/architecture.md",
+    "docs/cluster.md",
+    "docs/recipes.md",
+    "docs/from_trainer.md",
+    "docs/how_long.md",
+)
 
 
 def relative(path: Path) -> str:

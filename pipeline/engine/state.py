@@ -36,6 +36,7 @@ class TrainingState:
         self.model, self.optimizer, self.scale, self.identity = model, optimizer, scale, dict(identity)
         self.step = self.skipped = self.samples = 0
         self.saved = ""  # the newest checkpoint, relative to the stage's folder
+        self.best: dict[str, Any] | None = None  # attempt, step and value of the best one, where that is asked
 
     @property
     def batches(self) -> int:
@@ -81,6 +82,7 @@ class TrainingState:
             # Version 0.1.0 kept the position alone; all its batches were of one size.
             self.skipped = int(scale[2]) if len(scale) > 2 else saved.sample_position // batch_size - saved.step
         self.optimizer.load(optimizer)
+        self.best = saved.best
         self.saved = f"attempts/{saved.attempt:04d}/{saved.folder.name}"
 
     def changes(self, found: checkpoint.Checkpoint) -> list[str]:
@@ -126,6 +128,7 @@ def begin(state: TrainingState, job: Job, ranks: Ranks, task: Task, *, again: bo
         job.say(f"continues at step {step} (saved by attempt {attempt})")
         return
     state.step = state.skipped = state.samples = 0
+    state.best = None
     state.optimizer.reset()
     if again:
         state.model.load_state_dict(task.model().state_dict())
