@@ -312,8 +312,10 @@ class Loop:
         if best is None or best["step"] == state.step:
             return {"best": best} if best else {}
         folder = checkpoint.step_folder(self.job.out / "attempts" / f"{best['attempt']:04d}", best["step"])
-        state.load_weights(checkpoint.read(folder, tensors=("weights",)))
+        if self.job.rank == 0:
+            state.load_weights(checkpoint.read(folder, tensors=("weights",)))
         state.saved = str(folder.relative_to(self.job.out))
+        state.share(self.ranks)
         self.job.say(f"the result is step {best['step']}, {self.settings.best_by} {best['value']:.4f}")
         self.task.evaluate(state.model, self.ranks)  # whose figures the end tells
         return {"best": best}

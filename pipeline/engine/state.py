@@ -71,7 +71,6 @@ class TrainingState:
 
     def restore(self, saved: checkpoint.Checkpoint, batch_size: int) -> None:
         """Take over a verified checkpoint of this training, whose first batch has ``batch_size`` samples."""
-        checkpoint.check_identity(self._fixed(saved.identity), self._fixed(self.identity))
         self.load_weights(saved)
         optimizer = {name: torch.from_numpy(value) for name, value in saved.optimizer.items()}
         scale = optimizer.pop("loss_scale", None)
@@ -84,6 +83,23 @@ class TrainingState:
         self.optimizer.load(optimizer)
         self.best = saved.best
         self.saved = f"attempts/{saved.attempt:04d}/{saved.folder.name}"
+
+    def share(self, ranks: Ranks) -> None:
+        """Give what rank 0 has restored to the others: one of them reads a checkpoint, however many there are."""
+        if ranks.group is None:
+            return
+        scale = self.scale and (self.scale.scale, self.scale.good_steps)
+        own = (self.step, self.skipped, self.samples, self.saved, self.best, self.optimizer.finished_steps, scale)
+        first = ranks.gather(own)[0]
+        self.step, self.skipped, self.samples, self.saved, self.best, self.optimizer.finished_steps, scale = first
+        if self.scale is not None:
+            self.scale.scale, self.scale.good_steps = scale
+        for tensor in self.tensors():
+            dist.broadcast(tensor.detach(), 0, group=ranks.group)
+
+    def check(self, identity: Mapping[str, Any]) -> None:
+        """CheckpointError where a checkpoint's identity is that of another training."""
+        checkpoint.check_identity(self._fixed(identity), self._fixed(self.identity))
 
     def changes(self, found: checkpoint.Checkpoint) -> list[str]:
         """Lines about differences that a checkpoint may have: the same science, other bits."""
@@ -109,23 +125,21 @@ def begin(state: TrainingState, job: Job, ranks: Ranks, task: Task, *, again: bo
 
     ``again``: in the middle of an attempt, whose beginning is on record already.
     """
-    stage_dir = job.out
-    saved = checkpoint.newest_verified(stage_dir, job.say) if job.rank == 0 else None
-    chosen = torch.tensor([saved.attempt, saved.step] if saved else [0, 0], device=ranks.device)
-    if ranks.group is not None:
-        with peers_named(job):
-            dist.broadcast(chosen, 0, group=ranks.group)
-    attempt, step = chosen.tolist()
-    if attempt and saved is None:
-        saved = checkpoint.read(stage_dir / "attempts" / f"{attempt:04d}" / f"step-{step:08d}")
+    saved = checkpoint.newest_verified(job.out, job.say) if job.rank == 0 else None
     if job.rank == 0 and not again:
-        resumed = {"attempt": attempt, "step": step} if attempt else None
+        resumed = {"attempt": saved.attempt, "step": saved.step} if saved else None
         publish_json(job.attempt.path / "attempt.json", {"resumed_from": resumed, "time": time.time()})
-    if saved is not None:
-        for line in state.changes(saved):
-            job.say(line)
-        state.restore(saved, task.size(0))
-        job.say(f"continues at step {step} (saved by attempt {attempt})")
+    with peers_named(job):
+        identity = ranks.gather(saved.identity if saved else None)[0]
+    if identity is not None:
+        state.check(identity)  # by every rank: all say the same
+        if saved is not None:
+            for line in state.changes(saved):
+                job.say(line)
+            state.restore(saved, task.size(0))
+        with peers_named(job):
+            state.share(ranks)
+        job.say(f"continues at step {state.step} (saved by attempt {int(state.saved.split('/')[1])})")
         return
     state.step = state.skipped = state.samples = 0
     state.best = None
