@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from slurm import flags, queue, script
+from slurm.devcluster import cluster, network
 from slurm.errors import FlagError, SlurmError
 from slurm.flags import Setting
 from slurm.resources import Resources, parse_time
@@ -292,3 +293,24 @@ def test_every_option_is_one_of_sbatch(slurm) -> None:
             assert not re.search("unrecognized|invalid option|ambiguous", complaint(name)), name
         if option.argument == "may":
             assert not re.search("requires an|doesn't allow", complaint(f"--{option.name}", f"--{option.name}=1"))
+
+
+def test_a_step_that_outlived_its_attempt_ends_no_other(slurm, tmp_path: Path) -> None:
+    """A node is cut off, the job begins again elsewhere, the cable is plugged in: the old srun ends its step by id."""
+    old = "trap '' TERM USR1 USR2; touch old; until [ -e die ]; do sleep 0.2; done; exit 76"
+    new = "touch new; until [ -e end ]; do sleep 0.2; done"
+    rank = f'cd {tmp_path}; if [ -n "$SLURM_RESTART_COUNT" ]; then {new}; else {old}; fi'
+    job = send(tmp_path, ["bash", "-c", rank], resources=Resources(nodes=(1, 1), time_min=5))
+    slurm.wait((tmp_path / "old").exists, "the first attempt runs")
+    node = slurm.words("job", job)["BatchHost"]
+    network.set_link(slurm.layout, node, up=False)
+    try:
+        slurm.wait((tmp_path / "new").exists, "the second attempt runs", 60)
+        network.set_link(slurm.layout, node, up=True)
+        (tmp_path / "die").touch()
+        slurm.wait(lambda: "goes on alone" in log(tmp_path, job), "the old script has ended")
+        (tmp_path / "end").touch()
+        slurm.wait_state(job, "COMPLETED", "FAILED", "PENDING")
+        assert (slurm.state(job), slurm.words("job", job)["Restarts"]) == ("COMPLETED", "1"), log(tmp_path, job)
+    finally:
+        cluster.heal(slurm.layout, node)
