@@ -123,18 +123,21 @@ if [ "$gpus" -gt 0 ]; then
     deadline=$((began + $(left_s)))
     export JOB_LIMIT=gpu_hours
   fi
-  (
-    trap '' TERM
-    while sleep 30; do
+fi
+(
+  trap '' TERM
+  while sleep 30; do
+    kill -CONT $$ # a stopped shell would keep the nodes for ever
+    if [ "$gpus" -gt 0 ]; then
       note_gpu_s
       # for stages that look at no deadline, and for jobs of the run that spend at the same time
       if [ "$max_gpu_s" -gt 0 ] && [ "$(left_s)" -le 0 ]; then scancel --signal=TERM "$SLURM_JOB_ID"; fi
-    done
-  ) >/dev/null 2>&1 &
-  noting=$!
-  disown # its end is no news
-  trap 'kill -9 "$noting" 2>/dev/null; note_gpu_s' EXIT
-fi
+    fi
+  done
+) >/dev/null 2>&1 &
+watching=$!
+disown # its end is no news
+trap 'kill -9 "$watching" 2>/dev/null; if [ "$gpus" -gt 0 ]; then note_gpu_s; fi' EXIT
 if [ "$deadline" -lt 9999999999 ]; then export JOB_DEADLINE=$deadline; fi
 
 # nodes that an earlier attempt found to be bad do not take part
