@@ -86,7 +86,7 @@ def _wake(parent: int, job: Job) -> None:
         if is_stopped(parent):
             time.sleep(LOOK_S)  # a job that is about to be suspended
             if is_stopped(parent):
-                job.warn(f"rank {job.rank}: process {parent}, which watches it, was stopped (SIGSTOP); it goes on")
+                job.warn(f"process {parent}, which watches this one, was stopped (SIGSTOP); it goes on")
                 os.kill(parent, signal.SIGCONT)
 
 

@@ -99,7 +99,7 @@ def test_a_stopped_watcher_goes_on(tmp_path, done_s):
     body = f"os.kill(os.getppid(), 19)\nfor _ in range({done_s}0): time.sleep(0.1); job.heartbeat.beat('working', 8)"
     code, output, errors = end(start(tmp_path, body))
     assert (code, output.splitlines()[-1]) == (0, "whole"), errors
-    assert ("which watches it, was stopped (SIGSTOP)" in output + errors) == bool(done_s)
+    assert ("which watches this one, was stopped (SIGSTOP)" in output + errors) == bool(done_s)
 
 
 def test_a_child_does_not_outlive_its_parent(tmp_path):
