@@ -205,8 +205,11 @@ def test_the_hand_written_stage_script(slurm, tmp_path: Path) -> None:
 def test_after_the_end_of_a_rank(slurm, tmp_path: Path) -> None:
     """A clean stop comes back and its child waits; a configuration error does not; a cancelled job stays dead.
 
-    A node that a rank found to be bad takes no part in the next attempt.
+    A node that a rank found to be bad takes no part in the next attempt. A TERM that no kill follows ends no chain.
     """
+    stops = 'if [ "$SLURM_RESTART_COUNT" = 1 ]; then exit; fi; trap "exit 75" TERM; echo ready; sleep 300 & wait'
+    hurt = send(tmp_path, ["bash", "-c", stops])
+
     first_75 = 'if [ "$SLURM_RESTART_COUNT" = 1 ]; then echo again; else echo 75 >"$JOB_VERDICT"; exit 143; fi'
     blame = 'if [ -n "$SLURM_RESTART_COUNT" ]; then hostname; elif [ "$SLURM_PROCID" = 0 ]; then '
     blame += 'echo 77 test-n02 >"$JOB_VERDICT"; exit 77; fi'
@@ -219,6 +222,8 @@ def test_after_the_end_of_a_rank(slurm, tmp_path: Path) -> None:
     dying = send(tmp_path, ["bash", "-c", 'trap "exit 75" TERM; echo up; sleep 300 & wait'])
     slurm.wait(lambda: "up" in log(tmp_path, dying), "the job to cancel runs")
     queue.cancel([dying])
+    slurm.wait(lambda: "ready" in log(tmp_path, hurt), "the job to hurt runs")
+    slurm.call("scancel", "--full", "--signal=TERM", hurt)
     slurm.wait_state(wrong, "FAILED")
     slurm.wait(lambda: queue.jobs([orphan])[orphan].stuck, "the orphan can never start")
     slurm.call("scontrol", "update", f"JobId={orphan}", "Dependency=")
@@ -228,6 +233,8 @@ def test_after_the_end_of_a_rank(slurm, tmp_path: Path) -> None:
     slurm.wait_state(spared, "COMPLETED")
     hosts = re.findall(r"^test-n\d+$", log(tmp_path, spared), re.MULTILINE)
     assert sorted(hosts) == ["test-n01", "test-n03", "test-n04"]
+    slurm.wait_state(hurt, "COMPLETED", limit_s=60)
+    assert slurm.words("job", hurt)["Restarts"] == "1"
     assert "again" in log(tmp_path, back)
     assert "2 attempts without progress; not started again" in log(tmp_path, killed)
     details = slurm.words("job", dying)
