@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from datetime import datetime, timedelta
 from pathlib import Path
 
 from data_prep.publish import publish_json, publish_text
+from pipeline.batch import BatchPlan, better_micro_batch
 from pipeline.errors import ConfigError, run_command
-from pipeline.launch import code, corpora, request, scripts
+from pipeline.launch import code, corpora, estimate, request, scripts
 from pipeline.launch.jobs import equipped, jobs_of, with_spares
 from pipeline.launch.local import run_chain
 from pipeline.launch.request import Request
@@ -22,6 +26,7 @@ from pipeline.run.rundir import RunDir
 from pipeline.run.state import rows_of
 from pipeline.stages import TASKS
 from pipeline.strict_toml import table_of
+from pipeline.words import columns
 from pipeline.worker import made_with
 from slurm import flags, queue
 from slurm.errors import Refused, SlurmError
@@ -31,6 +36,8 @@ from slurm.verdict import LEAST_S
 
 
 def main() -> int:
+    if by_count := request.by_node_count(sys.argv[1:]):
+        return compare_node_counts(by_count)
     asked = request.of(sys.argv[1:])
     run, profile = asked.run, asked.profile
     if asked.dry_run:
@@ -176,6 +183,43 @@ def without_sending(chain: Chain, asked: Request) -> int:
     return 0
 
 
+def compare_node_counts(by_count: dict[str, list[str]]) -> int:
+    """``--test-only --nodes 1,2,4``: when pretraining would start and, where the rates are known, end on each."""
+    rows = [("nodes", "starts", "trains", "ends by", "")]
+    for count, words in by_count.items():
+        asked = request.of(words)
+        chain = planned(asked)
+        todo = chain.select(asked.stages, set()) if asked.stages else chain.todo()
+        jobs = [job for job in plan_jobs(chain, todo, asked) if job.section == "pretrain"]
+        try:
+            estimates = try_out(asked, jobs).values()
+        except Refused as refused:
+            rows.append((count, "never", "", "", str(refused)))
+            continue
+        starts = re.findall(r"to start at (\S+)", " ".join(estimates))
+        rates = estimate.declared(asked.recipe, asked.profile)
+        ranks = asked.asked["pretrain"].resources.most_tasks
+        hours = estimate.hours_of(asked.recipe, rates, ranks, todo.keys() & asked.recipe.phases.keys())
+        ends = ""
+        if starts and hours is not None:
+            ends = (datetime.fromisoformat(starts[0]) + timedelta(hours=hours)).isoformat(timespec="minutes")
+        took = "not known: no [rates] in the profile" if hours is None else f"{hours:.1f} h"
+        rows.append((count, *starts[:1], took, ends, "") if starts else (count, "?", took, "", ""))
+    print("\n".join(columns(rows, right=(0, 2))))
+    return 0
+
+
+def idle_ranks(asked: Request) -> Iterator[str]:
+    """A line for each phase whose ranks would wait for one another a tenth of the time or more."""
+    for name, phase in asked.recipe.phases.items():
+        plan = BatchPlan(phase.global_batch, phase.micro_batch or 1, asked.asked["pretrain"].resources.most_tasks)
+        if better := better_micro_batch(plan):
+            yield (
+                f"{name}: {1 - plan.balance:.0%} of the time of {plan.world_size} ranks is idle with micro-batches of "
+                f"{plan.micro_batch}; --set {name}.micro_batch={better} balances them"
+            )
+
+
 def show_plan(chain: Chain, asked: Request) -> None:
     """``--dry-run``: nothing is written and nobody is asked."""
     todo = selected(chain, asked)
@@ -190,6 +234,8 @@ def show_plan(chain: Chain, asked: Request) -> None:
             print(f"    {line}")
     if hours := scripts.gpu_hours(jobs):
         print(f"at most {hours:.0f} GPU-hours if no job is started again")
+    for line in idle_ranks(asked):
+        print(line)
 
 
 def refuse_if_slurm_runs_it(run: RunDir) -> None:

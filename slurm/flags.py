@@ -84,6 +84,8 @@ def split(argv: Sequence[str], *, sections: Collection[str] = (), own: Collectio
     while words:
         word = words.pop(0)
         if word == "--":
+            if elsewhere := [word for word in words if word.startswith(("-M", "--clusters"))]:
+                raise FlagError(f"{elsewhere[0]}: {REFUSED['clusters']}")
             return CommandLine(tuple(flags), tuple(words), tuple(rest))
         name = word.partition("=")[0]
         if not word.startswith("-") or word == "-" or name in own or (word[1] != "-" and word[:2] in own):
@@ -220,7 +222,10 @@ def known(name: str, source: str) -> str:
 
 
 def variables(environ: Mapping[str, str]) -> dict[str, tuple[str, str]]:
-    """Option name → (variable, value) of the SBATCH_* variables that a chain respects."""
+    """Option name → (variable, value) of the SBATCH_* variables that a chain respects; FlagError for a cluster."""
+    for name in ("SBATCH_CLUSTERS", "SLURM_CLUSTERS"):
+        if name in environ:
+            raise FlagError(f"{name}={environ[name]}: {REFUSED['clusters']}, or unset it")
     values = {}
     for option in OPTIONS.values():
         value = environ.get(option.variable) if option.variable else None

@@ -19,9 +19,9 @@ export PATH="${PATH:-/usr/local/bin:/usr/bin:/bin}"
 # Slurm sets for this job stays. slurm/environment.py reads the list from here.
 foreign='JOB_VERDICT JOB_TRIES JOB_DEADLINE JOB_LIMIT JOB_RANKS PIPELINE_LAUNCH PIPELINE_PARENT
   RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE GROUP_RANK NODE_RANK MASTER_ADDR MASTER_PORT TORCHELASTIC_*
-  PMI_* PMIX_* OMPI_COMM_* OMPI_UNIVERSE_SIZE SQUEUE_* SINFO_* SACCT_* SCANCEL_* SCONTROL_* SRUN_* SALLOC_*
-  SLURM_NTASKS* SLURM_NPROCS SLURM_PROCID SLURM_LOCALID SLURM_NODEID SLURM_GTIDS SLURM_STEP* SLURM_SRUN_* SLURM_CPU_BIND*
-  SLURM_CPUS_PER_TASK SLURM_MEM_* SLURM_DISTRIBUTION SLURM_DIST_PLANESIZE SLURM_EXACT SLURM_EXCLUSIVE SLURM_OVERCOMMIT
+  PMI_* PMIX_* OMPI_COMM_* OMPI_UNIVERSE_SIZE SLURM_CLUSTERS SQUEUE_* SINFO_* SACCT_* SCANCEL_* SCONTROL_*
+  SRUN_* SALLOC_* SLURM_NTASKS* SLURM_NPROCS SLURM_PROCID SLURM_LOCALID SLURM_NODEID SLURM_GTIDS SLURM_STEP* SLURM_SRUN_*
+  SLURM_CPU_BIND* SLURM_CPUS_PER_TASK SLURM_MEM_* SLURM_DISTRIBUTION SLURM_DIST_PLANESIZE SLURM_EXACT SLURM_EXCLUSIVE SLURM_OVERCOMMIT
   SLURM_OVERLAP SLURM_HINT SLURM_THREADS SLURM_THREADS_PER_CORE SLURM_CORE_SPEC SLURM_CONSTRAINT SLURM_TIMELIMIT
   SLURM_WAIT SLURM_LABELIO SLURM_STDINMODE SLURM_STDOUTMODE SLURM_STDERRMODE SLURM_OPEN_MODE SLURM_MULTI_PROG
   SLURM_RELATIVE SLURM_USE_MIN_NODES SLURM_SPREAD_JOB SLURM_WORKING_DIR SLURM_REMOTE_CWD SLURM_PROLOG SLURM_EPILOG
@@ -34,6 +34,7 @@ for name in $(compgen -e); do
   done
 done
 set +f
+unset -v CUDA_VISIBLE_DEVICES # that of the login shell: Slurm gives each step its own
 
 # signals are for the ranks; this shell lives on to decide what happens next
 ended=no
@@ -122,18 +123,21 @@ if [ "$gpus" -gt 0 ]; then
     deadline=$((began + $(left_s)))
     export JOB_LIMIT=gpu_hours
   fi
-  (
-    trap '' TERM
-    while sleep 30; do
+fi
+(
+  trap '' TERM
+  while sleep 30; do
+    kill -CONT $$ # a stopped shell would keep the nodes for ever
+    if [ "$gpus" -gt 0 ]; then
       note_gpu_s
       # for stages that look at no deadline, and for jobs of the run that spend at the same time
       if [ "$max_gpu_s" -gt 0 ] && [ "$(left_s)" -le 0 ]; then scancel --signal=TERM "$SLURM_JOB_ID"; fi
-    done
-  ) >/dev/null 2>&1 &
-  noting=$!
-  disown # its end is no news
-  trap 'kill -9 "$noting" 2>/dev/null; note_gpu_s' EXIT
-fi
+    fi
+  done
+) >/dev/null 2>&1 &
+watching=$!
+disown # its end is no news
+trap 'kill -9 "$watching" 2>/dev/null; if [ "$gpus" -gt 0 ]; then note_gpu_s; fi' EXIT
 if [ "$deadline" -lt 9999999999 ]; then export JOB_DEADLINE=$deadline; fi
 
 # nodes that an earlier attempt found to be bad do not take part
@@ -160,6 +164,11 @@ fi
 least=$(tr , '\n' <<<"${SLURM_JOB_CPUS_PER_NODE:-${SLURM_CPUS_ON_NODE:-1}}" | sed 's/(.*//' | sort -n | head -n 1)
 cpus=${cpus:-$((least > tasks ? least / tasks : 1))}
 export JOB_RANKS=$((nodes * tasks)) # what the ranks must be as many as
+# Slurm numbers a job's steps from 0 in each attempt, and an srun that outlived its attempt ends its step by number:
+# empty steps give neighbouring attempts different numbers
+for ((step = 0; step < attempt % 8; step++)); do
+  timeout 60 srun --nodes=1 --ntasks=1 --export=ALL true </dev/null >/dev/null 2>&1
+done
 srun --nodes="$nodes" --ntasks="$JOB_RANKS" --ntasks-per-node="$tasks" --cpus-per-task="$cpus" --export=ALL --kill-on-bad-exit=1 --unbuffered \
   "${srun_args[@]}" "${part[@]}" "${program[@]}" "${arguments[@]}"
 exit_code=$?

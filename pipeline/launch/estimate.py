@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -126,6 +126,18 @@ def step_of(rates: Rates, phase: str, plan: BatchPlan, recipe: Recipe) -> Step:
         reduce_s=ring * 4 * parameters / (1e9 * rates.reduce_gb_s),
         host_s=rates.host_s + rates.extra_s.get(phase, 0.0),
     )
+
+
+def hours_of(recipe: Recipe, rates: Rates, ranks: int, phases: Set[str]) -> float | None:
+    """Hours that all steps of ``phases`` take on ``ranks``; None where the rates do not know one of them."""
+    if not phases <= rates.sequences_per_s.keys():
+        return None
+    taken_s = 0.0
+    for name in phases:
+        phase = recipe.phases[name]
+        plan = BatchPlan(phase.global_batch, phase.micro_batch or 1, ranks)
+        taken_s += phase.steps * step_of(rates, name, plan, recipe).total_s
+    return taken_s / 3600
 
 
 def memory_gb(recipe: Recipe, phase: PhaseConfig, micro_batch: int) -> float:

@@ -128,11 +128,22 @@ def of(words: Sequence[str]) -> Request:
     )
 
 
+def by_node_count(words: Sequence[str]) -> dict[str, list[str]]:
+    """The words once for each number of ``--nodes 1,2,4``, by number; {} without such a list or --test-only."""
+    flag = [f.value for f in flags.split(words, sections=SECTIONS).flags if f.name == "nodes" and "," in f.value]
+    if not flag or "--test-only" not in words:
+        return {}
+    return {
+        count: [word.removesuffix(flag[-1]) + count if word.endswith(flag[-1]) else word for word in words]
+        for count in flag[-1].split(",")
+    }
+
+
 SWITCHES = {
     "split": "one job for each stage",
     "split_seeds": "one job for each seed of a fine-tuning task",
     "dry_run": "show the jobs and where each setting comes from",
-    "test_only": "ask Slurm when the jobs would start; send nothing",
+    "test_only": "ask Slurm when the jobs would start, on each of --nodes 1,2,4; send nothing",
     "replace": "cancel jobs of this run that are at work; let another recipe take it over",
     "upgrade": "go on with the code of this checkout instead of the code with which the run began",
 }

@@ -14,8 +14,10 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import FrameType
 from typing import Any, BinaryIO, NoReturn
 
@@ -30,6 +32,7 @@ HANG_S = 45.0  # without a beat while working; or five times the longest honest 
 START_S = 1800.0  # without a beat before the first step is done: imports, hashing all shards, compiling
 LOOK_S = 1.0
 SUSPENDED_S = 10.0  # this process itself stood still (scontrol suspend): no reason to blame the child
+STOPPED_S = 10.0  # between two looks whether the other process is stopped
 PEERS_DUMP_S = 5.0  # for the other ranks to keep their stacks, before they see this one die
 NCCL_S = 1.0  # for the verdict of a rank that knows better why NCCL gave up
 LEAVE_S = 60.0  # for a child that was asked to stop, or whose peers have ended
@@ -64,11 +67,35 @@ def _be_child(parent: int, stacks: BinaryIO, job: Job, work: Callable[[], None])
         faulthandler.register(STACKS, file=stacks)  # in C: works whatever holds the interpreter's lock
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         job.heartbeat.show_liveness()
+        threading.Thread(target=_wake, args=(parent, job), name="wake", daemon=True).start()
         code = exit_code_of(work)
         sys.stdout.flush()
         sys.stderr.flush()
     finally:
+        os.kill(parent, signal.SIGCONT)
         os._exit(code)
+
+
+def _wake(parent: int, job: Job) -> None:
+    """Let the process that watches this one go on when somebody has stopped it: nobody else looks after it.
+
+    A job that Slurm suspends stands as a whole, so this thread does not look then.
+    """
+    while True:
+        time.sleep(STOPPED_S)
+        if is_stopped(parent):
+            time.sleep(LOOK_S)  # a job that is about to be suspended
+            if is_stopped(parent):
+                job.warn(f"process {parent}, which watches this one, was stopped (SIGSTOP); it goes on")
+                os.kill(parent, signal.SIGCONT)
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether a signal has stopped the process; False when it is gone or there is no /proc."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    except OSError:
+        return False
 
 
 @contextlib.contextmanager

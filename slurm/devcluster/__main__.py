@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shlex
 import sys
 import time
@@ -30,6 +31,11 @@ def parser() -> argparse.ArgumentParser:
     up.add_argument("--accounting", action="store_true", help="with slurmdbd and a private MariaDB")
     up.add_argument("--isolation", choices=("auto", "netns", "host"), default="auto")
     up.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a line for slurm.conf")
+    up.add_argument("--cpus", default="64", metavar="N,…", help="cores that the nodes claim, in turn")
+    up.add_argument("--memory-mb", type=int, default=500_000, help="memory that each claims; 1: not counted")
+    up.add_argument("--domain", default="", help="hosts are called NODE.DOMAIN, which is no name that Slurm knows")
+    up.add_argument("--max-submit", type=int, default=0, help="jobs that a user may have queued (with --accounting)")
+    up.add_argument("--banner", action="store_true", help="sbatch greets, and prints more after the id")
     up.add_argument("--no-install", action="store_true", help="never run apt-get")
     commands.add_parser("down", parents=[shared], help="take the cluster away, leaving nothing")
     commands.add_parser("status", parents=[shared], help="nodes and daemons; code 9 when something is down")
@@ -73,6 +79,12 @@ def _up(base: Path, args: argparse.Namespace) -> int:
     settings = tuple((key, value) for key, _, value in (item.partition("=") for item in args.set))
     if any(not key.isalnum() or "\n" in value for key, value in settings):
         raise SlurmError(f"--set {args.set}: each is KEY=VALUE, one line of slurm.conf")
+    if not re.fullmatch(r"[1-9]\d{0,3}(,[1-9]\d{0,3})*", args.cpus) or not re.fullmatch(r"[a-z0-9.-]*", args.domain):
+        raise SlurmError(
+            f"--cpus {args.cpus} --domain {args.domain}: numbers like 64,16, and a domain like example.org"
+        )
+    if args.max_submit and not args.accounting:
+        raise SlurmError(f"--max-submit {args.max_submit}: the limit is kept by --accounting, which is missing")
     begin = time.monotonic()
     made = cluster.up(
         base,
@@ -82,6 +94,11 @@ def _up(base: Path, args: argparse.Namespace) -> int:
         with_accounting=args.accounting,
         isolation=args.isolation,
         settings=settings,
+        cpus=tuple(map(int, args.cpus.split(","))),
+        memory_mb=args.memory_mb,
+        domain=args.domain,
+        max_submit=args.max_submit,
+        banner=args.banner,
         install=not args.no_install,
     )
     nodes = f"{made.nodes} nodes ({made.node_list})"
@@ -95,6 +112,7 @@ def _up(base: Path, args: argparse.Namespace) -> int:
 def environment_lines(found: Layout) -> list[str]:
     """Shell lines after which sbatch, squeue and the rest talk to this cluster."""
     lines = [f"export SLURM_CONF={shlex.quote(str(found.conf))}"]
+    lines += [f'export PATH={shlex.quote(str(found.state / "bin"))}":$PATH"'] if found.banner else []
     have = os.environ.get("PATH", "").split(os.pathsep)
     lines += [f'export PATH="$PATH:{folder}"' for folder in SBIN[1:2] if folder not in have]
     return lines

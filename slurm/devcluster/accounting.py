@@ -39,10 +39,13 @@ def bring_up(layout: Layout) -> None:
             env=processes.daemon_environment(layout),
         )
         if answer.ok or "already exists" in answer.out:
-            return
+            break
         if not processes.alive(daemon) or time.monotonic() > end:
             raise SlurmError(f"slurmdbd did not start: {processes.last_words(layout, 'slurmdbd')}")
         time.sleep(0.2)
+    if layout.max_submit:
+        limit = [*("sacctmgr", "-i", "modify", "qos", "normal", "set"), f"MaxSubmitJobsPerUser={layout.max_submit}"]
+        must(limit, env=processes.daemon_environment(layout))
 
 
 def _start_database(layout: Layout) -> str:

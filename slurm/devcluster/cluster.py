@@ -12,8 +12,9 @@ import socket
 import stat
 import time
 from pathlib import Path
+from typing import Any
 
-from slurm.command import run
+from slurm.command import run, which
 from slurm.devcluster import accounting, conf, layout, network, packages, processes, registry
 from slurm.devcluster.layout import Layout
 from slurm.errors import SlurmError
@@ -29,10 +30,12 @@ def up(
     gpus_per_node: int = 0,
     with_accounting: bool = False,
     isolation: str = "auto",
-    settings: tuple[tuple[str, str], ...] = (),
     install: bool = True,
+    **more: Any,
 ) -> Layout:
     """A cluster with all nodes idle. Already up: dead nodes are restarted; half up: made anew.
+
+    ``more``: further fields of Layout.
 
     Raises:
         SlurmError: it cannot run here (why, in one line); nothing is left behind.
@@ -53,7 +56,7 @@ def up(
             gpus_per_node=gpus_per_node,
             accounting=with_accounting,
             first_job_id=int(time.time()) % 50_000_000 + 1,
-            settings=settings,
+            **more,
         )
         if _still_good(base, wanted):
             cluster = registry.find(base, name)
@@ -124,6 +127,10 @@ def _write_files(cluster: Layout) -> None:
     state = cluster.state
     cluster.conf.write_text(conf.slurm_conf(cluster))
     (state / "cgroup.conf").write_text("")
+    if cluster.banner:
+        (state / "bin").mkdir()
+        (state / "bin" / "sbatch").write_text(conf.greeting_sbatch(str(which("sbatch"))))
+        (state / "bin" / "sbatch").chmod(0o755)
     (state / "hosts").write_text(conf.hosts(cluster))
     nsswitch = Path("/etc/nsswitch.conf")
     (state / "nsswitch.conf").write_text(conf.nsswitch(nsswitch.read_text() if nsswitch.exists() else ""))

@@ -6,9 +6,6 @@ from collections.abc import Sequence
 
 from slurm.devcluster.layout import Layout
 
-CPUS = 64
-MEMORY_MB = 500_000
-
 
 def slurm_conf(layout: Layout) -> str:
     """slurm.conf: short timeouts, so that tests of failures take seconds; hardware that is not there."""
@@ -70,6 +67,10 @@ def _settings(layout: Layout) -> dict[str, str]:
         settings["AccountingStorageHost"] = layout.controller_address
         settings["AccountingStoragePort"] = str(layout.database_port)
         settings["AccountingStoragePass"] = str(layout.munge_socket)
+    if layout.max_submit:
+        settings["AccountingStorageEnforce"] = "limits"
+    if layout.memory_mb == 1:
+        settings |= {"SelectTypeParameters": "CR_Core", "DefMemPerCPU": ""}
     if layout.gpus_per_node:
         settings["GresTypes"] = "gpu"
     return settings
@@ -77,23 +78,26 @@ def _settings(layout: Layout) -> dict[str, str]:
 
 def _node_lines(layout: Layout) -> list[str]:
     gres = f" Gres=gpu:{layout.gpus_per_node}" if layout.gpus_per_node else ""
-    claims = (
-        f"CPUs={CPUS} Boards=1 SocketsPerBoard=1 CoresPerSocket={CPUS} ThreadsPerCore=1 "
-        f"RealMemory={MEMORY_MB}{gres} State=UNKNOWN"
-    )
-    hosts = layout.node_names if layout.isolation == "netns" else [layout.host] * layout.nodes
-    return [
-        f"NodeName={name} NodeAddr={layout.address(k)} NodeHostname={host} Port={layout.port(k)} {claims}"
-        for k, (name, host) in enumerate(zip(layout.node_names, hosts, strict=True), start=1)
-    ]
+    lines = []
+    for k, name in enumerate(layout.node_names, start=1):
+        host = layout.host_name(name) if layout.isolation == "netns" else layout.host
+        cpus = layout.cpus[(k - 1) % len(layout.cpus)]
+        lines.append(
+            f"NodeName={name} NodeAddr={layout.address(k)} NodeHostname={host} Port={layout.port(k)} CPUs={cpus} "
+            f"Boards=1 SocketsPerBoard=1 CoresPerSocket={cpus} ThreadsPerCore=1 RealMemory={layout.memory_mb}{gres} "
+            "State=UNKNOWN"
+        )
+    return lines
 
 
 def _partition_lines(layout: Layout) -> list[str]:
-    every = f"Nodes={layout.node_list} MaxTime=INFINITE DefaultTime=60"
+    nodes = f"Nodes={layout.node_list}"
+    every = f"{nodes} MaxTime=INFINITE DefaultTime=60"
     return [
         f"PartitionName=low {every} Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=10",
         f"PartitionName=spot {every} PriorityTier=1 PreemptMode=CANCEL GraceTime=10",
         f"PartitionName=high {every} PriorityTier=10 PreemptMode=OFF",
+        f"PartitionName=short {nodes} MaxTime=10 DefaultTime=1 PriorityTier=1 PreemptMode=REQUEUE GraceTime=10",
     ]
 
 
@@ -126,7 +130,8 @@ def slurmdbd_conf(layout: Layout) -> str:
 def hosts(layout: Layout) -> str:
     """/etc/hosts of the nodes: all nodes and the controller, no 127.0.0.1 line for any of them."""
     lines = ["127.0.0.1 localhost", f"{layout.controller_address} {layout.host}"]
-    lines += [f"{layout.address(k)} {name}" for k, name in enumerate(layout.node_names, start=1)]
+    for k, name in enumerate(layout.node_names, start=1):
+        lines.append(f"{layout.address(k)} {layout.host_name(name)}{f' {name}' if layout.domain else ''}")
     return "\n".join(lines) + "\n"
 
 
@@ -134,3 +139,8 @@ def nsswitch(host_text: str) -> str:
     """The machine's nsswitch.conf with names from files only: nodes reach no DNS, a miss costs 10 s."""
     kept = [line for line in host_text.splitlines() if not line.lstrip().startswith("hosts:")]
     return "\n".join([*kept, "hosts: files"]) + "\n"
+
+
+def greeting_sbatch(real: str) -> str:
+    """A site's wrapper around sbatch: it greets before the id, reports the account's budget after it."""
+    return f'#!/bin/sh\necho "Welcome to $(hostname)"\n{real} "$@" || exit\necho "4711 of 9000 hours are left"\n'

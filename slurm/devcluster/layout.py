@@ -23,7 +23,10 @@ class Layout:
     """One cluster. ``isolation``: "netns" (own network, host name and mounts per node; root) or "host".
 
     ``slot`` (0..199) separates clusters side by side: subnet, ports and interface names follow from it.
-    ``settings`` are slurm.conf lines of the caller, put in the place of ours.
+    ``settings`` are slurm.conf lines of the caller, put in the place of ours. What sites do differently: ``cpus``,
+    the cores of the nodes in turn; ``memory_mb`` (1: nobody has set it, and Slurm does not count memory); ``domain``,
+    behind the hosts' own names; ``max_submit``, jobs that a user may have queued (0: any number; needs
+    ``accounting``); ``banner``: sbatch greets around the id.
     """
 
     name: str
@@ -37,6 +40,11 @@ class Layout:
     accounting: bool = False
     first_job_id: int = 1
     settings: tuple[tuple[str, str], ...] = ()
+    cpus: tuple[int, ...] = (64,)
+    memory_mb: int = 500_000
+    domain: str = ""
+    max_submit: int = 0
+    banner: bool = False
 
     @property
     def conf(self) -> Path:
@@ -45,6 +53,10 @@ class Layout:
     @property
     def node_names(self) -> list[str]:
         return [f"{self.name}-n{k:02d}" for k in range(1, self.nodes + 1)]
+
+    def host_name(self, node: str) -> str:
+        """What ``hostname`` prints on the node."""
+        return f"{node}.{self.domain}" if self.domain else node
 
     @property
     def node_list(self) -> str:
@@ -102,6 +114,7 @@ def load(text: str) -> Layout:
     values = json.loads(text)
     values["state"] = Path(values["state"])
     values["settings"] = tuple((key, value) for key, value in values["settings"])
+    values["cpus"] = tuple(values.get("cpus", (64,)))
     return Layout(**values)
 
 

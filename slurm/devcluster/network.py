@@ -81,7 +81,7 @@ def enter(layout: Layout, node: str, argv: list[str]) -> list[str]:
         "--propagation",
         "slave",
     ]
-    return [*space, "sh", "-c", script, "sh", node, str(layout.state), *argv]
+    return [*space, "sh", "-c", script, "sh", layout.host_name(node), str(layout.state), *argv]
 
 
 def set_link(layout: Layout, node: str, up: bool) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from slurm import flags, queue, script
+from slurm.devcluster import cluster, network
 from slurm.errors import FlagError, SlurmError
 from slurm.flags import Setting
 from slurm.resources import Resources, parse_time
@@ -204,8 +205,11 @@ def test_the_hand_written_stage_script(slurm, tmp_path: Path) -> None:
 def test_after_the_end_of_a_rank(slurm, tmp_path: Path) -> None:
     """A clean stop comes back and its child waits; a configuration error does not; a cancelled job stays dead.
 
-    A node that a rank found to be bad takes no part in the next attempt.
+    A node that a rank found to be bad takes no part in the next attempt. A TERM that no kill follows ends no chain.
     """
+    stops = 'if [ "$SLURM_RESTART_COUNT" = 1 ]; then exit; fi; trap "exit 75" TERM; echo ready; sleep 300 & wait'
+    hurt = send(tmp_path, ["bash", "-c", stops])
+
     first_75 = 'if [ "$SLURM_RESTART_COUNT" = 1 ]; then echo again; else echo 75 >"$JOB_VERDICT"; exit 143; fi'
     blame = 'if [ -n "$SLURM_RESTART_COUNT" ]; then hostname; elif [ "$SLURM_PROCID" = 0 ]; then '
     blame += 'echo 77 test-n02 >"$JOB_VERDICT"; exit 77; fi'
@@ -218,6 +222,8 @@ def test_after_the_end_of_a_rank(slurm, tmp_path: Path) -> None:
     dying = send(tmp_path, ["bash", "-c", 'trap "exit 75" TERM; echo up; sleep 300 & wait'])
     slurm.wait(lambda: "up" in log(tmp_path, dying), "the job to cancel runs")
     queue.cancel([dying])
+    slurm.wait(lambda: "ready" in log(tmp_path, hurt), "the job to hurt runs")
+    slurm.call("scancel", "--full", "--signal=TERM", hurt)
     slurm.wait_state(wrong, "FAILED")
     slurm.wait(lambda: queue.jobs([orphan])[orphan].stuck, "the orphan can never start")
     slurm.call("scontrol", "update", f"JobId={orphan}", "Dependency=")
@@ -227,6 +233,8 @@ def test_after_the_end_of_a_rank(slurm, tmp_path: Path) -> None:
     slurm.wait_state(spared, "COMPLETED")
     hosts = re.findall(r"^test-n\d+$", log(tmp_path, spared), re.MULTILINE)
     assert sorted(hosts) == ["test-n01", "test-n03", "test-n04"]
+    slurm.wait_state(hurt, "COMPLETED", limit_s=60)
+    assert slurm.words("job", hurt)["Restarts"] == "1"
     assert "again" in log(tmp_path, back)
     assert "2 attempts without progress; not started again" in log(tmp_path, killed)
     details = slurm.words("job", dying)
@@ -292,3 +300,24 @@ def test_every_option_is_one_of_sbatch(slurm) -> None:
             assert not re.search("unrecognized|invalid option|ambiguous", complaint(name)), name
         if option.argument == "may":
             assert not re.search("requires an|doesn't allow", complaint(f"--{option.name}", f"--{option.name}=1"))
+
+
+def test_a_step_that_outlived_its_attempt_ends_no_other(slurm, tmp_path: Path) -> None:
+    """A node is cut off, the job begins again elsewhere, the cable is plugged in: the old srun ends its step by id."""
+    old = "trap '' TERM USR1 USR2; touch old; until [ -e die ]; do sleep 0.2; done; exit 76"
+    new = "touch new; until [ -e end ]; do sleep 0.2; done"
+    rank = f'cd {tmp_path}; if [ -n "$SLURM_RESTART_COUNT" ]; then {new}; else {old}; fi'
+    job = send(tmp_path, ["bash", "-c", rank], resources=Resources(nodes=(1, 1), time_min=5))
+    slurm.wait((tmp_path / "old").exists, "the first attempt runs")
+    node = slurm.words("job", job)["BatchHost"]
+    network.set_link(slurm.layout, node, up=False)
+    try:
+        slurm.wait((tmp_path / "new").exists, "the second attempt runs", 60)
+        network.set_link(slurm.layout, node, up=True)
+        (tmp_path / "die").touch()
+        slurm.wait(lambda: "goes on alone" in log(tmp_path, job), "the old script has ended")
+        (tmp_path / "end").touch()
+        slurm.wait_state(job, "COMPLETED", "FAILED", "PENDING")
+        assert (slurm.state(job), slurm.words("job", job)["Restarts"]) == ("COMPLETED", "1"), log(tmp_path, job)
+    finally:
+        cluster.heal(slurm.layout, node)

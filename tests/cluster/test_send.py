@@ -148,6 +148,10 @@ def test_a_refused_job_leaves_nothing_in_the_queue(slurm, prepared) -> None:
     assert not (prepared / "jobs.json").exists()
     asked = send(prepared, "--test-only", "--nodes", 2)
     assert asked.stdout.count("to start at") == 4, asked.stdout + asked.stderr
+    counts = send(prepared, "--test-only", "--nodes", "1,2,9").stdout.splitlines()
+    assert [line.split()[0] for line in counts] == ["nodes", "1", "2", "9"]
+    assert "never" in counts[3]
+    assert counts[2].split()[1].startswith("20")
 
 
 def test_a_failure_is_reported_and_not_tried_again(slurm, prepared) -> None:

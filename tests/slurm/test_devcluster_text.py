@@ -71,6 +71,7 @@ def test_slurm_conf_of_isolated_nodes() -> None:
         "PartitionName=low",
         "PartitionName=spot",
         "PartitionName=high",
+        "PartitionName=short",
     ]
 
 

@@ -189,3 +189,12 @@ def test_percent_and_backslash_in_log_paths() -> None:
     assert header.path_pattern("/a b/100%", "%j.out") == "/a b/100%%/%j.out"
     with pytest.raises(FlagError, match="backslash"):
         header.path_pattern("/a\\b", "%j.out")
+
+
+@pytest.mark.parametrize("words", [["-M", "alder"], ["--clusters=alder"], ["--", "-Malder"], ["--", "--clusters", "a"]])
+def test_another_cluster_numbers_its_jobs_itself(words: list[str]) -> None:
+    """There the ids of our jobs are those of strangers' jobs here."""
+    with pytest.raises(FlagError, match="one cluster"):
+        resolve(words)
+    with pytest.raises(FlagError, match=r"SLURM_CLUSTERS=alder: .* or unset it"):
+        resolve([], environ={"SLURM_CLUSTERS": "alder"})

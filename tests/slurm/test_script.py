@@ -147,6 +147,7 @@ if [ -n "$SPEND" ]; then echo 1000 >"$SPEND"; fi
 if [ -n "$WORK" ]; then /bin/sleep "$WORK"; fi
 if [ -n "$SAY" ]; then echo "$SAY" >"$JOB_VERDICT"; fi
 if [ -n "$TERM_PARENT" ]; then kill -TERM $PPID; fi
+if [ -n "$STOP_PARENT" ]; then kill -STOP $PPID; fi
 exit "${CODE:-0}"
 """
 SCONTROL = """\
@@ -385,6 +386,11 @@ def test_a_job_that_slurm_ends_does_not_come_back(job) -> None:
     assert asked(job(CODE="75", STATE="COMPLETING")[1]) == 0  # TERM may reach the shell late
     assert asked(job(CODE="75", TERM_PARENT="1", LEFT="0:00")[1]) == 1  # the time limit
     assert asked(job(CODE="75", STATE="COMPLETING", LEFT="0:00", SLURM_JOB_ID="8")[1], 8) == 1
+
+
+@pytest.mark.timeout(30)
+def test_a_stopped_script_goes_on(job) -> None:
+    assert job(STOP_PARENT="1", NOTE_S="0.2", CODE="6")[0] == 6
 
 
 @pytest.mark.parametrize(

@@ -293,6 +293,12 @@ def test_a_dry_run_writes_nothing_and_names_sources(tmp_path) -> None:
     assert "--partition=h100  (flag)" in done.stdout
     assert "--mem=64G  (profile generic)" in done.stdout
     assert not (tmp_path / "run").exists()
+    words[3] = "dgx_a100_80g"
+    idle = call("submit", *words, "-N", "24", "--dry-run").stdout.splitlines()[-2:]
+    assert [line.split()[0] for line in idle] == ["phase1:", "phase2:"]
+    assert "33% of the time of 192 ranks is idle with micro-batches of 256" in idle[0]
+    better = [word for line in idle for word in line.split() if word in ("--set",) or ".micro_batch=" in word]
+    assert "is idle" not in call("submit", *words, "-N", "24", *better, "--dry-run").stdout
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from pipeline.node.job import Job, Topology
 from pipeline.node.preempt import StopRequest
 from pipeline.run.rundir import RunDir
 
-module.HANG_S, module.PEERS_DUMP_S, module.LOOK_S, module.LEAVE_S = 1.0, 1.0, 0.1, 3.0
+module.HANG_S, module.PEERS_DUMP_S, module.LOOK_S, module.LEAVE_S, module.STOPPED_S = 1.0, 1.0, 0.1, 3.0, 0.5
 heartbeat.LIVENESS_S = 0.05  # as far below HANG_S as in the product
 {before}
 run = RunDir(Path(sys.argv[1]))
@@ -91,6 +91,15 @@ def test_a_stop_signal_reaches_the_child(tmp_path):
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGTERM)
     assert end(process) == (0, "SIGTERM\nwhole\n", "")
+
+
+@pytest.mark.parametrize("done_s", [0, 2])
+def test_a_stopped_watcher_goes_on(tmp_path, done_s):
+    """While its child works, and when the child has nothing left to do."""
+    body = f"os.kill(os.getppid(), 19)\nfor _ in range({done_s}0): time.sleep(0.1); job.heartbeat.beat('working', 8)"
+    code, output, errors = end(start(tmp_path, body))
+    assert (code, output.splitlines()[-1]) == (0, "whole"), errors
+    assert ("which watches this one, was stopped (SIGSTOP)" in output + errors) == bool(done_s)
 
 
 def test_a_child_does_not_outlive_its_parent(tmp_path):

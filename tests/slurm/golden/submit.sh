@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 # their values are already in the scripts
-for name in "${!SBATCH_@}"; do unset "$name"; done
+for name in "${!SBATCH_@}" SLURM_CLUSTERS; do unset "$name"; done
 # the id among what a site's sbatch prints: the last line that is one
 send() {
   local said id
