@@ -43,6 +43,7 @@ def parser() -> argparse.ArgumentParser:
     add("--epoch", type=int, default=0, metavar="N", help="pass over the data, from 0")
     add("--seed", type=int, default=42, help="of the training (default: 42)")
     add("--masked-share", type=float, default=0.15, help="train.masked_lm_prob (default: 0.15)")
+    add("--masking-unit", choices=("token", "word"), default="token", help="train.masking_unit (default: token)")
     add("--max-predictions", type=int, default=20, help="of the phase (default: 20)")
     add("--vocab", type=Path, metavar="FILE", help="default: vocab/vocab.txt beside the samples folder")
     return options
@@ -89,6 +90,7 @@ def masked(
         special_ids=(special["cls"], special["sep"]),
         masked_lm_prob=options.masked_share,
         max_predictions=options.max_predictions,
+        continuing=vocabulary.continuing if options.masking_unit == "word" else None,
     )
     words = vocabulary.tokens
     yield "text:  " + " ".join(words[token] for token in tokens)

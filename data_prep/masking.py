@@ -39,6 +39,7 @@ def mask_tokens(
     special_ids: Sequence[int],
     masked_lm_prob: float,
     max_predictions: int,
+    continuing: NDArray[np.bool_] | None = None,
 ) -> tuple[NDArray[np.int32], Ints, NDArray[np.int32]]:
     """Mask N samples that lie end to end in ``tokens [T]`` with ``lengths [N]``.
 
@@ -46,12 +47,20 @@ def mask_tokens(
     there, ``[K]``; sample i contributes ``masked_counts(lengths)[i]`` of them. 80 % become ``mask_id``, 10 % stay,
     10 % become any of the ``vocab_size`` entries. Tokens in ``special_ids`` ([CLS], [SEP]) are chosen only if a
     sample has too few others. A sample's mask depends on (seed, epoch, its id) and its own tokens alone.
+    With ``continuing [V]``, which says what pieces go on with a word (``##s``), whole words are chosen.
     """
     starts = np.cumsum(lengths) - lengths
     counts = masked_counts(lengths, masked_lm_prob, max_predictions)
     keys = derived(key(seed, epoch), sample_ids)
     inside = np.arange(len(tokens), dtype=np.uint64) - np.repeat(starts.astype(np.uint64), lengths)
-    positions = _smallest(_order(tokens, special_ids, np.repeat(keys, lengths), inside), starts, lengths, counts)
+    order = _order(tokens, special_ids, np.repeat(keys, lengths), inside)
+    if continuing is None:
+        positions = _smallest(order, starts, lengths, counts)
+    else:
+        begins = ~continuing[tokens] | np.isin(tokens, special_ids)
+        begins[starts] = True
+        begins[1:] |= np.isin(tokens[:-1], special_ids)
+        positions = _whole_words(order, begins, starts, counts)
     labels = tokens[positions]
     row = np.repeat(np.arange(len(lengths)), counts)
     draws = mix(bits(keys[row], inside[positions]))
@@ -88,3 +97,32 @@ def _smallest(order: Keys, starts: Ints, lengths: Ints, counts: Ints) -> Ints:
     chosen = np.arange(most) < counts[:, None]
     places = (rows[:, :most] & ((np.uint64(1) << POSITION_BITS) - np.uint64(1))).astype(np.int64)
     return np.sort((places + starts[:, None])[chosen])
+
+
+def _whole_words(order: Keys, begins: NDArray[np.bool_], starts: Ints, counts: Ints) -> Ints:
+    """Flat positions of ``counts[i]`` tokens of each sample i, whole words in the order of their first tokens' numbers.
+
+    A word of more tokens than are left is passed over (whole word masking of google-research/bert, 2019). Where no
+    word fits what is left, pieces of those are taken, for the number of masked tokens is known by a sample's length.
+    """
+    words = np.flatnonzero(begins)
+    row = np.searchsorted(starts, words, side="right") - 1
+    ranked = np.lexsort((order[words], row))
+    firsts, ends = words[ranked].tolist(), np.append(words[1:], len(order))[ranked].tolist()
+    special = (order[words[ranked]] >> np.uint64(63)).tolist()  # those come last
+    chosen: list[int] = []
+    at = 0
+    for count, left in zip(np.bincount(row, minlength=len(starts)).tolist(), counts.tolist(), strict=True):
+        passed_over: list[int] = []
+        for place in range(at, at + count):
+            if left == 0:
+                break
+            word = range(firsts[place], ends[place])
+            if len(word) > left or special[place]:
+                passed_over.extend(word)
+            else:
+                chosen.extend(word)
+                left -= len(word)
+        chosen.extend(passed_over[:left])
+        at += count
+    return np.sort(np.array(chosen, np.int64))

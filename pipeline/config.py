@@ -33,9 +33,12 @@ def limited(
     low: float | None = None,
     high: float | None = None,
     above: float | None = None,
-    science: bool = True,
+    science: bool | str = True,
 ) -> Any:
-    """A dataclass field with bounds: ``low <= value <= high`` and ``value > above``."""
+    """A dataclass field with bounds: ``low <= value <= high`` and ``value > above``.
+
+    ``science``: whether it changes results; the name of another field: only while that one is on.
+    """
     return field(default=default, metadata={"low": low, "high": high, "above": above, "science": science})
 
 
@@ -89,11 +92,13 @@ class TrainConfig:
     loss_mean: Literal["global", "micro"] = "global"
     masking: Literal["dynamic", "static"] = "dynamic"
     masked_lm_prob: float = limited(0.15, above=0, high=0.9)
+    masking_unit: Literal["token", "word"] = "token"  # word: all pieces of a word together
     max_grad_norm: float = limited(1.0, above=0)
     seed: int = limited(42, low=0)
     log_every: int = limited(1, low=1, science=False)  # steps
-    eval_every: int = limited(200, low=1, science=False)  # steps
-    eval_samples: int = limited(4096, low=1, science=False)
+    eval_every: int = limited(200, low=1, science="keep_best")  # steps
+    eval_samples: int = limited(4096, low=1, science="keep_best")
+    keep_best: bool = False  # a phase ends with its checkpoint of the lowest held-out loss at [MASK], not with the last
     checkpoint_every: int = limited(200, low=1, science=False)  # steps
     keep_checkpoints: int = limited(2, low=2, science=False)
 
@@ -300,7 +305,13 @@ ABSENT = "(absent)"
 
 
 def _scientific(value: Any) -> dict[str, Any]:
-    return {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.metadata.get("science", True)}
+    """The fields of a dataclass that change results."""
+    found = {}
+    for spec in dataclasses.fields(value):
+        counts = spec.metadata.get("science", True)
+        if getattr(value, counts) if isinstance(counts, str) else counts:
+            found[spec.name] = getattr(value, spec.name)
+    return found
 
 
 def _contradictions(recipe: Recipe) -> list[str]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import batch
+from pipeline.bert import costs
 from pipeline.config import Recipe, load_profile, load_recipe
 from pipeline.errors import ConfigError, run_command
 from pipeline.launch import estimate
@@ -35,6 +36,8 @@ COLUMNS = (
     "accumulation",
     "balance",
 )
+PARTS = {"compute_s": "computing", "reduce_s": "the sum of gradients", "lamb_s": "LAMB", "host_s": "the host"}
+MOSTLY, MANY_RANKS = 0.9, 1000  # share of a step; ranks whose looks at a file system add up
 ESTIMATES = ("step_s", "sequences_per_s", "hours", "gpu_hours", "memory_gb", "fitting_micro")
 
 
@@ -75,6 +78,7 @@ def main() -> int:
     else:
         show(found)
         show_estimates(found, runs, rates, profile)
+        show_limits(found, recipe)
         if asked:
             show_saving(saving, arguments)
     return 0
@@ -236,6 +240,25 @@ def show_estimates(found: list[dict[str, Any]], runs: list[dict[str, Any]], rate
         spent = f"{number(run['hours'])} h, {number(run['gpu_hours'])} GPU-hours, " if "hours" in run else ""
         cost = f"cost {run['cost']:,.0f}, " if "cost" in run else ""
         print(f"{run['nodes']} node{'s' if run['nodes'] > 1 else ''}: {spent}{cost}{run['disk_gb']:g} GB of disk")
+
+
+def show_limits(found: list[dict[str, Any]], recipe: Recipe) -> None:
+    """What fails first at a size where computing is no longer most of a step, and what the ranks do together."""
+    for row in found:
+        parts, step_s = row.get("parts_s"), row.get("step_s")
+        if not parts or parts["compute_s"] > MOSTLY * step_s:
+            continue
+        shares = {words: parts[key] / step_s for key, words in PARTS.items()}
+        first = max((words for words in shares if words != "computing"), key=shares.__getitem__)
+        listed = ", ".join(f"{words} {100 * share:.0f} %" for words, share in shares.items())
+        print(f"{row['phase']} on {row['nodes']:,} nodes: a step is {listed}; first to fail is {first}")
+    ranks = max(row["world_size"] for row in found)
+    if ranks >= MANY_RANKS:
+        gb = 12 * costs.parameters(estimate.config_of(recipe)) / 1e9
+        print(
+            f"{ranks:,} ranks: each supervisor looks once a second whether its attempt has a verdict, {ranks:,} looks a "
+            f"second together; a checkpoint of {gb:.1f} GB is written and read by one rank, whatever their number"
+        )
 
 
 def show(found: list[dict[str, Any]]) -> None:

@@ -19,10 +19,18 @@ TOOLS = (  # beside the product: a cluster, a corpus and a bench for machines th
 
 FLAT = 21  # files of pipeline outside its rooms; one more for each command that comes
 ROOMS = 32  # packages and flat files that a newcomer meets
-LINES = 25_500  # of the product, tools apart
+LINES = 25_600  # of the product, tools apart
 FILE, FUNCTION = 400, 100  # lines
 
-PAGES = ("README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/cluster.md", "docs/recipes.md")
+PAGES = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "docs/architecture.md",
+    "docs/cluster.md",
+    "docs/recipes.md",
+    "docs/from_trainer.md",
+    "docs/how_long.md",
+)
 
 
 def relative(path: Path) -> str:

@@ -33,7 +33,18 @@ from pipeline.errors import CheckpointError, PipelineError, StorageError
 if TYPE_CHECKING:
     from pipeline.engine.staging import Values
 
-__all__ = ["Checkpoint", "Saver", "check_identity", "lineage", "listing", "newest_verified", "read", "rotate", "save"]
+__all__ = [
+    "Checkpoint",
+    "Saver",
+    "check_identity",
+    "lineage",
+    "listing",
+    "newest_verified",
+    "read",
+    "rotate",
+    "save",
+    "step_folder",
+]
 
 RETRY_S = 1.0  # between two tries of something that the file system refused
 
@@ -285,7 +296,7 @@ def listing(run_dir: Path, *, check: bool = False) -> list[dict[str, Any]]:
 
 
 def rotate(attempt_dir: Path, keep: int) -> None:
-    """Delete all but the newest ``keep`` whole checkpoints of this attempt's history and the permanent ones.
+    """Delete all but the newest ``keep`` whole checkpoints of this attempt's history, the best and the permanent ones.
 
     Remains of saves that were cut short go too. Nothing happens in an attempt that a newer one has succeeded.
     Raises StorageError, before anything is deleted, where the file system does not say what is whole.
@@ -297,7 +308,9 @@ def rotate(attempt_dir: Path, keep: int) -> None:
     succeeded = any(int(path.name) > mine for path in attempts)
     if succeeded or not history or history[0].parent != attempt_dir:
         return
-    old = [folder for path in attempts for folder in _step_folders(path) if folder not in history[:keep]]
+    best = (read_manifest(history[0]).get("best") or {}).get("step")
+    kept = [*history[:keep], *(folder for folder in history if step_of(folder) == best)]
+    old = [folder for path in attempts for folder in _step_folders(path) if folder not in kept]
     for folder in [folder for folder in old if not is_permanent(folder)]:
         remove(folder)
 

@@ -57,6 +57,7 @@ class Checkpoint:
     model: dict[str, Any]
     digest: str
     permanent: bool
+    best: dict[str, Any] | None
     weights: dict[str, NDArray[Any]]
     optimizer: dict[str, NDArray[Any]]
 
@@ -86,11 +87,13 @@ def save(
     identity: Mapping[str, Any],
     model: Mapping[str, Any],
     permanent: bool = False,
+    best: Mapping[str, Any] | None = None,
     owner: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write one checkpoint and return its folder; a kill at any moment leaves the older ones as they were.
 
-    ``permanent`` exempts it from rotation. A checkpoint of this step that is there already is kept. Raises
+    ``permanent`` exempts it from rotation, and ``best`` (``attempt``, ``step``, ``value``) that one. A checkpoint of
+    this step that is there already is kept. Raises
     NumericalError for a tensor that is not finite, StorageError when the file system refuses (what was written
     is removed), InUseError when a newer attempt has begun or the attempt's ``owner_of`` is not ``owner`` any more.
     """
@@ -118,6 +121,7 @@ def save(
             "files": files,
             "digest": _digest(files),
             "saved_unix_s": round(time.time(), 3),
+            **({"best": dict(best)} if best else {}),
         }
         publish_sealed(folder / MANIFEST, {"format": FORMAT, **manifest})
     except (OSError, StorageError, CheckpointError) as error:
@@ -161,6 +165,7 @@ def read(folder: Path, *, tensors: Iterable[str] = ("weights", "optimizer")) -> 
         except SafetensorError as error:
             raise CheckpointError(f"{label(folder)}: {name} cannot be read: {error}") from error
     kept = {key: manifest[key] for key in FIELDS if key not in ("format", "files", "saved_unix_s")}
+    kept["best"] = manifest.get("best")
     return Checkpoint(folder=folder, weights=loaded["weights"], optimizer=loaded["optimizer"], **kept)
 
 

@@ -103,8 +103,8 @@ class Loop:
         self.introduce()
         job.heartbeat.beat("starting", state.step)
         try:
-            if settings.evaluate_first and state.step == 0:
-                self.evaluate()
+            if settings.evaluate_first and state.step == 0 and self.evaluate():
+                self.save(permanent=False)
             while state.step < settings.steps:
                 began = time.perf_counter()
                 job.heartbeat.beat("working", state.step)
@@ -136,9 +136,10 @@ class Loop:
                 # figures, a checkpoint.
                 if state.step % settings.log_every == 0 or last or state.step == self.saved_step + 1:
                     self.log_step(sums, rate, norm, took)
+                better = False
                 if settings.eval_every is not None and (state.step % settings.eval_every == 0 or last):
-                    self.evaluate()
-                if self.is_save_due(sums) or last:
+                    better = self.evaluate()
+                if self.is_save_due(sums) or better or last:
                     self.save(permanent=last)
 
                 # A stop is agreed by all ranks at the same step, and nothing is lost.
@@ -154,12 +155,13 @@ class Loop:
         self.finish_saving()
         self.ranks.wait_for_all()  # should rank 0 die while it saves, the others notice here
         with self.clock.spent("evaluation"):
+            best = self.go_to_the_best()
             result = self.task.finish(state.model, self.ranks)
         line = write_line(job, self.clock, state.step)  # where the time after the last step went
         if self.board is not None:
             self.board.add(state.step, {"scores": result.get("scores", {})}, line["time"])
         self.close()
-        return {"checkpoint": state.saved, "step": state.step, "samples": state.samples, **result}
+        return {"checkpoint": state.saved, "step": state.step, "samples": state.samples, **best, **result}
 
     def close(self) -> None:
         """End the feed's thread and TensorBoard's file."""
@@ -292,12 +294,31 @@ class Loop:
                 step / steps,
             )
 
-    def evaluate(self) -> None:
-        """Held-out figures, on record and in words."""
+    def evaluate(self) -> bool:
+        """Held-out figures, on record and in words; whether they are the best so far, where that is asked."""
         with self.clock.spent("evaluation"):
             figures = self.task.evaluate(self.state.model, self.ranks)
         self.log(**figures)
         self.job.say(f"step {self.state.step}  {self.task.in_words(figures)}")
+        value, best = figures.get(self.settings.best_by or ""), self.state.best
+        if value is None or (best is not None and value >= best["value"]):
+            return False
+        self.state.best = {"attempt": self.job.attempt.number, "step": self.state.step, "value": value}
+        return True
+
+    def go_to_the_best(self) -> dict[str, Any]:
+        """Take the weights of the best checkpoint; returns what the stage's result says of it."""
+        state, best = self.state, self.state.best
+        if best is None or best["step"] == state.step:
+            return {"best": best} if best else {}
+        folder = checkpoint.step_folder(self.job.out / "attempts" / f"{best['attempt']:04d}", best["step"])
+        if self.job.rank == 0:
+            state.load_weights(checkpoint.read(folder, tensors=("weights",)))
+        state.saved = str(folder.relative_to(self.job.out))
+        state.share(self.ranks)
+        self.job.say(f"the result is step {best['step']}, {self.settings.best_by} {best['value']:.4f}")
+        self.task.evaluate(state.model, self.ranks)  # whose figures the end tells
+        return {"best": best}
 
     def save(self, *, permanent: bool) -> None:
         """Compare the ranks' states, then hand the state to rank 0's writer.
@@ -319,6 +340,7 @@ class Loop:
                 identity=science(state.identity),
                 model=state.model.config.to_dict(),
                 permanent=permanent,
+                best=state.best,
                 **state.named(),
             )
             state.saved = str(folder.relative_to(self.job.out))

@@ -36,6 +36,7 @@ class TrainingState:
         self.model, self.optimizer, self.scale, self.identity = model, optimizer, scale, dict(identity)
         self.step = self.skipped = self.samples = 0
         self.saved = ""  # the newest checkpoint, relative to the stage's folder
+        self.best: dict[str, Any] | None = None  # attempt, step and value of the best one, where that is asked
 
     @property
     def batches(self) -> int:
@@ -70,7 +71,6 @@ class TrainingState:
 
     def restore(self, saved: checkpoint.Checkpoint, batch_size: int) -> None:
         """Take over a verified checkpoint of this training, whose first batch has ``batch_size`` samples."""
-        checkpoint.check_identity(self._fixed(saved.identity), self._fixed(self.identity))
         self.load_weights(saved)
         optimizer = {name: torch.from_numpy(value) for name, value in saved.optimizer.items()}
         scale = optimizer.pop("loss_scale", None)
@@ -81,7 +81,25 @@ class TrainingState:
             # Version 0.1.0 kept the position alone; all its batches were of one size.
             self.skipped = int(scale[2]) if len(scale) > 2 else saved.sample_position // batch_size - saved.step
         self.optimizer.load(optimizer)
+        self.best = saved.best
         self.saved = f"attempts/{saved.attempt:04d}/{saved.folder.name}"
+
+    def share(self, ranks: Ranks) -> None:
+        """Give what rank 0 has restored to the others: one of them reads a checkpoint, however many there are."""
+        if ranks.group is None:
+            return
+        scale = self.scale and (self.scale.scale, self.scale.good_steps)
+        own = (self.step, self.skipped, self.samples, self.saved, self.best, self.optimizer.finished_steps, scale)
+        first = ranks.gather(own)[0]
+        self.step, self.skipped, self.samples, self.saved, self.best, self.optimizer.finished_steps, scale = first
+        if self.scale is not None:
+            self.scale.scale, self.scale.good_steps = scale
+        for tensor in self.tensors():
+            dist.broadcast(tensor.detach(), 0, group=ranks.group)
+
+    def check(self, identity: Mapping[str, Any]) -> None:
+        """CheckpointError where a checkpoint's identity is that of another training."""
+        checkpoint.check_identity(self._fixed(identity), self._fixed(self.identity))
 
     def changes(self, found: checkpoint.Checkpoint) -> list[str]:
         """Lines about differences that a checkpoint may have: the same science, other bits."""
@@ -107,25 +125,24 @@ def begin(state: TrainingState, job: Job, ranks: Ranks, task: Task, *, again: bo
 
     ``again``: in the middle of an attempt, whose beginning is on record already.
     """
-    stage_dir = job.out
-    saved = checkpoint.newest_verified(stage_dir, job.say) if job.rank == 0 else None
-    chosen = torch.tensor([saved.attempt, saved.step] if saved else [0, 0], device=ranks.device)
-    if ranks.group is not None:
-        with peers_named(job):
-            dist.broadcast(chosen, 0, group=ranks.group)
-    attempt, step = chosen.tolist()
-    if attempt and saved is None:
-        saved = checkpoint.read(stage_dir / "attempts" / f"{attempt:04d}" / f"step-{step:08d}")
+    saved = checkpoint.newest_verified(job.out, job.say) if job.rank == 0 else None
     if job.rank == 0 and not again:
-        resumed = {"attempt": attempt, "step": step} if attempt else None
+        resumed = {"attempt": saved.attempt, "step": saved.step} if saved else None
         publish_json(job.attempt.path / "attempt.json", {"resumed_from": resumed, "time": time.time()})
-    if saved is not None:
-        for line in state.changes(saved):
-            job.say(line)
-        state.restore(saved, task.size(0))
-        job.say(f"continues at step {step} (saved by attempt {attempt})")
+    with peers_named(job):
+        identity = ranks.gather(saved.identity if saved else None)[0]
+    if identity is not None:
+        state.check(identity)  # by every rank: all say the same
+        if saved is not None:
+            for line in state.changes(saved):
+                job.say(line)
+            state.restore(saved, task.size(0))
+        with peers_named(job):
+            state.share(ranks)
+        job.say(f"continues at step {state.step} (saved by attempt {int(state.saved.split('/')[1])})")
         return
     state.step = state.skipped = state.samples = 0
+    state.best = None
     state.optimizer.reset()
     if again:
         state.model.load_state_dict(task.model().state_dict())

@@ -41,6 +41,7 @@ class Settings:
     eval_every: int | None = None
     checkpoint_every: int | None = None
     keep_checkpoints: int = 2
+    best_by: str | None = None  # the held-out figure whose lowest value says which checkpoint is the result
     evaluate_first: bool = False  # before the first step: what the starting weights know
 
 

@@ -101,7 +101,8 @@ class MaskedSamples:
 class PretrainingData:
     """One split of a samples folder, read in the keyed order and masked when read.
 
-    ``verified`` loads it once its hashes have been compared: by this process, or shared by several.
+    ``verified`` loads it once its hashes have been compared: by this process, or shared by several. Whole words are
+    masked where it is known which pieces are ``continuing`` one (`data_prep.wordpiece.Vocabulary.continuing`).
     """
 
     def __init__(
@@ -111,11 +112,12 @@ class PretrainingData:
         phase: PhaseConfig,
         train: TrainConfig,
         verified: Callable[[Path, str], SampleSet] = load_verified,
+        continuing: NDArray[np.bool_] | None = None,
     ) -> None:
         self.manifest = verified(folder, split)
         if self.manifest.seq_len != phase.seq_len:
             raise DataError(f"{folder}: samples of length {self.manifest.seq_len}, the phase wants {phase.seq_len}")
-        self.phase, self.train = phase, train
+        self.phase, self.train, self.continuing = phase, train, continuing
         self.shards = [read_listed(self.manifest, shard) for shard in self.manifest.shards]
         rows = [len(shard.offsets) - 1 for shard in self.shards]
         self.first_id = np.append(0, np.cumsum(rows))[:-1].astype(np.int64)
@@ -162,6 +164,7 @@ class PretrainingData:
             special_ids=(special["cls"], special["sep"]),
             masked_lm_prob=self.train.masked_lm_prob,
             max_predictions=self.phase.max_predictions,
+            continuing=self.continuing,
         )
         return MaskedSamples(
             ids=self.first_id[shard] + row,

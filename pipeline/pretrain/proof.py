@@ -21,6 +21,7 @@ from data_prep.errors import DataError
 from data_prep.hdf5 import Shard
 from data_prep.manifest import SampleSet
 from data_prep.publish import file_sha256, is_sealed, publish_bytes, publish_sealed, publish_text
+from data_prep.wordpiece import Vocabulary
 from pipeline.batch import BatchPlan
 from pipeline.bert.config import BertConfig
 from pipeline.bert.heads import BertForPreTraining
@@ -112,12 +113,14 @@ def _add(run: RunDir, to: Path, recipe: Recipe, name: str, steps: dict[str, list
     to.mkdir(parents=True)
     publish_text(to / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     data = PretrainingData(run.stage(samples_name(phase.seq_len)).path, "train", phase, recipe.train)
+    vocab = run.data_dir / recipe.data.vocab if recipe.data.vocab else run.stage("vocab").path / "vocab.txt"
+    words = {"continuing": Vocabulary.load(vocab).continuing} if recipe.train.masking_unit == "word" else {}
     for step, folder in kept.items():
         shutil.copytree(folder, step_folder(to, step))
         if step + 1 in steps[name]:
             first = checkpoint.read(folder, tensors=()).sample_position
             _, shard, row = data.order[np.arange(first, first + phase.global_batch)]
-            publish_bytes(to / f"samples-{step + 1}.safetensors", save(_excerpt(data.shards, shard, row)))
+            publish_bytes(to / f"samples-{step + 1}.safetensors", save(_excerpt(data.shards, shard, row) | words))
     set_ = data.manifest
     hashes = [{"rows": file.rows, "sha256": file.sha256} for file in set_.shards]
     facts = {key: getattr(set_, key) for key in ("seq_len", "vocab_size", "vocab_sha256", "seed", "special", "sha256")}
@@ -142,7 +145,7 @@ class Excerpt(PretrainingData):
 
     def __init__(self, facts: Mapping[str, Any], found: Arrays, phase: PhaseConfig, train: TrainConfig) -> None:
         own = {field.name: facts[field.name] for field in dataclasses.fields(SampleSet) if field.name in facts}
-        self.phase, self.train = phase, train
+        self.phase, self.train, self.continuing = phase, train, found.get("continuing")
         self.manifest = SampleSet(folder=Path(), **{**own, "shards": ()})
         rows = [int(shard["rows"]) for shard in facts["shards"]]
         self.first_id = np.append(0, np.cumsum(rows))[:-1].astype(np.int64)

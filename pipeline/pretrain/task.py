@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from data_prep.manifest import SampleSet, load, verify_share
+from data_prep.wordpiece import Vocabulary
 from pipeline.batch import BatchPlan
 from pipeline.bert.config import BertConfig, padded_vocab
 from pipeline.bert.heads import BertForPreTraining, initialised, pretraining_loss_sums
@@ -83,6 +84,7 @@ def settings_of(train: TrainConfig, optimizer: OptimizerConfig, phase: PhaseConf
         eval_every=train.eval_every,
         checkpoint_every=train.checkpoint_every,
         keep_checkpoints=train.keep_checkpoints,
+        best_by="eval_mask_loss" if train.keep_best else None,
     )
 
 
@@ -112,7 +114,8 @@ class Pretraining:
         )
         self.science = {"model": model, "train": train, "optimizer": optimizer, "phase": phase}
         verified = functools.partial(verified_together, ranks, job.out / "attempts")
-        self.data = PretrainingData(samples, "train", phase, train, verified)
+        continuing = Vocabulary.load(vocab).continuing if train.masking_unit == "word" else None
+        self.data = PretrainingData(samples, "train", phase, train, verified, continuing)
         vocab_size = padded_vocab(self.data.manifest.vocab_size)
         self.config = BertConfig(vocab_size=vocab_size, **dataclasses.asdict(model))
         once = dataclasses.replace(train, masking="static", masked_lm_prob=MASKED_SHARE)

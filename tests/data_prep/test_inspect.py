@@ -42,6 +42,25 @@ def test_the_mask_is_that_of_training(tmp_path: Path) -> None:
     assert "its text shard is not in" in done.stdout
 
 
+def test_whole_words_are_masked_in_training_and_shown(tmp_path: Path) -> None:
+    """The data of a phase with ``masking_unit = "word"`` is asked for by its vocabulary, and the viewer agrees."""
+    vocab = tmp_path / "vocab" / "vocab.txt"
+    vocab.parent.mkdir()
+    names = [SPECIAL[name] for name in ("pad", "unk", "cls", "sep", "mask")]
+    vocab.write_text("\n".join([*names, *(f"{'##' * (n % 2)}w{n}" for n in range(5, training.VOCAB))]) + "\n")
+    known = Vocabulary.load(vocab)
+    folder = training.make_samples(tmp_path / "samples", vocab_sha256=known.sha256)
+    data = PretrainingData(folder, "train", training.PHASE, training.TRAIN, continuing=known.continuing)
+    place = next(p for p in range(data.order.total) if data.ids(np.array([p]))[0] == 3)
+    sample = data.read(np.array([place]))
+    words = ("--masking-unit", "word", "--max-predictions", training.PHASE.max_predictions)
+    done = inspect(folder / "train-00000.hdf5", "--sample", 3, *words)
+    shown = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("  ")]
+    assert shown == [known.tokens[label] for label in sample.labels]
+    single = PretrainingData(folder, "train", training.PHASE, training.TRAIN).read(np.array([place]))
+    assert single.positions.tolist() != sample.positions.tolist()
+
+
 def test_what_is_no_sample_is_said_in_a_line(tmp_path: Path) -> None:
     folder = training.make_samples(tmp_path / "samples")
     for words, line in (

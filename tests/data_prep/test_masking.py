@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.masking import mask_tokens, masked_counts
+from data_prep.splitmix import bits, derived, key
 
 CLS, SEP, MASK, VOCAB = 101, 102, 103, 30522
 SETTINGS: dict[str, Any] = {
@@ -148,3 +149,55 @@ def test_the_tokens_type_does_not_matter(dtype: type) -> None:
     tokens, sizes = batch([60] * 4)
     base = mask_tokens(tokens, sizes, np.arange(4), **SETTINGS)[0]
     assert mask_tokens(tokens.astype(dtype), sizes, np.arange(4), **SETTINGS)[0].tolist() == base.tolist()
+
+
+def whole_words_by_the_rule(sample: list[int], count: int, rank: dict[int, int], goes_on: set[int]) -> list[int]:
+    """google-research/bert's rule as its README tells it: words in random order; one that would be too many is passed
+    over; here the rest is then filled from the first of those, for the count is fixed.
+    """
+    words: list[list[int]] = []
+    for place, token in enumerate(sample):
+        if token in (CLS, SEP):
+            continue
+        if token in goes_on and words and words[-1][-1] == place - 1:
+            words[-1].append(place)
+        else:
+            words.append([place])
+    chosen: list[int] = []
+    ordered = sorted(words, key=lambda word: rank[word[0]])
+    for word in ordered:
+        if len(chosen) + len(word) <= count:
+            chosen += word
+    whole = set(chosen)
+    return sorted(chosen + [p for w in ordered if not set(w) & whole for p in w][: count - len(chosen)])
+
+
+@settings(max_examples=60, deadline=None)
+@given(lengths=st.lists(st.integers(5, 128), min_size=1, max_size=8), seed=st.integers(0, 100), share=st.floats(0, 1))
+def test_whole_words_are_those_of_the_reference(lengths: list[int], seed: int, share: float) -> None:
+    tokens, sizes = batch(lengths, seed)
+    continuing = np.random.default_rng(seed).random(VOCAB) < share
+    continuing[[CLS, SEP]] = False
+    ids = np.arange(len(sizes))
+    _, positions, labels = mask_tokens(tokens, sizes, ids, **SETTINGS, continuing=continuing)
+    assert (labels == tokens[positions]).all()
+    starts = np.cumsum(sizes) - sizes
+    numbers = np.repeat(derived(key(SETTINGS["seed"], 0), ids), sizes)
+    inside = np.arange(len(tokens), dtype=np.uint64) - np.repeat(starts.astype(np.uint64), sizes)
+    order = (bits(numbers, inside) >> np.uint64(17) << np.uint64(16) | inside).tolist()
+    counts = masked_counts(sizes, SETTINGS["masked_lm_prob"], SETTINGS["max_predictions"])
+    expected = []
+    for start, size, count in zip(starts.tolist(), sizes.tolist(), counts.tolist(), strict=True):
+        sample = tokens[start : start + size].tolist()
+        rank = {place: order[start + place] for place in range(size)}
+        found = whole_words_by_the_rule(sample, count, rank, set(np.flatnonzero(continuing).tolist()))
+        expected += [start + place for place in found]
+    assert positions.tolist() == expected
+
+
+def test_where_every_word_is_a_token_nothing_changes() -> None:
+    tokens, sizes = batch([128, 7, 90, 31] * 20)
+    ids = np.arange(len(sizes))
+    words = mask_tokens(tokens, sizes, ids, **SETTINGS, continuing=np.zeros(VOCAB, bool))
+    for whole, single in zip(words, mask_tokens(tokens, sizes, ids, **SETTINGS), strict=True):
+        assert whole.tolist() == single.tolist()

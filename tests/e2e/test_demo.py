@@ -20,9 +20,9 @@ from pipeline.pretrain.evaluate import WordShares, heldout
 from pipeline.run.rundir import RunDir
 from support.running import ROOT, call, digests, states
 
-PAGES = [
-    ROOT / f"{name}.md"
-    for name in ("README", *(f"docs/{page}" for page in ("cluster", "recipes", "errors", "from_nvidia")))
+PAGES = [ROOT / "README.md"]
+PAGES += [
+    ROOT / f"docs/{page}.md" for page in ("cluster", "recipes", "errors", "from_nvidia", "from_trainer", "how_long")
 ]
 TEXT = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
 BLOCKS = re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL)

@@ -299,8 +299,11 @@ def stopping_after(steps: int) -> Callable[[int], None]:
     """For each rank: have rank 0 ask for a stop, so that the start ends after this number of steps."""
 
     def before(rank: int) -> None:
+        from pipeline.engine import checkpoint
         from pipeline.node.preempt import StopRequest
 
+        if rank > 0:  # one rank reads the checkpoint for all
+            checkpoint.newest_verified = checkpoint.read = None  # type: ignore[assignment]
         finished: list[float] = []
 
         def after_step(self: StopRequest, step_s: float, save_s: float) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 import time
@@ -247,3 +248,15 @@ def test_any_phase_has_its_rows_by_its_own_key_of_the_profile(tmp_path):
     without = plan(*large, "--cluster", "dgx_a100_80g")
     assert without.returncode == 2
     assert "no micro_batch for bert_large.phase3.fp16" in without.stderr
+
+
+def test_what_fails_first_is_said_where_computing_is_no_longer_most_of_a_step():
+    few, many = (
+        call("plan", "--recipe", "bert_large", "--cluster", "dgx_a100_80g", "--nodes", n) for n in ("4", "1024")
+    )
+    assert "first to fail" not in few.stdout
+    assert "phase1 on 1,024 nodes: a step is computing 30 %, the sum of gradients 23 %, LAMB 36 %" in many.stdout
+    assert "first to fail is LAMB" in many.stdout
+    assert "8,192 looks a second together" in many.stdout
+    shares = [int(share) for share in re.findall(r"(\d+) %", many.stdout)]
+    assert all(abs(sum(shares[i : i + 4]) - 100) <= 2 for i in (0, 4))

@@ -41,7 +41,7 @@ def row(spec: dataclasses.Field, kind: type) -> str:
     source = "".join(inspect.getsource(base) for base in kind.__mro__ if dataclasses.is_dataclass(base))
     comment = re.search(rf"^    {spec.name}: .*?  # (.*)$", source, re.MULTILINE)
     default = "" if spec.default is dataclasses.MISSING else f"`{toml(spec.default)}`"
-    star = "" if spec.metadata.get("science", True) else "\\*"
+    star = "" if spec.metadata.get("science", True) is True else "\\*"
     taken = values(spec, typing.get_type_hints(kind)[spec.name])
     return f"| `{spec.name}`{star} | {taken} | {default} | {comment[1] if comment else ''} |"
 
