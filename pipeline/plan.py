@@ -256,7 +256,7 @@ def show_limits(found: list[dict[str, Any]], recipe: Recipe) -> None:
     if ranks >= MANY_RANKS:
         gb = 12 * costs.parameters(estimate.config_of(recipe)) / 1e9
         print(
-            f"{ranks:,} ranks: each supervisor looks once a second whether its attempt has a verdict, {ranks:,} looks a "
+            f"{ranks:,} ranks: each supervisor looks once a second for its attempt's verdict, {ranks:,} looks a "
             f"second together; a checkpoint of {gb:.1f} GB is written and read by one rank, whatever their number"
         )
 

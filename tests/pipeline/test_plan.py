@@ -18,6 +18,7 @@ from pipeline.plan import node_counts, rows
 from pipeline.report.published import published
 from pipeline.run.rundir import RunDir
 from slurm.profile import PROFILES
+from support.running import call
 
 # NVIDIA's published strong-scaling table with its two misprints corrected:
 # nodes, rank batch, accumulation in FP16 and in TF32, for phase 1 and phase 2.
