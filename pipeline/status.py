@@ -26,15 +26,18 @@ def main() -> int:
     form.add_argument("--json", action="store_true", help="machine-readable")
     form.add_argument("--short", action="store_true", help="one line of at most 80 characters")
     form.add_argument("--log", metavar="STAGE", help="the log of the stage's newest attempt")
+    form.add_argument("--du", action="store_true", help="what each part of the folder takes on disk")
     parser.add_argument("--watch", action="store_true", help="show it again every 2 s until nothing runs")
     parser.add_argument("-f", "--follow", action="store_true", help="with --log: go on until the stage has ended")
     arguments = parser.parse_args()
-    if arguments.watch and (arguments.json or arguments.log):
+    if arguments.watch and (arguments.json or arguments.log or arguments.du):
         parser.error("--watch goes with the table or --short; a log is followed with --log STAGE -f")
     if arguments.follow and not arguments.log:
         parser.error("-f needs --log STAGE")
     run = RunDir(arguments.run)
-    if arguments.log:
+    if arguments.du:
+        print("\n".join(disk_use(run)))
+    elif arguments.log:
         show_log(run, arguments.log, arguments.follow)
     elif arguments.watch:
         watch(lambda: look(run, arguments.short))
@@ -75,6 +78,25 @@ def look(run: RunDir, short: bool) -> tuple[list[str], bool]:
     if silent:
         lines.append(f"Slurm does not answer, states are from the run's own files: {silent}")
     return lines, more
+
+
+def disk_use(run: RunDir) -> list[str]:
+    """What each stage and each other part of the folder takes on disk, the largest first, and the whole."""
+    parts = [*run.path.glob("stages/*"), *(path for path in run.path.glob("*") if path.name != "stages")]
+    below = {path: [] if path.is_symlink() else path.rglob("*") for path in parts}
+    sizes = {str(path.relative_to(run.path)): sum(map(_on_disk, [path, *below[path]])) for path in parts}
+    rows = sorted(((size, name) for name, size in sizes.items()), reverse=True)
+    return columns(
+        [(f"{size / 1e6:,.1f} MB", name) for size, name in [*rows, (sum(sizes.values()), "all")]], right=(0,)
+    )
+
+
+def _on_disk(path: Path) -> int:
+    """Bytes that a file itself takes, a link's not its target's; 0 when it is gone meanwhile."""
+    try:
+        return path.lstat().st_blocks * 512
+    except FileNotFoundError:
+        return 0
 
 
 def account_of(run: RunDir, rows: list[Row]) -> account.RunAccount | None:

@@ -79,10 +79,17 @@ def _be_child(parent: int, stacks: BinaryIO, job: Job, work: Callable[[], None])
 def _wake(parent: int, job: Job) -> None:
     """Let the process that watches this one go on when somebody has stopped it: nobody else looks after it.
 
-    A job that Slurm suspends stands as a whole, so this thread does not look then.
+    A job that Slurm suspends stands as a whole, so this thread does not look then. A local runner may have been stopped
+    by its user's Ctrl-Z: that is only said.
     """
+    runner = int(os.environ.get("PIPELINE_PARENT", "0")) if job.topology.local_rank == 0 else 0
     while True:
         time.sleep(STOPPED_S)
+        if runner and is_stopped(runner):
+            job.warn(
+                f"the runner, process {runner}, is stopped: nothing follows this stage; fg, or kill -CONT {runner}"
+            )
+            runner = 0
         if is_stopped(parent):
             time.sleep(LOOK_S)  # a job that is about to be suspended
             if is_stopped(parent):

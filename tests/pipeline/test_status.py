@@ -28,7 +28,7 @@ from pipeline.run.journal import Journal, SentJob
 from pipeline.run.rundir import Attempt, RunDir
 from pipeline.run.state import RULE, Holder, Left, Sent, State, survey
 from pipeline.stages import table
-from pipeline.status import look, show_log
+from pipeline.status import disk_use, look, show_log
 from pipeline.strict_toml import table_of
 from pipeline.submit import selected
 from pipeline.watch import follow_log, goes_on, short_line, watch
@@ -57,6 +57,15 @@ def states(run: RunDir) -> dict[str, str]:
 
 def test_nothing_begun_is_todo(run):
     assert set(states(run).values()) == {"todo"}
+
+
+def test_what_lies_on_disk(run):
+    attempt = run.stage("phase1").new_attempt("now").path
+    (attempt / "big").write_bytes(b"x" * 3_000_000)
+    run.model.symlink_to(attempt)  # is no second copy
+    largest, *_, whole = disk_use(run)
+    assert largest.split() == ["3.0", "MB", "stages/phase1"]
+    assert whole.split() == ["3.0", "MB", "all"]
 
 
 def test_while_a_runner_is_at_work(run):

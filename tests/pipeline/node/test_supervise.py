@@ -102,6 +102,16 @@ def test_a_stopped_watcher_goes_on(tmp_path, done_s):
     assert ("which watches this one, was stopped (SIGSTOP)" in output + errors) == bool(done_s)
 
 
+def test_a_stopped_runner_is_named(tmp_path):
+    with subprocess.Popen(["sleep", "60"]) as runner:
+        runner.send_signal(signal.SIGSTOP)
+        body = "for _ in range(20): time.sleep(0.1); job.heartbeat.beat('working', 8)"
+        code, output, errors = end(start(tmp_path, body, local_rank=0, PIPELINE_PARENT=str(runner.pid)))
+        runner.kill()
+    assert code == 0
+    assert (output + errors).count(f"kill -CONT {runner.pid}") == 1
+
+
 def test_a_child_does_not_outlive_its_parent(tmp_path):
     process = start(tmp_path, "print('ready', flush=True)\ntime.sleep(60)", "waiting")
     assert process.stdout is not None
