@@ -19,7 +19,7 @@ COMMANDS = {
     "pipeline.plan": "what any number of nodes means in micro-batches, and how often to save",
     "pipeline.checkpoints": "list a run's checkpoints, verify them",
     "pipeline.export": "trained weights as a folder for transformers, or as NVIDIA's file",
-    "pipeline.finetune": "fine-tune, score and predict: SQuAD, MRPC, SST-2, CoLA, MNLI, your own classes",
+    "pipeline.finetune": "fine-tune, score and predict: SQuAD, GLUE, your own classes",
     "pipeline.nvidia": "calls of NVIDIA's run_*.sh, translated and run",
     "pipeline.tables": "NVIDIA's published tables with one's own figures beside them",
     "pipeline.bench": "how fast: data, training, inference, a GPU, the host; beside others",
