@@ -246,7 +246,7 @@ def show_limits(found: list[dict[str, Any]], recipe: Recipe) -> None:
     """What fails first at a size where computing is no longer most of a step, and what the ranks do together."""
     for row in found:
         parts, step_s = row.get("parts_s"), row.get("step_s")
-        if not parts or parts["compute_s"] > MOSTLY * step_s:
+        if not parts or not step_s or parts["compute_s"] > MOSTLY * step_s:
             continue
         shares = {words: parts[key] / step_s for key, words in PARTS.items()}
         first = max((words for words in shares if words != "computing"), key=shares.__getitem__)

@@ -57,14 +57,14 @@ class Board:
 
     def add(self, step: int, values: Mapping[str, Any], time: float) -> None:
         """Write the numbers among ``values``, such as a metric line with its ``spent_s``; ``time`` is Unix time."""
-        scalars = dict(_scalars(values))
-        if self.failed or not scalars:
+        shown = dict(scalars(values))
+        if self.failed or not shown:
             return
         try:
             if self.file is None:
                 self._begin(time)
             make = self._summaries.Summary
-            summary = make(value=[make.Value(tag=tag, simple_value=value) for tag, value in scalars.items()])
+            summary = make(value=[make.Value(tag=tag, simple_value=value) for tag, value in shown.items()])
             self._write(self._events.Event(wall_time=time, step=step, summary=summary))
         except (OSError, ValueError) as error:
             self._fail(error)
@@ -106,7 +106,7 @@ def _flat(settings: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, 
             yield before + name, value if isinstance(value, bool | int | float | str) else str(value)
 
 
-def _scalars(values: Mapping[str, Any]) -> list[tuple[str, float]]:
+def scalars(values: Mapping[str, Any]) -> list[tuple[str, float]]:
     """(tag, value) of every number, NaN and infinity included."""
     found = []
     for key, value in values.items():
