@@ -32,22 +32,13 @@ def test_stops_when_its_gpu_hours_are_spent(slurm, prepared, user) -> None:
     assert "GPU-hours are spent, --max-gpu-hours allows 0.05" in again.stderr
 
 
-def test_stops_before_the_time_limit_and_goes_on(slurm, prepared) -> None:
-    """A limit of one minute: each attempt saves half a minute before it and asks for the next one."""
-    words = [
-        "--nodes",
-        2,
-        "--stages",
-        "phase1",
-        "-t",
-        "1",
-        "--set",
-        "phase1.steps=100000",
-        "--set",
-        "phase1.warmup=0.01",
-    ]
+@pytest.mark.parametrize("limit", [("-t", "1"), ("-t", "2", "--signal=B:TERM@60")], ids=["ranks", "shell"])
+def test_stops_before_the_time_limit_and_goes_on(slurm, prepared, limit) -> None:
+    """Each attempt saves half a minute before its limit and asks for the next one, whomever Slurm warns of it."""
+    words = ["--nodes", 2, "--stages", "phase1", *limit]
+    words += ["--set", "phase1.steps=100000", "--set", "phase1.warmup=0.01"]
     job = sent(prepared, *words)["pretrain"]
-    slurm.wait(lambda: len(metrics(prepared, 2)) >= 5, "the second attempt trains", 110)
+    slurm.wait(lambda: len(metrics(prepared, 2)) >= 5, "the second attempt trains", 200)
     said_why = (
         r"asked to stop \((SIGUSR2, )?\d+ s before its time or|by another rank"  # ours or Slurm's warning came first
     )
