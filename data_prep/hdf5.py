@@ -153,7 +153,7 @@ def _check(path: Path, shard: Shard) -> None:
         shard.offsets[0] == 0
         and shard.offsets[-1] == len(shard.tokens)
         and bool(((lengths >= SHORTEST) & (lengths <= shard.seq_len)).all())
-        and bool(((shard.b_start >= 3) & (shard.b_start < lengths - 1)).all())
+        and bool((((shard.b_start >= 3) & (shard.b_start < lengths - 1)) | (shard.b_start == lengths)).all())
         and bool((shard.is_random_next <= 1).all())
     )
     if not sound:

@@ -1,4 +1,4 @@
-"""Sentence pairs of a shard, all documents in lockstep: which token ranges make ``[CLS] A [SEP] B [SEP]``.
+"""Samples of a shard, all documents in lockstep: which token ranges make ``[CLS] A [SEP] B [SEP]``, or a single one.
 
 The procedure is BERT's (Devlin et al. 2019, appendix A.2, as in NVIDIA's ``create_pretraining_data``). Documents,
 sentences and both parts of a sample are contiguous in one flat token array, also after truncation, so a sample
@@ -92,6 +92,43 @@ def draw_pairs(sentence_offsets: Ints, document_offsets: Ints, limit: int, short
     )
 
 
+def draw_singles(
+    sentence_offsets: Ints, document_offsets: Ints, limit: int, short_seq_prob: float, keys: Keys
+) -> Pairs:
+    """As `draw_pairs`, for ``[CLS] A [SEP]``: A is as many whole sentences of a document as its target takes.
+
+    These are the DOC-SENTENCES of RoBERTa (Liu et al. 2019, 4.2). No sentence is cut (none is longer than ``limit``),
+    none is left out, and each is in one sample of a pass.
+    """
+    count = len(document_offsets) - 1
+    documents = np.tile(np.arange(count), len(keys))
+    streams = derived(np.repeat(keys, count), documents + 1)
+    for_short, for_target = bits(mix(streams), PURPOSES[:2])
+    targets = np.where(uniform(for_short) < short_seq_prob, 2 + below(for_target, limit - 1), np.int64(limit))
+    active, at = np.arange(len(streams)), document_offsets[documents]
+    steps: list[tuple[NDArray[Any], ...]] = []
+    while len(active):
+        end = document_offsets[documents[active] + 1]
+        fitting = np.searchsorted(sentence_offsets, sentence_offsets[at] + targets[active], side="right") - 1
+        stop = np.minimum(np.maximum(fitting, at + 1), end)
+        steps.append((active, at, stop))
+        unfinished = stop < end
+        active, at = active[unfinished], stop[unfinished]
+    active, first, last = (np.concatenate(column) for column in zip(*steps, strict=True))
+    order = np.argsort(active, kind="stable")
+    active, first, last = active[order], first[order], last[order]
+    start, none = sentence_offsets[first], np.zeros(len(active), np.int64)
+    return Pairs(
+        start,
+        sentence_offsets[last] - start,
+        start,
+        none,
+        none.astype(bool),
+        documents[active],
+        derived(streams[active], first + 1),
+    )
+
+
 def truncate(pairs: Pairs, limit: int) -> Pairs:
     """Cut A and B to ``limit`` tokens together, token by token from the longer (B when equal).
 
@@ -127,14 +164,15 @@ def _heads(tosses: Ints, keys: Keys) -> Ints:
 def assemble(
     tokens: NDArray[np.unsignedinteger], pairs: Pairs, cls_id: int, sep_id: int
 ) -> tuple[NDArray[np.unsignedinteger], Ints, Ints]:
-    """``[CLS] A [SEP] B [SEP]`` of every pair, end to end.
+    """``[CLS] A [SEP] B [SEP]`` of every pair, end to end; ``[CLS] A [SEP]`` where B is empty.
 
     Returns the tokens ``[T]`` in the dtype of ``tokens``, ``offsets [N + 1]``, and where B begins inside each
-    sample, ``[N]``.
+    sample, ``[N]``: at its end, where there is none.
     """
     count = len(pairs.a_start)
     source = np.concatenate([tokens, np.array([cls_id, sep_id], tokens.dtype)])
-    ends = np.cumsum(pairs.a_length + pairs.b_length + SPECIAL_TOKENS)
+    has_b = (pairs.b_length > 0).astype(np.int64)
+    ends = np.cumsum(pairs.a_length + pairs.b_length + SPECIAL_TOKENS - 1 + has_b)
     offsets = np.concatenate([np.zeros(1, np.int64), ends])
     made = np.empty(int(offsets[-1]), tokens.dtype)
     for first in range(0, count, BLOCK):  # the index of one block stays in the cache
@@ -142,7 +180,7 @@ def assemble(
         one = np.ones(len(pairs.a_start[block]), np.int64)
         cls_at, sep_at = one * len(tokens), one * (len(tokens) + 1)
         starts = np.stack([cls_at, pairs.a_start[block], sep_at, pairs.b_start[block], sep_at], axis=1).ravel()
-        lengths = np.stack([one, pairs.a_length[block], one, pairs.b_length[block], one], axis=1).ravel()
+        lengths = np.stack([one, pairs.a_length[block], one, pairs.b_length[block], has_b[block]], axis=1).ravel()
         piece_ends = np.cumsum(lengths)
         index = np.repeat(starts - (piece_ends - lengths), lengths)
         index += np.arange(len(index))

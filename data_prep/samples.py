@@ -22,7 +22,7 @@ from data_prep import manifest, splitmix
 from data_prep.errors import DataError
 from data_prep.fanout import Job, run_all
 from data_prep.hdf5 import Shard, token_dtype, write_shard
-from data_prep.pairs import SPECIAL_TOKENS, assemble, draw_pairs, truncate
+from data_prep.pairs import SPECIAL_TOKENS, assemble, draw_pairs, draw_singles, truncate
 from data_prep.publish import remove_leftovers
 from data_prep.splitmix import Ints
 from data_prep.wordpiece import Encoder, Vocabulary, unknown_note
@@ -43,6 +43,12 @@ class Settings:
     dupe_factor: int
     short_seq_prob: float
     seed: int
+    pairs: bool = True
+
+    @property
+    def limit(self) -> int:
+        """Tokens of text in a sample."""
+        return self.seq_len - SPECIAL_TOKENS + (not self.pairs)
 
 
 @dataclass(frozen=True)
@@ -95,14 +101,16 @@ def run(
     dupe_factor: int,
     short_seq_prob: float,
     seed: int,
+    pairs: bool = True,
 ) -> dict[str, Any]:
     """Write ``train-00000.hdf5 …``, ``test-00000.hdf5 …`` and ``manifest.json`` into ``job.out``.
 
-    Each text is paired ``dupe_factor`` times (test text once). Returns the counts of the manifest. Raises
+    Each text is paired ``dupe_factor`` times (test text once); without ``pairs`` a sample is ``[CLS] A [SEP]``.
+    Returns the counts of the manifest. Raises
     DataError for a text shard that does not match its manifest, or a vocabulary without special tokens or in another
     case than the text.
     """
-    settings = Settings(vocab, seq_len, lowercase, strip_accents, dupe_factor, short_seq_prob, seed)
+    settings = Settings(vocab, seq_len, lowercase, strip_accents, dupe_factor, short_seq_prob, seed, pairs)
     vocabulary = Vocabulary.load(vocab)
     vocabulary.check_case(lowercase, vocab)
     source = manifest.read_manifest(shards)
@@ -124,7 +132,7 @@ def run(
             raise DataError(f"{shards / name} holds no text that the vocabulary {vocab} can encode")
     if long := sum(row["sentences_over_limit"] for row in rows):
         total = sum(row["sentences"] for row in rows)
-        job.say(f"{long} of {total} sentences have over {seq_len - SPECIAL_TOKENS} tokens: cut into pieces, all kept")
+        job.say(f"{long} of {total} sentences have over {settings.limit} tokens: cut into pieces, all kept")
     value = {
         "format": manifest.FORMAT,
         "seq_len": seq_len,
@@ -151,14 +159,13 @@ def make_samples(
     ``key`` numbers the shard and block; with the seed and the duplicate it keys the randomness. ``source`` is the
     digest of the text shard.
     """
-    limit = settings.seq_len - SPECIAL_TOKENS
+    limit = settings.limit
     keys = [splitmix.key(settings.seed, *key, number) for number in duplicates or range(settings.dupe_factor)]
-    pairs = draw_pairs(
-        text.sentence_offsets, text.document_offsets, limit, settings.short_seq_prob, np.concatenate(keys)
-    )
+    draw = draw_pairs if settings.pairs else draw_singles
+    pairs = draw(text.sentence_offsets, text.document_offsets, limit, settings.short_seq_prob, np.concatenate(keys))
     tokens, offsets, b_start = assemble(
         text.tokens.astype(token_dtype(vocabulary.size)),
-        truncate(pairs, limit),
+        truncate(pairs, limit) if settings.pairs else pairs,
         vocabulary.special["cls"],
         vocabulary.special["sep"],
     )
@@ -262,7 +269,7 @@ def _blocks(shards: Path, settings: Settings, entry: dict[str, Any]) -> list[dic
 def _make(shards: Path, out: Path, settings: Settings, vocab_sha256: str, block: Block) -> dict[str, Any]:
     """One block of a text shard to one HDF5 shard, unless an earlier try finished it; no ``rows``: it has no token."""
     path = out / block.name
-    recipe = {key: value for key, value in vars(settings).items() if key != "vocab"}
+    recipe = {key: value for key, value in vars(settings).items() if key != "vocab" and (key, value) != ("pairs", True)}
     identity = manifest.identity_of(block=vars(block), vocab=vocab_sha256, **recipe)
     if (facts := manifest.noted(path, identity)) is not None:
         return facts
@@ -270,7 +277,7 @@ def _make(shards: Path, out: Path, settings: Settings, vocab_sha256: str, block:
         file.seek(block.start)
         content = file.read(block.end - block.start).decode()
     encoder = _encoder(settings.vocab, vocab_sha256, settings.lowercase, settings.strip_accents)
-    text = tokenise(content, encoder, settings.seq_len - SPECIAL_TOKENS, block.first_document)
+    text = tokenise(content, encoder, settings.limit, block.first_document)
     del content
     if not len(text.document_numbers):
         return {"rows": 0}

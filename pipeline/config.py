@@ -90,6 +90,7 @@ class TrainConfig:
     precision: Precision = "bf16"
     reduction: Literal["fast", "tree"] = "fast"
     loss_mean: Literal["global", "micro"] = "global"
+    objective: Literal["mlm+nsp", "mlm"] = "mlm+nsp"  # mlm: samples are no pairs, pooler and NSP head are not trained
     masking: Literal["dynamic", "static"] = "dynamic"
     masked_lm_prob: float = limited(0.15, above=0, high=0.9)
     masking_unit: Literal["token", "word"] = "token"  # word: all pieces of a word together

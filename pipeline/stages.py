@@ -69,6 +69,7 @@ def table(recipe: Recipe) -> dict[str, Stage]:
                     "dupe_factor": data.dupe_factor,
                     "short_seq_prob": data.short_seq_prob,
                     "seed": data.seed,
+                    **({} if recipe.train.objective == "mlm+nsp" else {"pairs": False}),
                 },
                 inputs={"shards": "shard:", "vocab": vocab},
             )

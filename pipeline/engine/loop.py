@@ -277,7 +277,7 @@ class Loop:
         tokens = sums.counts[self.task.counts_named[-1]]
         self.log(
             loss=sums.loss,
-            **(sums.losses if len(sums.losses) > 1 else {}),
+            **{name: value for name, value in sums.losses.items() if name != "loss"},
             learning_rate=rate,
             grad_norm=norm,
             samples=sums.samples,

@@ -49,7 +49,7 @@ from pipeline.words import is_number
 
 FORMAT = 1
 PROOF = "proof.json"
-FIGURES = ("loss", "mlm_loss", "nsp_loss", "grad_norm")
+FIGURES = ("loss", "mlm_loss", "grad_norm")
 ROUNDING = {"fp32": 1e-5}  # relative: what another processor or number of ranks may change; 1e-3 for other precisions
 ROUNDED_UPDATE = 0.05  # of an update's length: an optimizer enlarges what rounding does to small gradients
 Arrays = dict[str, NDArray[Any]]
@@ -167,6 +167,7 @@ class Replay(Pretraining):
     """A phase of which single steps are computed again."""
 
     def __init__(self, recipe: Recipe, phase: PhaseConfig, data: PretrainingData, device: torch.device) -> None:
+        self._aim(recipe.train)
         self.phase, self.data = phase, data
         self.arranged = arrangement(device.type, phase.seq_len)
         self.settings = settings_of(recipe.train, recipe.optimizer, phase)

@@ -106,6 +106,7 @@ class Pretraining:
         vocab: Path,
         start: Path | None,
     ) -> None:
+        self._aim(train)
         self.arranged = arrangement(ranks.device.type, phase.seq_len)
         self.job, self.phase, self.vocab, self.start = job, phase, vocab, start
         self.settings = dataclasses.replace(
@@ -122,10 +123,20 @@ class Pretraining:
         test = PretrainingData(samples, "test", phase, once, verified)
         self.heldout = heldout(test, train.eval_samples, self.settings.micro_batch)
         self.shares = WordShares.of(self.data)
-        self.baselines = baselines(self.heldout, self.shares)
+        self.baselines = self._meant(baselines(self.heldout, self.shares))
         self.predicting = arrangement(ranks.device.type, phase.seq_len, predicting=True)
         self.heldout_batches = self._marked(self.heldout)  # laid out once for all evaluations
         self.evaluated: dict[str, Any] | None = None
+
+    def _aim(self, train: TrainConfig) -> None:
+        """Which losses there are."""
+        if train.objective == "mlm":
+            self.losses_named, self.counts_named = ("mlm_loss",), ("masked", "tokens")
+
+    @property
+    def pairs(self) -> bool:
+        """Whether samples are pairs, of which the model says whether they belong together."""
+        return "nsp_loss" in self.losses_named
 
     # ---------------------------------------------------------------- where it begins
 
@@ -134,6 +145,8 @@ class Pretraining:
         Face folder, or NVIDIA's ``.pt``.
         """
         bert = BertForPreTraining(self.config)
+        for unused in () if self.pairs else (bert.bert.pooler, bert.cls.seq_relationship):
+            unused.requires_grad_(False)
         if self.start is None:
             return initialised(bert, torch.Generator().manual_seed(self.settings.seed))
         if (self.start / MANIFEST).exists():
@@ -158,9 +171,12 @@ class Pretraining:
     def counts(self, batch: int, indices: range) -> Sequence[int]:
         """Masked tokens, pairs and tokens, from the lengths in the index."""
         if not indices:
-            return (0, 0, 0)
+            return (0,) * len(self.counts_named)
         lengths = self.data.lengths(self._positions(batch, indices))
-        return (int(self.data.masked_counts(lengths).sum()), len(lengths), int(lengths.sum()))
+        return self._counted(int(self.data.masked_counts(lengths).sum()), len(lengths), int(lengths.sum()))
+
+    def _counted(self, masked: int, pairs: int, tokens: int) -> tuple[int, ...]:
+        return (masked, pairs, tokens) if self.pairs else (masked, tokens)
 
     def read(self, batch: int, index: int) -> MicroBatch:
         return self.packed(self.data.read(self._positions(batch, range(index, index + 1))), self.arranged)
@@ -182,13 +198,14 @@ class Pretraining:
                 "labels": masked.labels.astype(np.int32),
                 "nsp": masked.nsp.astype(np.int32),
             },
-            counts=(len(masked.labels), len(masked.nsp), len(masked.tokens)),
+            counts=self._counted(len(masked.labels), len(masked.nsp), len(masked.tokens)),
             sizes={"seq_len": self.phase.seq_len},
         )
 
     def losses(self, model: nn.Module, inputs: Mapping[str, Any]) -> Sequence[Tensor]:
         mlm_logits, nsp_logits = model(Batch.of(inputs), inputs["masked"])
-        return pretraining_loss_sums(mlm_logits, inputs["labels"], nsp_logits, inputs["nsp"])
+        sums = pretraining_loss_sums(mlm_logits, inputs["labels"], nsp_logits, inputs["nsp"])
+        return sums[: len(self.losses_named)]
 
     # ---------------------------------------------------------------- held-out figures
 
@@ -200,15 +217,22 @@ class Pretraining:
         return [marked(self.packed(part, self.predicting), part, self.shares.mask_id) for part in parts]
 
     def _evaluated(self, model: nn.Module, ranks: Ranks, batches: Sequence[MicroBatch]) -> dict[str, Any]:
-        return evaluate(model, batches, self.shares, self.settings.precision, ranks)
+        return self._meant(evaluate(model, batches, self.shares, self.settings.precision, ranks))
+
+    def _meant(self, figures: dict[str, Any]) -> dict[str, Any]:
+        """Figures without those of next sentences, where there are none."""
+        return figures if self.pairs else {name: value for name, value in figures.items() if "nsp" not in name}
 
     def in_words(self, figures: Mapping[str, Any]) -> str:
         gain, error = figures["eval_mask_gain"], figures["eval_mask_gain_se"]
         at_mask = "" if gain is None or error is None else f"; at [MASK] {gain:.3f} ± {error:.3f} below word counts"
-        return (
+        line = (
             f"held-out MLM loss {figures['eval_mlm_loss']:.4f} (without context {figures['context_free_loss']:.4f} at "
-            f"best{at_mask}), NSP accuracy {figures['eval_nsp_accuracy']:.3f} (majority {figures['nsp_majority']:.3f})"
+            f"best{at_mask})"
         )
+        if not self.pairs:
+            return line
+        return f"{line}, NSP accuracy {figures['eval_nsp_accuracy']:.3f} (majority {figures['nsp_majority']:.3f})"
 
     def finish(self, model: nn.Module, ranks: Ranks) -> Mapping[str, Any]:
         """The figures of the last step, made now where an earlier attempt made that step, and their control.

@@ -95,6 +95,7 @@ def figures(facts: Facts) -> str:
         if phase.evaluations
         for found in [facts.figures(phase)]
         for name, key, base in kinds
+        if key in found
     ]
     return markdown(("phase", "figure", "model", "without context"), rows)
 

@@ -127,9 +127,10 @@ def summary(phase: Phase) -> str:
             text + (f" (MLM {number(mlm)} + NSP {number(nsp)})." if is_number(mlm) and is_number(nsp) else ".")
         )
     if is_number(phase.last("eval_mlm_loss")):
+        nsp = phase.last("eval_nsp_accuracy")
         parts.append(
             f"Held-out MLM loss {number(phase.last('eval_mlm_loss'))}, MLM accuracy "
-            f"{percent(phase.last('eval_mlm_accuracy'))}, NSP accuracy {percent(phase.last('eval_nsp_accuracy'))}."
+            f"{percent(phase.last('eval_mlm_accuracy'))}{f', NSP accuracy {percent(nsp)}' if is_number(nsp) else ''}."
         )
     rates = [phase.median("sequences_per_s"), phase.median("tokens_per_s")]
     if None not in rates:

@@ -158,7 +158,10 @@ def tiles(facts: Facts) -> Html | None:
         ),
         ("Held-out MLM loss", with_error(loss, figures.get("eval_mlm_loss_se"), 3), margin),
         beside("Accuracy at [MASK]", figures, "eval_mask_accuracy", "unigram_mask_accuracy", "most frequent word"),
-        beside("NSP accuracy", figures, "eval_nsp_accuracy", "nsp_majority", "more frequent answer"),
+        *[
+            beside("NSP accuracy", figures, "eval_nsp_accuracy", "nsp_majority", "more frequent answer")
+            for _ in figures.keys() & {"eval_nsp_accuracy"}
+        ],
         ("Real tokens per second", number(phase.median("tokens_per_s")), f"median of {phase.name}"),
         ("Time in all", duration(facts.account.chain.wall_s) if facts.account else "–", "from submission to end"),
     ]
@@ -188,7 +191,7 @@ def phase_table(facts: Facts) -> Html | None:
             )
             rows.append((phase.name, number(phase.config.seq_len), number(figures["step"]), with_error(gain, error),
                          f"{control:.2f}" if is_number(control) else "–", percent(figures.get("eval_mask_accuracy")),
-                         percent(figures.get("eval_nsp_accuracy"))))  # fmt: skip
+                         percent(figures["eval_nsp_accuracy"]) if "eval_nsp_accuracy" in figures else "–"))  # fmt: skip
     head = ("Phase", "Tokens", "Steps", "Better than word counts at [MASK], nats", "Shuffled", "Accuracy there", "NSP")
     return table(head, rows, numeric=range(1, 7)) if len(rows) > 1 else None
 

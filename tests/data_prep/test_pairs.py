@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.pairs import Pairs, assemble, draw_pairs, truncate
+from data_prep.pairs import Pairs, assemble, draw_pairs, draw_singles, truncate
 from data_prep.splitmix import key
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "instance_creation.json").read_text())
@@ -244,3 +244,32 @@ def test_passes_are_keyed_one_by_one() -> None:
     apart = [vars(draw_pairs(sentences, starts, 61, 0.1, one)) for one in np.split(keys, 3)]
     assert all((together[name] == np.concatenate([one[name] for one in apart])).all() for name in together)
     assert apart[0]["a_length"].tolist() != apart[1]["a_length"].tolist()
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    lengths=st.lists(st.lists(st.integers(1, 20), min_size=1, max_size=12), min_size=1, max_size=6),
+    short=st.sampled_from([0.0, 0.3, 1.0]),
+    seed=st.integers(0, 50),
+)
+def test_singles_are_whole_sentences_in_order_as_many_as_fit(lengths, short, seed) -> None:
+    limit = 20
+    sentences = np.cumsum([0, *(n for document in lengths for n in document)])
+    documents = np.cumsum([0, *map(len, lengths)])
+    found = draw_singles(sentences, documents, limit, short, key(seed, 0))
+    ends = found.a_start + found.a_length
+    for number in range(len(lengths)):
+        own = found.document == number
+        assert found.a_start[own][0] == sentences[documents[number]]
+        assert ends[own][-1] == sentences[documents[number + 1]]
+        assert (found.a_start[own][1:] == ends[own][:-1]).all()  # nothing twice, nothing left out
+    assert set(ends.tolist()) <= set(sentences.tolist())
+    assert (found.a_length <= limit).all()
+    if short == 0:
+        following = sentences[np.minimum(np.searchsorted(sentences, ends) + 1, len(sentences) - 1)]
+        last = np.isin(ends, sentences[documents])
+        assert ((following - found.a_start)[~last] > limit).all()
+    tokens, offsets, b_start = assemble(np.arange(100, 100 + sentences[-1], dtype=np.uint16), found, 1, 2)
+    assert (b_start == np.diff(offsets)).all()
+    kept = tokens[~np.isin(tokens, [1, 2])]
+    assert kept.tolist() == list(range(100, 100 + sentences[-1]))
