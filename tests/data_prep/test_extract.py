@@ -147,6 +147,7 @@ EXPORT = (
 ).encode()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["bz2", "gz", "xz"])
 def test_a_single_stream_is_cut_by_its_text(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(extract, "PART_BYTES", 1500)

@@ -323,6 +323,7 @@ def test_a_large_shard_becomes_several_files_of_whole_documents(
     assert seen == [set(range(60)) - {3}] * 2
 
 
+@pytest.mark.slow
 def test_memory_grows_neither_with_the_shard_nor_with_the_duplicates(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,6 +19,7 @@ CPU = torch.device("cpu")
 QUICK = ("--recipe", "tiny", "--phase", "phase1", "--steps", "2", "--warmup", "1", "--threads", "1")
 
 
+@pytest.mark.slow
 def test_every_row_has_its_keys_and_a_ratio_that_is_one_of_its_rows():
     done = call("bench", "train", *QUICK, "--precision", "bf16,fp32", "--micro-batch", "bf16=4,fp32=2", "--gpus", "1,2",
                 "--accumulation", "2", "--beside", "transformers", "--json")  # fmt: skip
