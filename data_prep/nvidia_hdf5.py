@@ -9,7 +9,9 @@ from __future__ import annotations
 import argparse
 import functools
 import hashlib
+import os
 import re
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,10 +23,10 @@ from numpy.typing import NDArray
 
 from data_prep import manifest
 from data_prep.errors import DataError
-from data_prep.fanout import run_all
+from data_prep.fanout import Job, run_all
 from data_prep.hdf5 import SHORTEST, Shard, read_shard, token_dtype, write_shard
 from data_prep.masking import mask_tokens
-from data_prep.publish import file_sha256, publish_bytes
+from data_prep.publish import file_sha256, publish_bytes, publishing
 from data_prep.wordpiece import Vocabulary
 
 SCHEMA = {
@@ -38,6 +40,44 @@ SCHEMA = {
 MOST_BYTES = 4 << 30  # of a file in memory; NVIDIA's own have a tenth
 FILTERS = {h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32, h5py.h5z.FILTER_LZF}
 Rows = dict[str, NDArray[Any]]
+
+
+def run(job: Job, *, source: Path, vocab: Path, seq_len: int) -> dict[str, Any]:
+    """Stage ``samples`` where they were made before: a samples folder of this pipeline, or NVIDIA's files, converted.
+
+    Ours are linked, or copied from another file system, and verified. Returns the counts of the manifest. DataError
+    where they have another length or vocabulary, or none is held out.
+    """
+    if (source / manifest.NAME).exists():
+        value = manifest.read_manifest(source)
+        made = [manifest.load_verified(source, split) for split in ("train", "test")]
+        for shard in (shard for samples in made for shard in samples.shards):
+            _take(shard.path, job.out / shard.path.name)
+        publish_bytes(job.out / manifest.NAME, (source / manifest.NAME).read_bytes())
+    else:
+        value = from_nvidia(source, job.out, vocab=vocab, workers=job.workers)
+    found = {split: [row for row in value["shards"] if row["split"] == split] for split in ("train", "test")}
+    if value["seq_len"] != seq_len:
+        raise DataError(f"{source} holds samples of {value['seq_len']} tokens, the phase wants {seq_len}")
+    if value["vocab_sha256"] != Vocabulary.load(vocab).sha256:
+        raise DataError(f"{source} was made with another vocabulary than {vocab}")
+    for split, rows in found.items():
+        if not rows:
+            raise DataError(
+                f"{source} holds no {split} shard; of NVIDIA's files those with `test` in their name are held out"
+            )
+    counts = {split: {"shards": len(rows), "rows": sum(row["rows"] for row in rows)} for split, rows in found.items()}
+    return {**counts, "seq_len": seq_len, "vocab_size": value["vocab_size"]}
+
+
+def _take(path: Path, target: Path) -> None:
+    """Link a file, or copy it where that cannot be done."""
+    target.unlink(missing_ok=True)
+    try:
+        os.link(path, target)
+    except OSError:
+        with publishing(target) as file, open(path, "rb") as given:
+            shutil.copyfileobj(given, file)
 
 
 def to_rows(

@@ -131,6 +131,7 @@ class PhaseConfig:
     warmup: float = limited(low=0, high=1)  # proportion of steps
     schedule: Literal["poly", "linear", "constant", "cosine", "wsd"] = "poly"
     steps: int = limited(low=1)
+    samples: str | None = None  # a folder under --data: samples that were made before, ours or NVIDIA's HDF5
     start: str | None = None  # a Hugging Face folder or NVIDIA's .pt under --data; the phases before are left out
 
 
@@ -349,15 +350,28 @@ def _contradictions(recipe: Recipe) -> list[str]:
                 f"inference.{key} = {getattr(recipe.inference, key)} exceeds "
                 f"model.max_position_embeddings = {model.max_position_embeddings}"
             )
-    if not (data.wikipedia or data.books or data.jsonl):
+    given = {name: phase.samples for name, phase in recipe.phases.items() if phase.samples is not None}
+    if not (data.wikipedia or data.books or data.jsonl) and given.keys() != recipe.phases.keys():
         lines.append("[data] names no corpus: give at least one of wikipedia, books, jsonl")
+    if data.vocab is None and given:
+        lines.append("data.vocab is missing: samples that were made before are worth nothing without their vocab.txt")
+    sources = {(phase.seq_len, phase.samples) for phase in recipe.phases.values()}
+    if len(sources) > len(dict(sources)):
+        lines.append("phases of one seq_len read the same samples: give all of them the same, or none")
     starts = [phase.start for phase in recipe.phases.values() if phase.start is not None]
     if data.vocab is None and starts:
         lines.append("data.vocab is missing: weights to start from are worth nothing without their own vocab.txt")
     if fault := language_fault(data.language):
         lines.append(fault)
     tasks = [task for task in (recipe.squad, recipe.mrpc, recipe.sst2) if task is not None]
-    named = [*data.wikipedia, *data.books, *data.jsonl, *([data.vocab] if data.vocab is not None else []), *starts]
+    named = [
+        *data.wikipedia,
+        *data.books,
+        *data.jsonl,
+        *([data.vocab] if data.vocab is not None else []),
+        *starts,
+        *given.values(),
+    ]
     for name in [*named, *(file for task in tasks for file in (task.train, task.eval))]:
         if not name.strip(". /") or name.startswith("/") or ".." in name.split("/"):
             lines.append(f"{name[:40]!r} is no name of a file below --data DIR")

@@ -57,7 +57,20 @@ def table(recipe: Recipe) -> dict[str, Stage]:
                 inputs={"shards": "shard:"},
             )
         )
-    for seq_len in dict.fromkeys(phase.seq_len for phase in recipe.phases.values()):
+    if all(phase.samples for phase in recipe.phases.values()):
+        chain.clear()  # no text is read
+    for seq_len, samples in {phase.seq_len: phase.samples for phase in recipe.phases.values()}.items():
+        if samples:
+            chain.append(
+                of_data(
+                    name=samples_name(seq_len),
+                    run="data_prep.nvidia_hdf5:run",
+                    width="workers",
+                    config={"seq_len": seq_len},
+                    inputs={"source": f"data:{samples}", "vocab": vocab},
+                )
+            )
+            continue
         chain.append(
             of_data(
                 name=samples_name(seq_len),

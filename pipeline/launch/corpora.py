@@ -39,6 +39,7 @@ def corpora_of(recipe: Recipe) -> list[str]:
     """Names of all files under --data that the recipe reads."""
     data, tasks = recipe.data, [getattr(recipe, name) for name in TASKS]
     names = [*data.wikipedia, *data.books, *data.jsonl, *([data.vocab] if data.vocab else [])]
+    names += [phase.samples for phase in recipe.phases.values() if phase.samples]
     return list(dict.fromkeys([*names, *(name for task in tasks if task for name in (task.train, task.eval))]))
 
 
@@ -50,7 +51,8 @@ def estimated_bytes(recipe: Recipe, data_dir: Path) -> int:
         for name in (*recipe.data.wikipedia, *recipe.data.books, *recipe.data.jsonl)
     )
     lengths = {phase.seq_len for phase in recipe.phases.values()}
-    samples = len(lengths) * recipe.data.dupe_factor * text / 4.4 * 2.2  # characters per token, bytes per token
+    given = sum(size_of(data_dir / phase.samples) for phase in recipe.phases.values() if phase.samples)
+    samples = given + len(lengths) * recipe.data.dupe_factor * text / 4.4 * 2.2  # characters per token, bytes per token
     model = recipe.model
     parameters = recipe.data.vocab_size * model.hidden_size + model.num_hidden_layers * (
         4 * model.hidden_size**2 + 2 * model.hidden_size * model.intermediate_size

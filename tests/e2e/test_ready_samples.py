@@ -1,0 +1,73 @@
+"""`[phase1] samples = "FOLDER"`: training from shards that were made before, ours or NVIDIA's, and no text is read."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from data_prep.nvidia_hdf5 import to_nvidia
+from pipeline.run.rundir import RunDir
+from support.running import call, one_line, states, submit
+
+pytestmark = [pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def data(small_run: Path, small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What somebody has who comes with samples: shards of both kinds, the vocabulary, NVIDIA's checkpoint."""
+    folder = tmp_path_factory.mktemp("ready")
+    for path in small_data.iterdir():
+        if path.name.startswith(("qa", "pairs", "sentiment")):
+            (folder / path.name).write_bytes(path.read_bytes())
+    (folder / "vocab.txt").write_bytes((small_run / "stages" / "vocab" / "vocab.txt").read_bytes())
+    to_nvidia(small_run / "stages" / "samples_64", folder / "theirs")
+    os.symlink(small_run / "stages" / "samples_128", folder / "ours")
+    done = call("export", small_run / "model", "--to", "nvidia", folder / "ckpt_30.pt")
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def trained(run: Path, data: Path, stages: str, *settings: str):
+    """A run on these samples; a phase of 64 tokens reads NVIDIA's unless told otherwise."""
+    own = ['data.vocab="vocab.txt"', "data.wikipedia=[]", "data.jsonl=[]", 'phase1.samples="theirs"', *settings]
+    given = {setting.partition("=")[0]: setting for setting in own}  # the last one counts
+    return submit(run, data, "--stages", stages, *(word for setting in given.values() for word in ("--set", setting)))
+
+
+def losses(run: Path, phase: str) -> list[tuple[int, float]]:
+    return [(line["step"], line["loss"]) for line in RunDir(run).stage(phase).metrics() if "loss" in line]
+
+
+def test_the_same_training_as_from_text(small_run, data, tmp_path) -> None:
+    """Both lengths, one of NVIDIA's shards and one of ours: every loss is that of the run that made them."""
+    run = tmp_path / "run"
+    done = trained(run, data, "samples_64,samples_128,phase1,phase2", 'phase2.samples="ours"')
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "extract" not in states(run)
+    for phase in ("phase1", "phase2"):
+        assert losses(run, phase) == losses(small_run, phase)
+    assert "nothing to do" in call("submit", "--run", run, "--stages", "phase2").stdout
+
+
+def test_nvidias_run_goes_on_from_its_shards_and_its_checkpoint(data, tmp_path) -> None:
+    one, stages = ('phases=["phase1"]', "phase1.steps=1"), "samples_64,phase1"
+    done = trained(tmp_path / "run", data, stages, *one, 'phase1.start="ckpt_30.pt"')
+    assert done.returncode == 0, done.stdout + done.stderr
+    begun = next(line for line in RunDir(tmp_path / "run").stage("phase1").metrics() if line["step"] == 0)
+    fresh = trained(tmp_path / "fresh", data, stages, *one)
+    assert fresh.returncode == 0, fresh.stderr
+    control = (RunDir(tmp_path / "fresh").stage("phase1").done or {})["result"]["eval_mlm_loss"]
+    assert begun["eval_mlm_loss"] < control - 0.2
+
+
+def test_samples_that_do_not_fit_are_told_in_a_line(data, tmp_path) -> None:
+    one, stages = 'phases=["phase1"]', "samples_64,phase1"
+    done = trained(tmp_path / "a", data, stages, one, 'phase1.samples="ours"')
+    one_line(done, 3, "samples of 128 tokens, the phase wants 64")
+    (data / "other.txt").write_text((data / "vocab.txt").read_text() + "zzz\n")
+    ours = (one, 'phase1.samples="ours"', "phase1.seq_len=128", 'data.vocab="other.txt"')
+    one_line(trained(tmp_path / "b", data, "samples_128", *ours), 3, "another vocabulary")
+    two = trained(tmp_path / "c", data, "phase1", "phase2.seq_len=64")
+    one_line(two, 2, "phases of one seq_len read the same samples")
