@@ -60,33 +60,7 @@ def table(recipe: Recipe) -> dict[str, Stage]:
     if all(phase.samples for phase in recipe.phases.values()):
         chain.clear()  # no text is read
     for seq_len, samples in {phase.seq_len: phase.samples for phase in recipe.phases.values()}.items():
-        if samples:
-            chain.append(
-                of_data(
-                    name=samples_name(seq_len),
-                    run="data_prep.nvidia_hdf5:run",
-                    width="workers",
-                    config={"seq_len": seq_len},
-                    inputs={"source": f"data:{samples}", "vocab": vocab},
-                )
-            )
-            continue
-        chain.append(
-            of_data(
-                name=samples_name(seq_len),
-                run="data_prep.samples:run",
-                width="workers",
-                config={
-                    "seq_len": seq_len,
-                    **language,
-                    "dupe_factor": data.dupe_factor,
-                    "short_seq_prob": data.short_seq_prob,
-                    "seed": data.seed,
-                    **({} if recipe.train.objective == "mlm+nsp" else {"pairs": False}),
-                },
-                inputs={"shards": "shard:", "vocab": vocab},
-            )
-        )
+        chain.append(samples_stage(recipe, seq_len, samples, vocab))
     before = None
     for name, phase in recipe.phases.items():
         chain.append(phase_stage(recipe, name, phase, before, vocab))
@@ -127,6 +101,30 @@ def table(recipe: Recipe) -> dict[str, Stage]:
         )
     )
     return {stage.name: stage for stage in chain}
+
+
+def samples_stage(recipe: Recipe, seq_len: int, made_before: str | None, vocab: str) -> Stage:
+    """Samples of a length: made of the text shards, or taken from the folder ``made_before``."""
+    data = recipe.data
+    stage = functools.partial(
+        Stage, job="data", defaults=defaults_of(DataConfig), name=samples_name(seq_len), width="workers"
+    )
+    if made_before:
+        inputs = {"source": f"data:{made_before}", "vocab": vocab}
+        return stage(run="data_prep.nvidia_hdf5:run", config={"seq_len": seq_len}, inputs=inputs)
+    return stage(
+        run="data_prep.samples:run",
+        config={
+            "seq_len": seq_len,
+            "lowercase": data.lowercase,
+            "strip_accents": data.strip_accents,
+            "dupe_factor": data.dupe_factor,
+            "short_seq_prob": data.short_seq_prob,
+            "seed": data.seed,
+            **({} if recipe.train.objective == "mlm+nsp" else {"pairs": False}),
+        },
+        inputs={"shards": "shard:", "vocab": vocab},
+    )
 
 
 def phase_stage(recipe: Recipe, name: str, phase: PhaseConfig, before: str | None, vocab: str) -> Stage:
