@@ -308,7 +308,10 @@ def rotate(attempt_dir: Path, keep: int) -> None:
     succeeded = any(int(path.name) > mine for path in attempts)
     if succeeded or not history or history[0].parent != attempt_dir:
         return
-    best = (read_manifest(history[0]).get("best") or {}).get("step")
+    try:
+        best = (read_manifest(history[0]).get("best") or {}).get("step")
+    except CheckpointError:  # a newer attempt has just deleted it: it rotates now
+        return
     kept = [*history[:keep], *(folder for folder in history if step_of(folder) == best)]
     old = [folder for path in attempts for folder in _step_folders(path) if folder not in kept]
     for folder in [folder for folder in old if not is_permanent(folder)]:
