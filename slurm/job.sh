@@ -127,7 +127,7 @@ fi
 (
   trap '' TERM
   while sleep 30; do
-    kill -CONT $$ # a stopped shell would keep the nodes for ever
+    kill -CONT $$ || exit # a stopped shell would keep the nodes for ever; one that was killed has no need of this
     if [ "$gpus" -gt 0 ]; then
       note_gpu_s
       # for stages that look at no deadline, and for jobs of the run that spend at the same time
