@@ -133,8 +133,9 @@ def by_node_count(words: Sequence[str]) -> dict[str, list[str]]:
     flag = [f.value for f in flags.split(words, sections=SECTIONS).flags if f.name == "nodes" and "," in f.value]
     if not flag or "--test-only" not in words:
         return {}
+    spelled = [f"{before}{flag[-1]}" for before in ("", "--nodes=", "-N")]
     return {
-        count: [word.removesuffix(flag[-1]) + count if word.endswith(flag[-1]) else word for word in words]
+        count: [word.removesuffix(flag[-1]) + count if word in spelled else word for word in words]
         for count in flag[-1].split(",")
     }
 

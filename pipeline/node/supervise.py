@@ -72,7 +72,7 @@ def _be_child(parent: int, stacks: BinaryIO, job: Job, work: Callable[[], None])
         sys.stdout.flush()
         sys.stderr.flush()
     finally:
-        os.kill(parent, signal.SIGCONT)
+        _let_go_on(parent)
         os._exit(code)
 
 
@@ -94,7 +94,12 @@ def _wake(parent: int, job: Job) -> None:
             time.sleep(LOOK_S)  # a job that is about to be suspended
             if is_stopped(parent):
                 job.warn(f"process {parent}, which watches this one, was stopped (SIGSTOP); it goes on")
-                os.kill(parent, signal.SIGCONT)
+                _let_go_on(parent)
+
+
+def _let_go_on(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):  # gone meanwhile
+        os.kill(pid, signal.SIGCONT)
 
 
 def is_stopped(pid: int) -> bool:
