@@ -28,8 +28,8 @@ class Sums:
     """What a batch came to: the same on every rank.
 
     ``losses`` are means by name, ``shares [micro_batches, losses]`` what each micro-batch adds to them; ``counts`` are
-    those of the whole batch by name; ``samples`` is a digest of the ids of
-    all its samples in order; ``asked`` says what some rank asked for; ``seconds [ranks]`` of computing.
+    those of the whole batch by name; ``samples`` is a digest of the ids of all its samples in order; ``asked`` says
+    what some rank asked for; ``seconds [ranks]`` of computing.
     """
 
     plan: BatchPlan

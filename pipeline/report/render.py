@@ -158,13 +158,11 @@ def tiles(facts: Facts) -> Html | None:
         ),
         ("Held-out MLM loss", with_error(loss, figures.get("eval_mlm_loss_se"), 3), margin),
         beside("Accuracy at [MASK]", figures, "eval_mask_accuracy", "unigram_mask_accuracy", "most frequent word"),
-        *[
-            beside("NSP accuracy", figures, "eval_nsp_accuracy", "nsp_majority", "more frequent answer")
-            for _ in figures.keys() & {"eval_nsp_accuracy"}
-        ],
         ("Real tokens per second", number(phase.median("tokens_per_s")), f"median of {phase.name}"),
         ("Time in all", duration(facts.account.chain.wall_s) if facts.account else "–", "from submission to end"),
     ]
+    if "eval_nsp_accuracy" in figures:
+        shown.insert(3, beside("NSP accuracy", figures, "eval_nsp_accuracy", "nsp_majority", "more frequent answer"))
     return tag(
         "dl",
         *[tag("div", tag("dt", name), tag("dd", value), tag("dd", more, class_="more")) for name, value, more in shown],
@@ -176,7 +174,11 @@ def beside(title: str, figures: Mapping[str, Any], key: str, baseline: str, name
     """A tile of a share beside that of always saying the same."""
     level = figures.get(baseline)
     share, error = figures.get(key), figures.get(f"{key}_se")
-    shown = with_error(100 * share, 100 * error, 1) + " %" if is_number(share) and is_number(error) else percent(share)
+    shown = (
+        f"{with_error(100 * share, 100 * error, 1)}\N{NO-BREAK SPACE}%"
+        if is_number(share) and is_number(error)
+        else percent(share)
+    )
     return title, shown, f"{name}: {percent(level)}" if is_number(level) else "held out"
 
 
