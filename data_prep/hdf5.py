@@ -16,6 +16,7 @@ from data_prep.manifest import SampleSet, ShardFile
 from data_prep.publish import publish_bytes
 
 FORMAT = 1
+FILTERS = {h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32}
 ARRAYS = ("tokens", "offsets", "b_start", "is_random_next", "document")
 SHORTEST = 5  # [CLS] a [SEP] b [SEP]
 
@@ -131,6 +132,20 @@ def read_listed(samples: SampleSet, file: ShardFile) -> Shard:
             "stage again"
         )
     return shard
+
+
+def native(file: Any, name: str, dimensions: int) -> Any:
+    """A stranger's dataset of whole numbers; ValueError where it leads out of the ``file`` or needs a plug-in."""
+    if not isinstance(file.get(name, getlink=True), h5py.HardLink):
+        raise ValueError(f"{name} is a link, or missing")
+    dataset = file[name]
+    plist = dataset.id.get_create_plist()
+    filters = {plist.get_filter(number)[0] for number in range(plist.get_nfilters())}
+    if dataset.external or dataset.is_virtual or not filters <= FILTERS:
+        raise ValueError(f"{name} is stored outside the file or with a foreign filter")
+    if dataset.dtype.kind not in "iu" or dataset.ndim != dimensions:
+        raise ValueError(f"{name} is {dataset.dtype} with {dataset.ndim} dimensions")
+    return dataset
 
 
 def _mapped(content: NDArray[np.uint8], dataset: Any, dtype: type[np.generic], length: int) -> NDArray[Any]:

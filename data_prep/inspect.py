@@ -19,7 +19,7 @@ from data_prep.document import printable
 from data_prep.errors import DataError
 from data_prep.hdf5 import Shard, read_listed
 from data_prep.manifest import SampleSet, load
-from data_prep.masking import mask_tokens
+from data_prep.masking import boundaries, mask_tokens
 from data_prep.publish import file_sha256
 from data_prep.wordpiece import Vocabulary
 
@@ -61,7 +61,7 @@ def described(options: argparse.Namespace) -> Iterator[str]:
     if not 0 <= options.sample < len(shard.offsets) - 1:
         raise DataError(f"{options.shard} has samples 0 to {len(shard.offsets) - 2}, not {options.sample}")
     vocab = options.vocab or folder.parent / "vocab" / "vocab.txt"
-    vocabulary = Vocabulary.load(vocab)
+    vocabulary = Vocabulary.load(vocab, any_kind=True)
     if vocabulary.sha256 != samples.vocab_sha256:
         raise DataError(f"{vocab} is not the vocabulary of {folder}: name it with --vocab")
     row = options.sample
@@ -69,7 +69,8 @@ def described(options: argparse.Namespace) -> Iterator[str]:
     tokens = shard.tokens[shard.offsets[row] : shard.offsets[row + 1]].astype(np.int32)
     yield f"sample {row} of {options.shard.name}, number {first + row} of {samples.rows} in the {split} split"
     follows = "a random sentence" if shard.is_random_next[row] else "what follows"
-    yield f"{len(tokens)} of {samples.seq_len} tokens; B, from token {shard.b_start[row]} on, is {follows}"
+    parts = f"B, from token {shard.b_start[row]} on, is {follows}" if shard.b_start[row] < len(tokens) else "no B"
+    yield f"{len(tokens)} of {samples.seq_len} tokens; {parts}"
     yield from masked(samples, tokens, first + row, vocabulary, options)
     yield from origin(folder.parent, samples, shard, row)
 
@@ -87,7 +88,7 @@ def masked(
         epoch=0,
         vocab_size=samples.vocab_size,
         mask_id=special["mask"],
-        special_ids=(special["cls"], special["sep"]),
+        special_ids=boundaries(special),
         masked_lm_prob=options.masked_share,
         max_predictions=options.max_predictions,
         continuing=vocabulary.continuing if options.masking_unit == "word" else None,

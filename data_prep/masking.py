@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -13,6 +13,11 @@ SPECIAL_TOKENS = 3  # [CLS], [SEP], [SEP] of each sample are never masked
 MASK_PROBABILITY = 0.8
 KEEP_PROBABILITY = 0.1
 POSITION_BITS = np.uint64(16)
+
+
+def boundaries(special: Mapping[str, int]) -> tuple[int, ...]:
+    """The ids of [CLS] and [SEP], as far as a vocabulary has them."""
+    return tuple(special[name] for name in ("cls", "sep") if name in special)
 
 
 def masked_counts(lengths: ArrayLike, masked_lm_prob: float, max_predictions: int) -> Ints:
@@ -78,8 +83,8 @@ def mask_tokens(
 def _order(tokens: NDArray[np.int32], special_ids: Sequence[int], keys: Keys, inside: Keys) -> Keys:
     """For each token a number to sort by: special ones last, else random, the position in the lowest bits."""
     random = bits(keys, inside) >> np.uint64(1)
-    special = tokens == special_ids[0]
-    for number in special_ids[1:]:
+    special = np.zeros(len(tokens), bool)
+    for number in special_ids:
         special |= tokens == number
     random |= special.astype(np.uint64) << np.uint64(63)
     return random >> POSITION_BITS << POSITION_BITS | inside

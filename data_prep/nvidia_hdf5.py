@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 from data_prep import manifest
 from data_prep.errors import DataError
 from data_prep.fanout import Job, run_all
-from data_prep.hdf5 import SHORTEST, Shard, read_shard, token_dtype, write_shard
-from data_prep.masking import mask_tokens
+from data_prep.hdf5 import SHORTEST, Shard, native, read_shard, token_dtype, write_shard
+from data_prep.masking import boundaries, mask_tokens
 from data_prep.publish import file_sha256, publish_bytes, publishing
 from data_prep.wordpiece import Vocabulary
 
@@ -38,34 +38,34 @@ SCHEMA = {
     "next_sentence_labels": ("|i1", 1),
 }
 MOST_BYTES = 4 << 30  # of a file in memory; NVIDIA's own have a tenth
-FILTERS = {h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32, h5py.h5z.FILTER_LZF}
 Rows = dict[str, NDArray[Any]]
 
 
-def run(job: Job, *, source: Path, vocab: Path, seq_len: int) -> dict[str, Any]:
+def run(job: Job, *, source: Path, vocab: Path, seq_len: int, pairs: bool = True) -> dict[str, Any]:
     """Stage ``samples`` where they were made before: a samples folder of this pipeline, or NVIDIA's files, converted.
 
     Ours are linked, or copied from another file system, and verified. Returns the counts of the manifest. DataError
-    where they have another length or vocabulary, or none is held out.
+    where they have another length or vocabulary, where ``pairs`` are wanted and they are none, or none is held out.
     """
-    if (source / manifest.NAME).exists():
-        value = manifest.read_manifest(source)
-        made = [manifest.load_verified(source, split) for split in ("train", "test")]
-        for shard in (shard for samples in made for shard in samples.shards):
-            _take(shard.path, job.out / shard.path.name)
-        publish_bytes(job.out / manifest.NAME, (source / manifest.NAME).read_bytes())
-    else:
-        value = from_nvidia(source, job.out, vocab=vocab, workers=job.workers)
-    found = {split: [row for row in value["shards"] if row["split"] == split] for split in ("train", "test")}
+    ours = (source / manifest.NAME).exists()
+    value = manifest.read_manifest(source) if ours else from_nvidia(source, job.out, vocab=vocab, workers=job.workers)
     if value["seq_len"] != seq_len:
         raise DataError(f"{source} holds samples of {value['seq_len']} tokens, the phase wants {seq_len}")
     if value["vocab_sha256"] != Vocabulary.load(vocab).sha256:
         raise DataError(f"{source} was made with another vocabulary than {vocab}")
+    if pairs and not value.get("pairs", True):
+        raise DataError(f'{source} holds single texts and no pairs: train.objective = "mlm" trains on them')
+    found = {split: [row for row in value["shards"] if row["split"] == split] for split in ("train", "test")}
     for split, rows in found.items():
         if not rows:
             raise DataError(
                 f"{source} holds no {split} shard; of NVIDIA's files those with `test` in their name are held out"
             )
+    if ours:
+        made = [manifest.load_verified(source, split) for split in ("train", "test")]
+        for shard in (shard for samples in made for shard in samples.shards):
+            _take(shard.path, job.out / shard.path.name)
+        publish_bytes(job.out / manifest.NAME, (source / manifest.NAME).read_bytes())
     counts = {split: {"shards": len(rows), "rows": sum(row["rows"] for row in rows)} for split, rows in found.items()}
     return {**counts, "seq_len": seq_len, "vocab_size": value["vocab_size"]}
 
@@ -97,7 +97,7 @@ def to_rows(
         epoch=0,
         vocab_size=vocab_size,
         mask_id=special["mask"],
-        special_ids=(special["cls"], special["sep"]),
+        special_ids=boundaries(special),
         masked_lm_prob=masked_lm_prob,
         max_predictions=max_predictions,
     )
@@ -185,16 +185,7 @@ def read_rows(path: Path) -> Rows:
         with h5py.File(path, "r", locking=False) as file:
             rows, left = {}, MOST_BYTES
             for name, (_, dimensions) in SCHEMA.items():
-                # neither links into other files nor plug-ins: the file is a stranger's
-                if not isinstance(file.get(name, getlink=True), h5py.HardLink):
-                    raise ValueError(f"{name} is a link, or missing")
-                dataset = file[name]
-                plist = dataset.id.get_create_plist()
-                filters = {plist.get_filter(number)[0] for number in range(plist.get_nfilters())}
-                if dataset.external or dataset.is_virtual or not filters <= FILTERS:
-                    raise ValueError(f"{name} is stored outside the file or with a foreign filter")
-                if dataset.dtype.kind not in "iu" or dataset.ndim != dimensions:
-                    raise ValueError(f"{name} is {dataset.dtype} with {dataset.ndim} dimensions")
+                dataset = native(file, name, dimensions)
                 left -= dataset.size * dataset.dtype.itemsize
                 if left < 0:  # a few kB of gzip can say terabytes
                     raise ValueError(f"more than {MOST_BYTES >> 30} GB of samples; split it")

@@ -70,7 +70,12 @@ def publish_text(path: Path, text: str) -> None:
 
 def publish_json(path: Path, value: Any) -> None:
     """Write ``value`` as indented JSON with a final newline; NaN and infinity are refused (ValueError)."""
-    publish_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    publish_text(path, as_json(value))
+
+
+def as_json(value: Any) -> str:
+    """The text that `publish_json` writes."""
+    return json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def publish_sealed(path: Path, value: Mapping[str, Any]) -> None:

@@ -87,14 +87,14 @@ def table_documents(path: Path, column: str, *, max_document_mb: float, tally: T
 
 def row_groups(path: Path) -> int:
     """Number of row groups of a Parquet file, which can be read apart."""
-    return int(_parquet(path).num_row_groups)
+    return int(parquet_file(path).num_row_groups)
 
 
 def parquet_documents(
     path: Path, start: int, end: int, column: str, *, max_document_mb: float, tally: Tally
 ) -> Iterator[Document]:
     """Rows of the row groups [start, end) of a Parquet file with a text `column`, and perhaps ``id`` and ``title``."""
-    file = _parquet(path)
+    file = parquet_file(path)
     names = list(file.schema_arrow.names)
     _column(path, names, column)
     wanted = [column, *(name for name in ("id", "title") if name in names)]
@@ -108,7 +108,8 @@ def parquet_documents(
             yield from _record(path, row, column, where, max_document_mb, tally)
 
 
-def _parquet(path: Path) -> Any:
+def parquet_file(path: Path) -> Any:
+    """A Parquet file, opened; DataError without pyarrow, or where it is none."""
     try:
         import pyarrow
         from pyarrow import parquet

@@ -106,9 +106,8 @@ def run(
     """Write ``train-00000.hdf5 …``, ``test-00000.hdf5 …`` and ``manifest.json`` into ``job.out``.
 
     Each text is paired ``dupe_factor`` times (test text once); without ``pairs`` a sample is ``[CLS] A [SEP]``.
-    Returns the counts of the manifest. Raises
-    DataError for a text shard that does not match its manifest, or a vocabulary without special tokens or in another
-    case than the text.
+    Returns the counts of the manifest. Raises DataError for a text shard that does not match its manifest, or a
+    vocabulary without special tokens or in another case than the text.
     """
     settings = Settings(vocab, seq_len, lowercase, strip_accents, dupe_factor, short_seq_prob, seed, pairs)
     vocabulary = Vocabulary.load(vocab)
@@ -133,14 +132,22 @@ def run(
     if long := sum(row["sentences_over_limit"] for row in rows):
         total = sum(row["sentences"] for row in rows)
         job.say(f"{long} of {total} sentences have over {settings.limit} tokens: cut into pieces, all kept")
-    value = {
+    return publish_samples(job, vocabulary, rows, source["manifest_sha256"], seq_len=seq_len, seed=seed, pairs=pairs)
+
+
+def publish_samples(
+    job: Job, vocabulary: Vocabulary, rows: list[dict[str, Any]], source: str, *, seq_len: int, seed: int, pairs: bool
+) -> dict[str, Any]:
+    """Write the manifest of the shards ``rows``, which were made from what has the digest ``source``; its counts."""
+    value: dict[str, Any] = {
         "format": manifest.FORMAT,
         "seq_len": seq_len,
         "vocab_size": vocabulary.size,
         "vocab_sha256": vocabulary.sha256,
         "seed": seed,
+        **({} if pairs else {"pairs": False}),
         "special": vocabulary.special,
-        "source_manifest": source["manifest_sha256"],
+        "source_manifest": source,
         "shards": rows,
         **{split: _totals([row for row in rows if row["split"] == split], seq_len) for split in SPLITS},
     }

@@ -22,6 +22,7 @@ from data_prep import manifest
 from data_prep.errors import DataError, refuse_pointer
 from data_prep.fanout import Job, run_all
 from data_prep.publish import publish_bytes, publishing, remove_leftovers
+from data_prep.tokenizer_json import special_of, tokens_of
 
 Ragged = tuple[NDArray[np.uint32], NDArray[np.int64]]
 Encode = Callable[[Sequence[str]], Ragged]
@@ -41,7 +42,8 @@ UNKNOWN = 0.01
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """A vocabulary: place (from 0) = id. ``special`` maps pad, unk, cls, sep, mask to ids.
+    """A vocabulary: place (from 0) = id. ``special`` maps pad, unk, cls, sep, mask to ids; one of any kind may have no
+    other of these than pad and mask.
 
     ``sha256`` is that of the tokens, a line each: a BOM, line ends and the file's format are no difference.
     """
@@ -61,8 +63,8 @@ class Vocabulary:
         return np.array([token.startswith("##") for token in self.tokens])
 
     @classmethod
-    def load(cls, path: Path) -> Vocabulary:
-        """Read a ``vocab.txt`` or the WordPiece of a ``tokenizer.json``.
+    def load(cls, path: Path, *, any_kind: bool = False) -> Vocabulary:
+        """Read a ``vocab.txt`` or the WordPiece of a ``tokenizer.json``; with ``any_kind`` any ``tokenizer.json``.
 
         DataError for a special token or line that is missing, double, or not UTF-8.
         """
@@ -77,7 +79,7 @@ class Vocabulary:
             raise DataError(f"vocabulary {path} is not UTF-8 (byte {error.start})") from None
         lines = text.replace("\r\n", "\n").removesuffix("\n").split("\n")
         if path.suffix == ".json":
-            lines = _tokens_of_json(path, text)
+            lines = tokens_of(path) if any_kind else _tokens_of_json(path, text)
         ids: dict[str, int] = {}
         for number, token in enumerate(lines):
             if not token:
@@ -85,12 +87,15 @@ class Vocabulary:
             if token in ids:
                 raise DataError(f"vocabulary {path} has {token!r} twice, in lines {ids[token] + 1} and {number + 1}")
             ids[token] = number
-        if missing := [token for token in SPECIAL.values() if token not in ids]:
+        if any_kind and path.suffix == ".json":
+            special = special_of(path, ids)
+        elif missing := [token for token in SPECIAL.values() if token not in ids]:
             raise DataError(
                 f"vocabulary {path} ({len(lines)} lines) lacks {', '.join(missing)}: a BERT vocabulary has "
                 f"{' '.join(SPECIAL.values())}, each on its own line"
             )
-        special = {name: ids[token] for name, token in SPECIAL.items()}
+        else:
+            special = {name: ids[token] for name, token in SPECIAL.items()}
         return cls(tuple(lines), hashlib.sha256("".join(f"{line}\n" for line in lines).encode()).hexdigest(), special)
 
     def check_case(self, lowercase: bool, origin: Path) -> None:

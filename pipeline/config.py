@@ -68,6 +68,7 @@ class DataConfig:
     jsonl: tuple[str, ...] = ()  # records with a text: JSON lines, CSV, TSV, Parquet
     text_column: str = "text"  # its name in them
     licences: tuple[str, ...] = ()  # of these texts, for the model card
+    tokens: str | None = None  # a folder of sequences of any alphabet with their tokenizer.json, instead of texts
     vocab: str | None = None  # a vocab.txt; none: the chain trains one
     vocab_size: int = limited(30522, low=64, high=1_000_000)
     language: str = "en"
@@ -81,6 +82,16 @@ class DataConfig:
     dupe_factor: int = limited(5, low=1, high=1000)
     short_seq_prob: float = limited(0.1, low=0, high=1)
     seed: int = limited(12345, low=0)
+
+    @property
+    def corpora(self) -> tuple[str, ...]:
+        """All that is learnt from, by name."""
+        return (*self.wikipedia, *self.books, *self.jsonl, *([self.tokens] if self.tokens else []))
+
+    @property
+    def vocabulary(self) -> str | None:
+        """The file that names the tokens; None where the chain trains it."""
+        return f"{self.tokens}/tokenizer.json" if self.tokens else self.vocab
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +144,7 @@ class PhaseConfig:
     steps: int = limited(low=1)
     samples: str | None = None  # a folder under --data: samples that were made before, ours or NVIDIA's HDF5
     start: str | None = None  # a Hugging Face folder or NVIDIA's .pt under --data; the phases before are left out
+    start_step: int = limited(0, low=0)  # steps of this phase that NVIDIA's .pt has made: LAMB, rate and data go on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -335,6 +347,11 @@ def _contradictions(recipe: Recipe) -> list[str]:
             lines.append(
                 f"{name}.max_predictions = {phase.max_predictions} must be below {name}.seq_len = {phase.seq_len}"
             )
+        ready = (phase.start or "").endswith(".pt") and recipe.optimizer.name == "lamb"
+        if phase.start_step and not (ready and phase.start_step < phase.steps):
+            lines.append(
+                f"{name}.start_step wants NVIDIA's .pt as {name}.start, more {name}.steps, and optimizer.name lamb"
+            )
     for name in ("squad", "mrpc", "sst2"):
         task: TaskConfig | None = getattr(recipe, name)
         if task is not None and len(set(task.seeds)) < max(1, len(task.seeds)):
@@ -351,27 +368,28 @@ def _contradictions(recipe: Recipe) -> list[str]:
                 f"model.max_position_embeddings = {model.max_position_embeddings}"
             )
     given = {name: phase.samples for name, phase in recipe.phases.items() if phase.samples is not None}
-    if not (data.wikipedia or data.books or data.jsonl) and given.keys() != recipe.phases.keys():
-        lines.append("[data] names no corpus: give at least one of wikipedia, books, jsonl")
-    if data.vocab is None and given:
+    if not data.corpora and given.keys() != recipe.phases.keys():
+        lines.append("[data] names no corpus: give at least one of wikipedia, books, jsonl; or tokens")
+    if data.tokens is not None:
+        for name in ("wikipedia", "books", "jsonl", "vocab", "squad", "mrpc", "sst2", "inference"):
+            if getattr(data, name, None) or getattr(recipe, name, None):
+                lines.append(f"{name} goes with texts, not with data.tokens: leave it out")
+        if (recipe.train.objective, recipe.train.masking_unit) != ("mlm", "token"):
+            lines.append(
+                'data.tokens has no sentences and no words: set train.objective = "mlm", masking_unit = "token"'
+            )
+    if data.vocabulary is None and given:
         lines.append("data.vocab is missing: samples that were made before are worth nothing without their vocab.txt")
     sources = {(phase.seq_len, phase.samples) for phase in recipe.phases.values()}
     if len(sources) > len(dict(sources)):
         lines.append("phases of one seq_len read the same samples: give all of them the same, or none")
     starts = [phase.start for phase in recipe.phases.values() if phase.start is not None]
-    if data.vocab is None and starts:
+    if data.vocabulary is None and starts:
         lines.append("data.vocab is missing: weights to start from are worth nothing without their own vocab.txt")
     if fault := language_fault(data.language):
         lines.append(fault)
     tasks = [task for task in (recipe.squad, recipe.mrpc, recipe.sst2) if task is not None]
-    named = [
-        *data.wikipedia,
-        *data.books,
-        *data.jsonl,
-        *([data.vocab] if data.vocab is not None else []),
-        *starts,
-        *given.values(),
-    ]
+    named = [*data.corpora, *([data.vocab] if data.vocab is not None else []), *starts, *given.values()]
     for name in [*named, *(file for task in tasks for file in (task.train, task.eval))]:
         if not name.strip(". /") or name.startswith("/") or ".." in name.split("/"):
             lines.append(f"{name[:40]!r} is no name of a file below --data DIR")

@@ -60,18 +60,27 @@ def _of_nvidia(file: Path, config_file: Path | None, hidden_act: str | None) -> 
 
 
 def run(
-    job: Job, *, checkpoint: Path, vocab: Path, lowercase: bool, strip_accents: bool, **card: Any
+    job: Job,
+    *,
+    checkpoint: Path,
+    vocab: Path,
+    lowercase: bool = True,
+    strip_accents: bool = True,
+    any_kind: bool = False,
+    **card: Any,
 ) -> dict[str, Any]:
     """Stage ``export``: write ``model/``, whole or not at all; further arguments are those of `model_card`.
+
+    With ``any_kind`` the vocabulary is a tokenizer.json that is kept as it is.
 
     Returns ``model`` (the folder's name), ``step_of`` (where the weights are from), ``vocab_size`` and
     ``parameters`` as exported.
     """
     from pipeline.bert.folder import write_folder
-    from pipeline.bert.tokenizer import Tokenizer
+    from pipeline.bert.tokenizer import AnyTokenizer, Tokenizer
 
     source = read_source(checkpoint)
-    tokenizer = Tokenizer(vocab, lowercase, strip_accents)
+    tokenizer = AnyTokenizer(vocab) if any_kind else Tokenizer(vocab, lowercase, strip_accents)
     facts = write_folder(job.out / "model", source, tokenizer, card=model_card(source, **card), replace=True)
     job.say(f"model of {facts['parameters'] / 1e6:.1f} million parameters from {source.origin}")
     return {"model": "model", **facts}

@@ -19,7 +19,7 @@ def table(recipe: Recipe) -> dict[str, Stage]:
     """The stages of a recipe by name, needs before the stages that need them."""
     data, tasks = recipe.data, [name for name in TASKS if getattr(recipe, name) is not None]
     language = {"lowercase": data.lowercase, "strip_accents": data.strip_accents}
-    vocab = f"data:{data.vocab}" if data.vocab else "vocab:vocab.txt"
+    vocab = f"data:{data.vocabulary}" if data.vocabulary else "vocab:vocab.txt"
     of_data = functools.partial(Stage, job="data", defaults=defaults_of(DataConfig))
 
     chain = [
@@ -47,7 +47,7 @@ def table(recipe: Recipe) -> dict[str, Stage]:
             inputs={"documents": "extract:"},
         ),
     ]
-    if not data.vocab:
+    if not data.vocabulary:
         chain.append(
             of_data(
                 name="vocab",
@@ -57,7 +57,7 @@ def table(recipe: Recipe) -> dict[str, Stage]:
                 inputs={"shards": "shard:"},
             )
         )
-    if all(phase.samples for phase in recipe.phases.values()):
+    if data.tokens or all(phase.samples for phase in recipe.phases.values()):
         chain.clear()  # no text is read
     for seq_len, samples in {phase.seq_len: phase.samples for phase in recipe.phases.values()}.items():
         chain.append(samples_stage(recipe, seq_len, samples, vocab))
@@ -71,7 +71,11 @@ def table(recipe: Recipe) -> dict[str, Stage]:
             run="pipeline.export:run",
             job="finetune",
             width="one",
-            config={**language, "data": (*data.wikipedia, *data.books, *data.jsonl), "licences": data.licences},
+            config={
+                **({"any_kind": True} if data.tokens else language),
+                "data": data.corpora,
+                "licences": data.licences,
+            },
             defaults=defaults_of(DataConfig),
             inputs={"checkpoint": f"{list(recipe.phases)[-1]}#checkpoint", "vocab": vocab},
         )
@@ -106,12 +110,17 @@ def table(recipe: Recipe) -> dict[str, Stage]:
 def samples_stage(recipe: Recipe, seq_len: int, made_before: str | None, vocab: str) -> Stage:
     """Samples of a length: made of the text shards, or taken from the folder ``made_before``."""
     data = recipe.data
+    kind = {} if recipe.train.objective == "mlm+nsp" else {"pairs": False}
     stage = functools.partial(
         Stage, job="data", defaults=defaults_of(DataConfig), name=samples_name(seq_len), width="workers"
     )
     if made_before:
         inputs = {"source": f"data:{made_before}", "vocab": vocab}
-        return stage(run="data_prep.nvidia_hdf5:run", config={"seq_len": seq_len}, inputs=inputs)
+        return stage(run="data_prep.nvidia_hdf5:run", config={"seq_len": seq_len, **kind}, inputs=inputs)
+    if data.tokens:
+        config = {"seq_len": seq_len, "test_fraction": data.test_fraction, "seed": data.seed}
+        inputs = {"source": f"data:{data.tokens}", "vocab": vocab}
+        return stage(run="data_prep.tokens:run", config=config, inputs=inputs)
     return stage(
         run="data_prep.samples:run",
         config={
@@ -121,7 +130,7 @@ def samples_stage(recipe: Recipe, seq_len: int, made_before: str | None, vocab: 
             "dupe_factor": data.dupe_factor,
             "short_seq_prob": data.short_seq_prob,
             "seed": data.seed,
-            **({} if recipe.train.objective == "mlm+nsp" else {"pairs": False}),
+            **kind,
         },
         inputs={"shards": "shard:", "vocab": vocab},
     )

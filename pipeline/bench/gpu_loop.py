@@ -46,6 +46,9 @@ class Invented:
             warmup=0.0, schedule="constant", max_grad_norm=1.0, optimizer=OptimizerConfig(backend="torch"), **settings,
         )  # fmt: skip
 
+    def optimizer(self) -> None:
+        return None
+
     def model(self) -> BertForPreTraining:
         return model_on(torch.device("cpu"), self.config)
 

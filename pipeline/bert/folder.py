@@ -25,7 +25,7 @@ from pipeline.bert import heads
 from pipeline.bert.config import VOCAB_ROWS, BertConfig, is_padding, padded_vocab, read_object
 from pipeline.bert.encoder import Bert, initialise
 from pipeline.bert.tensor_file import write_safetensors
-from pipeline.bert.tokenizer import CONFIG, FILES, PLAIN, Tokenizer, read_tokenizer
+from pipeline.bert.tokenizer import CONFIG, FILES, PLAIN, AnyTokenizer, Tokenizer, read_tokenizer
 from pipeline.bert.weight_files import (
     State,
     canonical,
@@ -185,8 +185,10 @@ def read_folder(folder: Path) -> Source:
     return Source(config, arrays, f"the folder {folder.name}", ModelFolder(folder).labels).checked()
 
 
-def write_folder(to: Path, source: Source, tokenizer: Tokenizer, *, card: str, replace: bool = False) -> dict[str, Any]:
-    """Write the folder ``to``: model.safetensors, config.json, vocab.txt, tokenizer_config.json, README.md.
+def write_folder(
+    to: Path, source: Source, tokenizer: Tokenizer | AnyTokenizer, *, card: str, replace: bool = False
+) -> dict[str, Any]:
+    """Write the folder ``to``: model.safetensors, config.json, the tokenizer's files, README.md.
 
     The padding rows of the vocabulary are left out, and a pooler that question answering does not read. Returns
     ``step_of`` (where the weights are from), ``vocab_size`` and ``parameters``. ConfigError when ``to`` exists and
@@ -216,13 +218,13 @@ def write_folder(to: Path, source: Source, tokenizer: Tokenizer, *, card: str, r
     return {"step_of": source.origin, "vocab_size": size, "parameters": parameters}
 
 
-def write_description(folder: Path, config: BertConfig, tokenizer: Tokenizer, **described: Any) -> None:
+def write_description(folder: Path, config: BertConfig, tokenizer: Tokenizer | AnyTokenizer, **described: Any) -> None:
     """Write all of a folder but weights and card: config.json, with ``described`` in it, and the tokenizer."""
     vocabulary = tokenizer.vocabulary
     shape = config.to_hugging_face(vocab_size=vocabulary.size, pad_token_id=vocabulary.special["pad"])
     publish_json(folder / MODEL, described | shape)
-    publish_text(folder / PLAIN, "".join(f"{token}\n" for token in vocabulary.tokens))
-    publish_json(folder / CONFIG, tokenizer.to_hugging_face(config.max_position_embeddings))
+    for name, text in tokenizer.files(config.max_position_embeddings).items():
+        publish_text(folder / name, text)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from data_prep.errors import DataError
+from data_prep.publish import as_json
 from data_prep.wordpiece import SPECIAL, Encoder, Vocabulary, unknown_note, varied_strings
 from pipeline.bert.config import read_object
 from pipeline.errors import ConfigError
@@ -61,9 +62,9 @@ class Tokenizer:
         """A line when more than 1 % of the ``tokens`` (ids) of a text are [UNK]; else nothing."""
         return unknown_note(origin, int((tokens == self.vocabulary.special["unk"]).sum()), len(tokens))
 
-    def to_hugging_face(self, max_length: int) -> dict[str, Any]:
-        """The content of tokenizer_config.json, to lie beside a vocab.txt."""
-        return {
+    def files(self, max_length: int) -> dict[str, str]:
+        """Name and content of what describes it to transformers."""
+        described = {
             "tokenizer_class": "BertTokenizer",
             "do_lower_case": self.lowercase,
             "strip_accents": self.strip_accents,
@@ -71,6 +72,30 @@ class Tokenizer:
             "model_max_length": max_length,
             **{f"{name}_token": token for name, token in SPECIAL.items()},
         }
+        tokens = "".join(f"{token}\n" for token in self.vocabulary.tokens)
+        return {PLAIN: tokens, CONFIG: as_json(described)}
+
+
+@dataclass(frozen=True)
+class AnyTokenizer:
+    """A tokenizer.json of any kind, kept as it is; by it no text is read."""
+
+    vocab: Path
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """The tokens; DataError."""
+        return Vocabulary.load(self.vocab, any_kind=True)
+
+    def files(self, max_length: int) -> dict[str, str]:
+        """As `Tokenizer.files`."""
+        tokens, special = self.vocabulary.tokens, self.vocabulary.special
+        described = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": max_length,
+            **{f"{name}_token": tokens[number] for name, number in special.items()},
+        }
+        return {WHOLE: self.vocab.read_text(encoding="utf-8"), CONFIG: as_json(described)}
 
 
 def read_tokenizer(folder: Path, vocab: Path | None = None, **settings: bool) -> Tokenizer:

@@ -39,6 +39,8 @@ def load_start(path: Path, config: BertConfig, vocab: Path | None) -> State:
     if path.is_dir():
         found, state = load_hugging_face(path)
         beside = any((path / name).is_file() for name in (WHOLE, PLAIN))
+        if vocab and vocab.name == WHOLE and (path / WHOLE).is_file():  # of any kind, if it is the same
+            beside = (path / WHOLE).read_bytes() != vocab.read_bytes()
         if vocab and beside and (line := difference(read_tokenizer(path).vocab, vocab)):
             raise CheckpointError(f"{line}; name the vocabulary that belongs to these weights as data.vocab")
     elif path.is_file():
@@ -46,7 +48,7 @@ def load_start(path: Path, config: BertConfig, vocab: Path | None) -> State:
     else:
         raise CheckpointError(f"{path}: no such Hugging Face folder or NVIDIA checkpoint to start from")
     if vocab:
-        found, state = cut(found, state, Vocabulary.load(vocab).size)
+        found, state = cut(found, state, Vocabulary.load(vocab, any_kind=True).size)
     if not any(name.startswith("cls.") for name in state):
         raise CheckpointError(
             f"{path} holds an encoder without pretraining heads (no cls.*): pretraining goes on only from a model "

@@ -103,7 +103,7 @@ class Loop:
         self.introduce()
         job.heartbeat.beat("starting", state.step)
         try:
-            if settings.evaluate_first and state.step == 0 and self.evaluate():
+            if settings.evaluate_first and state.step == settings.first_step and self.evaluate():
                 self.save(permanent=False)
             while state.step < settings.steps:
                 began = time.perf_counter()

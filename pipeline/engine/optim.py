@@ -1,7 +1,7 @@
 """LAMB with apex FusedLAMB's semantics, and AdamW, behind one small interface.
 
-On the CPU the work goes through each tensor in chunks that stay in cache; on other devices through all tensors at
-once, end to end in flat buffers. Neither changes the gradients it reads.
+On the CPU LAMB goes through each tensor in chunks that stay in cache, and AdamW is PyTorch's fused kernel; on other
+devices both go through all tensors at once, end to end in flat buffers.
 """
 
 from __future__ import annotations
@@ -135,7 +135,6 @@ class Optimizer(ABC):
         self.exp_avg_sq = {name: torch.zeros_like(p.detach()) for name, p in self.parameters.items()}
         self.finished_steps = 0
         self.flat: Flat | None = None
-        self._scratch = torch.empty(0)
         if any(p.device.type != "cpu" for p in self.parameters.values()):
             if gradients is None:
                 raise TypeError("on a GPU an optimizer needs the GradientBuffer of its parameters")
@@ -152,9 +151,9 @@ class Optimizer(ABC):
     def step(self, learning_rate: float, *, max_grad_norm: float, grad_norm: float | None = None) -> float:
         """Update the parameters from their ``grad`` and return the global gradient norm before clipping.
 
-        Gradients are read as if divided by max(1, norm / ``max_grad_norm``) (0: no clipping). ``grad_norm``
-        saves computing the norm again. With a norm that is not finite nothing changes, nor the step count.
-        A parameter without gradient is left as it is.
+        Gradients are read as if divided by max(1, norm / ``max_grad_norm``) (0: no clipping), and may be left so.
+        ``grad_norm`` saves computing the norm again. With a norm that is not finite nothing changes, nor the step
+        count. A parameter without gradient is left as it is.
         """
         names = [name for name, p in self.parameters.items() if p.grad is not None]
         norm = global_norm(self._gradients(names)) if grad_norm is None else grad_norm
@@ -210,13 +209,12 @@ class Optimizer(ABC):
         """Apply one step to the named parameters."""
         if self.flat is not None:
             self._update_flat(self.flat, factors)
-            return
-        for name in names:
-            self._update_tensor(name, factors)
+        else:
+            self._update_tensors(names, factors)
 
     @abstractmethod
-    def _update_tensor(self, name: str, factors: Factors) -> None:
-        """One tensor on the CPU, chunk by chunk."""
+    def _update_tensors(self, names: Sequence[str], factors: Factors) -> None:
+        """As `_update`, of tensors on the CPU."""
 
     def _adapts(self, name: str) -> bool:
         """Whether the trust ratio |p| / |u| scales this tensor's direction u, as in LAMB."""
@@ -237,6 +235,74 @@ class Optimizer(ABC):
         defined = (flat.adapts > 0) & (p_norm > 0) & (u_norm > 0)
         scale = torch.where(defined, p_norm / u_norm, factors.unbias)
         weight.addcmul_(u, scale.index_select(0, flat.owner).unsqueeze(1), value=-factors.learning_rate)
+
+
+class AdamW(Optimizer):
+    """Adam with decoupled weight decay (Loshchilov & Hutter 2019, algorithm 2)."""
+
+    def _update_tensors(self, names: Sequence[str], factors: Factors) -> None:
+        # what torch.optim.AdamW(fused=True) calls: one pass; it writes the clipped gradients back
+        step = torch.tensor(float(self.finished_steps) if self.bias_correction else math.inf)
+        for decay in dict.fromkeys(self.decay.values()):
+            group = [name for name in names if self.decay[name] == decay]
+            torch._fused_adamw_(
+                [self.parameters[name] for name in group],
+                self._gradients(group),
+                [self.exp_avg[name] for name in group],
+                [self.exp_avg_sq[name] for name in group],
+                [],
+                [step] * len(group),
+                lr=factors.learning_rate,
+                beta1=self.betas[0],
+                beta2=self.betas[1],
+                weight_decay=decay,
+                eps=self.eps,
+                amsgrad=False,
+                maximize=False,
+                grad_scale=torch.tensor(1 / factors.clip),
+            )
+
+
+class Lamb(Optimizer):
+    """LAMB (You et al. 2020) as NVIDIA's apex FusedLAMB computes it.
+
+    Gradients are clipped to a global norm before the moments; u = mhat / (sqrt(vhat) + eps) + decay * p; the
+    step is lr * |p| / |u| * u for each tensor, with ratio 1 where either norm is 0. ``variant="apex"`` uses
+    the ratio only where weight decay applies (biases and LayerNorm get plain Adam), ``"nvlamb"`` everywhere.
+    """
+
+    def __init__(
+        self, named_parameters: Iterable[tuple[str, Parameter]], *, variant: str = "apex", **options: Any
+    ) -> None:
+        if variant not in ("apex", "nvlamb"):
+            raise ConfigError(f"lamb_variant {variant!r} is unknown; choose apex or nvlamb")
+        self.variant = variant
+        self._scratch = torch.empty(0)
+        super().__init__(named_parameters, **options)
+
+    def _adapts(self, name: str) -> bool:
+        return self.variant == "nvlamb" or self.decay[name] != 0
+
+    def _update_tensors(self, names: Sequence[str], factors: Factors) -> None:
+        for name in names:
+            self._update_tensor(name, factors)
+
+    def _update_tensor(self, name: str, factors: Factors) -> None:
+        # The direction is kept without its factor `unbias`: decay is divided by it, the step size multiplied.
+        flat = self._flat(name)
+        decay = self.decay[name] / factors.unbias
+        direction = self._workspace(flat[0], flat[0].numel())
+        parameter_square = direction_square = 0.0
+        for p, grad, m, v, u in _chunks(*flat, direction):
+            self._moments(grad, m, v, factors.clip)
+            torch.div(m, torch.sqrt(v, out=u).add_(factors.eps), out=u)
+            if decay:
+                u.add_(p, alpha=decay)
+            if self._adapts(name):
+                parameter_square += _square_sum(p)
+                direction_square += _square_sum(u)
+        scale = _trust(math.sqrt(parameter_square), math.sqrt(direction_square), factors.unbias)
+        flat[0].add_(direction, alpha=-factors.learning_rate * scale)
 
     def _flat(self, name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Parameter, gradient and moments of one name as 1-D tensors over the same storage."""
@@ -259,55 +325,6 @@ class Optimizer(ABC):
         b1, b2 = self.betas
         m.mul_(b1).add_(grad, alpha=(1 - b1) * clip)
         v.mul_(b2).addcmul_(grad, grad, value=(1 - b2) * clip * clip)
-
-
-class AdamW(Optimizer):
-    """Adam with decoupled weight decay (Loshchilov & Hutter 2019, algorithm 2)."""
-
-    def _update_tensor(self, name: str, factors: Factors) -> None:
-        flat = self._flat(name)
-        keep = 1 - factors.learning_rate * self.decay[name]
-        for p, grad, m, v in _chunks(*flat):
-            self._moments(grad, m, v, factors.clip)
-            root = torch.sqrt(v, out=self._workspace(p, p.numel())).add_(factors.eps)
-            p.mul_(keep).addcdiv_(m, root, value=-factors.learning_rate * factors.unbias)
-
-
-class Lamb(Optimizer):
-    """LAMB (You et al. 2020) as NVIDIA's apex FusedLAMB computes it.
-
-    Gradients are clipped to a global norm before the moments; u = mhat / (sqrt(vhat) + eps) + decay * p; the
-    step is lr * |p| / |u| * u for each tensor, with ratio 1 where either norm is 0. ``variant="apex"`` uses
-    the ratio only where weight decay applies (biases and LayerNorm get plain Adam), ``"nvlamb"`` everywhere.
-    """
-
-    def __init__(
-        self, named_parameters: Iterable[tuple[str, Parameter]], *, variant: str = "apex", **options: Any
-    ) -> None:
-        if variant not in ("apex", "nvlamb"):
-            raise ConfigError(f"lamb_variant {variant!r} is unknown; choose apex or nvlamb")
-        self.variant = variant
-        super().__init__(named_parameters, **options)
-
-    def _adapts(self, name: str) -> bool:
-        return self.variant == "nvlamb" or self.decay[name] != 0
-
-    def _update_tensor(self, name: str, factors: Factors) -> None:
-        # The direction is kept without its factor `unbias`: decay is divided by it, the step size multiplied.
-        flat = self._flat(name)
-        decay = self.decay[name] / factors.unbias
-        direction = self._workspace(flat[0], flat[0].numel())
-        parameter_square = direction_square = 0.0
-        for p, grad, m, v, u in _chunks(*flat, direction):
-            self._moments(grad, m, v, factors.clip)
-            torch.div(m, torch.sqrt(v, out=u).add_(factors.eps), out=u)
-            if decay:
-                u.add_(p, alpha=decay)
-            if self._adapts(name):
-                parameter_square += _square_sum(p)
-                direction_square += _square_sum(u)
-        scale = _trust(math.sqrt(parameter_square), math.sqrt(direction_square), factors.unbias)
-        flat[0].add_(direction, alpha=-factors.learning_rate * scale)
 
 
 def _trust(parameter_norm: float, direction_norm: float, unbias: float) -> float:

@@ -40,13 +40,15 @@ class GradientBuffer:
             self.spans.append((end, end + parameter.numel()))
             end += -(-parameter.numel() // ALIGN) * ALIGN
         self.flat = torch.zeros(end, device=self.parameters[0].device)
+        self.views = [self.flat[a:b].view_as(p) for p, (a, b) in zip(self.parameters, self.spans, strict=True)]
         self.zero_()
 
     def zero_(self) -> None:
         """Set all gradients to zero (and back to views, should anything have replaced them)."""
         self.flat.zero_()
-        for parameter, (start, stop) in zip(self.parameters, self.spans, strict=True):
-            parameter.grad = self.flat[start:stop].view_as(parameter)
+        for parameter, view in zip(self.parameters, self.views, strict=True):
+            if parameter.grad is not view:
+                parameter.grad = view
 
 
 class Reducer:

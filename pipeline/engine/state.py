@@ -141,8 +141,11 @@ def begin(state: TrainingState, job: Job, ranks: Ranks, task: Task, *, again: bo
             state.share(ranks)
         job.say(f"continues at step {state.step} (saved by attempt {int(state.saved.split('/')[1])})")
         return
-    state.step = state.skipped = state.samples = 0
+    state.step, state.skipped = task.settings.first_step, 0
+    state.samples = sum(task.size(batch) for batch in range(state.step))
     state.best = None
     state.optimizer.reset()
+    if (moments := task.optimizer()) is not None:
+        state.optimizer.load(moments)
     if again:
         state.model.load_state_dict(task.model().state_dict())

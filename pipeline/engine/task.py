@@ -43,6 +43,7 @@ class Settings:
     keep_checkpoints: int = 2
     best_by: str | None = None  # the held-out figure whose lowest value says which checkpoint is the result
     evaluate_first: bool = False  # before the first step: what the starting weights know
+    first_step: int = 0  # steps that were made before, elsewhere
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,9 @@ class Task(Protocol):
 
     def model(self) -> Model:
         """A model on the CPU with the weights that training begins from."""
+
+    def optimizer(self) -> Mapping[str, Tensor] | None:
+        """The state of the optimizer that training begins from, as `Optimizer.state`; None: a fresh one."""
 
     def size(self, batch: int) -> int:
         """Samples of batch number ``batch``."""

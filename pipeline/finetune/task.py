@@ -177,7 +177,7 @@ class Finetuning:
         self.job, self.config, self.files, self.modes = job, config, files, modes
         self.name, self.own_identity, self.seed, self.scratch = task, identity, config.seeds[0], scratch
         self.source = ModelFolder(files.model)
-        self.problem = self._problem()
+        self.problem = self._problem(() if "train" in modes else self.source.labels)
         self.facts: Record = {"task": task, "dataset": config.dataset, "unit": "percent"}
         self.samples = self._read_train() if files.train is not None and "train" in modes else None
         self.evaluations = self._read_evaluations()
@@ -203,10 +203,10 @@ class Finetuning:
         )
         self._order: tuple[int, np.ndarray[Any, np.dtype[np.int64]]] = (-1, np.zeros(0, np.int64))
 
-    def _problem(self) -> Problem:
-        training = "train" in self.modes
-        file = self.files.train if training else self.files.eval
-        return problem_of(self.name, self.config, self.source.tokenizer, file, () if training else self.source.labels)
+    def _problem(self, labels: tuple[str, ...]) -> Problem:
+        """The task; the classes of one's own are ``labels``, or those of the training file."""
+        file = self.files.train if "train" in self.modes else self.files.eval
+        return problem_of(self.name, self.config, self.source.tokenizer, file, labels)
 
     def _read_train(self) -> Samples:
         assert self.files.train is not None
@@ -227,7 +227,7 @@ class Finetuning:
     def _read_evaluations(self) -> dict[str, tuple[Problem, Samples]]:
         evaluations = {}
         for name, path in self.files.evaluations.items() if {"eval", "prediction"} & set(self.modes) else ():
-            problem = self._problem()
+            problem = self._problem(self.problem.labels)
             samples, counts = problem.read_eval(path, labelled="eval" in self.modes)
             evaluations[name] = problem, samples
             self.facts |= {ending(key, name): count for key, count in counts.items()}
@@ -242,6 +242,9 @@ class Finetuning:
             yield self.source.tokenizer.unknown_note(str(path), samples.tokens)
 
     # ---------------------------------------------------------------- where it begins
+
+    def optimizer(self) -> None:
+        return None
 
     def model(self) -> Model:
         """The source's weights with a new head drawn from the seed."""

@@ -38,7 +38,7 @@ def check(request: Request) -> None:
 def corpora_of(recipe: Recipe) -> list[str]:
     """Names of all files under --data that the recipe reads."""
     data, tasks = recipe.data, [getattr(recipe, name) for name in TASKS]
-    names = [*data.wikipedia, *data.books, *data.jsonl, *([data.vocab] if data.vocab else [])]
+    names = [*data.corpora, *([data.vocabulary] if data.vocabulary else [])]
     names += [phase.samples for phase in recipe.phases.values() if phase.samples]
     return list(dict.fromkeys([*names, *(name for task in tasks if task for name in (task.train, task.eval))]))
 
@@ -46,10 +46,7 @@ def corpora_of(recipe: Recipe) -> list[str]:
 def estimated_bytes(recipe: Recipe, data_dir: Path) -> int:
     """Rough need: clean text twice (documents, shards), samples of each length, three checkpoints a phase."""
     grows = {".bz2": 2.5, ".gz": 2.0, ".xml": 0.6}  # compressed or marked-up bytes to bytes of clean text
-    text = sum(
-        size_of(data_dir / name) * grows.get(Path(name).suffix, 1.0)
-        for name in (*recipe.data.wikipedia, *recipe.data.books, *recipe.data.jsonl)
-    )
+    text = sum(size_of(data_dir / name) * grows.get(Path(name).suffix, 1.0) for name in recipe.data.corpora)
     lengths = {phase.seq_len for phase in recipe.phases.values()}
     given = sum(size_of(data_dir / phase.samples) for phase in recipe.phases.values() if phase.samples)
     samples = given + len(lengths) * recipe.data.dupe_factor * text / 4.4 * 2.2  # characters per token, bytes per token

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from data_prep.errors import DataError
 from data_prep.hdf5 import Shard, read_listed
 from data_prep.manifest import SampleSet, load_verified
-from data_prep.masking import mask_tokens, masked_counts
+from data_prep.masking import boundaries, mask_tokens, masked_counts
 from data_prep.splitmix import Ints, derived, key, mix
 from pipeline.config import PhaseConfig, TrainConfig
 
@@ -161,7 +161,7 @@ class PretrainingData:
             epoch=0,
             vocab_size=self.manifest.vocab_size,
             mask_id=special["mask"],
-            special_ids=(special["cls"], special["sep"]),
+            special_ids=boundaries(special),
             masked_lm_prob=self.train.masked_lm_prob,
             max_predictions=self.phase.max_predictions,
             continuing=self.continuing,

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional
 
+from data_prep.masking import boundaries
 from data_prep.splitmix import bits, derived, key
 from pipeline.bert.heads import correct
 from pipeline.bert.packing import Batch
@@ -54,7 +55,7 @@ class WordShares:
             if left <= 0:
                 break
         special = train.manifest.special
-        counts[[special["cls"], special["sep"]]] = 0  # never a target
+        counts[list(boundaries(special))] = 0  # never a target
         return cls(np.log(np.maximum(counts, 1.0) / counts.sum()), special["mask"])
 
     def loss(self, labels: NDArray[np.integer]) -> float:
@@ -84,7 +85,7 @@ def heldout(data: PretrainingData, samples: int, micro_batch: int) -> list[Maske
 def shuffled(masked: MaskedSamples, special: Mapping[str, int]) -> MaskedSamples:
     """The same words in random order: inside each sample, what is neither special nor to be predicted changes place."""
     row = np.repeat(np.arange(len(masked.lengths)), masked.lengths)
-    movable = ~np.isin(masked.tokens, [special["cls"], special["sep"]])
+    movable = ~np.isin(masked.tokens, boundaries(special))
     movable[masked.positions] = False
     places = np.flatnonzero(movable)
     order = np.lexsort((bits(derived(key(0), masked.ids)[row[places]], places), row[places]))

@@ -49,7 +49,6 @@ from pipeline.words import is_number
 
 FORMAT = 1
 PROOF = "proof.json"
-FIGURES = ("loss", "mlm_loss", "grad_norm")
 ROUNDING = {"fp32": 1e-5}  # relative: what another processor or number of ranks may change; 1e-3 for other precisions
 ROUNDED_UPDATE = 0.05  # of an update's length: an optimizer enlarges what rounding does to small gradients
 Arrays = dict[str, NDArray[Any]]
@@ -113,7 +112,8 @@ def _add(run: RunDir, to: Path, recipe: Recipe, name: str, steps: dict[str, list
     to.mkdir(parents=True)
     publish_text(to / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     data = PretrainingData(run.stage(samples_name(phase.seq_len)).path, "train", phase, recipe.train)
-    vocab = run.data_dir / recipe.data.vocab if recipe.data.vocab else run.stage("vocab").path / "vocab.txt"
+    named = recipe.data.vocabulary
+    vocab = run.data_dir / named if named else run.stage("vocab").path / "vocab.txt"
     words = {"continuing": Vocabulary.load(vocab).continuing} if recipe.train.masking_unit == "word" else {}
     for step, folder in kept.items():
         shutil.copytree(folder, step_folder(to, step))
@@ -249,8 +249,6 @@ def check(folder: Path, step: int, stage: str | None = None, index: int | None =
             raise DataError(f"{path} is not the file that {PROOF} lists: the bundle was changed")
     saved = checkpoint.read(step_folder(own, step - 1))
     logged = next((line for line in read_jsonl(own / "metrics.jsonl") if line.get("step") == step), {})
-    if not all(is_number(logged.get(key)) for key in FIGURES) or "samples" not in logged:
-        raise DataError(f"{own / 'metrics.jsonl'}: step {step} has no whole record")
     try:
         data = Excerpt(record["data"][name], load((own / f"samples-{step}.safetensors").read_bytes()), phase,
                        recipe.train)  # fmt: skip
@@ -259,18 +257,28 @@ def check(folder: Path, step: int, stage: str | None = None, index: int | None =
             data.manifest.vocab_size
         ):
             raise ValueError("it lacks samples of the step, or holds tokens outside the vocabulary")
+        going_on = data.continuing
+        if going_on is not None and (going_on.dtype != bool or going_on.shape != (data.manifest.vocab_size,)):
+            raise ValueError("it does not say of every token whether it goes on with a word")
     except (KeyError, ValueError, IndexError, TypeError, SafetensorError) as error:
         raise DataError(f"{own / f'samples-{step}.safetensors'}: not the samples of step {step}: {error}") from None
     device = chosen_device()
     task = Replay(recipe, phase, data, device)
+    if not all(is_number(logged.get(key)) for key in ("loss", *task.losses_named, "grad_norm")) or (
+        "samples" not in logged
+    ):
+        raise DataError(f"{own / 'metrics.jsonl'}: step {step} has no whole record")
     accumulator = restored(task, saved, device)
     rounding = ROUNDING.get(recipe.train.precision, 1e-3)
     if index is not None:
         shares = logged.get("shares") or []
         if not 0 <= index < len(shares):
             raise ConfigError(f"{folder}: step {step} has the shares of {len(shares)} micro-batches on record")
-        found = dict(zip(task.losses_named, shares_of(task, accumulator, index), strict=True))
-        return [row(f"{key} of {index}", shares[index][i], found[key], rounding) for i, key in enumerate(found)]
+        own_shares = shares[index] if isinstance(shares[index], list) else []
+        if len(own_shares) != len(task.losses_named) or not all(map(is_number, own_shares)):
+            raise DataError(f"{own / 'metrics.jsonl'}: step {step} has no whole record of micro-batch {index}")
+        computed_ones = zip(task.losses_named, own_shares, shares_of(task, accumulator, index), strict=True)
+        return [row(f"{key} of {index}", logged_one, value, rounding) for key, logged_one, value in computed_ones]
     sums, norm = computed(task, accumulator)
     found = {"loss": sums.loss, **sums.losses, "grad_norm": norm}
     rows = [row(key, logged[key], value, rounding) for key, value in found.items()]

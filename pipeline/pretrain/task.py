@@ -31,6 +31,7 @@ from pipeline.engine.task import MicroBatch, Settings
 from pipeline.node.job import Job
 from pipeline.pretrain.data import MaskedSamples, PretrainingData
 from pipeline.pretrain.evaluate import MASKED_SHARE, WordShares, baselines, evaluate, heldout, marked, shuffled
+from pipeline.pretrain.nvidia import read_middle
 from pipeline.report.learnt import context_in_words
 
 
@@ -85,6 +86,7 @@ def settings_of(train: TrainConfig, optimizer: OptimizerConfig, phase: PhaseConf
         checkpoint_every=train.checkpoint_every,
         keep_checkpoints=train.keep_checkpoints,
         best_by="eval_mask_loss" if train.keep_best else None,
+        first_step=phase.start_step,
     )
 
 
@@ -144,9 +146,7 @@ class Pretraining:
         """The model with random weights, or with those of ``start``: a checkpoint of the phase before, a Hugging
         Face folder, or NVIDIA's ``.pt``.
         """
-        bert = BertForPreTraining(self.config)
-        for unused in () if self.pairs else (bert.bert.pooler, bert.cls.seq_relationship):
-            unused.requires_grad_(False)
+        bert = self._shaped()
         if self.start is None:
             return initialised(bert, torch.Generator().manual_seed(self.settings.seed))
         if (self.start / MANIFEST).exists():
@@ -155,8 +155,23 @@ class Pretraining:
             weights = {name: torch.from_numpy(values) for name, values in before.weights.items()}
         else:
             origin, weights = self.start.name, load_start(self.start, self.config, self.vocab)
+        if self.phase.start_step:  # they may be there in full precision, too
+            weights |= read_middle(self.start, {name: value.shape for name, value in weights.items()})[0]
         bert.load_state_dict(weights)
         self.job.say(f"starts from the weights of {origin}")
+        return bert
+
+    def optimizer(self) -> Mapping[str, Tensor] | None:
+        if not self.phase.start_step or self.start is None:
+            return None
+        with torch.device("meta"):
+            trained = {name: p.shape for name, p in self._shaped().named_parameters() if p.requires_grad}
+        return read_middle(self.start, trained)[1]
+
+    def _shaped(self) -> BertForPreTraining:
+        bert = BertForPreTraining(self.config)
+        for unused in () if self.pairs else (bert.bert.pooler, bert.cls.seq_relationship):
+            unused.requires_grad_(False)
         return bert
 
     def identity(self) -> Mapping[str, Any]:

@@ -12,7 +12,8 @@ from pipeline.words import is_number, number, percent, visible, with_error
 USAGE = """from transformers import pipeline
 
 fill = pipeline("fill-mask", model=".")  # the folder of this file
-print(fill(f"The {fill.tokenizer.mask_token} of the city.")[0]["token_str"])"""
+print(fill({})[0]["token_str"])"""
+TEXT, TOKENS = 'f"The {fill.tokenizer.mask_token} of the city."', "fill.tokenizer.mask_token"
 
 
 def card(facts: Facts) -> str:
@@ -35,7 +36,7 @@ BERT of {number(exported.get("parameters"))} parameters: {model.num_hidden_layer
 {visible(str(exported.get("step_of")))}.
 
 ```python
-{USAGE}
+{USAGE.format(TOKENS if data.tokens else TEXT)}
 ```
 
 ## What it has learnt
@@ -59,7 +60,7 @@ Optimizer {recipe.optimizer.name}, weight decay {recipe.optimizer.weight_decay:g
 
 ## Data
 
-{bullets((*data.wikipedia, *data.books, *data.jsonl), "Not recorded.")}
+{bullets(data.corpora, "Not recorded.")}
 
 Licences of the texts:
 

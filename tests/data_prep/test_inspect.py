@@ -20,13 +20,18 @@ def inspect(*words: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
 
 
-def test_the_mask_is_that_of_training(tmp_path: Path) -> None:
-    vocab = tmp_path / "vocab" / "vocab.txt"
+def samples_in_words(folder: Path, every_second: str = "") -> tuple[Vocabulary, Path]:
+    """A vocabulary, in which every second word begins with something, and samples made with it."""
+    vocab = folder / "vocab" / "vocab.txt"
     vocab.parent.mkdir()
     names = [SPECIAL[name] for name in ("pad", "unk", "cls", "sep", "mask")]
-    vocab.write_text("\n".join([*names, *(f"w{n}" for n in range(5, training.VOCAB))]) + "\n")
+    vocab.write_text("\n".join([*names, *(f"{every_second * (n % 2)}w{n}" for n in range(5, training.VOCAB))]) + "\n")
     known = Vocabulary.load(vocab)
-    folder = training.make_samples(tmp_path / "samples", vocab_sha256=known.sha256)
+    return known, training.make_samples(folder / "samples", vocab_sha256=known.sha256)
+
+
+def test_the_mask_is_that_of_training(tmp_path: Path) -> None:
+    known, folder = samples_in_words(tmp_path)
     shard = folder / "train-00000.hdf5"
     options = ("--epoch", 1, "--max-predictions", training.PHASE.max_predictions)
     done = inspect(shard, "--sample", 3, *options)
@@ -44,12 +49,7 @@ def test_the_mask_is_that_of_training(tmp_path: Path) -> None:
 
 def test_whole_words_are_masked_in_training_and_shown(tmp_path: Path) -> None:
     """The data of a phase with ``masking_unit = "word"`` is asked for by its vocabulary, and the viewer agrees."""
-    vocab = tmp_path / "vocab" / "vocab.txt"
-    vocab.parent.mkdir()
-    names = [SPECIAL[name] for name in ("pad", "unk", "cls", "sep", "mask")]
-    vocab.write_text("\n".join([*names, *(f"{'##' * (n % 2)}w{n}" for n in range(5, training.VOCAB))]) + "\n")
-    known = Vocabulary.load(vocab)
-    folder = training.make_samples(tmp_path / "samples", vocab_sha256=known.sha256)
+    known, folder = samples_in_words(tmp_path, every_second="##")
     data = PretrainingData(folder, "train", training.PHASE, training.TRAIN, continuing=known.continuing)
     place = next(p for p in range(data.order.total) if data.ids(np.array([p]))[0] == 3)
     sample = data.read(np.array([place]))

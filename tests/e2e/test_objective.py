@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from data_prep.hdf5 import read_listed
 from data_prep.manifest import load_verified
 from pipeline.run.rundir import RunDir
-from support.running import call, submit
+from support.running import call, one_line, submit
 
 pytestmark = [pytest.mark.slow]
 
@@ -77,3 +77,15 @@ def test_transformers_reads_the_model_as_a_masked_language_model(run) -> None:
     with torch.no_grad():
         logits = model(**tokenizer("the [MASK] of the city", return_tensors="pt")).logits
     assert torch.isfinite(logits).all()
+
+
+def test_single_texts_are_not_taken_for_pairs(run, small_data, tmp_path) -> None:
+    """Their NSP labels would all be the same."""
+    (tmp_path / "vocab.txt").write_bytes((run.stage("vocab").path / "vocab.txt").read_bytes())
+    (tmp_path / "ready").symlink_to(run.stage("samples_256").path)
+    for path in small_data.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    settings = ('data.vocab="vocab.txt"', 'phase1.samples="ready"', "phase1.seq_len=256", 'phases=["phase1"]')
+    words = [word for setting in settings for word in ("--set", setting)]
+    done = submit(tmp_path / "run", tmp_path, *words, "--stages", "samples_256")
+    one_line(done, 3, "holds single texts and no pairs")

@@ -6,8 +6,10 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from data_prep.nvidia_hdf5 import to_nvidia
+from pipeline.engine import checkpoint
 from pipeline.run.rundir import RunDir
 from support.running import call, one_line, states, submit
 
@@ -60,6 +62,44 @@ def test_nvidias_run_goes_on_from_its_shards_and_its_checkpoint(data, tmp_path) 
     assert fresh.returncode == 0, fresh.stderr
     control = (RunDir(tmp_path / "fresh").stage("phase1").done or {})["result"]["eval_mlm_loss"]
     assert begun["eval_mlm_loss"] < control - 0.2
+
+
+@pytest.mark.parametrize("halves", [False, True])
+def test_the_middle_of_nvidias_phase_goes_on_as_if_it_had_never_stopped(data, tmp_path, halves) -> None:
+    """LAMB's moments, rate and data: every later loss is that of the run which was not interrupted, bit for bit."""
+    one, stages = ('phases=["phase1"]', "train.keep_checkpoints=9"), "samples_64,phase1"
+    done = trained(tmp_path / "whole", data, stages, *one)
+    assert done.returncode == 0, done.stdout + done.stderr
+    saved = checkpoint.read(RunDir(tmp_path / "whole").stage("phase1").attempts[0].path / "step-00000012")
+    write_middle(data / "ckpt_12.pt", saved, halves)
+    half = ('phase1.start="ckpt_12.pt"', "phase1.start_step=12")
+    done = trained(tmp_path / "half", data, stages, *one, *half)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert losses(tmp_path / "half", "phase1") == losses(tmp_path / "whole", "phase1")[12:]
+    if not halves:  # the control: weights alone train otherwise
+        done = trained(tmp_path / "control", data, stages, *one, half[0], "phase1.steps=12")
+        assert losses(tmp_path / "control", "phase1")[1:] != losses(tmp_path / "whole", "phase1")[13:]
+        (data / "bare.pt").write_bytes((data / "ckpt_30.pt").read_bytes())
+        done = trained(tmp_path / "bare", data, stages, *one, 'phase1.start="bare.pt"', "phase1.start_step=12")
+        one_line(done, 4, "bare.pt holds no optimizer", "leave start_step out")
+
+
+def write_middle(path: Path, saved: checkpoint.Checkpoint, halves: bool) -> None:
+    """The file that run_pretraining.py saves: apex's FusedLAMB numbers what decays before what does not."""
+    model = {name: torch.from_numpy(value.copy()) for name, value in saved.weights.items()}
+    exempt = {name for name in model if any(part in name for part in ("bias", "gamma", "beta", "LayerNorm"))}
+    names = [*(name for name in model if name not in exempt), *(name for name in model if name in exempt)]
+    moments = [
+        {key: torch.from_numpy(saved.optimizer[f"{key}.{name}"].copy()) for key in ("exp_avg", "exp_avg_sq")}
+        for name in names
+    ]
+    numbers, border = list(range(len(names))), len(names) - len(exempt)
+    groups = [{"lr": 0.0, "step": saved.step, "params": part} for part in (numbers[:border], numbers[border:])]
+    content = {"model": model, "optimizer": {"state": dict(enumerate(moments)), "param_groups": groups}, "epoch": 0}
+    if halves:
+        content |= {"model": {name: value.half() for name, value in model.items()}}
+        content |= {"master params": [model[name] for name in names]}
+    torch.save(content, path)
 
 
 def test_samples_that_do_not_fit_are_told_in_a_line(data, tmp_path) -> None:
