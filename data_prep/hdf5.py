@@ -16,7 +16,7 @@ from data_prep.manifest import SampleSet, ShardFile
 from data_prep.publish import publish_bytes
 
 FORMAT = 1
-FILTERS = {h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32}
+FILTERS = {h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32, h5py.h5z.FILTER_LZF}
 ARRAYS = ("tokens", "offsets", "b_start", "is_random_next", "document")
 SHORTEST = 5  # [CLS] a [SEP] b [SEP]
 

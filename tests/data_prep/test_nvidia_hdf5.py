@@ -132,6 +132,16 @@ def test_other_integer_types_and_widths_are_read(tmp_path: Path, vocab: Path) ->
     assert shard.is_random_next.tolist() == [0, 1, 0]
 
 
+@pytest.mark.parametrize("how", ["gzip", "lzf"])
+def test_both_compressions_of_h5py_are_read(tmp_path: Path, vocab: Path, how: str) -> None:
+    one_file(tmp_path / "plain.hdf5")
+    with h5py.File(tmp_path / "plain.hdf5") as plain, h5py.File(tmp_path / "wiki_training_0.hdf5", "w") as file:
+        for name in plain:
+            file.create_dataset(name, data=plain[name][()], compression=how)
+    (tmp_path / "plain.hdf5").unlink()
+    assert from_nvidia(tmp_path, tmp_path / "out", vocab=vocab)["shards"][0]["rows"] == 3
+
+
 def test_every_column_may_be_used(tmp_path: Path, vocab: Path) -> None:
     rows = one_file(tmp_path / "a.hdf5")
     rows["masked_lm_positions"] = rows["masked_lm_positions"][:, :1]
