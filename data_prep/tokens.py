@@ -30,7 +30,6 @@ from data_prep.samples import SPLITS, publish_samples
 from data_prep.splitmix import Ints
 from data_prep.wordpiece import Vocabulary
 
-TOKENIZER = "tokenizer.json"
 IDS, TEXT = "input_ids", "text"
 SUFFIXES = (".hdf5", ".h5", ".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".jsonl.xz", ".jsonl.bz2")
 BLOCK_TOKENS = 4_000_000  # of an HDF5 file, and what is held in memory of a longer one
@@ -172,9 +171,10 @@ def _refuse_wrong(path: Path, first: int, ids: NDArray[np.int64], lengths: Ints,
 def _blocks(parts: Iterator[Sequences]) -> Iterator[Sequences]:
     """The same sequences, joined to blocks of `BLOCK_TOKENS` or a little more."""
     held: list[Sequences] = []
-    for part in parts:
-        held.append(part)
-        if sum(len(ids) for ids, _ in held) >= BLOCK_TOKENS:
+    for ids, lengths in parts:
+        if len(lengths):
+            held.append((ids, lengths))
+        if sum(len(part) for part, _ in held) >= BLOCK_TOKENS:
             yield _joined(held)
             held = []
     if held:
@@ -235,6 +235,8 @@ def _parquet(path: Path) -> Iterator[tuple[str, list[Any]]]:
 def _json_lines(path: Path) -> Iterator[tuple[str, list[Any]]]:
     with formats.opened(path) as file:
         for offset, _, pieces in lines_of(file, 0, formats.END, LINE_BYTES):
+            if pieces and not b"".join(pieces).strip():
+                continue
             try:
                 row = json.loads(b"".join(pieces))
                 key = IDS if IDS in row else TEXT

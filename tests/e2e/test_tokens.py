@@ -88,7 +88,8 @@ def data(tmp_path_factory: pytest.TempPathFactory, sequences: list[str]) -> Path
         file["offsets"] = np.cumsum([0, *map(len, ids[14:28])])
     parquet.write_table(pa.table({"name": ["x"] * 14, "input_ids": ids[28:42]}), folder / "c.parquet")
     lines = [{"text": sequence} for sequence in sequences[42:49]] + [{"input_ids": row} for row in ids[49:]]
-    (folder / "d.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "d.jsonl").write_text("\n\n".join(json.dumps(line) for line in lines) + "\n")
+    parquet.write_table(pa.table({"text": pa.array([], pa.string())}), folder / "e.parquet")
     return folder.parent
 
 
