@@ -71,10 +71,8 @@ def run(
 ) -> dict[str, Any]:
     """Stage ``export``: write ``model/``, whole or not at all; further arguments are those of `model_card`.
 
-    With ``any_kind`` the vocabulary is a tokenizer.json that is kept as it is.
-
-    Returns ``model`` (the folder's name), ``step_of`` (where the weights are from), ``vocab_size`` and
-    ``parameters`` as exported.
+    With ``any_kind`` the vocabulary is a tokenizer.json that is kept as it is. Returns ``model`` (the folder's name),
+    ``step_of`` (where the weights are from), ``vocab_size`` and ``parameters`` as exported.
     """
     from pipeline.bert.folder import write_folder
     from pipeline.bert.tokenizer import AnyTokenizer, Tokenizer

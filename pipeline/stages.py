@@ -110,13 +110,13 @@ def table(recipe: Recipe) -> dict[str, Stage]:
 def samples_stage(recipe: Recipe, seq_len: int, made_before: str | None, vocab: str) -> Stage:
     """Samples of a length: made of the text shards, or taken from the folder ``made_before``."""
     data = recipe.data
-    kind = {} if recipe.train.objective == "mlm+nsp" else {"pairs": False}
+    form = {} if recipe.train.objective == "mlm+nsp" else {"pairs": False}
     stage = functools.partial(
         Stage, job="data", defaults=defaults_of(DataConfig), name=samples_name(seq_len), width="workers"
     )
     if made_before:
         inputs = {"source": f"data:{made_before}", "vocab": vocab}
-        return stage(run="data_prep.nvidia_hdf5:run", config={"seq_len": seq_len, **kind}, inputs=inputs)
+        return stage(run="data_prep.nvidia_hdf5:run", config={"seq_len": seq_len, **form}, inputs=inputs)
     if data.tokens:
         config = {"seq_len": seq_len, "test_fraction": data.test_fraction, "seed": data.seed}
         inputs = {"source": f"data:{data.tokens}", "vocab": vocab}
@@ -130,7 +130,7 @@ def samples_stage(recipe: Recipe, seq_len: int, made_before: str | None, vocab: 
             "dupe_factor": data.dupe_factor,
             "short_seq_prob": data.short_seq_prob,
             "seed": data.seed,
-            **kind,
+            **form,
         },
         inputs={"shards": "shard:", "vocab": vocab},
     )
