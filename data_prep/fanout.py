@@ -225,7 +225,8 @@ def _show_life(path: Path) -> None:
 
 def _read_when_there(path: Path, rank: int) -> Any:
     """The content of a file that task ``rank`` is going to write; DataError when that task stands still."""
-    pause_s, seen, since = 0.01, "", time.monotonic()
+    pause_s, since = 0.01, time.monotonic()
+    seen: str | None = None  # until the task has begun, which may take long
     while True:
         with suppress(FileNotFoundError):
             return json.loads(path.read_text(encoding="utf-8"))
@@ -233,9 +234,10 @@ def _read_when_there(path: Path, rank: int) -> Any:
         time.sleep(pause_s)
         pause_s = min(2 * pause_s, 2.0)
         with suppress(OSError):
-            if (alive := (path.parent / f"alive-{rank}").read_text()) != seen:
+            alive = (path.parent / f"alive-{rank}").read_text()
+            if seen is None or alive not in ("", seen):  # empty while it is written, or stopped just then
                 seen, since = alive, time.monotonic()
-        if seen and time.monotonic() - since > liveness.STOPPED_S:
+        if seen is not None and time.monotonic() - since > liveness.STOPPED_S:
             who = seen.partition(" ")[2] or "a process"
             raise DataError(
                 f"task {rank} of the stage ({who}) has stood still for {liveness.STOPPED_S} s: start it again"
