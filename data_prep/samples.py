@@ -135,6 +135,11 @@ def run(
     return publish_samples(job, vocabulary, rows, source["manifest_sha256"], seq_len=seq_len, seed=seed, pairs=pairs)
 
 
+def check(*, vocab: Path, **others: object) -> None:
+    """DataError for a vocabulary that is none."""
+    Vocabulary.load(vocab)
+
+
 def publish_samples(
     job: Job, vocabulary: Vocabulary, rows: list[dict[str, Any]], source: str, *, seq_len: int, seed: int, pairs: bool
 ) -> dict[str, Any]:

@@ -40,18 +40,18 @@ def main() -> int:
         return compare_node_counts(by_count)
     asked = request.of(sys.argv[1:])
     run, profile = asked.run, asked.profile
+    absent = corpora.missing(asked)
     if asked.dry_run:
         show_plan(planned(asked), asked)
-        if asked.local:
-            corpora.check(asked)
+        if asked.local or not absent:
+            corpora.check(asked, planned(asked))
         return 0
-    absent = corpora.missing(asked)
     if asked.test_only or (asked.write_scripts and absent):
         without_sending(planned(asked), asked)
         if asked.write_scripts:
             print(f"{run.path} is not begun, {absent[0]} is missing: give --data DIR before submit.sh is run")
         return 0
-    corpora.check(asked)
+    corpora.check(asked, planned(asked))
     run.path.mkdir(parents=True, exist_ok=True)
     with run.held():
         if not asked.local and not asked.write_scripts:
