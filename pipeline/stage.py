@@ -42,6 +42,11 @@ class Stage:
         return tuple(dict.fromkeys((*named, *self.after)))
 
     @property
+    def has_steps(self) -> bool:
+        """Whether it trains by steps that it logs; somebody's command may, but not to us."""
+        return self.width == "ranks" and "command" not in self.config
+
+    @property
     def corpora(self) -> tuple[str, ...]:
         """Names of the files under --data that this stage reads."""
         return tuple(text.removeprefix("data:") for text, source in self._sources() if source is None)
