@@ -29,7 +29,7 @@ def script_text(request: Request, job: JobPlan) -> str:
     left = dict(job.left)
     left.pop("comment", None)  # goes to sbatch behind our tag
     left.setdefault("job-name", Setting(f"{place.name}/{job.name}", "submit"))
-    left.setdefault("chdir", Setting(str(request.data_dir if request.command else code.ROOT), "submit"))
+    left.setdefault("chdir", Setting(str(request.data_dir.resolve() if request.command else code.ROOT), "submit"))
     return render(
         Script(
             resources=job.resources,

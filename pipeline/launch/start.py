@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from data_prep.publish import publish_json, publish_text
 from pipeline.batch import BatchPlan, better_micro_batch
@@ -29,6 +30,9 @@ from slurm.refusal import blame
 from slurm.submission import JobPlan
 from slurm.verdict import LEAST_S
 
+if TYPE_CHECKING:
+    from pipeline.launch.send import SlurmJob
+
 
 def start(asked: Request) -> int:
     """Do what a call asks for; the exit code."""
@@ -44,11 +48,12 @@ def start(asked: Request) -> int:
         if asked.write_scripts:
             print(f"{run.path} is not begun, {absent[0]} is missing: give --data DIR before submit.sh is run")
         return 0
+    if not asked.local and not asked.write_scripts:
+        to_slurm(asked)
+        return 0
     corpora.check(asked, planned(asked))
     run.path.mkdir(parents=True, exist_ok=True)
     with run.held():
-        if not asked.local and not asked.write_scripts:
-            return to_slurm(asked)
         if Journal.read(run) is not None:
             refuse_if_slurm_runs_it(run)
         begin(asked)
@@ -105,8 +110,15 @@ def plan_jobs(chain: Chain, todo: dict[str, str], asked: Request) -> list[JobPla
     return equipped(jobs, asked.asked)
 
 
-def to_slurm(asked: Request) -> int:
-    """Send what is missing; returns at once."""
+def to_slurm(asked: Request) -> list[SlurmJob]:
+    """Send what is missing; returns at once, with the jobs that were sent."""
+    corpora.check(asked, planned(asked))
+    asked.run.path.mkdir(parents=True, exist_ok=True)
+    with asked.run.held():
+        return _to_slurm(asked)
+
+
+def _to_slurm(asked: Request) -> list[SlurmJob]:
     from pipeline.launch.send import finish_interrupted, send  # submitit is imported only where jobs are sent
 
     old = finish_interrupted(asked.run, replace=asked.replace, say=print)
@@ -117,16 +129,18 @@ def to_slurm(asked: Request) -> int:
     try_out(asked, jobs)  # before anything of the run is changed
     begin(asked)
     if not todo:
-        return nothing_to_do(asked.run)
+        nothing_to_do(asked.run)
+        return []
     move_aside(chain, asked)
     if ignored := flags.ignored(os.environ):
         print(f"without effect: {', '.join(ignored)}")
-    for job, sent in zip(jobs, send(asked, jobs, old, print), strict=True):
-        print(scripts.describe(job, sent.job_id))
+    sent = send(asked, jobs, old, print)
+    for plan, job in zip(jobs, sent, strict=True):
+        print(scripts.describe(plan, job.job_id))
     if hours := scripts.gpu_hours(jobs):
         print(f"at most {hours:.0f} GPU-hours if no job is started again")
     print(f"watch it:  python -m pipeline.status {asked.run.path}")
-    return 0
+    return sent
 
 
 def check_budget(asked: Request, jobs: list[JobPlan]) -> None:
