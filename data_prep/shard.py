@@ -1,7 +1,7 @@
 """Stage ``shard``: documents -> text shards of one sentence a line, balanced by bytes, a test part held out.
 
-Bounded memory: a first pass keeps 17 bytes a document (where it starts, how long it is, which split), the second
-streams. The bytes depend on the documents and the settings only, not on workers, kills or reruns.
+Bounded memory: a first pass keeps 21 bytes a document (where it starts, how long it is, which split, whether it is
+replayed), the second streams. The bytes depend on the documents and the settings only, not on workers, kills or reruns.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from data_prep.sentences import splitter as make_splitter
 
 Split = Literal["train", "test"]
 SPLITS: tuple[Split, Split] = ("train", "test")
-EMPTY = 2  # third value of the split column: a document without a word
+EMPTY, REPLAY = 2, 3  # further values of the split column: a document without a word; general text, to be replayed
 RUNS_PER_SHARD = 64
 """A shard is filled with about this many runs of neighbouring documents: long enough to read in sequence, short
 enough that every shard sees the whole corpus and that shards differ in size by 2 % at most."""
 
-INDEX = np.dtype([("offset", "<i8"), ("bytes", "<i8"), ("split", "u1")])
+INDEX = np.dtype([("offset", "<i8"), ("bytes", "<i8"), ("split", "u1"), ("draw", "<u4")])
 
 
 @dataclass(frozen=True)
@@ -65,20 +65,24 @@ def run(
     test_shards: int,
     test_fraction: float,
     seed: int,
+    replay: Sequence[str] = (),
+    replay_share: float = 0.0,
 ) -> dict[str, Any]:
     """Write ``train-00000.txt …``, ``test-00000.txt …`` and ``manifest.json`` into ``job.out``.
 
     Lines are sentences, a blank line ends a document. ``test_fraction`` of the documents, chosen by a hash of
-    (seed, document id), go to the test shards. Returns the counts of the manifest without its file list.
+    (seed, document id), go to the test shards. Of the corpora named in ``replay`` so many documents are taken, chosen
+    likewise and all for training, that they make ``replay_share`` of the training text, or all where they are less.
+    Returns the counts of the manifest without its file list.
     Raises DataError for an unreadable document (file and line named) or too few documents for the shards.
     """
     make_splitter(language, splitter)  # refuse an unknown one before reading gigabytes
     extracted = manifest.read_manifest(documents)
     source, files = extracted["manifest_sha256"], extracted["files"]
-    identity = manifest.identity_of(source=source, language=language, splitter=splitter, seed=seed)
-    index_identity = manifest.identity_of(source=source, test_fraction=test_fraction, seed=seed)
+    general = tuple(Path(name).name for name in replay)
+    index_identity = manifest.identity_of(source=source, test_fraction=test_fraction, seed=seed, replay=general)
     counts = run_all(
-        functools.partial(_index, documents, job.out, test_fraction, seed, index_identity),
+        functools.partial(_index, documents, job.out, test_fraction, seed, general, index_identity),
         files,
         job.workers,
         None,
@@ -86,7 +90,13 @@ def run(
     )
     job.say(f"{sum(row['documents'] for row in counts)} documents in {len(files)} files indexed")
     indexes = {entry["file"]: np.load(_index_path(job.out, entry["file"])) for entry in files}
-    plans = plan(indexes, "train", train_shards)
+    bound = replay_bound(indexes, replay_share)
+    unused = sum(int((index["split"] == REPLAY).sum() - _replayed(index, bound).sum()) for index in indexes.values())
+    if replay:
+        full = "" if unused else f": there is no more, data.replay_share = {replay_share:g} may not be reached"
+        job.say(f"{', '.join(general)}, to be replayed: {unused} documents left out{full}")
+    identity = manifest.identity_of(source=source, language=language, splitter=splitter, seed=seed, bound=bound)
+    plans = plan(indexes, "train", train_shards, bound)
     if test_fraction > 0:
         plans += plan(indexes, "test", test_shards)
     for split, wanted in (("train", train_shards), ("test", test_shards)):
@@ -94,23 +104,45 @@ def run(
         if 0 < made < wanted:
             job.say(f"{made} {split} shards instead of {wanted}: there are not enough documents for more")
     shards = run_all(
-        functools.partial(_write, documents, job.out, language, splitter, identity),
+        functools.partial(_write, documents, job.out, language, splitter, bound, identity),
         plans,
         job.workers,
         lambda done, total: job.say(f"{done} of {total} text shards written", done / total),
         [plan.bytes for plan in plans],
     )
-    totals = _totals(counts, shards)
+    totals = _totals(counts, shards, {"beyond the share to replay": unused} if replay else {})
     return dict(run_all(functools.partial(_finish, job.out, shards, totals, source), [language], 1)[0])
 
 
 def held_out(document_id: str, fraction: float, seed: int) -> bool:
     """Whether a document belongs to the test part: a property of its id alone, stable when others come or go."""
-    digest = hashlib.blake2b(f"{seed}:{document_id}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") < fraction * 2.0**64
+    return _draw(document_id, seed) < fraction * 2.0**64
 
 
-def plan(indexes: dict[str, NDArray[Any]], split: Split, shards: int) -> list[ShardPlan]:
+def _draw(document_id: str, seed: int) -> int:
+    """64 bits that look random and depend on the document's id and the seed alone."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}:{document_id}".encode(), digest_size=8).digest(), "big")
+
+
+def replay_bound(indexes: dict[str, NDArray[Any]], share: float) -> int:
+    """Replayed documents with a draw below this make ``share`` of the training text, all of them at most."""
+    every = list(indexes.values())
+    own, general = (sum(int(i["bytes"][i["split"] == split].sum()) for i in every) for split in (0, REPLAY))
+    return min(1 << 32, int(2.0**32 * share / (1 - share) * own / general)) if general else 0
+
+
+def _replayed(index: NDArray[Any], bound: int) -> NDArray[np.bool_]:
+    taken: NDArray[np.bool_] = (index["split"] == REPLAY) & (index["draw"].astype(np.int64) < bound)
+    return taken
+
+
+def _chosen(index: NDArray[Any], split: Split, bound: int) -> NDArray[np.int64]:
+    """The numbers of the documents that belong to ``split``."""
+    mine = index["split"] == SPLITS.index(split)
+    return np.flatnonzero(mine | _replayed(index, bound) if split == "train" else mine)
+
+
+def plan(indexes: dict[str, NDArray[Any]], split: Split, shards: int, bound: int = 0) -> list[ShardPlan]:
     """Give every document of ``split`` to one of ``shards`` shards: each run of neighbours to the lightest.
 
     ``indexes``: file name -> INDEX array. Shards get at least two documents each (a pair with a random next
@@ -118,7 +150,7 @@ def plan(indexes: dict[str, NDArray[Any]], split: Split, shards: int) -> list[Sh
     There are fewer shards where there are too few documents. Raises DataError when there are fewer than two.
     """
     names = list(indexes)
-    chosen = [np.flatnonzero(index["split"] == SPLITS.index(split)) for index in indexes.values()]
+    chosen = [_chosen(index, split, bound) for index in indexes.values()]
     file = np.repeat(np.arange(len(names)), [len(numbers) for numbers in chosen])
     number = np.concatenate([*chosen, np.zeros(0, np.int64)])
     sizes = np.concatenate(
@@ -158,7 +190,7 @@ def _index_path(out: Path, name: str) -> Path:
 
 
 def _index(
-    documents: Path, out: Path, fraction: float, seed: int, identity: str, entry: dict[str, Any]
+    documents: Path, out: Path, fraction: float, seed: int, general: Sequence[str], identity: str, entry: dict[str, Any]
 ) -> dict[str, int]:
     """First pass over one documents file: where each document starts, its bytes of text, its split."""
     name = str(entry["file"])
@@ -166,17 +198,19 @@ def _index(
     if (facts := manifest.noted(path, identity)) is not None:
         return facts
     manifest.verify(documents, [entry])
-    offsets, sizes, splits = array("q"), array("q"), array("B")
+    offsets, sizes, splits, draws = array("q"), array("q"), array("B"), array("I")
     offset = 0
     with open(documents / name, "rb") as file:
         for line_number, line in enumerate(file, 1):
-            document_id, text = _parse(line, documents / name, line_number)
+            document_id, text, source = _parse(line, documents / name, line_number)
+            own = 0 if source not in general else REPLAY
             offsets.append(offset)
             sizes.append(len(text.encode()))
-            splits.append(EMPTY if not text.strip() else int(held_out(document_id, fraction, seed)))
+            splits.append(EMPTY if not text.strip() else own or int(held_out(document_id, fraction, seed)))
+            draws.append(_draw(document_id, seed) >> 32 if own else 0)
             offset += len(line)
     index = np.empty(len(offsets), INDEX)
-    index["offset"], index["bytes"], index["split"] = offsets, sizes, splits
+    index["offset"], index["bytes"], index["split"], index["draw"] = offsets, sizes, splits, draws
     buffer = io.BytesIO()
     np.save(buffer, index, allow_pickle=False)
     publish_bytes(path, buffer.getbuffer())
@@ -185,7 +219,8 @@ def _index(
     return facts
 
 
-def _parse(line: bytes, path: Path, number: int) -> tuple[str, str]:
+def _parse(line: bytes, path: Path, number: int) -> tuple[str, str, str]:
+    """Id, text and the name of the corpus of a document."""
     try:
         document = json.loads(line)
         document_id, text = document["id"], document["text"]
@@ -194,17 +229,16 @@ def _parse(line: bytes, path: Path, number: int) -> tuple[str, str]:
         f"{document_id}{text}".encode()  # a lone surrogate cannot be written
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} line {number} is not a document ({error}): run the extract stage again") from None
-    return document_id, text
+    return document_id, text, str(document.get("source")).partition("/")[0]
 
 
-def _documents(folder: Path, out: Path, split: Split, spans: Sequence[Span]) -> Iterator[str]:
+def _documents(folder: Path, out: Path, split: Split, spans: Sequence[Span], bound: int) -> Iterator[str]:
     """Texts of the spans' documents that belong to ``split``, one in memory at a time."""
-    wanted = SPLITS.index(split)
     for span in spans:
         index = np.load(_index_path(out, span.file), mmap_mode="r")
         with open(folder / span.file, "rb") as file:
             position = -1
-            for number in (span.first + np.flatnonzero(index["split"][span.first : span.last] == wanted)).tolist():
+            for number in (span.first + _chosen(index[span.first : span.last], split, bound)).tolist():
                 if position != (start := int(index["offset"][number])):
                     file.seek(start)
                 line = file.readline()
@@ -212,7 +246,9 @@ def _documents(folder: Path, out: Path, split: Split, spans: Sequence[Span]) -> 
                 yield _parse(line, folder / span.file, number + 1)[1]
 
 
-def _write(documents: Path, out: Path, language: str, splitter: str, identity: str, plan: ShardPlan) -> dict[str, Any]:
+def _write(
+    documents: Path, out: Path, language: str, splitter: str, bound: int, identity: str, plan: ShardPlan
+) -> dict[str, Any]:
     """Second pass: write one text shard, unless an earlier try finished it."""
     path = out / plan.name
     identity = manifest.identity_of(base=identity, spans=[[s.file, s.first, s.last] for s in plan.spans])
@@ -222,7 +258,7 @@ def _write(documents: Path, out: Path, language: str, splitter: str, identity: s
     digest = hashlib.sha256()
     written = documents_done = sentences_done = words = 0
     with publishing(path) as file:
-        for text in _documents(documents, out, plan.split, plan.spans):
+        for text in _documents(documents, out, plan.split, plan.spans, bound):
             sentences = [sentence for paragraph in text.split("\n") for sentence in split(paragraph)]
             data = ("\n".join(sentences) + "\n\n").encode()
             file.write(data)
@@ -244,17 +280,17 @@ def _write(documents: Path, out: Path, language: str, splitter: str, identity: s
     return facts
 
 
-def _totals(counts: list[dict[str, int]], shards: list[dict[str, Any]]) -> dict[str, Any]:
+def _totals(counts: list[dict[str, int]], shards: list[dict[str, Any]], left_out: dict[str, int]) -> dict[str, Any]:
     totals: dict[str, Any] = {
         "documents_in": sum(row["documents"] for row in counts),
-        "skipped": {"no text": sum(row["skipped_empty"] for row in counts)},
+        "skipped": {"no text": sum(row["skipped_empty"] for row in counts), **left_out},
     }
     for split in SPLITS:
         mine = [shard for shard in shards if shard["split"] == split]
         totals[split] = {
             key: sum(shard[key] for shard in mine) for key in ("documents", "sentences", "words", "bytes")
         } | {"shards": len(mine)}
-    lost = totals["documents_in"] - totals["skipped"]["no text"]
+    lost = totals["documents_in"] - sum(totals["skipped"].values())
     lost -= totals["train"]["documents"] + totals["test"]["documents"]
     assert lost == 0, f"{lost} documents lost"
     return totals

@@ -83,6 +83,8 @@ def table(recipe: Recipe | Command) -> dict[str, Stage]:
                 "test_shards": data.test_shards,
                 "test_fraction": data.test_fraction,
                 "seed": data.seed,
+                "replay": data.replay,
+                **({"replay_share": data.replay_share} if data.replay else {}),
             },
             inputs={"documents": "extract:"},
         ),

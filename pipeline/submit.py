@@ -8,16 +8,41 @@ from datetime import datetime, timedelta
 
 from pipeline.errors import run_command
 from pipeline.launch import estimate, request
+from pipeline.launch.request import Request
 from pipeline.launch.start import plan_jobs, planned, start, try_out
 from pipeline.stages import Command
-from pipeline.words import columns
+from pipeline.words import columns, duration
 from slurm.errors import Refused
 
 
 def main() -> int:
     if by_count := request.by_node_count(sys.argv[1:]):
         return compare_node_counts(by_count)
-    return start(request.of(sys.argv[1:]))
+    asked = request.of(sys.argv[1:])
+    if asked.own:
+        print(effort(asked))
+    return start(asked)
+
+
+PROCESS_GB = 0.4  # Python with PyTorch
+
+
+def effort(asked: Request) -> str:
+    """Hours and memory of pretraining, before somebody waits for it."""
+    recipe, profile = asked.recipe, asked.profile
+    assert not isinstance(recipe, Command)  # --text writes a recipe
+    rates = estimate.declared(recipe, profile)
+    if asked.local:
+        from pipeline.bench import here  # torch
+
+        rates = here.rates(recipe, rates, profile.threads)
+    ranks = profile.ranks(asked.nodes[0])
+    hours = estimate.hours_of(recipe, rates, ranks, recipe.phases.keys())
+    memory = PROCESS_GB + max(
+        estimate.memory_gb(recipe, phase, phase.micro_batch or 1) for phase in recipe.phases.values()
+    )
+    took = "time not known, the profile has no [rates]" if hours is None else f"about {duration(3600 * hours)}"
+    return f"pretraining: {took} ({rates.source}); {memory:.1f} GB of memory for each of {ranks} processes"
 
 
 def compare_node_counts(by_count: dict[str, list[str]]) -> int:
