@@ -1,7 +1,8 @@
 """Stage ``shard``: documents -> text shards of one sentence a line, balanced by bytes, a test part held out.
 
-Bounded memory: a first pass keeps 17 bytes a document (where it starts, how long it is, which split), the second
-streams. The bytes depend on the documents and the settings only, not on workers, kills or reruns.
+Bounded memory: a first pass keeps 21 bytes a document (where it starts, how long it is, which split), the second
+streams; between them what repeats is found. The bytes depend on the documents and the settings only, not on workers,
+kills or reruns.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep import manifest
+from data_prep import manifest, repeats
 from data_prep.errors import DataError
 from data_prep.fanout import Job, run_all
 from data_prep.publish import publish_bytes, publishing, remove_leftovers
@@ -28,12 +29,12 @@ from data_prep.sentences import splitter as make_splitter
 
 Split = Literal["train", "test"]
 SPLITS: tuple[Split, Split] = ("train", "test")
-EMPTY = 2  # third value of the split column: a document without a word
+EMPTY, REPEATED = 2, 3  # further values of the split column: a document without a word, one that is left out
 RUNS_PER_SHARD = 64
 """A shard is filled with about this many runs of neighbouring documents: long enough to read in sequence, short
 enough that every shard sees the whole corpus and that shards differ in size by 2 % at most."""
 
-INDEX = np.dtype([("offset", "<i8"), ("bytes", "<i8"), ("split", "u1")])
+INDEX = np.dtype([("offset", "<i8"), ("bytes", "<i8"), ("split", "u1"), ("lines", "<u4")])  # long lines
 
 
 @dataclass(frozen=True)
@@ -65,18 +66,21 @@ def run(
     test_shards: int,
     test_fraction: float,
     seed: int,
+    deduplicate: bool = False,
 ) -> dict[str, Any]:
     """Write ``train-00000.txt …``, ``test-00000.txt …`` and ``manifest.json`` into ``job.out``.
 
     Lines are sentences, a blank line ends a document. ``test_fraction`` of the documents, chosen by a hash of
-    (seed, document id), go to the test shards. Returns the counts of the manifest without its file list.
+    (seed, document id), go to the test shards. Documents and long lines that repeat an earlier one are counted, and
+    left out with ``deduplicate``. Returns the counts of the manifest without its file list.
     Raises DataError for an unreadable document (file and line named) or too few documents for the shards.
     """
     make_splitter(language, splitter)  # refuse an unknown one before reading gigabytes
     extracted = manifest.read_manifest(documents)
-    source, files = extracted["manifest_sha256"], extracted["files"]
-    identity = manifest.identity_of(source=source, language=language, splitter=splitter, seed=seed)
-    index_identity = manifest.identity_of(source=source, test_fraction=test_fraction, seed=seed)
+    source, files = manifest.data_sha256(extracted), extracted["files"]
+    left_out = {"deduplicate": True} if deduplicate else {}
+    identity = manifest.identity_of(source=source, language=language, splitter=splitter, seed=seed, **left_out)
+    index_identity = manifest.identity_of(format=2, source=source, test_fraction=test_fraction, seed=seed)
     counts = run_all(
         functools.partial(_index, documents, job.out, test_fraction, seed, index_identity),
         files,
@@ -85,7 +89,15 @@ def run(
         [entry["bytes"] for entry in files],
     )
     job.say(f"{sum(row['documents'] for row in counts)} documents in {len(files)} files indexed")
-    indexes = {entry["file"]: np.load(_index_path(job.out, entry["file"])) for entry in files}
+    names = [str(entry["file"]) for entry in files]
+    repeated = run_all(functools.partial(_repeated, job.out, deduplicate), [names], 1)[0]
+    said = (
+        f"{repeated['documents']} documents and {repeated['lines']} long lines repeat an earlier one: "
+        + ("left out" if deduplicate else "kept, data.deduplicate = true leaves them out")
+        + f"; {repeated['test_lines_in_train']} of {repeated['test_lines']} long lines held out are in training, too"
+    )
+    job.say(said)
+    indexes = {name: np.load(_index_path(job.out, name, chosen=deduplicate)) for name in names}
     plans = plan(indexes, "train", train_shards)
     if test_fraction > 0:
         plans += plan(indexes, "test", test_shards)
@@ -94,13 +106,14 @@ def run(
         if 0 < made < wanted:
             job.say(f"{made} {split} shards instead of {wanted}: there are not enough documents for more")
     shards = run_all(
-        functools.partial(_write, documents, job.out, language, splitter, identity),
+        functools.partial(_write, documents, job.out, language, splitter, identity, deduplicate),
         plans,
         job.workers,
         lambda done, total: job.say(f"{done} of {total} text shards written", done / total),
         [plan.bytes for plan in plans],
     )
-    totals = _totals(counts, shards)
+    totals = _totals(counts, shards, sum(int((index["split"] == REPEATED).sum()) for index in indexes.values()))
+    totals |= {"repeated": {**repeated, "left_out": deduplicate}, "notes": [said]}
     return dict(run_all(functools.partial(_finish, job.out, shards, totals, source), [language], 1)[0])
 
 
@@ -153,8 +166,18 @@ def plan(indexes: dict[str, NDArray[Any]], split: Split, shards: int) -> list[Sh
     ]
 
 
-def _index_path(out: Path, name: str) -> Path:
-    return out / f".{name}.index.npy"
+def _index_path(out: Path, name: str, *, chosen: bool = False) -> Path:
+    """INDEX of a documents file: of all its documents, or of those ``chosen`` after repetitions were left out."""
+    return out / f".{name}.{'chosen' if chosen else 'index'}.npy"
+
+
+def _rows_path(out: Path, name: str) -> Path:
+    return out / f".{name}.rows.npy"
+
+
+def _lines_path(out: Path, name: str) -> Path:
+    """Numbers of the long lines of a documents file that are left out, ascending."""
+    return out / f".{name}.repeated.npy"
 
 
 def _index(
@@ -166,23 +189,53 @@ def _index(
     if (facts := manifest.noted(path, identity)) is not None:
         return facts
     manifest.verify(documents, [entry])
-    offsets, sizes, splits = array("q"), array("q"), array("B")
+    offsets, sizes, splits, lines = array("q"), array("q"), array("B"), array("L")
+    whole: list[tuple[int, int]] = []
+    long: list[tuple[int, int]] = []
     offset = 0
     with open(documents / name, "rb") as file:
         for line_number, line in enumerate(file, 1):
             document_id, text = _parse(line, documents / name, line_number)
             offsets.append(offset)
-            sizes.append(len(text.encode()))
+            data = text.encode()
+            sizes.append(len(data))
+            first, *others = repeats.rows_of(data)
+            whole.append(first)
+            long += others
+            lines.append(len(others))
             splits.append(EMPTY if not text.strip() else int(held_out(document_id, fraction, seed)))
             offset += len(line)
     index = np.empty(len(offsets), INDEX)
-    index["offset"], index["bytes"], index["split"] = offsets, sizes, splits
-    buffer = io.BytesIO()
-    np.save(buffer, index, allow_pickle=False)
-    publish_bytes(path, buffer.getbuffer())
+    index["offset"], index["bytes"], index["split"], index["lines"] = offsets, sizes, splits, lines
+    _publish(_rows_path(out, name), np.array(whole + long, repeats.ROW))
+    _publish(path, index)
     facts = {"documents": len(index), "skipped_empty": int((index["split"] == EMPTY).sum())}
     manifest.note(path, identity, facts)
     return facts
+
+
+def _publish(path: Path, array: NDArray[Any]) -> None:
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    publish_bytes(path, buffer.getbuffer())
+
+
+def _repeated(out: Path, leave_out: bool, names: Sequence[str]) -> dict[str, int]:
+    """Count what repeats in all documents files; to ``leave_out`` it, write for each what is left of its index."""
+    indexes = [np.load(_index_path(out, name)) for name in names]
+    rows = [np.load(_rows_path(out, name), mmap_mode="r") for name in names]
+    splits, counts = [index["split"] for index in indexes], [index["lines"] for index in indexes]
+    found, documents, lines = repeats.find(splits, counts, rows)
+    document = line = 0
+    for name, index, row in zip(names, indexes, rows, strict=True) if leave_out else ():
+        again = np.flatnonzero(lines[line : (line := line + len(row) - len(index))])
+        owner = np.repeat(np.arange(len(index)), index["lines"])[again]
+        np.subtract.at(index["bytes"], owner, row["bytes"][len(index) + again].astype(np.int64) + 1)
+        nothing_left = (index["split"] != EMPTY) & (index["bytes"] <= 0)
+        index["split"][documents[document : (document := document + len(index))] | nothing_left] = REPEATED
+        _publish(_lines_path(out, name), again)
+        _publish(_index_path(out, name, chosen=True), index)
+    return found
 
 
 def _parse(line: bytes, path: Path, number: int) -> tuple[str, str]:
@@ -197,11 +250,14 @@ def _parse(line: bytes, path: Path, number: int) -> tuple[str, str]:
     return document_id, text
 
 
-def _documents(folder: Path, out: Path, split: Split, spans: Sequence[Span]) -> Iterator[str]:
-    """Texts of the spans' documents that belong to ``split``, one in memory at a time."""
+def _documents(folder: Path, out: Path, split: Split, deduplicate: bool, spans: Sequence[Span]) -> Iterator[str]:
+    """Texts of the spans' documents that belong to ``split``, one in memory at a time; to ``deduplicate`` them,
+    without lines that repeat."""
     wanted = SPLITS.index(split)
     for span in spans:
-        index = np.load(_index_path(out, span.file), mmap_mode="r")
+        index = np.load(_index_path(out, span.file, chosen=deduplicate), mmap_mode="r")
+        repeated = set(np.load(_lines_path(out, span.file)).tolist() if deduplicate else ())
+        first_line = np.cumsum(index["lines"], dtype=np.int64) - index["lines"]
         with open(folder / span.file, "rb") as file:
             position = -1
             for number in (span.first + np.flatnonzero(index["split"][span.first : span.last] == wanted)).tolist():
@@ -209,10 +265,13 @@ def _documents(folder: Path, out: Path, split: Split, spans: Sequence[Span]) -> 
                     file.seek(start)
                 line = file.readline()
                 position = start + len(line)
-                yield _parse(line, folder / span.file, number + 1)[1]
+                text = _parse(line, folder / span.file, number + 1)[1]
+                yield repeats.without(text, repeated, int(first_line[number])) if repeated else text
 
 
-def _write(documents: Path, out: Path, language: str, splitter: str, identity: str, plan: ShardPlan) -> dict[str, Any]:
+def _write(
+    documents: Path, out: Path, language: str, splitter: str, identity: str, deduplicate: bool, plan: ShardPlan
+) -> dict[str, Any]:
     """Second pass: write one text shard, unless an earlier try finished it."""
     path = out / plan.name
     identity = manifest.identity_of(base=identity, spans=[[s.file, s.first, s.last] for s in plan.spans])
@@ -222,7 +281,7 @@ def _write(documents: Path, out: Path, language: str, splitter: str, identity: s
     digest = hashlib.sha256()
     written = documents_done = sentences_done = words = 0
     with publishing(path) as file:
-        for text in _documents(documents, out, plan.split, plan.spans):
+        for text in _documents(documents, out, plan.split, deduplicate, plan.spans):
             sentences = [sentence for paragraph in text.split("\n") for sentence in split(paragraph)]
             data = ("\n".join(sentences) + "\n\n").encode()
             file.write(data)
@@ -244,17 +303,19 @@ def _write(documents: Path, out: Path, language: str, splitter: str, identity: s
     return facts
 
 
-def _totals(counts: list[dict[str, int]], shards: list[dict[str, Any]]) -> dict[str, Any]:
+def _totals(counts: list[dict[str, int]], shards: list[dict[str, Any]], repeated: int) -> dict[str, Any]:
     totals: dict[str, Any] = {
         "documents_in": sum(row["documents"] for row in counts),
         "skipped": {"no text": sum(row["skipped_empty"] for row in counts)},
     }
+    if repeated:
+        totals["skipped"]["repeats an earlier document"] = repeated
     for split in SPLITS:
         mine = [shard for shard in shards if shard["split"] == split]
         totals[split] = {
             key: sum(shard[key] for shard in mine) for key in ("documents", "sentences", "words", "bytes")
         } | {"shards": len(mine)}
-    lost = totals["documents_in"] - totals["skipped"]["no text"]
+    lost = totals["documents_in"] - sum(totals["skipped"].values())
     lost -= totals["train"]["documents"] + totals["test"]["documents"]
     assert lost == 0, f"{lost} documents lost"
     return totals
@@ -265,7 +326,7 @@ def _finish(
 ) -> dict[str, Any]:
     value = {"format": 1, "language": language, "source_manifest": source, "shards": shards, **totals}
     manifest.publish_manifest(out, value)
-    for path in out.glob(".*.index.npy"):
+    for path in out.glob(".*.npy"):
         path.unlink(missing_ok=True)
     manifest.remove_notes(out)
     remove_leftovers(out)

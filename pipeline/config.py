@@ -76,6 +76,7 @@ class DataConfig:
     strip_accents: bool = True
     splitter: Literal["sentencex", "punkt"] = "sentencex"
     max_document_mb: float = limited(16.0, above=0)
+    deduplicate: bool = False  # leave documents and long lines out that repeat an earlier one; they are always counted
     train_shards: int = limited(256, low=1, high=65536)
     test_shards: int = limited(8, low=1, high=65536)
     test_fraction: float = limited(0.01, above=0, high=0.5)
@@ -333,10 +334,8 @@ def _contradictions(recipe: Recipe) -> list[str]:
     lines = []
     model, data = recipe.model, recipe.data
     if model.hidden_size % model.num_attention_heads:
-        lines.append(
-            f"model.hidden_size = {model.hidden_size} is not divisible by "
-            f"model.num_attention_heads = {model.num_attention_heads}"
-        )
+        heads = f"model.num_attention_heads = {model.num_attention_heads}"
+        lines.append(f"model.hidden_size = {model.hidden_size} is not divisible by {heads}")
     for name, phase in recipe.phases.items():
         if phase.seq_len > model.max_position_embeddings:
             lines.append(

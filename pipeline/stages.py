@@ -43,6 +43,7 @@ def table(recipe: Recipe) -> dict[str, Stage]:
                 "test_shards": data.test_shards,
                 "test_fraction": data.test_fraction,
                 "seed": data.seed,
+                "deduplicate": data.deduplicate,
             },
             inputs={"documents": "extract:"},
         ),
