@@ -45,6 +45,7 @@ def table(recipe: Recipe) -> dict[str, Stage]:
                 "seed": data.seed,
                 "replay": data.replay,
                 **({"replay_share": data.replay_share} if data.replay else {}),
+                "deduplicate": data.deduplicate,
             },
             inputs={"documents": "extract:"},
         ),

@@ -9,17 +9,17 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
-import platform
 import time
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from data_prep import manifest
 from data_prep.errors import DataError
 from data_prep.fanout import EXCHANGE, die_with_parent
 from data_prep.liveness import keep_freed_memory
-from data_prep.publish import publish_json
+from data_prep.publish import json_sha256, publish_json
 from pipeline.config import restore
 from pipeline.errors import ConfigError, EnvironmentFault, PeerLost, StoppedCleanly, cause_of, describe, run_command
 from pipeline.node.device import set_defaults
@@ -94,6 +94,7 @@ def run_stage(run: RunDir, name: str) -> None:
         return
     attempt = take_attempt(chain, name, topology)
     os.environ[EXCHANGE] = str(attempt.path)  # where the tasks of a data stage share its work without MPI
+    os.environ[manifest.RECIPE] = json_sha256(run.settings["recipe"])
     profile = restore(Profile, run.settings["profile"], str(run.path / "run.json"))
     deadline = verdict.deadline() if topology.rank == 0 else None
     stop = StopRequest(deadline=deadline, limit=verdict.limit(), warning_s=profile.signal_s)
@@ -236,8 +237,7 @@ def path_of(chain: Chain, source: str) -> Path:
 
 def made_with() -> dict[str, str]:
     """Versions that shape results."""
-    packages = ("torch", "numpy", "h5py", "tokenizers", "sentencex", "safetensors")
-    return {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}}
+    return {**manifest.versions(), **{name: metadata.version(name) for name in ("torch", "safetensors")}}
 
 
 if __name__ == "__main__":
