@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +12,8 @@ from pipeline.config import Recipe
 from pipeline.errors import ConfigError, StorageError
 from pipeline.launch.request import Request
 from pipeline.run.chain import Chain
-from pipeline.stages import TASKS
+from pipeline.stage import function_of
+from pipeline.stages import TASKS, Command
 from pipeline.words import absent_model
 
 
@@ -63,25 +63,28 @@ def unfit(request: Request, chain: Chain) -> Iterator[Exception]:
                 name = Path(str(stage.inputs["start"]).removeprefix("data:"))
                 yield ConfigError(f"{absent_model(name, f'{stage.name}.start')}; looked for in {request.data_dir}")
             continue
-        module, _, function = stage.check.partition(":")
         try:
-            getattr(importlib.import_module(module), function)(**stage.config, **inputs)
+            function_of(stage.check)(**stage.config, **inputs)
         except Exception as error:
             if not hasattr(error, "exit_code"):
                 raise
             yield error
 
 
-def corpora_of(recipe: Recipe) -> list[str]:
+def corpora_of(recipe: Recipe | Command) -> list[str]:
     """Names of all files under --data that the recipe reads."""
+    if isinstance(recipe, Command):
+        return []
     data, tasks = recipe.data, [getattr(recipe, name) for name in TASKS]
     names = [*data.corpora, *([data.vocabulary] if data.vocabulary else [])]
     names += [phase.samples for phase in recipe.phases.values() if phase.samples]
     return list(dict.fromkeys([*names, *(name for task in tasks if task for name in (task.train, task.eval))]))
 
 
-def estimated_bytes(recipe: Recipe, data_dir: Path) -> int:
+def estimated_bytes(recipe: Recipe | Command, data_dir: Path) -> int:
     """Rough need: clean text twice (documents, shards), samples of each length, three checkpoints a phase."""
+    if isinstance(recipe, Command):
+        return 0  # nobody knows
     grows = {".bz2": 2.5, ".gz": 2.0, ".xml": 0.6}  # compressed or marked-up bytes to bytes of clean text
     text = sum(size_of(data_dir / name) * grows.get(Path(name).suffix, 1.0) for name in recipe.data.corpora)
     lengths = {phase.seq_len for phase in recipe.phases.values()}
