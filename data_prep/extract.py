@@ -289,7 +289,7 @@ Work = tuple[Path, list[tuple[str, Path]], list[dict[str, Any]], list[Part], lis
 def _finish(work: Work) -> dict[str, Any]:
     """Check that nothing was lost between parts, clean up and publish the manifest."""
     out, inputs, described, parts, results = work
-    total, said = Tally(), []
+    total, said, notes = Tally(), [], []
     for (kind, path), facts in zip(inputs, described, strict=True):
         mine = [result for part, result in zip(parts, results, strict=True) if part.path == path]
         tally = Tally()
@@ -303,6 +303,7 @@ def _finish(work: Work) -> dict[str, Any]:
         total.add(tally.facts())
         facts["counts"], facts["skipped"] = tally.facts()["counts"], tally.facts()["skipped"]
         said += _remarks(facts, tally)
+        notes += _notes(facts, tally)
     if not total.counts["documents"]:
         names = ", ".join(path.name for _, path in inputs)
         raise DataError(f"no document in {names}: {_reasons(total) or 'the input is empty'}")
@@ -316,7 +317,7 @@ def _finish(work: Work) -> dict[str, Any]:
     manifest.publish_manifest(out, value)
     manifest.remove_notes(out)
     remove_leftovers(out)
-    return {"inputs": described, **counted, "said": said}
+    return {"inputs": described, **counted, "notes": notes, "said": said + notes}
 
 
 def _reasons(tally: Tally) -> str:
@@ -335,6 +336,12 @@ def _remarks(described: dict[str, Any], tally: Tally) -> list[str]:
         examples = ", ".join(tally.examples[reason][:3])
         advice = "; raise data.max_document_mb to keep them" if reason.startswith("over") else ""
         lines.append(f"{name}: {count} skipped, {reason}: {examples}{' …' if count > 3 else ''}{advice}")
+    return lines
+
+
+def _notes(described: dict[str, Any], tally: Tally) -> list[str]:
+    """What was left out of one input or repaired without being a document of its own; the report says it, too."""
+    name, counts, lines = described["name"], tally.counts, []
     if tally.lost:
         most = ", ".join(f"{printable(lost, 40)} {count}" for lost, count in tally.lost.most_common(5))
         lines.append(f"{name}: {tally.lost.total()} sentences left out for templates without words, most for {most}")

@@ -4,20 +4,37 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import platform
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from data_prep.errors import DataError
 from data_prep.fanout import shares
-from data_prep.publish import file_sha256, is_sealed, json_sha256, publish_json, publish_sealed
+from data_prep.publish import SEAL, file_sha256, is_sealed, json_sha256, publish_json, publish_sealed
 
 NAME = "manifest.json"
 FORMAT = 1
 TRUSTED_S = 7 * 86400.0
+MADE_BY = "made_by"
+RECIPE = "RECIPE_SHA256"  # names the digest of the recipe that a stage runs for
+PACKAGES = (
+    "bert-slurm-pipeline",
+    "numpy",
+    "h5py",
+    "sentencex",
+    "nltk",
+    "tokenizers",
+    "nanotoken",
+    "pyarrow",
+    "zstandard",
+    "indexed_bzip2",
+)
 
 
 @dataclass(frozen=True)
@@ -44,7 +61,7 @@ class SampleSet:
     special: dict[str, int]
     shards: tuple[ShardFile, ...]
     sha256: str
-    """digest of the manifest: the identity of the data"""
+    """``data_sha256`` of the manifest"""
 
     @property
     def rows(self) -> int:
@@ -53,8 +70,23 @@ class SampleSet:
 
 
 def publish_manifest(folder: Path, value: Mapping[str, Any]) -> None:
-    """Write ``value`` as the sealed ``manifest.json`` of ``folder``."""
-    publish_sealed(folder / NAME, value)
+    """Write ``value`` as the sealed ``manifest.json`` of ``folder``, and beside it the versions and recipe it is of."""
+    recipe = {"recipe_sha256": os.environ[RECIPE]} if RECIPE in os.environ else {}
+    publish_sealed(folder / NAME, {**value, MADE_BY: {**recipe, **versions()}})
+
+
+def data_sha256(value: Mapping[str, Any]) -> str:
+    """Identity of the data that a manifest lists: with other versions the same files are the same data."""
+    return json_sha256({key: item for key, item in value.items() if key not in (SEAL, MADE_BY)})
+
+
+def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
+    """Of Python and of what is installed of ``packages``."""
+    found = {"python": platform.python_version()}
+    for name in packages:
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -127,7 +159,7 @@ def load(folder: Path, split: str) -> SampleSet:
             manifest["seed"],
             manifest["special"],
             shards,
-            manifest["manifest_sha256"],
+            data_sha256(manifest),
         )
     except KeyError as error:
         raise DataError(f"{folder / NAME} lacks {error}: it is not the manifest of a samples folder") from None

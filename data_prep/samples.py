@@ -129,10 +129,7 @@ def run(
     for name in sorted({block.file for block in blocks}):
         if not any(row["rows"] for block, row in zip(blocks, made, strict=True) if block.file == name):
             raise DataError(f"{shards / name} holds no text that the vocabulary {vocab} can encode")
-    if long := sum(row["sentences_over_limit"] for row in rows):
-        total = sum(row["sentences"] for row in rows)
-        job.say(f"{long} of {total} sentences have over {settings.limit} tokens: cut into pieces, all kept")
-    return publish_samples(job, vocabulary, rows, source["manifest_sha256"], seq_len=seq_len, seed=seed, pairs=pairs)
+    return publish_samples(job, vocabulary, rows, manifest.data_sha256(source), seq_len=seq_len, seed=seed, pairs=pairs)
 
 
 def check(*, vocab: Path, **others: object) -> None:
@@ -158,6 +155,9 @@ def publish_samples(
     }
     shares = [(split, *(value[split].get(key, 0) for key in ("unknown_tokens", "text_tokens"))) for split in SPLITS]
     value["notes"] = [line for split, *counts in shares if (line := unknown_note(f"{split} text", *counts))]
+    if long := sum(value[split].get("sentences_over_limit", 0) for split in SPLITS):
+        total, form = sum(value[split].get("sentences", 0) for split in SPLITS), f"samples of {seq_len} tokens"
+        value["notes"].append(f"{long} of {total} sentences are too long for {form}: cut into pieces, all kept")
     for line in value["notes"]:
         job.say(line)
     return dict(run_all(functools.partial(_finish, job.out), [value], 1)[0])

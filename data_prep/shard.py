@@ -1,7 +1,8 @@
 """Stage ``shard``: documents -> text shards of one sentence a line, balanced by bytes, a test part held out.
 
-Bounded memory: a first pass keeps 21 bytes a document (where it starts, how long it is, which split, whether it is
-replayed), the second streams. The bytes depend on the documents and the settings only, not on workers, kills or reruns.
+Bounded memory: a first pass keeps 25 bytes a document (where it starts, how long it is, which split), the second
+streams; between them what repeats is found, and what of general text is replayed. The bytes depend on the documents and
+the settings only, not on workers, kills or reruns.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import heapq
 import io
 import json
 from array import array
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +22,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep import manifest
+from data_prep import manifest, repeats
 from data_prep.errors import DataError
 from data_prep.fanout import Job, run_all
 from data_prep.publish import publish_bytes, publishing, remove_leftovers
@@ -28,12 +30,15 @@ from data_prep.sentences import splitter as make_splitter
 
 Split = Literal["train", "test"]
 SPLITS: tuple[Split, Split] = ("train", "test")
-EMPTY, REPLAY = 2, 3  # further values of the split column: a document without a word; general text, to be replayed
+# Further values of the split column: a document without a word, one that is left out, and general text to be replayed,
+# of which a part comes to the training split.
+EMPTY, REPEATED, REPLAY, UNUSED = 2, 3, 4, 5
+LEFT_OUT = {REPEATED: "repeats an earlier document", UNUSED: "beyond the share to replay"}
 RUNS_PER_SHARD = 64
 """A shard is filled with about this many runs of neighbouring documents: long enough to read in sequence, short
 enough that every shard sees the whole corpus and that shards differ in size by 2 % at most."""
 
-INDEX = np.dtype([("offset", "<i8"), ("bytes", "<i8"), ("split", "u1"), ("draw", "<u4")])
+INDEX = np.dtype([("offset", "<i8"), ("bytes", "<i8"), ("split", "u1"), ("draw", "<u4"), ("lines", "<u4")])  # long ones
 
 
 @dataclass(frozen=True)
@@ -65,22 +70,29 @@ def run(
     test_shards: int,
     test_fraction: float,
     seed: int,
+    deduplicate: bool = False,
     replay: Sequence[str] = (),
     replay_share: float = 0.0,
 ) -> dict[str, Any]:
     """Write ``train-00000.txt …``, ``test-00000.txt …`` and ``manifest.json`` into ``job.out``.
 
     Lines are sentences, a blank line ends a document. ``test_fraction`` of the documents, chosen by a hash of
-    (seed, document id), go to the test shards. Of the corpora named in ``replay`` so many documents are taken, chosen
-    likewise and all for training, that they make ``replay_share`` of the training text, or all where they are less.
+    (seed, document id), go to the test shards. Documents and long lines that repeat an earlier one are counted, and
+    left out with ``deduplicate``. Of the corpora named in ``replay`` so many documents are taken, chosen by the same
+    hash and all for training, that they make ``replay_share`` of the training text, or all where they are less.
     Returns the counts of the manifest without its file list.
     Raises DataError for an unreadable document (file and line named) or too few documents for the shards.
     """
     make_splitter(language, splitter)  # refuse an unknown one before reading gigabytes
     extracted = manifest.read_manifest(documents)
-    source, files = extracted["manifest_sha256"], extracted["files"]
+    source, files = manifest.data_sha256(extracted), extracted["files"]
+    left_out: dict[str, Any] = {"deduplicate": True} if deduplicate else {}
+    left_out |= {"replay": sorted(replay), "share": replay_share} if replay else {}
     general = tuple(Path(name).name for name in replay)
-    index_identity = manifest.identity_of(source=source, test_fraction=test_fraction, seed=seed, replay=general)
+    identity = manifest.identity_of(source=source, language=language, splitter=splitter, seed=seed, **left_out)
+    index_identity = manifest.identity_of(
+        format=2, source=source, test_fraction=test_fraction, seed=seed, general=general
+    )
     counts = run_all(
         functools.partial(_index, documents, job.out, test_fraction, seed, general, index_identity),
         files,
@@ -89,14 +101,20 @@ def run(
         [entry["bytes"] for entry in files],
     )
     job.say(f"{sum(row['documents'] for row in counts)} documents in {len(files)} files indexed")
-    indexes = {entry["file"]: np.load(_index_path(job.out, entry["file"])) for entry in files}
-    bound = replay_bound(indexes, replay_share)
-    unused = sum(int((index["split"] == REPLAY).sum() - _replayed(index, bound).sum()) for index in indexes.values())
+    names = [str(entry["file"]) for entry in files]
+    repeated = run_all(functools.partial(_select, job.out, deduplicate, replay_share), [names], 1)[0]
+    said = (
+        f"{repeated['documents']} documents and {repeated['lines']} long lines repeat an earlier one: "
+        + ("left out" if deduplicate else "kept, data.deduplicate = true leaves them out")
+        + f"; {repeated['test_lines_in_train']} of {repeated['test_lines']} long lines held out are in training, too"
+    )
+    job.say(said)
+    indexes = {name: np.load(_index_path(job.out, name, chosen=True)) for name in names}
     if replay:
+        unused = sum(int((index["split"] == UNUSED).sum()) for index in indexes.values())
         full = "" if unused else f": there is no more, data.replay_share = {replay_share:g} may not be reached"
         job.say(f"{', '.join(general)}, to be replayed: {unused} documents left out{full}")
-    identity = manifest.identity_of(source=source, language=language, splitter=splitter, seed=seed, bound=bound)
-    plans = plan(indexes, "train", train_shards, bound)
+    plans = plan(indexes, "train", train_shards)
     if test_fraction > 0:
         plans += plan(indexes, "test", test_shards)
     for split, wanted in (("train", train_shards), ("test", test_shards)):
@@ -104,13 +122,14 @@ def run(
         if 0 < made < wanted:
             job.say(f"{made} {split} shards instead of {wanted}: there are not enough documents for more")
     shards = run_all(
-        functools.partial(_write, documents, job.out, language, splitter, bound, identity),
+        functools.partial(_write, documents, job.out, language, splitter, identity),
         plans,
         job.workers,
         lambda done, total: job.say(f"{done} of {total} text shards written", done / total),
         [plan.bytes for plan in plans],
     )
-    totals = _totals(counts, shards, {"beyond the share to replay": unused} if replay else {})
+    totals = _totals(counts, shards, indexes.values())
+    totals |= {"repeated": {**repeated, "left_out": deduplicate}, "notes": [said]}
     return dict(run_all(functools.partial(_finish, job.out, shards, totals, source), [language], 1)[0])
 
 
@@ -124,25 +143,13 @@ def _draw(document_id: str, seed: int) -> int:
     return int.from_bytes(hashlib.blake2b(f"{seed}:{document_id}".encode(), digest_size=8).digest(), "big")
 
 
-def replay_bound(indexes: dict[str, NDArray[Any]], share: float) -> int:
+def replay_bound(indexes: Sequence[NDArray[Any]], share: float) -> int:
     """Replayed documents with a draw below this make ``share`` of the training text, all of them at most."""
-    every = list(indexes.values())
-    own, general = (sum(int(i["bytes"][i["split"] == split].sum()) for i in every) for split in (0, REPLAY))
+    own, general = (sum(int(i["bytes"][i["split"] == split].sum()) for i in indexes) for split in (0, REPLAY))
     return min(1 << 32, int(2.0**32 * share / (1 - share) * own / general)) if general else 0
 
 
-def _replayed(index: NDArray[Any], bound: int) -> NDArray[np.bool_]:
-    taken: NDArray[np.bool_] = (index["split"] == REPLAY) & (index["draw"].astype(np.int64) < bound)
-    return taken
-
-
-def _chosen(index: NDArray[Any], split: Split, bound: int) -> NDArray[np.int64]:
-    """The numbers of the documents that belong to ``split``."""
-    mine = index["split"] == SPLITS.index(split)
-    return np.flatnonzero(mine | _replayed(index, bound) if split == "train" else mine)
-
-
-def plan(indexes: dict[str, NDArray[Any]], split: Split, shards: int, bound: int = 0) -> list[ShardPlan]:
+def plan(indexes: dict[str, NDArray[Any]], split: Split, shards: int) -> list[ShardPlan]:
     """Give every document of ``split`` to one of ``shards`` shards: each run of neighbours to the lightest.
 
     ``indexes``: file name -> INDEX array. Shards get at least two documents each (a pair with a random next
@@ -150,7 +157,7 @@ def plan(indexes: dict[str, NDArray[Any]], split: Split, shards: int, bound: int
     There are fewer shards where there are too few documents. Raises DataError when there are fewer than two.
     """
     names = list(indexes)
-    chosen = [_chosen(index, split, bound) for index in indexes.values()]
+    chosen = [np.flatnonzero(index["split"] == SPLITS.index(split)) for index in indexes.values()]
     file = np.repeat(np.arange(len(names)), [len(numbers) for numbers in chosen])
     number = np.concatenate([*chosen, np.zeros(0, np.int64)])
     sizes = np.concatenate(
@@ -185,8 +192,18 @@ def plan(indexes: dict[str, NDArray[Any]], split: Split, shards: int, bound: int
     ]
 
 
-def _index_path(out: Path, name: str) -> Path:
-    return out / f".{name}.index.npy"
+def _index_path(out: Path, name: str, *, chosen: bool = False) -> Path:
+    """INDEX of a documents file: of all its documents, or of those ``chosen`` after repetitions were left out."""
+    return out / f".{name}.{'chosen' if chosen else 'index'}.npy"
+
+
+def _rows_path(out: Path, name: str) -> Path:
+    return out / f".{name}.rows.npy"
+
+
+def _lines_path(out: Path, name: str) -> Path:
+    """Numbers of the long lines of a documents file that are left out, ascending."""
+    return out / f".{name}.repeated.npy"
 
 
 def _index(
@@ -198,25 +215,66 @@ def _index(
     if (facts := manifest.noted(path, identity)) is not None:
         return facts
     manifest.verify(documents, [entry])
-    offsets, sizes, splits, draws = array("q"), array("q"), array("B"), array("I")
+    offsets, sizes, splits, draws, lines = array("q"), array("q"), array("B"), array("I"), array("L")
+    whole: list[tuple[int, int]] = []
+    long: list[tuple[int, int]] = []
     offset = 0
     with open(documents / name, "rb") as file:
         for line_number, line in enumerate(file, 1):
             document_id, text, source = _parse(line, documents / name, line_number)
-            own = 0 if source not in general else REPLAY
             offsets.append(offset)
-            sizes.append(len(text.encode()))
+            data = text.encode()
+            sizes.append(len(data))
+            first, *others = repeats.rows_of(data)
+            whole.append(first)
+            long += others
+            lines.append(len(others))
+            own = 0 if source not in general else REPLAY
             splits.append(EMPTY if not text.strip() else own or int(held_out(document_id, fraction, seed)))
-            draws.append(_draw(document_id, seed) >> 32 if own else 0)
+            draws.append(_draw(document_id, seed) >> 32)
             offset += len(line)
     index = np.empty(len(offsets), INDEX)
-    index["offset"], index["bytes"], index["split"], index["draw"] = offsets, sizes, splits, draws
-    buffer = io.BytesIO()
-    np.save(buffer, index, allow_pickle=False)
-    publish_bytes(path, buffer.getbuffer())
+    index["offset"], index["bytes"], index["split"], index["lines"] = offsets, sizes, splits, lines
+    index["draw"] = draws
+    _publish(_rows_path(out, name), np.array(whole + long, repeats.ROW))
+    _publish(path, index)
     facts = {"documents": len(index), "skipped_empty": int((index["split"] == EMPTY).sum())}
     manifest.note(path, identity, facts)
     return facts
+
+
+def _publish(path: Path, array: NDArray[Any]) -> None:
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    publish_bytes(path, buffer.getbuffer())
+
+
+def _select(out: Path, deduplicate: bool, share: float, names: Sequence[str]) -> dict[str, int]:
+    """Count what repeats in all documents files, and choose what makes the ``share`` to replay.
+
+    Writes for each file its index with those marked that are left out, and the numbers of its lines that are.
+    """
+    indexes = [np.load(_index_path(out, name)) for name in names]
+    rows = [np.load(_rows_path(out, name), mmap_mode="r") for name in names]
+    splits = [np.where(index["split"] == REPLAY, 0, index["split"]) for index in indexes]
+    found, documents, lines = repeats.find(splits, [index["lines"] for index in indexes], rows)
+    if not deduplicate:
+        documents[:], lines[:] = False, False
+    document = line = 0
+    for name, index, row in zip(names, indexes, rows, strict=True):
+        again = np.flatnonzero(lines[line : (line := line + len(row) - len(index))])
+        owner = np.repeat(np.arange(len(index)), index["lines"])[again]
+        np.subtract.at(index["bytes"], owner, row["bytes"][len(index) + again].astype(np.int64) + 1)
+        nothing_left = (index["split"] != EMPTY) & (index["bytes"] <= 0)
+        index["split"][documents[document : (document := document + len(index))] | nothing_left] = REPEATED
+        _publish(_lines_path(out, name), again)
+    bound = replay_bound(indexes, share)
+    for name, index in zip(names, indexes, strict=True):
+        general = index["split"] == REPLAY
+        taken = general & (index["draw"].astype(np.int64) < bound)
+        index["split"][general], index["split"][taken] = UNUSED, 0
+        _publish(_index_path(out, name, chosen=True), index)
+    return found
 
 
 def _parse(line: bytes, path: Path, number: int) -> tuple[str, str, str]:
@@ -232,23 +290,25 @@ def _parse(line: bytes, path: Path, number: int) -> tuple[str, str, str]:
     return document_id, text, str(document.get("source")).partition("/")[0]
 
 
-def _documents(folder: Path, out: Path, split: Split, spans: Sequence[Span], bound: int) -> Iterator[str]:
-    """Texts of the spans' documents that belong to ``split``, one in memory at a time."""
+def _documents(folder: Path, out: Path, split: Split, spans: Sequence[Span]) -> Iterator[str]:
+    """Texts of the spans' documents that belong to ``split``, without lines that are left out; one at a time."""
+    wanted = SPLITS.index(split)
     for span in spans:
-        index = np.load(_index_path(out, span.file), mmap_mode="r")
+        index = np.load(_index_path(out, span.file, chosen=True), mmap_mode="r")
+        repeated = set(np.load(_lines_path(out, span.file)).tolist())
+        first_line = np.cumsum(index["lines"], dtype=np.int64) - index["lines"]
         with open(folder / span.file, "rb") as file:
             position = -1
-            for number in (span.first + _chosen(index[span.first : span.last], split, bound)).tolist():
+            for number in (span.first + np.flatnonzero(index["split"][span.first : span.last] == wanted)).tolist():
                 if position != (start := int(index["offset"][number])):
                     file.seek(start)
                 line = file.readline()
                 position = start + len(line)
-                yield _parse(line, folder / span.file, number + 1)[1]
+                text = _parse(line, folder / span.file, number + 1)[1]
+                yield repeats.without(text, repeated, int(first_line[number])) if repeated else text
 
 
-def _write(
-    documents: Path, out: Path, language: str, splitter: str, bound: int, identity: str, plan: ShardPlan
-) -> dict[str, Any]:
+def _write(documents: Path, out: Path, language: str, splitter: str, identity: str, plan: ShardPlan) -> dict[str, Any]:
     """Second pass: write one text shard, unless an earlier try finished it."""
     path = out / plan.name
     identity = manifest.identity_of(base=identity, spans=[[s.file, s.first, s.last] for s in plan.spans])
@@ -258,7 +318,7 @@ def _write(
     digest = hashlib.sha256()
     written = documents_done = sentences_done = words = 0
     with publishing(path) as file:
-        for text in _documents(documents, out, plan.split, plan.spans, bound):
+        for text in _documents(documents, out, plan.split, plan.spans):
             sentences = [sentence for paragraph in text.split("\n") for sentence in split(paragraph)]
             data = ("\n".join(sentences) + "\n\n").encode()
             file.write(data)
@@ -280,11 +340,13 @@ def _write(
     return facts
 
 
-def _totals(counts: list[dict[str, int]], shards: list[dict[str, Any]], left_out: dict[str, int]) -> dict[str, Any]:
-    totals: dict[str, Any] = {
-        "documents_in": sum(row["documents"] for row in counts),
-        "skipped": {"no text": sum(row["skipped_empty"] for row in counts), **left_out},
-    }
+def _totals(
+    counts: list[dict[str, int]], shards: list[dict[str, Any]], indexes: Iterable[NDArray[Any]]
+) -> dict[str, Any]:
+    left_out = sum((Counter(index["split"].tolist()) for index in indexes), Counter())
+    skipped = {"no text": left_out[EMPTY]}
+    skipped |= {LEFT_OUT[split]: left_out[split] for split in LEFT_OUT if left_out[split]}
+    totals: dict[str, Any] = {"documents_in": sum(row["documents"] for row in counts), "skipped": skipped}
     for split in SPLITS:
         mine = [shard for shard in shards if shard["split"] == split]
         totals[split] = {
@@ -301,7 +363,7 @@ def _finish(
 ) -> dict[str, Any]:
     value = {"format": 1, "language": language, "source_manifest": source, "shards": shards, **totals}
     manifest.publish_manifest(out, value)
-    for path in out.glob(".*.index.npy"):
+    for path in out.glob(".*.npy"):
         path.unlink(missing_ok=True)
     manifest.remove_notes(out)
     remove_leftovers(out)

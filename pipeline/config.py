@@ -78,6 +78,7 @@ class DataConfig:
     strip_accents: bool = True
     splitter: Literal["sentencex", "punkt"] = "sentencex"
     max_document_mb: float = limited(16.0, above=0)
+    deduplicate: bool = False  # leave documents and long lines out that repeat an earlier one; they are always counted
     train_shards: int = limited(256, low=1, high=65536)
     test_shards: int = limited(8, low=1, high=65536)
     test_fraction: float = limited(0.01, above=0, high=0.5)
@@ -350,9 +351,7 @@ def _contradictions(recipe: Recipe) -> list[str]:
             )
         ready = (phase.start or "").endswith(".pt") and recipe.optimizer.name == "lamb"
         if phase.start_step and not (ready and phase.start_step < phase.steps):
-            lines.append(
-                f"{name}.start_step wants NVIDIA's .pt as {name}.start, more {name}.steps, and optimizer.name lamb"
-            )
+            lines.append(f"{name}.start_step wants NVIDIA's .pt as {name}.start, more {name}.steps, and LAMB")
     for name in ("squad", "mrpc", "sst2"):
         task: TaskConfig | None = getattr(recipe, name)
         if task is not None and len(set(task.seeds)) < max(1, len(task.seeds)):

@@ -50,13 +50,7 @@ def training_of(settings: Mapping[str, Any], origin: str) -> Recipe:
 def table(recipe: Recipe | Command) -> dict[str, Stage]:
     """The stages of a recipe by name, needs before the stages that need them; of a command the one that runs it."""
     if isinstance(recipe, Command):
-        config = {"command": recipe.command, "saves": recipe.saves}
-        without_trace = {"saves": recipe.saves}
-        run = "pipeline.node.command:run"
-        of_ranks = Stage(
-            name=recipe.name, run=run, job="pretrain", width="ranks", config=config, defaults=without_trace
-        )
-        return {recipe.name: of_ranks}
+        return {recipe.name: command_stage(recipe)}
     data, tasks = recipe.data, [name for name in TASKS if getattr(recipe, name) is not None]
     language = {"lowercase": data.lowercase, "strip_accents": data.strip_accents}
     vocab = f"data:{data.vocabulary}" if data.vocabulary else "vocab:vocab.txt"
@@ -85,6 +79,7 @@ def table(recipe: Recipe | Command) -> dict[str, Stage]:
                 "seed": data.seed,
                 "replay": data.replay,
                 **({"replay_share": data.replay_share} if data.replay else {}),
+                "deduplicate": data.deduplicate,
             },
             inputs={"documents": "extract:"},
         ),
@@ -147,6 +142,18 @@ def table(recipe: Recipe | Command) -> dict[str, Stage]:
         )
     )
     return {stage.name: stage for stage in chain}
+
+
+def command_stage(command: Command) -> Stage:
+    """The one stage of a run of somebody's own program."""
+    return Stage(
+        name=command.name,
+        run="pipeline.node.command:run",
+        job="pretrain",
+        width="ranks",
+        config={"command": command.command, "saves": command.saves},
+        defaults={"saves": command.saves},
+    )
 
 
 def samples_stage(recipe: Recipe, seq_len: int, made_before: str | None, vocab: str) -> Stage:

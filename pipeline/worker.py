@@ -7,18 +7,17 @@ fingerprint, and a stage that is not done never exits 0.
 from __future__ import annotations
 
 import argparse
-import importlib
 import os
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
+from data_prep import manifest
 from data_prep.errors import DataError
 from data_prep.fanout import EXCHANGE, die_with_parent
 from data_prep.liveness import keep_freed_memory
-from data_prep.publish import publish_json
+from data_prep.publish import json_sha256, publish_json
 from pipeline.config import restore
 from pipeline.errors import ConfigError, EnvironmentFault, PeerLost, StoppedCleanly, cause_of, describe, run_command
 from pipeline.node.device import set_defaults
@@ -28,7 +27,7 @@ from pipeline.node.supervise import supervise
 from pipeline.run.chain import Chain, made_with
 from pipeline.run.files import appeared, now
 from pipeline.run.rundir import Attempt, RunDir
-from pipeline.stage import Stage
+from pipeline.stage import Stage, function_of
 from slurm import verdict
 from slurm.profile import Profile
 
@@ -100,6 +99,7 @@ def run_stage(run: RunDir, name: str, command: tuple[str, ...] = ()) -> None:
         return
     attempt = take_attempt(chain, name, topology)
     os.environ[EXCHANGE] = str(attempt.path)  # where the tasks of a data stage share its work without MPI
+    os.environ[manifest.RECIPE] = json_sha256(run.settings["recipe"])
     profile = restore(Profile, run.settings["profile"], str(run.path / "run.json"))
     deadline = verdict.deadline() if topology.rank == 0 else None
     stop = StopRequest(deadline=deadline, limit=verdict.limit(), warning_s=profile.signal_s)
@@ -137,7 +137,7 @@ def execute(chain: Chain, stage: Stage, job: Job) -> None:
     """Do a stage's work and mark it done; raises what stopped it, after the attempt's verdict is written."""
     name, attempt, started, changed = stage.name, job.attempt, now(), time.time()
     try:
-        result = function_of(stage)(job, **stage.config, **resolve(chain, stage))
+        result = function_of(stage.run)(job, **stage.config, **resolve(chain, stage))
         if job.rank == 0:
             finished = now()
             job.run.stage(name).mark_done(
@@ -205,12 +205,6 @@ def take_attempt(chain: Chain, name: str, topology: Topology) -> Attempt:
     if joined is None:
         raise PeerLost(f"{name}: rank {topology.rank} waited {PATIENCE_S:.0f} s for rank 0 to begin an attempt")
     return joined
-
-
-def function_of(stage: Stage) -> Any:
-    """The stage's function, imported only now."""
-    module, _, function = stage.run.partition(":")
-    return getattr(importlib.import_module(module), function)
 
 
 def resolve(chain: Chain, stage: Stage) -> dict[str, Path | list[Path]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ from pipeline.config import Recipe
 from pipeline.errors import ConfigError, StorageError
 from pipeline.launch.request import Request
 from pipeline.run.chain import Chain
+from pipeline.stage import function_of
 from pipeline.stages import TASKS, Command
 from pipeline.words import absent_model
 
@@ -63,9 +63,8 @@ def unfit(request: Request, chain: Chain) -> Iterator[Exception]:
                 name = Path(str(stage.inputs["start"]).removeprefix("data:"))
                 yield ConfigError(f"{absent_model(name, f'{stage.name}.start')}; looked for in {request.data_dir}")
             continue
-        module, _, function = stage.check.partition(":")
         try:
-            getattr(importlib.import_module(module), function)(**stage.config, **inputs)
+            function_of(stage.check)(**stage.config, **inputs)
         except Exception as error:
             if not hasattr(error, "exit_code"):
                 raise

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import platform
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from importlib import metadata
 from typing import Any
 
+from data_prep.manifest import PACKAGES, versions
 from pipeline.config import Recipe
 from pipeline.errors import ConfigError
 from pipeline.run.rundir import RunDir
@@ -110,8 +108,4 @@ class Chain:
 
 def made_with() -> dict[str, str]:
     """Versions that shape results, of what is installed."""
-    versions = {"python": platform.python_version()}
-    for name in ("torch", "numpy", "h5py", "tokenizers", "sentencex", "safetensors"):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[name] = metadata.version(name)
-    return versions
+    return versions((*PACKAGES, "torch", "safetensors"))

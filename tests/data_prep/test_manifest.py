@@ -6,10 +6,13 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from data_prep import manifest
 from data_prep.errors import DataError
 from data_prep.manifest import file_entry, load, load_verified, publish_manifest, read_manifest, verify, verify_share
+from data_prep.publish import SEAL
 
 
 def samples_folder(folder: Path) -> Path:
@@ -130,3 +133,16 @@ def test_a_missing_or_foreign_manifest_is_one_line(tmp_path: Path) -> None:
 def test_names_cannot_leave_the_folder(tmp_path: Path, name: str) -> None:
     with pytest.raises(DataError, match="only plain file names"):
         verify(tmp_path, [{"file": name, "bytes": 1, "sha256": "x"}])
+
+
+def test_a_manifest_says_what_made_it_and_other_versions_make_the_same_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(manifest.RECIPE, "ab12")
+    before = load(samples_folder(tmp_path), "train").sha256
+    made_by = read_manifest(tmp_path)["made_by"]
+    assert (made_by["recipe_sha256"], made_by["numpy"]) == ("ab12", np.__version__)
+    monkeypatch.setattr(manifest, "PACKAGES", ())
+    publish_manifest(tmp_path, {key: v for key, v in read_manifest(tmp_path).items() if key not in ("made_by", SEAL)})
+    assert "numpy" not in read_manifest(tmp_path)["made_by"]
+    assert load(tmp_path, "train").sha256 == before

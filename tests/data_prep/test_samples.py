@@ -272,7 +272,7 @@ def test_text_without_full_stops_is_used_to_the_last_word(tmp_path: Path) -> Non
     facts = samples.run(job, shards=text, vocab=vocab, **SETTINGS | {"seq_len": 128})["train"]
     assert facts["tokens"] >= 2 * 36_000
     assert facts["sentences_over_limit"] == 12
-    assert "12 of 12 sentences have over 125 tokens: cut into pieces, all kept" in said
+    assert "12 of 12 sentences are too long for samples of 128 tokens: cut into pieces, all kept" in said
     used = np.unique(read_shard(tmp_path / "out" / "train-00000.hdf5").tokens)
     assert len(used) > 0.99 * 36_000
     assert 0.3 < facts["random_next"] / facts["rows"] < 0.8  # pieces of 125 tokens would all get a random next
