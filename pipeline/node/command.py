@@ -91,9 +91,8 @@ def started(job: Job, command: Sequence[str]) -> Iterator[subprocess.Popen[str]]
 
     def begin() -> None:
         die_with_parent(parent)
-        signal.signal(
-            signal.SIGUSR2, signal.SIG_IGN
-        )  # Slurm's warning reaches all processes of a step: ours hands it on
+        # Slurm's warning reaches all processes of a step: ours hands it on, as SIGTERM
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
 
     try:
         process = subprocess.Popen(
