@@ -49,6 +49,7 @@ class Request:
     settings: tuple[str, ...] = ()
     stages: tuple[str, ...] = ()
     remake: tuple[str, ...] = ()
+    verify: bool = False
     max_gpu_hours: float = 0.0
     allow_mixed: bool = False
     split: bool = False
@@ -124,6 +125,7 @@ def of(words: Sequence[str]) -> Request:
         settings=tuple(given.settings),
         stages=_names(given.stages),
         remake=_names(given.remake),
+        verify=given.verify,
         **{name: getattr(given, name) for name in (*SWITCHES, "write_scripts", "max_gpu_hours", "allow_mixed")},
     )
 
@@ -210,6 +212,7 @@ def parser() -> argparse.ArgumentParser:
     add("--stages", help="run only these, separated by commas")
     remake_help = "make these again with all that follows, though they are done; what is there goes to RUN/old"
     add("--remake", metavar="STAGES", help=remake_help)
+    add("--verify", action="store_true", help="read all samples again to check them, also those checked last week")
     set_help = "change a recipe value, such as phase1.steps=100"
     add("--set", action="append", default=[], metavar="KEY=VALUE", dest="settings", help=set_help)
     add = options.add_argument_group("Slurm").add_argument
