@@ -132,6 +132,11 @@ def run(
     return publish_samples(job, vocabulary, rows, manifest.data_sha256(source), seq_len=seq_len, seed=seed, pairs=pairs)
 
 
+def check(*, vocab: Path, **others: object) -> None:
+    """DataError for a vocabulary that is none."""
+    Vocabulary.load(vocab)
+
+
 def publish_samples(
     job: Job, vocabulary: Vocabulary, rows: list[dict[str, Any]], source: str, *, seq_len: int, seed: int, pairs: bool
 ) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Stage ``shard``: documents -> text shards of one sentence a line, balanced by bytes, a test part held out.
 
-Bounded memory: a first pass keeps 21 bytes a document (where it starts, how long it is, which split), the second
-streams; between them what repeats is found. The bytes depend on the documents and the settings only, not on workers,
-kills or reruns.
+Bounded memory: a first pass keeps 25 bytes a document (where it starts, how long it is, which split), the second
+streams; between them what repeats is found, and what of general text is replayed. The bytes depend on the documents and
+the settings only, not on workers, kills or reruns.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import heapq
 import io
 import json
 from array import array
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -29,12 +30,15 @@ from data_prep.sentences import splitter as make_splitter
 
 Split = Literal["train", "test"]
 SPLITS: tuple[Split, Split] = ("train", "test")
-EMPTY, REPEATED = 2, 3  # further values of the split column: a document without a word, one that is left out
+# Further values of the split column: a document without a word, one that is left out, and general text to be replayed,
+# of which a part comes to the training split.
+EMPTY, REPEATED, REPLAY, UNUSED = 2, 3, 4, 5
+LEFT_OUT = {REPEATED: "repeats an earlier document", UNUSED: "beyond the share to replay"}
 RUNS_PER_SHARD = 64
 """A shard is filled with about this many runs of neighbouring documents: long enough to read in sequence, short
 enough that every shard sees the whole corpus and that shards differ in size by 2 % at most."""
 
-INDEX = np.dtype([("offset", "<i8"), ("bytes", "<i8"), ("split", "u1"), ("lines", "<u4")])  # long lines
+INDEX = np.dtype([("offset", "<i8"), ("bytes", "<i8"), ("split", "u1"), ("draw", "<u4"), ("lines", "<u4")])  # long ones
 
 
 @dataclass(frozen=True)
@@ -67,22 +71,30 @@ def run(
     test_fraction: float,
     seed: int,
     deduplicate: bool = False,
+    replay: Sequence[str] = (),
+    replay_share: float = 0.0,
 ) -> dict[str, Any]:
     """Write ``train-00000.txt …``, ``test-00000.txt …`` and ``manifest.json`` into ``job.out``.
 
     Lines are sentences, a blank line ends a document. ``test_fraction`` of the documents, chosen by a hash of
     (seed, document id), go to the test shards. Documents and long lines that repeat an earlier one are counted, and
-    left out with ``deduplicate``. Returns the counts of the manifest without its file list.
+    left out with ``deduplicate``. Of the corpora named in ``replay`` so many documents are taken, chosen by the same
+    hash and all for training, that they make ``replay_share`` of the training text, or all where they are less.
+    Returns the counts of the manifest without its file list.
     Raises DataError for an unreadable document (file and line named) or too few documents for the shards.
     """
     make_splitter(language, splitter)  # refuse an unknown one before reading gigabytes
     extracted = manifest.read_manifest(documents)
     source, files = manifest.data_sha256(extracted), extracted["files"]
-    left_out = {"deduplicate": True} if deduplicate else {}
+    left_out: dict[str, Any] = {"deduplicate": True} if deduplicate else {}
+    left_out |= {"replay": sorted(replay), "share": replay_share} if replay else {}
+    general = tuple(Path(name).name for name in replay)
     identity = manifest.identity_of(source=source, language=language, splitter=splitter, seed=seed, **left_out)
-    index_identity = manifest.identity_of(format=2, source=source, test_fraction=test_fraction, seed=seed)
+    index_identity = manifest.identity_of(
+        format=2, source=source, test_fraction=test_fraction, seed=seed, general=general
+    )
     counts = run_all(
-        functools.partial(_index, documents, job.out, test_fraction, seed, index_identity),
+        functools.partial(_index, documents, job.out, test_fraction, seed, general, index_identity),
         files,
         job.workers,
         None,
@@ -90,14 +102,18 @@ def run(
     )
     job.say(f"{sum(row['documents'] for row in counts)} documents in {len(files)} files indexed")
     names = [str(entry["file"]) for entry in files]
-    repeated = run_all(functools.partial(_repeated, job.out, deduplicate), [names], 1)[0]
+    repeated = run_all(functools.partial(_select, job.out, deduplicate, replay_share), [names], 1)[0]
     said = (
         f"{repeated['documents']} documents and {repeated['lines']} long lines repeat an earlier one: "
         + ("left out" if deduplicate else "kept, data.deduplicate = true leaves them out")
         + f"; {repeated['test_lines_in_train']} of {repeated['test_lines']} long lines held out are in training, too"
     )
     job.say(said)
-    indexes = {name: np.load(_index_path(job.out, name, chosen=deduplicate)) for name in names}
+    indexes = {name: np.load(_index_path(job.out, name, chosen=True)) for name in names}
+    if replay:
+        unused = sum(int((index["split"] == UNUSED).sum()) for index in indexes.values())
+        full = "" if unused else f": there is no more, data.replay_share = {replay_share:g} may not be reached"
+        job.say(f"{', '.join(general)}, to be replayed: {unused} documents left out{full}")
     plans = plan(indexes, "train", train_shards)
     if test_fraction > 0:
         plans += plan(indexes, "test", test_shards)
@@ -106,21 +122,31 @@ def run(
         if 0 < made < wanted:
             job.say(f"{made} {split} shards instead of {wanted}: there are not enough documents for more")
     shards = run_all(
-        functools.partial(_write, documents, job.out, language, splitter, identity, deduplicate),
+        functools.partial(_write, documents, job.out, language, splitter, identity),
         plans,
         job.workers,
         lambda done, total: job.say(f"{done} of {total} text shards written", done / total),
         [plan.bytes for plan in plans],
     )
-    totals = _totals(counts, shards, sum(int((index["split"] == REPEATED).sum()) for index in indexes.values()))
+    totals = _totals(counts, shards, indexes.values())
     totals |= {"repeated": {**repeated, "left_out": deduplicate}, "notes": [said]}
     return dict(run_all(functools.partial(_finish, job.out, shards, totals, source), [language], 1)[0])
 
 
 def held_out(document_id: str, fraction: float, seed: int) -> bool:
     """Whether a document belongs to the test part: a property of its id alone, stable when others come or go."""
-    digest = hashlib.blake2b(f"{seed}:{document_id}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") < fraction * 2.0**64
+    return _draw(document_id, seed) < fraction * 2.0**64
+
+
+def _draw(document_id: str, seed: int) -> int:
+    """64 bits that look random and depend on the document's id and the seed alone."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}:{document_id}".encode(), digest_size=8).digest(), "big")
+
+
+def replay_bound(indexes: Sequence[NDArray[Any]], share: float) -> int:
+    """Replayed documents with a draw below this make ``share`` of the training text, all of them at most."""
+    own, general = (sum(int(i["bytes"][i["split"] == split].sum()) for i in indexes) for split in (0, REPLAY))
+    return min(1 << 32, int(2.0**32 * share / (1 - share) * own / general)) if general else 0
 
 
 def plan(indexes: dict[str, NDArray[Any]], split: Split, shards: int) -> list[ShardPlan]:
@@ -181,7 +207,7 @@ def _lines_path(out: Path, name: str) -> Path:
 
 
 def _index(
-    documents: Path, out: Path, fraction: float, seed: int, identity: str, entry: dict[str, Any]
+    documents: Path, out: Path, fraction: float, seed: int, general: Sequence[str], identity: str, entry: dict[str, Any]
 ) -> dict[str, int]:
     """First pass over one documents file: where each document starts, its bytes of text, its split."""
     name = str(entry["file"])
@@ -189,13 +215,13 @@ def _index(
     if (facts := manifest.noted(path, identity)) is not None:
         return facts
     manifest.verify(documents, [entry])
-    offsets, sizes, splits, lines = array("q"), array("q"), array("B"), array("L")
+    offsets, sizes, splits, draws, lines = array("q"), array("q"), array("B"), array("I"), array("L")
     whole: list[tuple[int, int]] = []
     long: list[tuple[int, int]] = []
     offset = 0
     with open(documents / name, "rb") as file:
         for line_number, line in enumerate(file, 1):
-            document_id, text = _parse(line, documents / name, line_number)
+            document_id, text, source = _parse(line, documents / name, line_number)
             offsets.append(offset)
             data = text.encode()
             sizes.append(len(data))
@@ -203,10 +229,13 @@ def _index(
             whole.append(first)
             long += others
             lines.append(len(others))
-            splits.append(EMPTY if not text.strip() else int(held_out(document_id, fraction, seed)))
+            own = 0 if source not in general else REPLAY
+            splits.append(EMPTY if not text.strip() else own or int(held_out(document_id, fraction, seed)))
+            draws.append(_draw(document_id, seed) >> 32)
             offset += len(line)
     index = np.empty(len(offsets), INDEX)
     index["offset"], index["bytes"], index["split"], index["lines"] = offsets, sizes, splits, lines
+    index["draw"] = draws
     _publish(_rows_path(out, name), np.array(whole + long, repeats.ROW))
     _publish(path, index)
     facts = {"documents": len(index), "skipped_empty": int((index["split"] == EMPTY).sum())}
@@ -220,25 +249,36 @@ def _publish(path: Path, array: NDArray[Any]) -> None:
     publish_bytes(path, buffer.getbuffer())
 
 
-def _repeated(out: Path, leave_out: bool, names: Sequence[str]) -> dict[str, int]:
-    """Count what repeats in all documents files; to ``leave_out`` it, write for each what is left of its index."""
+def _select(out: Path, deduplicate: bool, share: float, names: Sequence[str]) -> dict[str, int]:
+    """Count what repeats in all documents files, and choose what makes the ``share`` to replay.
+
+    Writes for each file its index with those marked that are left out, and the numbers of its lines that are.
+    """
     indexes = [np.load(_index_path(out, name)) for name in names]
     rows = [np.load(_rows_path(out, name), mmap_mode="r") for name in names]
-    splits, counts = [index["split"] for index in indexes], [index["lines"] for index in indexes]
-    found, documents, lines = repeats.find(splits, counts, rows)
+    splits = [np.where(index["split"] == REPLAY, 0, index["split"]) for index in indexes]
+    found, documents, lines = repeats.find(splits, [index["lines"] for index in indexes], rows)
+    if not deduplicate:
+        documents[:], lines[:] = False, False
     document = line = 0
-    for name, index, row in zip(names, indexes, rows, strict=True) if leave_out else ():
+    for name, index, row in zip(names, indexes, rows, strict=True):
         again = np.flatnonzero(lines[line : (line := line + len(row) - len(index))])
         owner = np.repeat(np.arange(len(index)), index["lines"])[again]
         np.subtract.at(index["bytes"], owner, row["bytes"][len(index) + again].astype(np.int64) + 1)
         nothing_left = (index["split"] != EMPTY) & (index["bytes"] <= 0)
         index["split"][documents[document : (document := document + len(index))] | nothing_left] = REPEATED
         _publish(_lines_path(out, name), again)
+    bound = replay_bound(indexes, share)
+    for name, index in zip(names, indexes, strict=True):
+        general = index["split"] == REPLAY
+        taken = general & (index["draw"].astype(np.int64) < bound)
+        index["split"][general], index["split"][taken] = UNUSED, 0
         _publish(_index_path(out, name, chosen=True), index)
     return found
 
 
-def _parse(line: bytes, path: Path, number: int) -> tuple[str, str]:
+def _parse(line: bytes, path: Path, number: int) -> tuple[str, str, str]:
+    """Id, text and the name of the corpus of a document."""
     try:
         document = json.loads(line)
         document_id, text = document["id"], document["text"]
@@ -247,16 +287,15 @@ def _parse(line: bytes, path: Path, number: int) -> tuple[str, str]:
         f"{document_id}{text}".encode()  # a lone surrogate cannot be written
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} line {number} is not a document ({error}): run the extract stage again") from None
-    return document_id, text
+    return document_id, text, str(document.get("source")).partition("/")[0]
 
 
-def _documents(folder: Path, out: Path, split: Split, deduplicate: bool, spans: Sequence[Span]) -> Iterator[str]:
-    """Texts of the spans' documents that belong to ``split``, one in memory at a time; to ``deduplicate`` them,
-    without lines that repeat."""
+def _documents(folder: Path, out: Path, split: Split, spans: Sequence[Span]) -> Iterator[str]:
+    """Texts of the spans' documents that belong to ``split``, without lines that are left out; one at a time."""
     wanted = SPLITS.index(split)
     for span in spans:
-        index = np.load(_index_path(out, span.file, chosen=deduplicate), mmap_mode="r")
-        repeated = set(np.load(_lines_path(out, span.file)).tolist() if deduplicate else ())
+        index = np.load(_index_path(out, span.file, chosen=True), mmap_mode="r")
+        repeated = set(np.load(_lines_path(out, span.file)).tolist())
         first_line = np.cumsum(index["lines"], dtype=np.int64) - index["lines"]
         with open(folder / span.file, "rb") as file:
             position = -1
@@ -269,9 +308,7 @@ def _documents(folder: Path, out: Path, split: Split, deduplicate: bool, spans: 
                 yield repeats.without(text, repeated, int(first_line[number])) if repeated else text
 
 
-def _write(
-    documents: Path, out: Path, language: str, splitter: str, identity: str, deduplicate: bool, plan: ShardPlan
-) -> dict[str, Any]:
+def _write(documents: Path, out: Path, language: str, splitter: str, identity: str, plan: ShardPlan) -> dict[str, Any]:
     """Second pass: write one text shard, unless an earlier try finished it."""
     path = out / plan.name
     identity = manifest.identity_of(base=identity, spans=[[s.file, s.first, s.last] for s in plan.spans])
@@ -281,7 +318,7 @@ def _write(
     digest = hashlib.sha256()
     written = documents_done = sentences_done = words = 0
     with publishing(path) as file:
-        for text in _documents(documents, out, plan.split, deduplicate, plan.spans):
+        for text in _documents(documents, out, plan.split, plan.spans):
             sentences = [sentence for paragraph in text.split("\n") for sentence in split(paragraph)]
             data = ("\n".join(sentences) + "\n\n").encode()
             file.write(data)
@@ -303,13 +340,13 @@ def _write(
     return facts
 
 
-def _totals(counts: list[dict[str, int]], shards: list[dict[str, Any]], repeated: int) -> dict[str, Any]:
-    totals: dict[str, Any] = {
-        "documents_in": sum(row["documents"] for row in counts),
-        "skipped": {"no text": sum(row["skipped_empty"] for row in counts)},
-    }
-    if repeated:
-        totals["skipped"]["repeats an earlier document"] = repeated
+def _totals(
+    counts: list[dict[str, int]], shards: list[dict[str, Any]], indexes: Iterable[NDArray[Any]]
+) -> dict[str, Any]:
+    left_out = sum((Counter(index["split"].tolist()) for index in indexes), Counter())
+    skipped = {"no text": left_out[EMPTY]}
+    skipped |= {LEFT_OUT[split]: left_out[split] for split in LEFT_OUT if left_out[split]}
+    totals: dict[str, Any] = {"documents_in": sum(row["documents"] for row in counts), "skipped": skipped}
     for split in SPLITS:
         mine = [shard for shard in shards if shard["split"] == split]
         totals[split] = {

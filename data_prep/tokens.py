@@ -68,6 +68,12 @@ def run(job: Job, *, source: Path, vocab: Path, seq_len: int, test_fraction: flo
     return publish_samples(job, vocabulary, rows, digest, seq_len=seq_len, seed=seed, pairs=False)
 
 
+def check(*, source: Path, vocab: Path, **others: object) -> None:
+    """DataError for what is wrong at first sight: the tokenizer, or a folder without sequences."""
+    Vocabulary.load(vocab, any_kind=True)
+    files_of(source)
+
+
 def files_of(source: Path) -> list[Path]:
     """The files with sequences, by name; DataError where there is none, or none of a known kind."""
     files = sorted(path for path in source.rglob("*") if path.is_file() and path.name.lower().endswith(SUFFIXES))

@@ -67,6 +67,8 @@ class DataConfig:
     books: tuple[str, ...] = ()  # folders of text files; files of documents between blank lines, or WikiExtractor's
     jsonl: tuple[str, ...] = ()  # records with a text: JSON lines, CSV, TSV, Parquet
     text_column: str = "text"  # its name in them
+    replay: tuple[str, ...] = ()  # those of them that are general text, against forgetting: a part is taken
+    replay_share: float = limited(0.1, above=0, high=0.9)  # of the training text, by bytes
     licences: tuple[str, ...] = ()  # of these texts, for the model card
     tokens: str | None = None  # a folder of sequences of any alphabet with their tokenizer.json, instead of texts
     vocab: str | None = None  # a vocab.txt; none: the chain trains one
@@ -333,15 +335,16 @@ def _contradictions(recipe: Recipe) -> list[str]:
     """Values that are fine alone and impossible together."""
     lines = []
     model, data = recipe.model, recipe.data
-    if model.hidden_size % model.num_attention_heads:
-        heads = f"model.num_attention_heads = {model.num_attention_heads}"
-        lines.append(f"model.hidden_size = {model.hidden_size} is not divisible by {heads}")
+    heads = model.num_attention_heads
+    if model.hidden_size % heads:
+        lines.append(f"model.hidden_size = {model.hidden_size} is not divisible by model.num_attention_heads = {heads}")
+    lengths = {f"{name}.seq_len": phase.seq_len for name, phase in recipe.phases.items()}
+    for key in ("squad_seq_len", "glue_seq_len") if recipe.inference else ():
+        lengths[f"inference.{key}"] = getattr(recipe.inference, key)
+    most = model.max_position_embeddings
+    lines += [f"{key} = {size} exceeds model.max_position_embeddings = {most}" for key, size in lengths.items()
+              if size > most]  # fmt: skip
     for name, phase in recipe.phases.items():
-        if phase.seq_len > model.max_position_embeddings:
-            lines.append(
-                f"{name}.seq_len = {phase.seq_len} exceeds "
-                f"model.max_position_embeddings = {model.max_position_embeddings}"
-            )
         if phase.max_predictions >= phase.seq_len:
             lines.append(
                 f"{name}.max_predictions = {phase.max_predictions} must be below {name}.seq_len = {phase.seq_len}"
@@ -349,7 +352,7 @@ def _contradictions(recipe: Recipe) -> list[str]:
         ready = (phase.start or "").endswith(".pt") and recipe.optimizer.name == "lamb"
         if phase.start_step and not (ready and phase.start_step < phase.steps):
             lines.append(
-                f"{name}.start_step wants NVIDIA's .pt as {name}.start, more {name}.steps, and optimizer.name lamb"
+                f"{name}.start_step wants NVIDIA's .pt as {name}.start, more {name}.steps, optimizer.name lamb"
             )
     for name in ("squad", "mrpc", "sst2"):
         task: TaskConfig | None = getattr(recipe, name)
@@ -360,15 +363,14 @@ def _contradictions(recipe: Recipe) -> list[str]:
                 f"{name}.max_seq_len = {task.max_seq_len} exceeds "
                 f"model.max_position_embeddings = {model.max_position_embeddings}"
             )
-    for key in ("squad_seq_len", "glue_seq_len") if recipe.inference else ():
-        if getattr(recipe.inference, key) > model.max_position_embeddings:
-            lines.append(
-                f"inference.{key} = {getattr(recipe.inference, key)} exceeds "
-                f"model.max_position_embeddings = {model.max_position_embeddings}"
-            )
     given = {name: phase.samples for name, phase in recipe.phases.items() if phase.samples is not None}
     if not data.corpora and given.keys() != recipe.phases.keys():
         lines.append("[data] names no corpus: give at least one of wikipedia, books, jsonl; or tokens")
+    own = {Path(name).name for name in data.corpora if name not in data.replay}  # documents know this of their origin
+    if data.replay and (not own or set(data.replay) - set(data.corpora) or own & {Path(n).name for n in data.replay}):
+        lines.append(
+            "data.replay must name some of the corpora, not all, whose files are named otherwise than the rest"
+        )
     if data.tokens is not None:
         for name in ("wikipedia", "books", "jsonl", "vocab", "squad", "mrpc", "sst2", "inference"):
             if getattr(data, name, None) or getattr(recipe, name, None):

@@ -14,7 +14,9 @@ from pipeline.config import differences, science
 class Stage:
     """One step of the chain. It says what to run, never how: submitting, waiting and retrying read this data.
 
-    ``run`` names ``module:function``, called as ``function(job, **config, **inputs)``. An input is
+    ``run`` names ``module:function``, called as ``function(job, **config, **inputs)``; ``check`` another one, called as
+    ``function(**config, **inputs)`` with the inputs under ``--data`` alone, before anything of a chain runs, on a login
+    node: it raises what is wrong with them. An input is
     ``stage:path`` (inside the folder of a need), ``stage#output`` (a path that the need's done mark declares)
     or ``data:name`` (a file under ``--data``). A value of ``config`` that ``defaults`` names leaves no trace.
     ``version`` is raised when the stage's work changes its results: what an older version made stays done.
@@ -31,6 +33,7 @@ class Stage:
     always: bool = False  # runs also when a need failed, and is stale whenever any stage changed
     is_seed: bool = False  # one seed of a task that has several: `TASK-SEED`, gathered by the stage TASK
     version: int = 1
+    check: str = ""
 
     @property
     def needs(self) -> tuple[str, ...]:

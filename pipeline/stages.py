@@ -43,6 +43,8 @@ def table(recipe: Recipe) -> dict[str, Stage]:
                 "test_shards": data.test_shards,
                 "test_fraction": data.test_fraction,
                 "seed": data.seed,
+                "replay": data.replay,
+                **({"replay_share": data.replay_share} if data.replay else {}),
                 "deduplicate": data.deduplicate,
             },
             inputs={"documents": "extract:"},
@@ -113,15 +115,16 @@ def samples_stage(recipe: Recipe, seq_len: int, made_before: str | None, vocab: 
     data = recipe.data
     form = {} if recipe.train.objective == "mlm+nsp" else {"pairs": False}
     stage = functools.partial(
-        Stage, job="data", defaults=defaults_of(DataConfig), name=samples_name(seq_len), width="workers"
-    )
+        Stage, job="data", defaults=defaults_of(DataConfig), name=samples_name(seq_len), width="workers",
+        check="data_prep.samples:check" if data.vocabulary else "",
+    )  # fmt: skip
     if made_before:
         inputs = {"source": f"data:{made_before}", "vocab": vocab}
         return stage(run="data_prep.nvidia_hdf5:run", config={"seq_len": seq_len, **form}, inputs=inputs)
     if data.tokens:
         config = {"seq_len": seq_len, "test_fraction": data.test_fraction, "seed": data.seed}
         inputs = {"source": f"data:{data.tokens}", "vocab": vocab}
-        return stage(run="data_prep.tokens:run", config=config, inputs=inputs)
+        return stage(run="data_prep.tokens:run", check="data_prep.tokens:check", config=config, inputs=inputs)
     return stage(
         run="data_prep.samples:run",
         config={
@@ -150,6 +153,7 @@ def phase_stage(recipe: Recipe, name: str, phase: PhaseConfig, before: str | Non
         width="ranks",
         config={"model": recipe.model, "train": recipe.train, "optimizer": recipe.optimizer, "phase": phase},
         inputs={"samples": f"{samples_name(phase.seq_len)}:", "vocab": vocab, **({"start": start} if start else {})},
+        check="pipeline.pretrain.task:check" if phase.start else "",
     )
 
 
@@ -169,6 +173,7 @@ def task_stages(name: str, config: TaskConfig) -> list[Stage]:
             width="ranks",
             config={"task": name, "config": config, **({"scratch": True} if scratch else {})},
             inputs=inputs,
+            check="pipeline.finetune.glue:check",
         )
 
     first = dataclasses.replace(config, seeds=config.seeds[:1])

@@ -26,7 +26,7 @@ from pipeline.run.rundir import RunDir
 from pipeline.run.state import rows_of
 from pipeline.stages import TASKS
 from pipeline.strict_toml import table_of
-from pipeline.words import columns
+from pipeline.words import columns, duration
 from pipeline.worker import made_with
 from slurm import flags, queue
 from slurm.errors import Refused, SlurmError
@@ -40,18 +40,20 @@ def main() -> int:
         return compare_node_counts(by_count)
     asked = request.of(sys.argv[1:])
     run, profile = asked.run, asked.profile
+    if asked.own:
+        print(effort(asked))
+    absent = corpora.missing(asked)
     if asked.dry_run:
         show_plan(planned(asked), asked)
-        if asked.local:
-            corpora.check(asked)
+        if asked.local or not absent:
+            corpora.check(asked, planned(asked))
         return 0
-    absent = corpora.missing(asked)
     if asked.test_only or (asked.write_scripts and absent):
         without_sending(planned(asked), asked)
         if asked.write_scripts:
             print(f"{run.path} is not begun, {absent[0]} is missing: give --data DIR before submit.sh is run")
         return 0
-    corpora.check(asked)
+    corpora.check(asked, planned(asked))
     run.path.mkdir(parents=True, exist_ok=True)
     with run.held():
         if not asked.local and not asked.write_scripts:
@@ -71,6 +73,26 @@ def main() -> int:
     if exit_code == 0:
         show_results(run)
     return exit_code
+
+
+PROCESS_GB = 0.4  # Python with PyTorch
+
+
+def effort(asked: Request) -> str:
+    """Hours and memory of pretraining, before somebody waits for it."""
+    recipe, profile = asked.recipe, asked.profile
+    rates = estimate.declared(recipe, profile)
+    if asked.local:
+        from pipeline.bench import here  # torch
+
+        rates = here.rates(recipe, rates, profile.threads)
+    ranks = profile.ranks(asked.nodes[0])
+    hours = estimate.hours_of(recipe, rates, ranks, recipe.phases.keys())
+    memory = PROCESS_GB + max(
+        estimate.memory_gb(recipe, phase, phase.micro_batch or 1) for phase in recipe.phases.values()
+    )
+    took = "time not known, the profile has no [rates]" if hours is None else f"about {duration(3600 * hours)}"
+    return f"pretraining: {took} ({rates.source}); {memory:.1f} GB of memory for each of {ranks} processes"
 
 
 def planned(asked: Request) -> Chain:

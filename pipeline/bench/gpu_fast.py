@@ -21,6 +21,7 @@ from data_prep.publish import publish_json
 from pipeline.bench.gpu import Bench, Skip, check
 from pipeline.bench.gpu_subject import (
     LARGE,
+    PHASES,
     TINY,
     Levers,
     Samples,
@@ -43,7 +44,6 @@ from pipeline.engine.backend import apex_fused_lamb
 from pipeline.engine.reduce import GradientBuffer
 
 Pairs = Iterator[tuple[str, Any]]
-PHASES = {"phase1": (128, 256), "phase2": (512, 64)}  # seq_len and micro-batch
 DIFFERENT = 4  # micro-batches, so that no timing rests on one shape
 SPEND_S = 6.0  # on one row
 COMPILE_S = 60.0  # a lever with compiled layers is left out when less time is left
@@ -351,7 +351,7 @@ def feed(bench: Bench) -> Pairs:
 def sweep(bench: Bench) -> Pairs:
     """Speed and memory by micro-batch, up to the largest that fits."""
     device = device_for(bench.tiny)
-    sizes: Mapping[str, tuple[int, ...]] = {"phase1": (16, 64, 128, 512, 1024), "phase2": (4, 16, 32, 128, 256)}
+    sizes: Mapping[str, tuple[int, ...]] = {"phase1": (16, 64, 128, 512), "phase2": (4, 16, 32, 64, 256)}
     for phase, counts in sizes.items():
         for count in (2, 4) if bench.tiny else counts:
             if bench.left_s() < 5 and not bench.tiny:

@@ -16,7 +16,18 @@ from torch import Tensor, nn
 
 from data_prep.publish import publish_json
 from pipeline.bench.gpu import Bench, check
-from pipeline.bench.gpu_subject import LARGE, TINY, Samples, best, device_for, invent, laid_out, losses_of, model_on
+from pipeline.bench.gpu_subject import (
+    LARGE,
+    PHASES,
+    TINY,
+    Samples,
+    best,
+    device_for,
+    invent,
+    laid_out,
+    losses_of,
+    model_on,
+)
 from pipeline.bert.config import BertConfig
 from pipeline.bert.heads import BertForPreTraining
 from pipeline.config import OptimizerConfig
@@ -29,7 +40,6 @@ from pipeline.node.job import Job, Topology
 from pipeline.run.rundir import RunDir
 
 Pairs = Iterator[tuple[str, Any]]
-PHASES = {"phase1": (128, 256), "phase2": (512, 64)}  # seq_len and micro-batch
 STAGE = "bench"
 
 

@@ -28,6 +28,7 @@ from pipeline.errors import EnvironmentFault
 from pipeline.node.device import claimed, driver_version, why_no_gpu
 
 Ints = NDArray[np.int64]
+PHASES = {"phase1": (128, 256), "phase2": (512, 128)}  # seq_len and micro-batch: those of GPUs of 80 GB
 LARGE = BertConfig(
     vocab_size=30528, hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096,
     hidden_act="tanh",

@@ -307,11 +307,18 @@ class Loop:
         return True
 
     def go_to_the_best(self) -> dict[str, Any]:
-        """Take the weights of the best checkpoint; returns what the stage's result says of it."""
+        """Take the weights of the best checkpoint; returns what the stage's result says of it.
+
+        One that could not be saved, for the disk was full then, is no reason to lose the training: the last one stays.
+        """
         state, best = self.state, self.state.best
         if best is None or best["step"] == state.step:
             return {"best": best} if best else {}
         folder = checkpoint.step_folder(self.job.out / "attempts" / f"{best['attempt']:04d}", best["step"])
+        lost = torch.tensor(float(self.job.rank == 0 and not folder.is_dir()), device=self.ranks.device)
+        if self.ranks.sum(lost).item():
+            self.job.say(f"step {best['step']} was the best but could not be saved: the result is the last step")
+            return {}
         if self.job.rank == 0:
             state.load_weights(checkpoint.read(folder, tensors=("weights",)))
         state.saved = str(folder.relative_to(self.job.out))

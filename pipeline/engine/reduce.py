@@ -107,14 +107,14 @@ class Reducer:
         """
         if self._tree is not None:
             self._tree.finish()
-        if self._buckets is not None:
-            self._buckets.finish()
         # Each scalar is filled by one rank and zero on the others: their sum is exact in any order.
         beside = torch.from_numpy(np.zeros(0) if extra is None else extra)
         if self._scalars.is_cuda:  # from pageable memory the host would wait for the copy
             beside = beside.pin_memory().to(self._scalars.device, non_blocking=True)
         together = torch.cat([self._scalars.view(-1), beside])
-        if self.group is not None:
+        if self._buckets is not None:
+            self._buckets.finish(together)
+        elif self.group is not None:
             dist.all_reduce(together, group=self.group)
         together = together.cpu()
         size = self._scalars.numel()
@@ -150,9 +150,11 @@ class _Buckets:
         self.waiting = list(self.sizes)  # parameters that each bucket still lacks
         self.sent: list[dist.Work] = []
 
-    def finish(self) -> None:
+    def finish(self, beside: Tensor) -> None:
+        """Send what is left, ``beside`` after it without a wait between them, and wait for everything."""
         self.armed = False
         self._send_up_to(len(self.slices))
+        self._send(beside)
         for work in self.sent:
             work.wait()
 
@@ -171,9 +173,12 @@ class _Buckets:
 
     def _send_up_to(self, bucket: int) -> None:
         for part in self.slices[len(self.sent) : bucket]:
-            work = dist.all_reduce(part, group=self.group, async_op=True)
-            assert work is not None
-            self.sent.append(work)
+            self._send(part)
+
+    def _send(self, part: Tensor) -> None:
+        work = dist.all_reduce(part, group=self.group, async_op=True)
+        assert work is not None
+        self.sent.append(work)
 
 
 class _Tree:

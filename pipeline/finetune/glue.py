@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.config import ClassifyConfig
+from pipeline.config import ClassifyConfig, FinetuneConfig
+from pipeline.finetune.options import SQUAD
 from pipeline.finetune.samples import Samples, join
-from pipeline.finetune.squad import Encode
+from pipeline.finetune.squad import Encode, read_squad
 from pipeline.finetune.table import Classes, Columns, Table, read_table, text_columns
 
 
@@ -84,6 +85,15 @@ def own_task(config: ClassifyConfig, file: Path, labels: tuple[str, ...]) -> Tas
     task = Task(text=config.text or text_columns(file, config.label), label=config.label, labels=labels,
                 metrics=("accuracy", "macro_f1"))  # fmt: skip
     return replace(task, labels=read_table(file, task).labels) if not labels else task
+
+
+def check(*, task: str, config: FinetuneConfig, train: Path, eval: Path, **others: object) -> None:
+    """DataError for a file that is not what ``task``, SQuAD's too, is read from."""
+    for path in (train, eval):
+        if task == SQUAD:
+            read_squad(path, version_2=config.version_2)
+        else:
+            read_table(path, TASKS[task])
 
 
 def build_samples(table: Table, encode: Encode, max_seq_len: int, *, cls: int, sep: int) -> Samples:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,9 @@ from data_prep.dumpfile import STREAM_BYTES_PER_H
 from pipeline.config import Recipe
 from pipeline.errors import ConfigError, StorageError
 from pipeline.launch.request import Request
+from pipeline.run.chain import Chain
 from pipeline.stages import TASKS
+from pipeline.words import absent_model
 
 MARKUP = {".bz2": 4.2, ".gz": 3.3}  # bytes on the disk to bytes of markup
 EXTRACT, SHARD, SAMPLES = 17e6, 28e6, 35e6  # bytes a second of a core (docs/data.md); SAMPLES with a dupe_factor of 5
@@ -24,13 +28,19 @@ def missing(request: Request) -> list[Path]:
     return [path for name in names if not (path := request.data_dir / name).exists()]
 
 
-def check(request: Request) -> None:
-    """ConfigError for missing corpora, StorageError for too little space, before anything is written."""
-    if absent := missing(request):
-        hint = "run make fetch, or " if request.local else ""
-        raise ConfigError(
-            "\n".join(f"{path}: no such file; {hint}name the folder that has it with --data DIR" for path in absent)
-        )
+def check(request: Request, chain: Chain) -> None:
+    """Everything that is wrong with files, in one error of the first one's kind, before anything is written.
+
+    ConfigError for those that are missing, then what stages that are still to be made say of what is inside; at last
+    StorageError for too little space.
+    """
+    hint = "run make fetch, or " if request.local else ""
+    faults: list[Exception] = [
+        ConfigError(f"{path}: no such file; {hint}name the folder that has it with --data DIR")
+        for path in missing(request)
+    ]
+    if faults := [*faults, *unfit(request, chain)]:
+        raise type(faults[0])("\n".join(dict.fromkeys(map(str, faults))))
     needed, place = estimated_bytes(request.recipe, request.data_dir), request.run.path
     parent = next(path for path in [place, *place.resolve().parents] if path.exists())
     free = shutil.disk_usage(parent).free
@@ -38,6 +48,33 @@ def check(request: Request) -> None:
         raise StorageError(
             f"{parent}: about {needed / 1e9:.1f} GB are needed for this run, {free / 1e9:.1f} GB are free"
         )
+
+
+def unfit(request: Request, chain: Chain) -> Iterator[Exception]:
+    """What the stages' own checks say of the files that are here; each set of files is asked about once."""
+    asked = set()
+    wanted = [name for name in chain.todo() if not request.stages or name in request.stages]
+    for stage in (chain.stages[name] for name in wanted):
+        inputs = {
+            key: request.data_dir / text.removeprefix("data:")
+            for key, text in stage.inputs.items()
+            if isinstance(text, str) and text.startswith("data:")
+        }
+        if not stage.check or (stage.check, *inputs.values()) in asked:
+            continue
+        asked.add((stage.check, *inputs.values()))
+        if not all(path.exists() for path in inputs.values()):  # only weights to start from are no corpus of the run
+            if "start" in inputs and not inputs["start"].exists():
+                name = Path(str(stage.inputs["start"]).removeprefix("data:"))
+                yield ConfigError(f"{absent_model(name, f'{stage.name}.start')}; looked for in {request.data_dir}")
+            continue
+        module, _, function = stage.check.partition(":")
+        try:
+            getattr(importlib.import_module(module), function)(**stage.config, **inputs)
+        except Exception as error:
+            if not hasattr(error, "exit_code"):
+                raise
+            yield error
 
 
 def corpora_of(recipe: Recipe) -> list[str]:

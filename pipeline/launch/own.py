@@ -40,26 +40,33 @@ LOWEST, HIGHEST = 1024, 30522  # entries of a vocabulary
 
 
 def write_recipe(
-    run: RunDir, texts: Sequence[Path], language: str | None, start: Path | None, profile: Profile
+    run: RunDir,
+    texts: Sequence[Path],
+    language: str | None,
+    start: Path | None,
+    profile: Profile,
+    replay: Sequence[Path] = (),
 ) -> tuple[Path, Path]:
     """Write ``RUN/recipe.toml`` and say so; returns it and the folder below which all that it names lies.
 
     Raises ConfigError with a line for everything that is wrong, before anything is written.
     """
-    faults = [f"--text {path}: there is no such file or folder" for path in texts if not path.exists()]
+    named = [("--text", path) for path in texts] + [("--replay", path) for path in replay]
+    faults = [f"{option} {path}: there is no such file or folder" for option, path in named if not path.exists()]
     if start is not None and not start.exists():
         faults.append(absent_model(start, "--start"))
     code = language_named(language or "en")
     if fault := language_fault(code):
         faults.append(fault.replace("data.language", "--language"))
     if not texts:
-        faults.append("--start needs --text FILE or FOLDER, the text to go on with")
+        faults.append("--start and --replay need --text FILE or FOLDER, the text to go on with")
     if faults:
         raise ConfigError("\n".join(faults))
-    every = [path.resolve() for path in (*texts, *((start,) if start else ()))]
+    every = [path.resolve() for path in (*texts, *replay, *((start,) if start else ()))]
     data = Path(os.path.commonpath([path.parent for path in every]))
     model = model_of(start.resolve(), data) if start else {}
-    corpora = dict(corpora_of([path.resolve() for path in texts], data))
+    corpora = dict(corpora_of([path.resolve() for path in (*texts, *replay)], data))
+    general = [name for _, names in corpora_of([path.resolve() for path in replay], data) for name in names]
     size = sum(path.stat().st_size for text in texts for path in ([text] if text.is_file() else files_in(text)))
     count = sum(len(files_in(text)) if text.is_dir() else FEW_TEXTS for text in texts)
     gpu = bool(profile.gpus_per_node) or Path("/dev/nvidia0").exists()
@@ -69,6 +76,7 @@ def write_recipe(
         "model": model.get("model", {}),
         "data": {
             **corpora,
+            **({"replay": general} if general else {}),
             "language": code,
             **model.get("data", {"lowercase": english, "strip_accents": english, "vocab_size": vocab_size(size)}),
             "train_shards": min(256, max(2, round(size / SHARD_BYTES))),

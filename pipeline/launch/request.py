@@ -59,6 +59,7 @@ class Request:
     test_only: bool = False
     replace: bool = False
     upgrade: bool = False
+    own: bool = False  # the recipe was written for --text
 
     @property
     def local(self) -> bool:
@@ -78,7 +79,7 @@ def of(words: Sequence[str]) -> Request:
     if run.path.exists() and not run.path.is_dir():
         raise ConfigError(f"--run {run.path}: is a file; name a folder, which may be new")
     stored = read_json(run.path / "run.json") or {}
-    if given.text or given.start or given.language:
+    if given.text or given.start or given.language or given.replay:
         take_own(run, given)
     if not stored and (given.recipe is None or given.cluster is None):
         raise ConfigError(f"{run.path} is not a run yet: name a --recipe and a --cluster, or your own --text")
@@ -124,6 +125,7 @@ def of(words: Sequence[str]) -> Request:
         code=code.digest() if given.upgrade else code.of_run(stored),
         settings=tuple(given.settings),
         stages=_names(given.stages),
+        own=bool(given.text),
         remake=_names(given.remake),
         verify=given.verify,
         **{name: getattr(given, name) for name in (*SWITCHES, "write_scripts", "max_gpu_hours", "allow_mixed")},
@@ -202,6 +204,8 @@ def parser() -> argparse.ArgumentParser:
     text_help = "your own text: a folder, or files; the recipe is written for it, to RUN/recipe.toml"
     add("--text", type=Path, nargs="+", default=[], metavar="PATH", help=text_help)
     add("--language", metavar="CODE", help="of --text (default: en)")
+    replay_help = "with --text: general text to mix in a tenth of, against forgetting (see data.replay_share)"
+    add("--replay", type=Path, nargs="+", default=[], metavar="PATH", help=replay_help)
     start_help = "with --text: go on from this model, a Hugging Face folder or NVIDIA's .pt"
     add("--start", type=Path, metavar="PATH", help=start_help)
     add("--data", type=Path, help="folder of the corpora that the recipe names (default: the profile's)")
@@ -232,7 +236,7 @@ def take_own(run: RunDir, given: argparse.Namespace) -> None:
         raise ConfigError("--text writes a recipe and knows its data: give no --recipe and no --data with it")
     given.cluster = given.cluster or "local"
     profile = load_profile(given.cluster)
-    given.recipe, given.data = write_recipe(run, given.text, given.language, given.start, profile)
+    given.recipe, given.data = write_recipe(run, given.text, given.language, given.start, profile, given.replay)
     given.recipe = str(given.recipe)
 
 

@@ -54,6 +54,14 @@ def run(
     return train_task(job, lambda ranks: Pretraining(job, ranks, model, train, optimizer, phase, samples, vocab, start))
 
 
+def check(*, model: ModelConfig, phase: PhaseConfig, start: Path, vocab: Path, **others: object) -> None:
+    """CheckpointError where the weights at ``start``, or the optimizer's state there, do not fit model and words."""
+    size = padded_vocab(Vocabulary.load(vocab, any_kind=True).size)
+    weights = load_start(start, BertConfig(vocab_size=size, **dataclasses.asdict(model)), vocab)
+    if phase.start_step:
+        read_middle(start, {name: value.shape for name, value in weights.items()})
+
+
 def verified_together(ranks: Ranks, record: Path, folder: Path, split: str) -> SampleSet:
     """A split of a samples folder, each of whose files was hashed by one of the ranks, before any collective.
 

@@ -110,6 +110,25 @@ def test_bytes_do_not_depend_on_workers_or_on_what_a_killed_try_left(tmp_path: P
     assert contents(tmp_path / "three") == contents(tmp_path / "one")
 
 
+def test_replayed_text_is_its_share_of_training_and_never_held_out(tmp_path: Path) -> None:
+    source = documents_folder(tmp_path / "documents", 2000, files=4)
+    for path in sorted(source.glob("*.jsonl"))[1:]:  # three quarters are general text, of a folder
+        path.write_text(path.read_text().replace('"source": "s"', '"source": "general/a.txt"'))
+    publish_manifest(source, {"files": [file_entry(path) for path in sorted(source.glob("*.jsonl"))]})
+    replay = {"replay": ["corpora/general"], "replay_share": 0.2}
+    facts = shard.run(FolderJob(tmp_path / "out", 2), documents=source, **SETTINGS, **replay)
+    own = shard.run(FolderJob(tmp_path / "own"), documents=source, **SETTINGS, replay=["general"], replay_share=1e-9)
+    general = facts["train"]["bytes"] - own["train"]["bytes"]
+    assert general / facts["train"]["bytes"] == pytest.approx(0.2, abs=0.02)
+    assert facts["test"] == own["test"]
+    assert facts["skipped"]["beyond the share to replay"] > 1000
+    assert facts["documents_in"] == 2000
+    every = shard.run(FolderJob(tmp_path / "every"), documents=source, **SETTINGS, replay=["general"], replay_share=0.9)
+    assert "beyond the share to replay" not in every["skipped"]
+    shard.run(FolderJob(tmp_path / "again"), documents=source, **SETTINGS, **replay)
+    assert contents(tmp_path / "again") == contents(tmp_path / "out")
+
+
 PROGRAM = """
 import sys
 from pathlib import Path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.config import load_recipe
+from pipeline.errors import ConfigError
 from pipeline.launch.own import HIGHEST, LOWEST, kind_of, vocab_size
 from pipeline.run.files import read_jsonl
 from pipeline.run.rundir import RunDir
@@ -52,6 +54,21 @@ def test_a_folder_of_texts_becomes_a_recipe_of_ten_lines(tmp_path, texts):
     assert "says something else" in other.stderr
 
 
+def test_general_text_to_replay_is_named_and_time_and_memory_are_told(tmp_path, texts):
+    (tmp_path / "general.jsonl").write_text('{"text": "One."}\n' * 9)
+    words = ("--text", texts, "--replay", tmp_path / "general.jsonl", "--run", tmp_path / "mine", "--dry-run")
+    done = submit(*words)
+    assert done.returncode == 0, done.stderr
+    recipe = load_recipe(str(tmp_path / "mine" / "recipe.toml"))
+    assert (recipe.data.replay, recipe.data.corpora) == (("general.jsonl",), ("texte", "general.jsonl"))
+    assert re.search(r"pretraining: about .* \(a micro-batch of each phase timed .*\); 0\.\d GB of memory", done.stdout)
+    table = 'name = "x"\nbase = "small"\n[data]\nbooks = ["a/t.txt"]\n'
+    for replay in ('["b/t.txt"]', '["a/t.txt"]'):
+        (tmp_path / "r.toml").write_text(f"{table}replay = {replay}\n")
+        with pytest.raises(ConfigError, match="replay must name some of the corpora"):
+            load_recipe(str(tmp_path / "r.toml"))
+
+
 def test_everything_wrong_is_said_at_once(tmp_path):
     words = ("--text", tmp_path / "nothing", "--language", "klingonisch", "--start", "google/bert-base")
     done = submit(*words, "--run", tmp_path / "run")
@@ -61,7 +78,7 @@ def test_everything_wrong_is_said_at_once(tmp_path):
     assert "--language is 'klingonisch', which is unknown" in done.stderr
     assert not (tmp_path / "run").exists()
     assert "give no --recipe" in submit("--text", tmp_path, "--recipe", "tiny", "--run", tmp_path / "run").stderr
-    assert "needs --text" in submit("--start", tmp_path, "--run", tmp_path / "run").stderr
+    assert "need --text" in submit("--start", tmp_path, "--run", tmp_path / "run").stderr
 
 
 def test_names_say_what_files_are(tmp_path):

@@ -507,6 +507,7 @@ def test_running_jobs_are_refused_or_replaced(fake, tmp_path) -> None:
 def test_status_and_cancel_when_slurm_does_not_answer(tmp_path) -> None:
     """No squeue on PATH: the run's own files are told, and that Slurm is silent; cancel says it in one line."""
     words = ["--recipe", SMALL, "--cluster", "devcluster", "--run", tmp_path / "run", "--data", tmp_path]
+    words += ["--stages", "extract"]
     for name in ("enwiki-table-markup.xml.bz2", "boolq.jsonl", "qa.json", "pairs.tsv", "sentiment.tsv"):
         (tmp_path / name).write_text("x")
     assert call("submit", *words, "--write-scripts", tmp_path / "scripts").returncode == 0

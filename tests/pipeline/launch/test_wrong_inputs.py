@@ -104,3 +104,50 @@ def test_commands_that_cannot_work(folder, name):
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
     assert all(part in done.stderr for part in parts), done.stderr
+
+
+def test_what_is_wrong_inside_files_is_said_together_before_anything_runs(folder):
+    sizes = "epochs = 1\nbatch = 2\nlearning_rate = 1e-4\nwarmup = 0.1\nmax_seq_len = 64"
+    (folder / "recipe.toml").write_text(f"""\
+name = "mine"
+base = "small"
+[data]
+books = ["none.txt"]
+vocab = "words.txt"
+[phase1]
+start = "some/bert"
+[squad]
+dataset = "own"
+train = "broken.json"
+eval = "qa.json"
+{sizes}
+[sst2]
+dataset = "own"
+train = "sst2.tsv"
+eval = "labels.tsv"
+{sizes}
+""")
+    (folder / "words.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\na\n")
+    (folder / "broken.json").write_text('{"data": [')
+    (folder / "qa.json").write_text('{"data": []}')
+    (folder / "sst2.tsv").write_text("sentence\tlabel\ngood\t1\n")
+    (folder / "labels.tsv").write_text("text\tlabel\ngood\t1\n")
+    words = ["--recipe", "recipe.toml", "--cluster", "local", "--data", ".", *RUN]
+    for more in ([], ["--dry-run"]):
+        done = call("submit", *words, *more, cwd=folder)
+        lines = done.stderr.splitlines()
+        assert done.returncode == 2, done.stderr
+        expected = ("none.txt: no such file", "[MASK]", "phase1.start some/bert", "broken.json", "labels.tsv")
+        assert all(any(part in line for line in lines) for part in expected), lines
+        assert "Traceback" not in done.stderr
+    assert not (folder / "RUN").exists()
+
+
+def test_weights_to_start_from_are_looked_at_before_the_data_are_made(folder):
+    words = ["--recipe", "small", "--cluster", "local", "--data", ".", *RUN, "--set", 'data.books=["text.txt"]']
+    words += ["--set", "data.vocab=cut/vocab.txt", "--set", "phase1.start=cut/model.pt"]
+    done = call("submit", *words, cwd=folder)
+    assert done.returncode == 4, done.stderr
+    assert "cut/model.pt" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (folder / "RUN").exists()

@@ -9,7 +9,9 @@ import pytest
 
 from faults import training
 from pipeline.config import science
+from pipeline.engine import checkpoint
 from pipeline.engine.checkpoint_folder import read, read_manifest
+from pipeline.errors import StorageError
 from pipeline.pretrain.task import Pretraining
 from pipeline.run.rundir import RunDir
 
@@ -54,6 +56,23 @@ def test_the_best_is_kept_named_in_every_manifest_and_the_result(tmp_path, monke
     assert again["best"] == result["best"]
     assert again["checkpoint"] == result["checkpoint"]
     assert again["eval_mask_loss"] == result["eval_mask_loss"]
+
+
+def test_a_best_checkpoint_that_the_disk_refused_does_not_cost_the_training(tmp_path, monkeypatch, capsys) -> None:
+    samples = training.make_samples(tmp_path / "samples")
+    save = checkpoint.save
+
+    def refused(attempt_dir, *, step, best, **fields):
+        if step == best["step"] > 1:
+            raise StorageError("no space left on device")
+        return save(attempt_dir, step=step, best=best, **fields)
+
+    monkeypatch.setattr(checkpoint, "save", refused)
+    monkeypatch.setattr(checkpoint, "RETRY_S", 0)
+    result = ended(tmp_path / "run", samples, keep_best=True)
+    assert result["checkpoint"].endswith("step-00000012")
+    assert "best" not in result
+    assert "was the best but could not be saved" in capsys.readouterr().out
 
 
 def test_when_one_looks_is_science_only_where_the_best_is_kept() -> None:
