@@ -351,9 +351,7 @@ def _contradictions(recipe: Recipe) -> list[str]:
             )
         ready = (phase.start or "").endswith(".pt") and recipe.optimizer.name == "lamb"
         if phase.start_step and not (ready and phase.start_step < phase.steps):
-            lines.append(
-                f"{name}.start_step wants NVIDIA's .pt as {name}.start, more {name}.steps, optimizer.name lamb"
-            )
+            lines.append(f"{name}.start_step wants NVIDIA's .pt as {name}.start, more {name}.steps, and LAMB")
     for name in ("squad", "mrpc", "sst2"):
         task: TaskConfig | None = getattr(recipe, name)
         if task is not None and len(set(task.seeds)) < max(1, len(task.seeds)):
