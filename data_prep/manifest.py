@@ -80,10 +80,10 @@ def data_sha256(value: Mapping[str, Any]) -> str:
     return json_sha256({key: item for key, item in value.items() if key not in (SEAL, MADE_BY)})
 
 
-def versions() -> dict[str, str]:
-    """Of Python and of what is installed of PACKAGES."""
+def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
+    """Of Python and of what is installed of ``packages``."""
     found = {"python": platform.python_version()}
-    for name in PACKAGES:
+    for name in packages:
         with suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     return found

@@ -10,6 +10,7 @@ from pipeline.words import columns
 
 COMMANDS = {
     "pipeline.submit": "make or continue a run: on this machine, or as a chain of Slurm jobs",
+    "pipeline.guard": "any command that goes on by itself, run with the same care",
     "pipeline.status": "every stage's state, reason and progress; a stage's log",
     "pipeline.cancel": "stop a run, or a stage and what waits for it; it saves first",
     "pipeline.report": "everything about a run in one HTML file",

@@ -18,8 +18,8 @@ from typing import Literal
 from data_prep.errors import escaped
 
 Cause = Literal[
-    "signal", "time_limit", "gpu_hours", "peer", "hang", "node", "gpu", "disk", "numerical", "configuration", "data",
-    "checkpoint", "environment", "in_use", "slurm", "defect",
+    "signal", "time_limit", "gpu_hours", "peer", "hang", "node", "gpu", "memory", "disk", "numerical", "configuration",
+    "data", "checkpoint", "environment", "in_use", "slurm", "defect",
 ]  # fmt: skip
 
 

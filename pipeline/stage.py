@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -42,6 +43,11 @@ class Stage:
         return tuple(dict.fromkeys((*named, *self.after)))
 
     @property
+    def has_steps(self) -> bool:
+        """Whether it trains by steps that it logs; somebody's command may, but not to us."""
+        return self.width == "ranks" and "command" not in self.config
+
+    @property
     def corpora(self) -> tuple[str, ...]:
         """Names of the files under --data that this stage reads."""
         return tuple(text.removeprefix("data:") for text, source in self._sources() if source is None)
@@ -75,6 +81,12 @@ class Stage:
             names = dict.fromkeys([*now[key], *before])
             lines += [words.format(name) for name in names if before.get(name, ...) != now[key].get(name, ...)]
         return lines + differences(record.get("inputs", now["inputs"]), now["inputs"])  # version 0.1.0 wrote none
+
+
+def function_of(name: str) -> Any:
+    """The function that a stage names as ``module:function``, imported only now."""
+    module, _, function = name.partition(":")
+    return getattr(importlib.import_module(module), function)
 
 
 def fingerprints(

@@ -8,15 +8,49 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
-from pipeline.config import DataConfig, PhaseConfig, Recipe, TaskConfig, defaults_of
+from pipeline.config import DataConfig, PhaseConfig, Recipe, TaskConfig, defaults_of, restore
+from pipeline.errors import ConfigError
 from pipeline.stage import Stage
 
 TASKS = ("squad", "mrpc", "sst2")
 
 
-def table(recipe: Recipe) -> dict[str, Stage]:
-    """The stages of a recipe by name, needs before the stages that need them."""
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """In a recipe's place: a command that goes on by itself when it is started again (``pipeline.guard``).
+
+    ``saves`` is the file or folder that holds what it saves: an attempt that changes it made progress.
+    """
+
+    command: tuple[str, ...]
+    saves: str
+    name: str = "command"
+
+
+def recipe_of(settings: Mapping[str, Any], origin: str, changes: Iterable[str] = ()) -> Recipe | Command:
+    """What a run of these ``settings`` (its run.json, named ``origin``) does, with ``--set`` ``changes`` applied."""
+    values = settings["recipe"]
+    if "command" in values:
+        return restore(Command, values, origin, changes)
+    return restore(Recipe, values, origin, changes)
+
+
+def training_of(settings: Mapping[str, Any], origin: str) -> Recipe:
+    """As ``recipe_of``; ConfigError for a run of a command."""
+    recipe = recipe_of(settings, origin)
+    if isinstance(recipe, Command):
+        raise ConfigError(f"{origin}: a run of a command (pipeline.guard), not of a recipe; pipeline.status shows it")
+    return recipe
+
+
+def table(recipe: Recipe | Command) -> dict[str, Stage]:
+    """The stages of a recipe by name, needs before the stages that need them; of a command the one that runs it."""
+    if isinstance(recipe, Command):
+        return {recipe.name: command_stage(recipe)}
     data, tasks = recipe.data, [name for name in TASKS if getattr(recipe, name) is not None]
     language = {"lowercase": data.lowercase, "strip_accents": data.strip_accents}
     vocab = f"data:{data.vocabulary}" if data.vocabulary else "vocab:vocab.txt"
@@ -108,6 +142,18 @@ def table(recipe: Recipe) -> dict[str, Stage]:
         )
     )
     return {stage.name: stage for stage in chain}
+
+
+def command_stage(command: Command) -> Stage:
+    """The one stage of a run of somebody's own program."""
+    return Stage(
+        name=command.name,
+        run="pipeline.node.command:run",
+        job="pretrain",
+        width="ranks",
+        config={"command": command.command, "saves": command.saves},
+        defaults={"saves": command.saves},
+    )
 
 
 def samples_stage(recipe: Recipe, seq_len: int, made_before: str | None, vocab: str) -> Stage:

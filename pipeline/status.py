@@ -74,7 +74,7 @@ def look(run: RunDir, short: bool) -> tuple[list[str], bool]:
     lines += [f"! {line}" for line in incidents(events_of(run))[-MOST_INCIDENTS:]]
     stages = Chain.of(run).stages
     if times := account_of(run, rows):
-        lines.append(time_line(times, trained=any(stages[name].width == "ranks" for name in times.stages)))
+        lines.append(time_line(times, trained=any(stages[name].has_steps for name in times.stages)))
     if silent:
         lines.append(f"Slurm does not answer, states are from the run's own files: {silent}")
     return lines, more

@@ -12,12 +12,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import Recipe, restore
 from pipeline.engine.tensorboard import scalars
 from pipeline.errors import EnvironmentFault, run_command
 from pipeline.run.chain import Chain
 from pipeline.run.rundir import RunDir
 from pipeline.run.state import rows_of
+from pipeline.stages import training_of
 from pipeline.watch import goes_on
 
 INTERVAL_S = 30.0
@@ -67,7 +67,7 @@ def send(wandb: Any, project: str, run: RunDir, stage: str, *, after: int, ended
     if not steps:
         return after
     settings = run.settings
-    recipe = restore(Recipe, settings["recipe"], str(run.path / "run.json"))
+    recipe = training_of(settings, str(run.path / "run.json"))
     place = str(run.stage(stage).path.resolve())
     sink = wandb.init(
         project=project,

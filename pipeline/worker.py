@@ -7,13 +7,11 @@ fingerprint, and a stage that is not done never exits 0.
 from __future__ import annotations
 
 import argparse
-import importlib
 import os
+import sys
 import time
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 from data_prep import manifest
 from data_prep.errors import DataError
@@ -26,10 +24,10 @@ from pipeline.node.device import set_defaults
 from pipeline.node.job import Job, Topology
 from pipeline.node.preempt import StopRequest, stop_at_once
 from pipeline.node.supervise import supervise
-from pipeline.run.chain import Chain
+from pipeline.run.chain import Chain, made_with
 from pipeline.run.files import appeared
 from pipeline.run.rundir import Attempt, RunDir
-from pipeline.stage import Stage
+from pipeline.stage import Stage, function_of
 from slurm import verdict
 from slurm.profile import Profile
 
@@ -39,15 +37,17 @@ PATIENCE_S = 120.0  # hundreds of ranks start, and files on a shared file system
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m pipeline.worker", description=__doc__)
     parser.add_argument("run", type=Path, help="run directory")
-    parser.add_argument("stage", nargs="+", help="stages to run in this order")
-    arguments = parser.parse_args()
+    parser.add_argument("stage", nargs="+", help="stages to run in this order; a command's own words follow behind --")
+    words = sys.argv[1:]
+    end = words.index("--") if "--" in words else len(words)
+    arguments, command = parser.parse_args(words[:end]), tuple(words[end + 1 :])
     set_defaults(os.environ)
     refuse_other_ranks(os.environ)
     if parent := os.environ.get("PIPELINE_PARENT"):
         die_with_parent(int(parent))
     try:
         for stage in arguments.stage:
-            run_stage(RunDir(arguments.run), stage)
+            run_stage(RunDir(arguments.run), stage, command)
     except (Exception, KeyboardInterrupt) as error:
         _tell_script(error)
         raise
@@ -75,10 +75,15 @@ def _tell_script(error: BaseException) -> None:
     verdict.give(describe(error)[1], getattr(error, "nodes", ()))
 
 
-def run_stage(run: RunDir, name: str) -> None:
-    """Run one stage as one attempt, or nothing when it is done already; raises what stopped it."""
+def run_stage(run: RunDir, name: str, command: tuple[str, ...] = ()) -> None:
+    """Run one stage as one attempt, or nothing when it is done already; raises what stopped it.
+
+    A ``command`` comes with the batch script: who else may write into the run folder cannot have another one run.
+    """
     chain = Chain.of(run)
     stage, topology = chain.stages[name], Topology.of(os.environ)
+    if tuple(stage.config.get("command", ())) != command:
+        raise ConfigError(f"{run.path / 'run.json'}: its command is not the one that was sent; send it again")
     if not stage.always:
         if chain.is_done(name):
             return
@@ -132,7 +137,7 @@ def execute(chain: Chain, stage: Stage, job: Job) -> None:
     """Do a stage's work and mark it done; raises what stopped it, after the attempt's verdict is written."""
     name, attempt, started = stage.name, job.attempt, time.time()
     try:
-        result = function_of(stage)(job, **stage.config, **resolve(chain, stage))
+        result = function_of(stage.run)(job, **stage.config, **resolve(chain, stage))
         if job.rank == 0:
             finished = time.time()
             job.run.stage(name).mark_done(
@@ -202,12 +207,6 @@ def take_attempt(chain: Chain, name: str, topology: Topology) -> Attempt:
     return joined
 
 
-def function_of(stage: Stage) -> Any:
-    """The stage's function, imported only now."""
-    module, _, function = stage.run.partition(":")
-    return getattr(importlib.import_module(module), function)
-
-
 def resolve(chain: Chain, stage: Stage) -> dict[str, Path | list[Path]]:
     """The stage's inputs as paths that exist."""
     return {
@@ -233,11 +232,6 @@ def path_of(chain: Chain, source: str) -> Path:
             else f"{path} is missing although its stage is done; remove {need}'s done.json and submit again"
         )
     return path
-
-
-def made_with() -> dict[str, str]:
-    """Versions that shape results."""
-    return {**manifest.versions(), **{name: metadata.version(name) for name in ("torch", "safetensors")}}
 
 
 if __name__ == "__main__":

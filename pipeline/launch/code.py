@@ -11,6 +11,7 @@ import os
 import re
 import secrets
 import shutil
+import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,19 @@ def is_intact(copy: Path) -> bool:
     if any(path.is_symlink() or not path.is_file() or path.stat().st_uid != os.geteuid() for path in paths):
         return False
     return digest(copy, [str(path.relative_to(copy)) for path in paths]) == copy.name
+
+
+def version() -> tuple[str, str]:
+    """Commit of this checkout and the packages' diff against it; empty strings outside a checkout."""
+
+    def git(*words: str) -> str:
+        try:
+            done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, timeout=20, check=False)
+        except (FileNotFoundError, subprocess.TimeoutExpired):
+            return ""
+        return done.stdout.decode(errors="replace") if done.returncode == 0 else ""
+
+    return git("rev-parse", "HEAD").strip(), git("diff", "HEAD", "--", *PACKAGES)
 
 
 def keep(run: RunDir, wanted: str) -> None:

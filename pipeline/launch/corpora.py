@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,12 +13,13 @@ from pipeline.config import Recipe
 from pipeline.errors import ConfigError, StorageError
 from pipeline.launch.request import Request
 from pipeline.run.chain import Chain
-from pipeline.stages import TASKS
+from pipeline.stage import function_of
+from pipeline.stages import TASKS, Command
 from pipeline.words import absent_model
 
 MARKUP = {".bz2": 4.2, ".gz": 3.3}  # bytes on the disk to bytes of markup
-EXTRACT, SHARD, SAMPLES = 17e6, 28e6, 35e6  # bytes a second of a core (docs/data.md); SAMPLES with a dupe_factor of 5
-VOCAB_S, WORKER_MB = 75, 650
+EXTRACT, SHARD, SAMPLES = 14e6, 16e6, 22e6  # bytes a second of a core (docs/data.md); SAMPLES with a dupe_factor of 5
+VOCAB_S, WORKER_MB = 120, 300
 
 
 def missing(request: Request) -> list[Path]:
@@ -68,25 +68,28 @@ def unfit(request: Request, chain: Chain) -> Iterator[Exception]:
                 name = Path(str(stage.inputs["start"]).removeprefix("data:"))
                 yield ConfigError(f"{absent_model(name, f'{stage.name}.start')}; looked for in {request.data_dir}")
             continue
-        module, _, function = stage.check.partition(":")
         try:
-            getattr(importlib.import_module(module), function)(**stage.config, **inputs)
+            function_of(stage.check)(**stage.config, **inputs)
         except Exception as error:
             if not hasattr(error, "exit_code"):
                 raise
             yield error
 
 
-def corpora_of(recipe: Recipe) -> list[str]:
+def corpora_of(recipe: Recipe | Command) -> list[str]:
     """Names of all files under --data that the recipe reads."""
+    if isinstance(recipe, Command):
+        return []
     data, tasks = recipe.data, [getattr(recipe, name) for name in TASKS]
     names = [*data.corpora, *([data.vocabulary] if data.vocabulary else [])]
     names += [phase.samples for phase in recipe.phases.values() if phase.samples]
     return list(dict.fromkeys([*names, *(name for task in tasks if task for name in (task.train, task.eval))]))
 
 
-def estimated_bytes(recipe: Recipe, data_dir: Path) -> int:
+def estimated_bytes(recipe: Recipe | Command, data_dir: Path) -> int:
     """Rough need: clean text twice (documents, shards), samples of each length, three checkpoints a phase."""
+    if isinstance(recipe, Command):
+        return 0  # nobody knows
     text = text_bytes(recipe, data_dir)
     lengths = {phase.seq_len for phase in recipe.phases.values()}
     given = sum(size_of(data_dir / phase.samples) for phase in recipe.phases.values() if phase.samples)

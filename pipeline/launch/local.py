@@ -131,6 +131,8 @@ class LocalRunner:
             TRIES: str(self._tries(name)),
         }
         command = [sys.executable, "-m", "pipeline.worker", str(self.run.path), name]
+        if words := self.chain.stages[name].config.get("command"):
+            command += ["--", *words]
         begin_try(environment["PIPELINE_LAUNCH"], self._tries(name))
         print(f"{name}", flush=True)
         return Running(

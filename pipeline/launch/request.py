@@ -20,7 +20,7 @@ from pipeline.launch.jobs import Asked, asked_by
 from pipeline.launch.own import write_recipe
 from pipeline.run.files import read_json
 from pipeline.run.rundir import RunDir
-from pipeline.stages import TASKS
+from pipeline.stages import TASKS, Command, recipe_of
 from pipeline.strict_toml import homes
 from slurm import flags
 from slurm.profile import SECTIONS, Profile
@@ -39,7 +39,7 @@ class Request:
 
     run: RunDir
     stored: Mapping[str, Any]
-    recipe: Recipe
+    recipe: Recipe | Command
     profile: Profile
     data_dir: Path
     nodes: tuple[int, int]
@@ -62,15 +62,24 @@ class Request:
     own: bool = False  # the recipe was written for --text
 
     @property
+    def command(self) -> tuple[str, ...]:
+        """The words of a run that is a command's; empty otherwise."""
+        return self.recipe.command if isinstance(self.recipe, Command) else ()
+
+    @property
     def local(self) -> bool:
         return self.profile.runner == "local"
 
 
-def of(words: Sequence[str]) -> Request:
-    """The request of a command line: recipe and profile from it, else from the run. ConfigError, FlagError."""
+def of(words: Sequence[str], command: Sequence[str] | None = None) -> Request:
+    """The request of a command line: recipe and profile from it, else from the run. ConfigError, FlagError.
+
+    ``command``: the words behind guard's ``--``, none of them to go on with the run's; None is a call of submit.
+    """
     line = flags.split(words, sections=SECTIONS)
-    given, unknown = parser().parse_known_args(line.rest)
-    if faults := [_unknown(word) for word in unknown if word.startswith("-")] or unknown:
+    options = parser() if command is None else guard_parser()
+    given, unknown = options.parse_known_args(line.rest)
+    if faults := [_unknown(word, options) for word in unknown if word.startswith("-")] or unknown:
         raise ConfigError("\n".join(faults))
     keys = [setting.partition("=")[0].strip() for setting in given.settings]
     for key in sorted({key for key in keys if keys.count(key) > 1}):
@@ -81,15 +90,22 @@ def of(words: Sequence[str]) -> Request:
     stored = read_json(run.path / "run.json") or {}
     if given.text or given.start or given.language or given.replay:
         take_own(run, given)
-    if not stored and (given.recipe is None or given.cluster is None):
-        raise ConfigError(f"{run.path} is not a run yet: name a --recipe and a --cluster, or your own --text")
+    if not stored and (not (given.recipe or command) or given.cluster is None):
+        raise ConfigError(f"{run.path} is not a run yet: name {options.needed}")
     origin = str(run.path / "run.json")
-    if given.recipe is not None:
+    recipe: Recipe | Command
+    if command:
+        recipe = Command(command=tuple(command), saves=_saves(run, stored, given.saves))
+    elif given.recipe is not None:
         recipe = load_recipe(given.recipe, given.settings)
-        if not given.replace:
-            refuse_other(run, stored, recipe.name)
     else:
-        recipe = restore(Recipe, stored["recipe"], origin, given.settings)
+        recipe = recipe_of(stored, origin, given.settings)
+    if not given.replace:
+        refuse_other(run, stored, recipe.name)
+    if isinstance(recipe, Command):
+        given.data = run.data_dir if command is None else Path.cwd()
+    elif command is not None:
+        raise ConfigError(f"{run.path} is a run of recipe {recipe.name!r}: go on with python -m pipeline.submit")
     profile = load_profile(given.cluster) if given.cluster is not None else restore(Profile, stored["profile"], origin)
     if given.processes is not None:
         if given.processes < 1:
@@ -155,18 +171,20 @@ SWITCHES = {
 
 
 class Options(argparse.ArgumentParser):
-    """Refuses in one line."""
+    """Refuses in one line; ``needed`` is what a run must be told at least."""
+
+    needed, example = "a --recipe and a --cluster, or your own --text", "--text FOLDER --run runs/mine"
 
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; as in {self.prog} --text FOLDER --run runs/mine, --help lists the options")
+        raise ConfigError(f"{message}; as in {self.prog} {self.example}, --help lists the options")
 
 
-def _unknown(word: str) -> str:
-    """What to do about an option that is none of submit's."""
+def _unknown(word: str, options: Options) -> str:
+    """What to do about an option that is none of the command's."""
     name = word.lstrip("-").partition("=")[0].replace("-", "_")
     if keys := homes(Recipe, name, ("phase1",)):
         return f"{word}: a value of the recipe; change it with --set {keys[0]}=VALUE{_also(keys[1:])}"
-    return f"{word}: no option of submit; --help lists them"
+    return f"{word}: no option of {options.prog.rpartition('.')[2]}; --help lists them"
 
 
 def _names(text: str | None) -> tuple[str, ...]:
@@ -188,8 +206,8 @@ def refuse_other(run: RunDir, stored: Mapping[str, Any], name: str) -> None:
         )
 
 
-def parser() -> argparse.ArgumentParser:
-    """Our own options; Slurm's are taken out before."""
+def parser() -> Options:
+    """Submit's own options; Slurm's are taken out before."""
     options = Options(
         prog="python -m pipeline.submit",
         description="Make or continue a run and send its chain to this machine or to Slurm.",
@@ -197,10 +215,9 @@ def parser() -> argparse.ArgumentParser:
         "-p data=cpu addresses the jobs of one kind (data, pretrain, finetune), --no-qos removes what the profile "
         "says, and words after -- go to sbatch untouched.",
     )
+    options.set_defaults(saves=None)
     add = options.add_argument
     add("--recipe", help="what to train: a name in pipeline/recipes or a .toml file (default: the run's)")
-    add("--cluster", help="how the site runs jobs: a name in slurm/profiles or a .toml file (default: the run's)")
-    add("--run", type=Path, required=True, help="run directory: everything of this training")
     text_help = "your own text: a folder, or files; the recipe is written for it, to RUN/recipe.toml"
     add("--text", type=Path, nargs="+", default=[], metavar="PATH", help=text_help)
     add("--language", metavar="CODE", help="of --text (default: en)")
@@ -209,25 +226,58 @@ def parser() -> argparse.ArgumentParser:
     start_help = "with --text: go on from this model, a Hugging Face folder or NVIDIA's .pt"
     add("--start", type=Path, metavar="PATH", help=start_help)
     add("--data", type=Path, help="folder of the corpora that the recipe names (default: the profile's)")
+    add("--stages", help="run only these, separated by commas")
+    set_help = "change a recipe value, such as phase1.steps=100"
+    add("--set", action="append", default=[], metavar="KEY=VALUE", dest="settings", help=set_help)
+    add("--verify", action="store_true", help="read all samples again to check them, also those checked last week")
+    return _sent(options, tuple(SWITCHES))
+
+
+def guard_parser() -> Options:
+    """Guard's own options; Slurm's and the command are taken out before."""
+    options = Options(
+        prog="python -m pipeline.guard",
+        usage="python -m pipeline.guard [options, also Slurm's] -- COMMAND [WORD ...]",
+        description="Run a command that goes on by itself when it is started again, as the stages of a chain are run.",
+        epilog="Slurm's options keep their names and letters (-p gpu -A project -t 2-00:00:00 --ntasks-per-node=1).",
+    )
+    options.needed = "a --cluster, --saves PATH and, behind --, the command"
+    options.example = "--run runs/mine --cluster generic --saves checkpoints -- python train.py"
+    absent = dict.fromkeys(("recipe", "language", "start", "data", "stages"))
+    options.set_defaults(**absent, text=[], replay=[], settings=[], verify=False, split=False, split_seeds=False)
+    saves_help = "file or folder that holds what the command saves: changed, the attempt made progress"
+    options.add_argument("--saves", type=Path, metavar="PATH", help=saves_help)
+    return _sent(options, tuple(name for name in SWITCHES if not name.startswith("split")))
+
+
+def _sent(options: Options, switches: Sequence[str]) -> Options:
+    """``options`` with those on the run and on how it is sent."""
+    add = options.add_argument
+    add("--run", type=Path, required=True, help="run directory: everything of this training")
+    add("--cluster", help="how the site runs jobs: a name in slurm/profiles or a .toml file (default: the run's)")
     # taken out with Slurm's flags; named here to be explained
     nodes_help = "nodes for pretraining, as 32 or 16-32; the global batch stays the same (default: the run's, else 1)"
     add("--nodes", "-N", help=nodes_help)
     add("--processes", type=int, help="local runner: ranks in training and data workers")
-    add("--stages", help="run only these, separated by commas")
     remake_help = "make these again with all that follows, though they are done; what is there goes to RUN/old"
     add("--remake", metavar="STAGES", help=remake_help)
-    add("--verify", action="store_true", help="read all samples again to check them, also those checked last week")
-    set_help = "change a recipe value, such as phase1.steps=100"
-    add("--set", action="append", default=[], metavar="KEY=VALUE", dest="settings", help=set_help)
     add = options.add_argument_group("Slurm").add_argument
-    for name, words in SWITCHES.items():
-        add(f"--{name.replace('_', '-')}", action="store_true", help=words)
+    for name in switches:
+        add(f"--{name.replace('_', '-')}", action="store_true", help=SWITCHES[name])
     add("--write-scripts", type=Path, metavar="DIR", help="write batch files and submit.sh; send nothing")
     hours_help = "stop when all attempts of all jobs of the run have spent so much; 0: no limit (default: the run's)"
     add("--max-gpu-hours", type=hours, metavar="H", help=hours_help)
     mixed_help = "let GPUs of different models share a job"
     add("--allow-mixed", action="store_true", default=None, help=mixed_help)
     return options
+
+
+def _saves(run: RunDir, stored: Mapping[str, Any], given: Path | None) -> str:
+    """--saves relative to the run, or the run's own."""
+    known = stored.get("recipe", {}).get("saves")
+    if given is None and not known:
+        raise ConfigError("--saves PATH is missing: what the command saves, to tell progress from starting in vain")
+    return str(known) if given is None else os.path.relpath(given.resolve(), run.path.resolve())
 
 
 def take_own(run: RunDir, given: argparse.Namespace) -> None:
@@ -266,12 +316,19 @@ def _data_dir(run: RunDir, stored: Mapping[str, Any], profile: Profile, given: a
 
 
 def choose_micro_batches(
-    recipe: Recipe, profile: Profile, ranks: int, tuners: int, stored: Mapping[str, Any], settings: Sequence[str]
-) -> Recipe:
+    recipe: Recipe | Command,
+    profile: Profile,
+    ranks: int,
+    tuners: int,
+    stored: Mapping[str, Any],
+    settings: Sequence[str],
+) -> Recipe | Command:
     """The recipe with the micro_batch of each phase and task fixed: chosen when the run is created, kept afterwards.
 
-    ``ranks`` train the phases, ``tuners`` the tasks.
+    ``ranks`` train the phases, ``tuners`` the tasks. A command stays as it is.
     """
+    if isinstance(recipe, Command):
+        return recipe
 
     def chosen(name: str, global_batch: int, limit: Callable[[], int], ranks: int) -> int:
         kept = (stored.get("recipe", {}).get(name) or {}).get("micro_batch")

@@ -29,13 +29,19 @@ def script_text(request: Request, job: JobPlan) -> str:
     left = dict(job.left)
     left.pop("comment", None)  # goes to sbatch behind our tag
     left.setdefault("job-name", Setting(f"{place.name}/{job.name}", "submit"))
-    left.setdefault("chdir", Setting(str(code.ROOT), "submit"))
+    left.setdefault("chdir", Setting(str(request.data_dir.resolve() if request.command else code.ROOT), "submit"))
     return render(
         Script(
             resources=job.resources,
             settings=left,
             program=[*profile.container, profile.python or sys.executable],
-            arguments=["-m", "pipeline.worker", str(place), *job.stages],
+            arguments=[
+                "-m",
+                "pipeline.worker",
+                str(place),
+                *job.stages,
+                *(["--", *request.command] if request.command else []),
+            ],
             log_dir=str(place / "logs"),
             log_name=f"{job.name}-%j.out",
             state_dir=str(place / "jobs"),

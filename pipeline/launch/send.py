@@ -9,13 +9,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import secrets
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import submitit
 
 from data_prep.publish import publish_text
-from pipeline.errors import SlurmFault
+from pipeline.errors import ConfigError, SlurmFault
 from pipeline.launch.request import Request
 from pipeline.launch.scripts import script_text, tag_of
 from pipeline.run.journal import Journal, live_jobs, name_of, refuse_running, submission_of
@@ -28,8 +30,51 @@ from slurm.submission import JobPlan, Need, sbatch_args
 Say = Callable[[str], None]
 
 
+class SlurmJob(submitit.SlurmJob[None]):
+    """A job of a chain as submitit's: its state is what squeue says now, its output the log in the run folder.
+
+    There is nothing to unpickle, and what looks like it is not ours: ``result``, ``exception`` and ``submission`` raise
+    ConfigError. What a stage made lies in RUN/stages.
+    """
+
+    @property
+    def state(self) -> str:
+        """In Slurm's words; COMPLETED for a job that it has forgotten. Raises ControllerDown, SlurmError."""
+        known = queue.patiently(lambda: queue.jobs([self.job_id])) or queue.accounted([self.job_id])
+        return known[self.job_id].state if known else "COMPLETED"
+
+    def done(self, force_check: bool = False) -> bool:
+        return self.state in queue.ENDED
+
+    def wait(self) -> None:
+        """Return when the job has ended, also when it was requeued meanwhile; looks every 15 s at last."""
+        pause_s = 1.0
+        while not self.done():
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, 15.0)
+
+    def cancel(self, check: bool = True) -> None:
+        queue.cancel([self.job_id])
+
+    def stdout(self) -> str | None:
+        """All that its attempts said, on stderr as well; None before the first has begun."""
+        logs = [path for path in self.paths.folder.parent.glob(f"logs/*-{self.job_id}.out") if path.is_file()]
+        return logs[0].read_text(encoding="utf-8", errors="replace") if logs else None
+
+    def submission(self) -> NoReturn:
+        raise ConfigError(f"job {self.job_id} has no pickles; what its stages made lies in the run's folder stages/")
+
+    def results(self) -> NoReturn:
+        self.submission()
+
+    def exception(self) -> NoReturn:
+        self.submission()
+
+
 class Executor(submitit.SlurmExecutor):
     """submitit's executor with our own batch files in place of its text, its pickles and its requeue in a handler."""
+
+    job_class = SlurmJob
 
     def __init__(self, folder: Path) -> None:
         try:
@@ -39,9 +84,7 @@ class Executor(submitit.SlurmExecutor):
                 "no srun on PATH: this machine has no Slurm; --write-scripts DIR writes what would be sent"
             ) from None
 
-    def send(
-        self, job: JobPlan, ids: Mapping[str, str], tag: str, extra: Sequence[str], say: Say
-    ) -> submitit.SlurmJob[None]:
+    def send(self, job: JobPlan, ids: Mapping[str, str], tag: str, extra: Sequence[str], say: Say) -> SlurmJob:
         """One job, exactly once whatever the controller does; SlurmError in Slurm's words when it is refused."""
         words = sbatch_args(job, ids, [f"--comment={tag}", *extra])
         arguments = [ids[job.stands_in_for]] if job.stands_in_for else []
@@ -49,7 +92,7 @@ class Executor(submitit.SlurmExecutor):
             job_id = queue.submit(Path(self.folder) / job.file, words, arguments, tag=tag, say=say)
         except Refused as refused:
             raise Refused(f"{refused}{blame(str(refused), job.settings, extra)}") from None
-        return self.job_class(folder=self.folder, job_id=job_id, tasks=list(range(job.resources.most_tasks)))
+        return SlurmJob(folder=self.folder, job_id=job_id)
 
 
 def finish_interrupted(run: RunDir, *, replace: bool, say: Say) -> list[queue.Job]:
@@ -71,9 +114,7 @@ def finish_interrupted(run: RunDir, *, replace: bool, say: Say) -> list[queue.Jo
     return live
 
 
-def send(
-    request: Request, jobs: Sequence[JobPlan], old: Sequence[queue.Job], say: Say
-) -> list[submitit.SlurmJob[None]]:
+def send(request: Request, jobs: Sequence[JobPlan], old: Sequence[queue.Job], say: Say) -> list[SlurmJob]:
     """Send ``jobs`` in place of ``old`` and return them as submitit's jobs; the run must be held.
 
     The new chain waits for the end of the old jobs, which are cancelled only when all of it is accepted. On any
@@ -83,7 +124,7 @@ def send(
     for name in ("jobs", "logs"):
         (run.path / name).mkdir(exist_ok=True)
     executor = Executor(run.path / "jobs")
-    sent: dict[str, submitit.SlurmJob[None]] = {}
+    sent: dict[str, SlurmJob] = {}
     Journal.of(jobs, submission, {}).write(run)
     ids = {job.id: job.id for job in old}
     ended = tuple(Need(job=job.id, kind="afterany") for job in old)

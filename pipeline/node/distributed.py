@@ -20,11 +20,10 @@ from data_prep.errors import escaped
 from data_prep.publish import publish_json
 from pipeline.errors import PeerLost, PipelineError
 from pipeline.node.device import fault_of
-from pipeline.node.job import Job
+from pipeline.node.job import LOOPBACK, Job, rendezvous_host
 from pipeline.run.files import appeared, read_json
 
 PEER_TIMEOUT_S = 120.0  # longer than any honest wait between two collectives
-LOOPBACK = "127.0.0.1"
 BACKLOG = 4096  # ranks that connect at once
 Group = dist.ProcessGroup | None
 
@@ -56,12 +55,6 @@ def joined(job: Job, device: torch.device) -> Iterator[tuple[Group, Store | None
             )
         yield dist.group.WORLD, store
         dist.destroy_process_group()  # not after an error: it may wait for ever, and the process ends anyway
-
-
-def rendezvous_host() -> str:
-    """This machine's address for its peers: MASTER_ADDR if given, loopback where all are here, else the host name."""
-    here = "SLURM_JOB_ID" not in os.environ or os.environ.get("SLURM_STEP_NUM_NODES") == "1"
-    return os.environ.get("MASTER_ADDR") or (LOOPBACK if here else socket.gethostname())
 
 
 @contextlib.contextmanager

@@ -16,6 +16,8 @@ from pipeline.node.preempt import StopRequest
 from pipeline.node.screen import Screen
 from pipeline.run.rundir import Attempt, RunDir
 
+LOOPBACK = "127.0.0.1"
+
 
 @dataclass(frozen=True)
 class Topology:
@@ -46,6 +48,12 @@ class Topology:
             return cls(rank, world_size, local_rank, f"{socket.gethostname()}-{os.getpid()}")
         place: dict[str, str | int] = {"job_id": job, "restart": int(restart or 0), "step": step}
         return cls(rank, world_size, local_rank, f"{job}-{restart}-{step}", place)
+
+
+def rendezvous_host() -> str:
+    """This machine's address for its peers: MASTER_ADDR if given, loopback where all are here, else the host name."""
+    here = "SLURM_JOB_ID" not in os.environ or os.environ.get("SLURM_STEP_NUM_NODES") == "1"
+    return os.environ.get("MASTER_ADDR") or (LOOPBACK if here else socket.gethostname())
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import os
+import re
 import select
 import signal
 import socket
@@ -24,6 +25,7 @@ from typing import Any, BinaryIO, NoReturn
 from data_prep.fanout import die_with_parent
 from pipeline.errors import Cause, exit_code_of
 from pipeline.monitor.sampler import Sampler
+from pipeline.node.device import too_large
 from pipeline.node.job import Job
 from pipeline.node.preempt import STOP_SIGNALS
 from slurm import verdict
@@ -160,6 +162,7 @@ class Watch:
     def __init__(self, job: Job, pid: int, stacks: BinaryIO, unfit: list[Facts]) -> None:
         self.job, self.pid, self.stacks, self.unfit = job, pid, stacks, unfit
         self.host = socket.gethostname()
+        self.kills = kernel_kills()
         self.code: int | None = None  # decided here rather than by the child
         self.leave_by: float | None = None
         self.dumped = False
@@ -186,11 +189,25 @@ class Watch:
     def _killed(self, number: int) -> None:
         """A signal ended the child. NCCL's own watchdog does so with SIGABRT when other ranks do not answer."""
         beat = self.job.heartbeat.read()
+        if number == signal.SIGKILL and kernel_kills() > self.kills:
+            return self._starved(beat.step)
         what = f"was killed by signal {number} ({signal.Signals(number).name})"
         if number == signal.SIGABRT and beat.where == "waiting":
             time.sleep(NCCL_S)  # the rank that is to blame says so first
             what = "lost its peers: NCCL ended it (SIGABRT) while it waited for them"
         self._decide(76, f"rank {self.job.rank} on {self.host} {what} after step {beat.step}", "peer")
+
+    def _starved(self, step: int) -> None:
+        """The kernel killed the child for want of memory: once for a neighbour's fault, twice in a row for its own."""
+        line = f"rank {self.job.rank} on {self.host}: killed by the kernel, out of memory, after step {step}"
+        number, folder = self.job.attempt.number, self.job.run.stage(self.job.stage)
+        before = next((one.verdict for one in reversed(folder.attempts) if one.number < number), None)
+        if before is None or before["cause"] != "memory":
+            return self._decide(76, f"{line}; a neighbour may have taken it: started again once", "memory")
+        name = self.job.stage.partition("-")[0]  # of a seed's stage its task's
+        config = self.job.run.settings["recipe"].get(name)
+        micro_batch = config.get("micro_batch") if isinstance(config, dict) else None
+        return self._decide(2, f"{line}, as before; {too_large(name, micro_batch, 'machine')}", "memory")
 
     def _look(self, now: float, resumed: float) -> None:
         beat = self.job.heartbeat.read()
@@ -252,6 +269,22 @@ class Watch:
         head = f"=== rank {self.job.rank} on {self.host}, process {self.pid}\n".encode()
         with open(self.job.attempt.path / "stacks.txt", "ab", buffering=0) as file:
             file.write(head + found + b"\n")
+
+
+def kernel_kills() -> int:
+    """How many processes of this one's control group the kernel has killed for want of memory; 0 where nothing says."""
+    kills = 0
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            kind, group = line.split(":", 2)[1:]
+            files = {
+                "": f"/sys/fs/cgroup{group}/memory.events",
+                "memory": f"/sys/fs/cgroup/memory{group}/memory.oom_control",
+            }
+            with contextlib.suppress(OSError):
+                found = re.search(r"^oom_kill (\d+)$", Path(files.get(kind, "")).read_text(), re.MULTILINE)
+                kills += int(found[1]) if found else 0
+    return kills
 
 
 def limit_s(where: str, longest_s: float) -> float:

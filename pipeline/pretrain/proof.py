@@ -44,7 +44,7 @@ from pipeline.pretrain.data import PretrainingData, SampleOrder
 from pipeline.pretrain.task import Pretraining, settings_of
 from pipeline.run.files import read_jsonl
 from pipeline.run.rundir import RunDir
-from pipeline.stages import samples_name
+from pipeline.stages import samples_name, training_of
 from pipeline.words import is_number
 
 FORMAT = 1
@@ -77,7 +77,7 @@ def bundle(run: RunDir, out: Path) -> dict[str, list[int]]:
     if out.exists():
         raise ConfigError(f"{out} exists already: name a folder that does not")
     settings = run.settings
-    recipe = restore(Recipe, settings["recipe"], str(run.path / "run.json"))
+    recipe = training_of(settings, str(run.path / "run.json"))
     steps: dict[str, list[int]] = {}
     temporary = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)

@@ -17,7 +17,7 @@ from pipeline.run.files import read_json
 from pipeline.run.gpu_samples import GpuSamples
 from pipeline.run.rundir import RunDir, StageDir
 from pipeline.run.state import Row, events_of, rows_of
-from pipeline.stages import TASKS
+from pipeline.stages import TASKS, training_of
 from pipeline.words import is_number
 from slurm.profile import Profile
 
@@ -64,7 +64,7 @@ def gather(run: RunDir, *, held: bool) -> Facts:
     """Read a run. ``held``: whether a runner is at work on it. ConfigError when it is not a run."""
     chain, settings = Chain.of(run), run.settings
     origin = str(run.path / "run.json")
-    recipe, profile = restore(Recipe, settings["recipe"], origin), restore(Profile, settings["profile"], origin)
+    recipe, profile = training_of(settings, origin), restore(Profile, settings["profile"], origin)
     rows = [row for row in rows_of(chain, held) if not chain.stages[row["name"]].always]
     names = [row["name"] for row in rows]
     done = {row["name"]: run.stage(row["name"]) for row in rows if row["state"] == "done"}

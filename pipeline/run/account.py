@@ -260,7 +260,7 @@ def _attempts(folder: StageDir, stage: Stage, rollbacks: Sequence[Mapping[str, A
         live = now is not None and attempt is attempts[-1]
         if live and now is not None and ended == began:
             ended = max(began, now)
-        if stage.width == "ranks":
+        if stage.has_steps:
             started = (read_json(attempt.path / "attempt.json") or {}).get("time") if live else None
         times = Times(
             began=began,
@@ -269,7 +269,7 @@ def _attempts(folder: StageDir, stage: Stage, rollbacks: Sequence[Mapping[str, A
             from_step=attempt.resumed_from,
             worked_from=started if is_number(started) else None,
             rollbacks=[(e["time"], e["to_step"]) for e in rollbacks if e.get("attempt") == attempt.number],
-            has_steps=stage.width == "ranks",
+            has_steps=stage.has_steps,
             finished=done.get("attempt") == attempt.number,
         )
         history.append(times)

@@ -6,11 +6,12 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.config import Recipe, restore
+from data_prep.manifest import PACKAGES, versions
+from pipeline.config import Recipe
 from pipeline.errors import ConfigError
 from pipeline.run.rundir import RunDir
 from pipeline.stage import Stage, fingerprints
-from pipeline.stages import table
+from pipeline.stages import Command, recipe_of, table
 
 
 @dataclass(frozen=True)
@@ -26,11 +27,10 @@ class Chain:
     def of(cls, run: RunDir) -> Chain:
         """The chain that a run's run.json describes."""
         settings = run.whole_settings
-        recipe = restore(Recipe, settings["recipe"], str(run.path / "run.json"))
-        return cls.planned(run, recipe, settings["corpora"])
+        return cls.planned(run, recipe_of(settings, str(run.path / "run.json")), settings["corpora"])
 
     @classmethod
-    def planned(cls, run: RunDir, recipe: Recipe, corpora: Mapping[str, Any]) -> Chain:
+    def planned(cls, run: RunDir, recipe: Recipe | Command, corpora: Mapping[str, Any]) -> Chain:
         """The chain of a recipe, whether or not the run exists yet."""
         stages = table(recipe)
         records = {name: [r for r in (run.stage(name).begun, run.stage(name).done) if r] for name in stages}
@@ -104,3 +104,8 @@ class Chain:
     def _older_than_a_need(self, name: str) -> bool:
         mine = (self.run.stage(name).done or {}).get("finished", 0)
         return any((self.run.stage(n).done or {}).get("finished", 0) > mine for n in self.stages[name].needs)
+
+
+def made_with() -> dict[str, str]:
+    """Versions that shape results, of what is installed."""
+    return versions((*PACKAGES, "torch", "safetensors"))

@@ -246,7 +246,13 @@ def history(attempts: Sequence[Attempt], job: str) -> str:
         ended = attempt.verdict or {"code": None, "cause": None}
         out_of = {"time_limit": "out of time", "gpu_hours": "out of GPU-hours"}
         asked = out_of.get(ended["cause"], "preempted" if attempt.job_id == job else "stopped")
-        words = {75: asked, 76: "lost a rank", 77: "met a bad node", 130: "interrupted", None: "killed"}
+        words = {
+            75: asked,
+            76: "ran out of memory" if ended["cause"] == "memory" else "lost a rank",
+            77: "met a bad node",
+            130: "interrupted",
+            None: "killed",
+        }
         word = words.get(ended["code"], f"failed with code {ended['code']}")
         counts[word] = counts.get(word, 0) + 1
     often = {1: "", 2: " twice"}

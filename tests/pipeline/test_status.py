@@ -20,6 +20,7 @@ from pipeline.config import load_profile, load_recipe
 from pipeline.errors import ConfigError
 from pipeline.launch import request
 from pipeline.launch.local import run_chain
+from pipeline.launch.start import selected
 from pipeline.report.facts import gather
 from pipeline.run import account
 from pipeline.run.chain import Chain
@@ -30,7 +31,6 @@ from pipeline.run.state import RULE, Holder, Left, Sent, State, survey
 from pipeline.stages import table
 from pipeline.status import disk_use, look, show_log
 from pipeline.strict_toml import table_of
-from pipeline.submit import selected
 from pipeline.watch import follow_log, goes_on, short_line, watch
 from pipeline.words import in_short
 from slurm import queue

@@ -21,12 +21,12 @@ from data_prep.manifest import load, publish_manifest, read_manifest
 from data_prep.publish import publish_sealed
 from pipeline.config import load_recipe
 from pipeline.engine import checkpoint_folder
+from pipeline.launch.start import selected
 from pipeline.report.facts import gather
 from pipeline.run.chain import Chain
 from pipeline.run.rundir import RunDir
 from pipeline.stage import fingerprints
 from pipeline.stages import table
-from pipeline.submit import selected
 from support.running import call, states
 
 HERE = Path(__file__).parent

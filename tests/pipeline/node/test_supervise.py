@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -82,6 +84,35 @@ def test_a_killed_child_is_named_with_its_signal(tmp_path):
     assert code == verdict(tmp_path)["code"] == 76
     assert "rank 3 on " in errors
     assert "was killed by signal 9 (SIGKILL) after step 7" in errors
+
+
+@pytest.fixture
+def small_group() -> Iterator[Path]:
+    """A control group of this machine with 200 MB of memory, of either version."""
+    group = next(
+        line for line in Path("/proc/self/cgroup").read_text().splitlines() if re.match("0::|[0-9]+:memory:", line)
+    )
+    old = ":memory:" in group
+    path = Path("/sys/fs/cgroup", "memory" if old else "", group.split(":")[2].strip("/"), f"small-{os.getpid()}")
+    try:
+        path.mkdir()
+        (path / ("memory.limit_in_bytes" if old else "memory.max")).write_text("200000000")
+    except OSError as error:
+        pytest.skip(f"NO CONTROL GROUP OF ONE'S OWN: {error}")
+    yield path
+    path.rmdir()
+
+
+def test_the_kernels_kill_is_forgiven_once(tmp_path, small_group: Path):
+    """Out of memory for real; the second time in a row it is the micro-batch that does not fit."""
+    (tmp_path / "run.json").write_text('{"recipe": {"phase1": {"micro_batch": 32}}}')
+    before = f"open({str(small_group / 'cgroup.procs')!r}, 'w').write(str(os.getpid()))"
+    for attempt, code, words in ((1, 76, "started again once"), (2, 2, "--set phase1.micro_batch=16 needs about half")):
+        ended, _, errors = end(start(tmp_path, "held = bytearray(1 << 30)", before=before))
+        found = json.loads((tmp_path / f"stages/phase1/attempts/{attempt:04d}/verdict.json").read_text())
+        assert (ended, found["code"], found["cause"]) == (code, code, "memory"), errors
+        assert words in found["line"]
+        assert "killed by the kernel, out of memory, after step 7" in errors
 
 
 def test_a_stop_signal_reaches_the_child(tmp_path):
