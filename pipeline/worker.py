@@ -25,7 +25,7 @@ from pipeline.node.job import Job, Topology
 from pipeline.node.preempt import StopRequest, stop_at_once
 from pipeline.node.supervise import supervise
 from pipeline.run.chain import Chain, made_with
-from pipeline.run.files import appeared
+from pipeline.run.files import appeared, now
 from pipeline.run.rundir import Attempt, RunDir
 from pipeline.stage import Stage, function_of
 from slurm import verdict
@@ -135,11 +135,11 @@ def wait_for_rank_0(chain: Chain, name: str, topology: Topology) -> None:
 
 def execute(chain: Chain, stage: Stage, job: Job) -> None:
     """Do a stage's work and mark it done; raises what stopped it, after the attempt's verdict is written."""
-    name, attempt, started = stage.name, job.attempt, time.time()
+    name, attempt, started, changed = stage.name, job.attempt, now(), time.time()
     try:
         result = function_of(stage.run)(job, **stage.config, **resolve(chain, stage))
         if job.rank == 0:
-            finished = time.time()
+            finished = now()
             job.run.stage(name).mark_done(
                 {
                     **chain.record(name),
@@ -159,7 +159,7 @@ def execute(chain: Chain, stage: Stage, job: Job) -> None:
         line, code = describe(error)
         if isinstance(error, PeerLost) or (isinstance(error, StoppedCleanly) and job.stop.reason is None):
             time.sleep(1.0)  # the peer may know better what happened, and its verdict comes first
-        if isinstance(error, StoppedCleanly) and newer_than(job.out, started):
+        if isinstance(error, StoppedCleanly) and newer_than(job.out, changed):
             verdict.made_progress()
         first = attempt.write_verdict(code, line, job.rank, cause_of(error))
         _tell_script(error)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 from pipeline.node.job import Job
-from pipeline.run.files import append_jsonl
+from pipeline.run.files import append_jsonl, now
 
 Part = Literal["data", "compute", "communication", "checkpoint", "evaluation"]
 PARTS: tuple[Part, ...] = ("data", "compute", "communication", "checkpoint", "evaluation")
@@ -29,8 +29,7 @@ class Clock:
     """
 
     def __init__(self) -> None:
-        self.since = time.time()
-        self._mark = time.perf_counter()
+        self.since = now()
         self._spent: dict[str, float] = dict.fromkeys(PARTS, 0.0)
         self.unwritten: list[dict[str, Any]] = []  # lines that a full disk did not take yet
 
@@ -49,14 +48,11 @@ class Clock:
 
     def take(self) -> dict[str, Any]:
         """``since``, ``time`` (Unix seconds) and ``spent_s``, whose values sum to their difference; starts anew."""
-        now, mark = time.time(), time.perf_counter()
-        spent = {**self._spent, "other": mark - self._mark - sum(self._spent.values())}
-        taken = {
-            "since": self.since,
-            "time": self.since + (mark - self._mark),
-            "spent_s": {part: round(seconds, 6) for part, seconds in spent.items()},
-        }
-        self.since, self._mark, self._spent = now, mark, dict.fromkeys(PARTS, 0.0)
+        until = now()
+        spent = {**self._spent, "other": until - self.since - sum(self._spent.values())}
+        shares = {part: round(seconds, 6) for part, seconds in spent.items()}
+        taken = {"since": self.since, "time": until, "spent_s": shares}
+        self.since, self._spent = until, dict.fromkeys(PARTS, 0.0)
         return taken
 
 

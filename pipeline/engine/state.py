@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -19,6 +18,7 @@ from pipeline.engine.ranks import Ranks
 from pipeline.engine.task import Task
 from pipeline.node.distributed import peers_named
 from pipeline.node.job import Job
+from pipeline.run.files import now
 
 # Fields of an identity: same science, other bits.
 CHANGEABLE = ("threads", "micro_batch", "code", "torch", "cpu", "compiled")
@@ -128,7 +128,7 @@ def begin(state: TrainingState, job: Job, ranks: Ranks, task: Task, *, again: bo
     saved = checkpoint.newest_verified(job.out, job.say) if job.rank == 0 else None
     if job.rank == 0 and not again:
         resumed = {"attempt": saved.attempt, "step": saved.step} if saved else None
-        publish_json(job.attempt.path / "attempt.json", {"resumed_from": resumed, "time": time.time()})
+        publish_json(job.attempt.path / "attempt.json", {"resumed_from": resumed, "time": now()})
     with peers_named(job):
         identity = ranks.gather(saved.identity if saved else None)[0]
     if identity is not None:

@@ -28,6 +28,13 @@ NUMBERS = {
     **dict.fromkeys(WHOLE, 2**20),
 }  # and the largest that can be honest: up to 2 ** 53 floats count exactly
 
+CLOCK_S = time.time() - time.monotonic()  # when this process began, by its own clock from then on
+
+
+def now() -> float:
+    """Unix time that goes on evenly through this process and its children, though the machine's clock is set anew."""
+    return CLOCK_S + time.monotonic()
+
 
 def open_plain(path: Path, most_bytes: int = MOST_LINES_BYTES) -> BinaryIO:
     """A file of a run folder to read in bytes. OSError where it is none of ours.

@@ -23,7 +23,7 @@ from typing import Any
 
 from data_prep.publish import publish_json
 from pipeline.errors import CAUSES, Cause, ConfigError, InUseError
-from pipeline.run.files import NONE_THERE, appeared, append_jsonl, open_plain, read_json, read_jsonl
+from pipeline.run.files import NONE_THERE, appeared, append_jsonl, now, open_plain, read_json, read_jsonl
 from pipeline.words import is_number
 
 SETTINGS = {"recipe": dict, "profile": dict, "corpora": dict, "data_dir": str}  # of run.json, in every version
@@ -115,7 +115,7 @@ class Attempt:
         """
         cause = cause or CAUSES.get(code, "defect")
         record: dict[str, Any] = {"code": code, "cause": cause, "line": line, "rank": rank}
-        record |= {"host": socket.gethostname(), "time": time.time()}
+        record |= {"host": socket.gethostname(), "time": now()}
         try:
             descriptor = os.open(self.path / "verdict.json", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         except FileExistsError:
@@ -207,7 +207,7 @@ class StageDir:
                 continue
             publish_json(
                 attempt.path / "owner.json",
-                {"launch": launch, **place, "host": socket.gethostname(), "pid": os.getpid(), "time": time.time()},
+                {"launch": launch, **place, "host": socket.gethostname(), "pid": os.getpid(), "time": now()},
             )
             return attempt
 
@@ -310,7 +310,7 @@ class RunDir:
         return (self.path / "run.json").is_file()
 
     def event(self, name: str, **facts: Any) -> None:
-        append_jsonl(self.path / "events.jsonl", {"time": time.time(), "event": name, **facts})
+        append_jsonl(self.path / "events.jsonl", {"time": now(), "event": name, **facts})
 
     @property
     def events(self) -> list[dict[str, Any]]:

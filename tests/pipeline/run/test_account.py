@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.config import load_profile, load_recipe
+from pipeline.engine.metrics import Clock
 from pipeline.run.account import PARTS, Times, attempt_parts, pieces_of, read, run_account, stage_account
 from pipeline.run.chain import Chain
 from pipeline.run.files import append_jsonl
@@ -254,3 +255,18 @@ def test_the_time_of_a_killed_and_resumed_run_is_accounted_for(small_data, tmp_p
     assert phase1["parts_s"]["stopped"] > 2.0
     assert phase1["parts_s"]["other"] < 0.1 * phase1["wall_s"]
     assert 0 < phase1["goodput"] < 1
+
+
+def test_a_clock_that_is_set_anew_makes_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two hours forward in the middle of an attempt: its lines and its end go on where they were."""
+    attempt, clock = RunDir(tmp_path).stage("phase1").new_attempt("launch"), Clock()
+    first = clock.take()
+    later = time.time() + 7200
+    monkeypatch.setattr(time, "time", lambda: later)
+    with clock.spent("compute"):
+        time.sleep(0.01)
+    second = clock.take()
+    attempt.write_verdict(75, "stopped", 0)
+    assert second["since"] == first["time"]
+    assert second["time"] - second["since"] == pytest.approx(sum(second["spent_s"].values()), abs=1e-5)
+    assert attempt.owner["time"] <= second["time"] <= attempt.verdict["time"] < later - 7000
