@@ -22,7 +22,6 @@ from data_prep.publish import file_sha256, remove_leftovers
 
 PART_BYTES = 32_000_000
 COMPRESSED_PART_BYTES = 8_000_000
-STREAM_BYTES_PER_H = 5.5e9  # of bz2, 4.2 times as much text: what one core unpacks
 FAULTS = 20  # named at once
 FORMAT = 2  # raise it when the same input gives other documents
 
@@ -176,7 +175,7 @@ def _read_stream(
 ) -> Iterator[tuple[Part, dict[str, Any]]]:
     """Read an export that is one compressed stream, some pieces of its text at a time; parts count from `number`."""
     size, site = path.stat().st_size, wikipedia.read_site(path)
-    alone = f"one core unpacks it, about {size / STREAM_BYTES_PER_H:.1f} h"
+    alone = f"one core unpacks it, about {size / dumpfile.STREAM_BYTES_PER_H:.1f} h"
     if formats.compression(path) != "bz2":
         job.say(f"{path.name} cannot be split: {alone}")
     elif not dumpfile.is_unpacked_in_parallel(path):

@@ -254,7 +254,9 @@ def _select(out: Path, deduplicate: bool, share: float, names: Sequence[str]) ->
 
     Writes for each file its index with those marked that are left out, and the numbers of its lines that are.
     """
-    indexes = [np.load(_index_path(out, name)) for name in names]
+    loaded = {name: np.load(_index_path(out, name)) for name in names}
+    names = sorted(names, key=lambda name: bool((loaded[name]["split"] == REPLAY).any()))  # one's own text is kept
+    indexes = [loaded[name] for name in names]
     rows = [np.load(_rows_path(out, name), mmap_mode="r") for name in names]
     splits = [np.where(index["split"] == REPLAY, 0, index["split"]) for index in indexes]
     found, documents, lines = repeats.find(splits, [index["lines"] for index in indexes], rows)

@@ -311,7 +311,8 @@ def _train(
     alphabet = _alphabet(counts, vocab_size)
     continuing = alphabet & {chr(code) for row in chosen for code in row["inside"]}
     files = [Path(row["file"]) for row in chosen]
-    tokens = train(lambda: _blocks(files), alphabet, continuing, vocab_size, lowercase, strip_accents)
+    blocks = functools.partial(_blocks, files, 1 << 16)  # the trainer reads 256 of them ahead
+    tokens = train(blocks, alphabet, continuing, vocab_size, lowercase, strip_accents)
     publish_bytes(path, "".join(token + "\n" for token in tokens).encode())
     remove_leftovers(path.parent)
     vocabulary = Vocabulary.load(path)

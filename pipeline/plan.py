@@ -19,7 +19,7 @@ from pipeline import batch
 from pipeline.bert import costs
 from pipeline.config import Recipe, load_profile, load_recipe
 from pipeline.errors import ConfigError, run_command
-from pipeline.launch import estimate
+from pipeline.launch import corpora, estimate
 from pipeline.launch.estimate import Rates
 from pipeline.launch.request import micro_batch_limit
 from pipeline.run.interruptions import advise, chance_of_none, expected_restarts, young_s
@@ -55,6 +55,8 @@ def main() -> int:
     parser.add_argument("--hours", type=positive, help="of training (default: by the rates)")
     parser.add_argument("--rates", type=Path, metavar="FILE", help="a JSON of python -m pipeline.bench gpu")
     parser.add_argument("--fit", type=Path, metavar="RUN", help="a run: its steps say how fast this machine is")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="the corpora: what their preparation takes")
+    parser.add_argument("--workers", type=positive, default=16, metavar="N", help="processes that prepare them (16)")
     parser.add_argument("--price-per-gpu-hour", type=positive, metavar="P", help="in any currency: for the cost")
     parser.add_argument("--json", action="store_true", help="rows as JSON")
     parser.add_argument("--ranks", action="store_true", help="with --json: the batch of every rank")
@@ -79,6 +81,8 @@ def main() -> int:
         show(found)
         show_estimates(found, runs, rates, profile)
         show_limits(found, recipe)
+        if arguments.data:
+            print(preparation(recipe, arguments.data, arguments.workers))
         if asked:
             show_saving(saving, arguments)
     return 0
@@ -240,6 +244,19 @@ def show_estimates(found: list[dict[str, Any]], runs: list[dict[str, Any]], rate
         spent = f"{number(run['hours'])} h, {number(run['gpu_hours'])} GPU-hours, " if "hours" in run else ""
         cost = f"cost {run['cost']:,.0f}, " if "cost" in run else ""
         print(f"{run['nodes']} node{'s' if run['nodes'] > 1 else ''}: {spent}{cost}{run['disk_gb']:g} GB of disk")
+
+
+def preparation(recipe: Recipe, data_dir: Path, workers: float) -> str:
+    """Disk, hours and memory of the data stages."""
+    if absent := [name for name in recipe.data.corpora if not (data_dir / name).exists()]:
+        raise ConfigError(f"{data_dir / absent[0]}: no such file; --data names the folder of the corpora")
+    hours, mb = corpora.core_hours(recipe, data_dir), corpora.WORKER_MB
+    text, disk = (of(recipe, data_dir) / 1e9 for of in (corpora.text_bytes, corpora.estimated_bytes))
+    return (
+        f"data: at most {text:.1f} GB of text; {disk:.1f} GB on the disk with the run; {hours:.1f} h of one core, "
+        f"{hours / workers:.1f} h with {workers:g} workers where the disk keeps up; {mb} MB of memory a worker, "
+        f"{mb * workers / 1000:.1f} GB together"
+    )
 
 
 def show_limits(found: list[dict[str, Any]], recipe: Recipe) -> None:

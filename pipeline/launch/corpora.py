@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from data_prep.dumpfile import STREAM_BYTES_PER_H
 from pipeline.config import Recipe
 from pipeline.errors import ConfigError, StorageError
 from pipeline.launch.request import Request
@@ -15,6 +16,10 @@ from pipeline.run.chain import Chain
 from pipeline.stage import function_of
 from pipeline.stages import TASKS, Command
 from pipeline.words import absent_model
+
+MARKUP = {".bz2": 4.2, ".gz": 3.3}  # bytes on the disk to bytes of markup
+EXTRACT, SHARD, SAMPLES = 14e6, 16e6, 22e6  # bytes a second of a core (docs/data.md); SAMPLES with a dupe_factor of 5
+VOCAB_S, WORKER_MB = 120, 300
 
 
 def missing(request: Request) -> list[Path]:
@@ -85,8 +90,7 @@ def estimated_bytes(recipe: Recipe | Command, data_dir: Path) -> int:
     """Rough need: clean text twice (documents, shards), samples of each length, three checkpoints a phase."""
     if isinstance(recipe, Command):
         return 0  # nobody knows
-    grows = {".bz2": 2.5, ".gz": 2.0, ".xml": 0.6}  # compressed or marked-up bytes to bytes of clean text
-    text = sum(size_of(data_dir / name) * grows.get(Path(name).suffix, 1.0) for name in recipe.data.corpora)
+    text = text_bytes(recipe, data_dir)
     lengths = {phase.seq_len for phase in recipe.phases.values()}
     given = sum(size_of(data_dir / phase.samples) for phase in recipe.phases.values() if phase.samples)
     samples = given + len(lengths) * recipe.data.dupe_factor * text / 4.4 * 2.2  # characters per token, bytes per token
@@ -95,6 +99,23 @@ def estimated_bytes(recipe: Recipe | Command, data_dir: Path) -> int:
         4 * model.hidden_size**2 + 2 * model.hidden_size * model.intermediate_size
     )
     return int(2 * text + samples + (recipe.train.keep_checkpoints + 1) * len(recipe.phases) * 12 * parameters)
+
+
+def text_bytes(recipe: Recipe, data_dir: Path) -> float:
+    """Of clean text in all corpora, at most."""
+    grows = {".bz2": 2.5, ".gz": 2.0, ".xml": 0.6}  # compressed or marked-up bytes to bytes of clean text
+    return sum(size_of(data_dir / name) * grows.get(Path(name).suffix, 1.0) for name in recipe.data.corpora)
+
+
+def core_hours(recipe: Recipe, data_dir: Path) -> float:
+    """Of the data stages, from the files under ``data_dir`` to the samples of every length."""
+    found = {Path(name): size_of(data_dir / name) for name in recipe.data.corpora}
+    packed = sum(size for path, size in found.items() if path.suffix == ".bz2")
+    markup = sum(size * MARKUP.get(path.suffix, 1.0) for path, size in found.items())
+    lengths = len({phase.seq_len for phase in recipe.phases.values()})
+    a_byte = 1 / SHARD + lengths * (2 + recipe.data.dupe_factor) / 7 / SAMPLES
+    seconds = markup / EXTRACT + text_bytes(recipe, data_dir) * a_byte + (0 if recipe.data.vocabulary else VOCAB_S)
+    return packed / STREAM_BYTES_PER_H + seconds / 3600
 
 
 def size_of(path: Path) -> int:

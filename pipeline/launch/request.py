@@ -49,6 +49,7 @@ class Request:
     settings: tuple[str, ...] = ()
     stages: tuple[str, ...] = ()
     remake: tuple[str, ...] = ()
+    verify: bool = False
     max_gpu_hours: float = 0.0
     allow_mixed: bool = False
     split: bool = False
@@ -142,6 +143,7 @@ def of(words: Sequence[str], command: Sequence[str] | None = None) -> Request:
         stages=_names(given.stages),
         own=bool(given.text),
         remake=_names(given.remake),
+        verify=given.verify,
         **{name: getattr(given, name) for name in (*SWITCHES, "write_scripts", "max_gpu_hours", "allow_mixed")},
     )
 
@@ -227,6 +229,7 @@ def parser() -> Options:
     add("--stages", help="run only these, separated by commas")
     set_help = "change a recipe value, such as phase1.steps=100"
     add("--set", action="append", default=[], metavar="KEY=VALUE", dest="settings", help=set_help)
+    add("--verify", action="store_true", help="read all samples again to check them, also those checked last week")
     return _sent(options, tuple(SWITCHES))
 
 
@@ -241,7 +244,7 @@ def guard_parser() -> Options:
     options.needed = "a --cluster, --saves PATH and, behind --, the command"
     options.example = "--run runs/mine --cluster generic --saves checkpoints -- python train.py"
     absent = dict.fromkeys(("recipe", "language", "start", "data", "stages"))
-    options.set_defaults(**absent, text=[], replay=[], settings=[], split=False, split_seeds=False)
+    options.set_defaults(**absent, text=[], replay=[], settings=[], verify=False, split=False, split_seeds=False)
     saves_help = "file or folder that holds what the command saves: changed, the attempt made progress"
     options.add_argument("--saves", type=Path, metavar="PATH", help=saves_help)
     return _sent(options, tuple(name for name in SWITCHES if not name.startswith("split")))

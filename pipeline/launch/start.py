@@ -91,9 +91,11 @@ def selected(chain: Chain, asked: Request) -> dict[str, str]:
 
 
 def move_aside(chain: Chain, asked: Request) -> None:
-    """What ``--remake`` names goes to RUN/old with all that was made from it."""
+    """What ``--remake`` names goes to RUN/old with all that was made from it; ``--verify`` forgets what is trusted."""
     for name in chain.with_followers(asked.remake):
         chain.run.stage(name).move_aside()
+    for record in chain.run.path.glob("stages/*/attempts/verified-*.json") if asked.verify else ():
+        record.unlink(missing_ok=True)
 
 
 def nothing_to_do(run: RunDir) -> int:

@@ -293,3 +293,19 @@ def test_what_repeats_is_counted_and_left_out_by_the_first_that_came(
     in_both = sum(line in trained for line in held_out)
     assert once["repeated"]["test_lines"] == len(held_out) > in_both == once["repeated"]["test_lines_in_train"] > 0
     assert {path.suffix for path in out.out.iterdir()} == {".txt", ".json"}
+
+
+def test_ones_own_text_is_kept_where_text_to_be_replayed_repeats_it(tmp_path: Path) -> None:
+    source = documents_folder(tmp_path / "documents", 100, files=1)
+    (own := source / "documents-00001.jsonl").write_text((source / "documents-00000.jsonl").read_text())
+    general = own.with_name("documents-00000.jsonl")
+    general.write_text(general.read_text().replace('"source": "s"', '"source": "general"'))
+    publish_manifest(source, {"files": [file_entry(path) for path in (general, own)]})
+    run = {"documents": source, **SETTINGS, "deduplicate": True, "replay": ["general"], "replay_share": 0.5}
+    facts = shard.run(FolderJob(tmp_path / "out"), **run)
+    assert facts["skipped"]["repeats an earlier document"] == 99
+    assert facts["test"]["documents"] > 0
+    alone = shard.run(
+        FolderJob(tmp_path / "alone"), documents=source, **SETTINGS, replay=["general"], replay_share=1e-9
+    )
+    assert (facts["train"], facts["test"]) == (alone["train"], alone["test"])

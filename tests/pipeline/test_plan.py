@@ -261,3 +261,19 @@ def test_what_fails_first_is_said_where_computing_is_no_longer_most_of_a_step():
     assert "8,192 looks a second together" in many.stdout
     shares = [int(share) for share in re.findall(r"(\d+) %", many.stdout)]
     assert all(abs(sum(shares[i : i + 4]) - 100) <= 2 for i in (0, 4))
+
+
+def test_what_the_preparation_of_a_corpus_takes(tmp_path):
+    words = ("--recipe", "bert_base", "--cluster", "generic", "--set", "data.books=[]", "--data", str(tmp_path))
+    refused = call("plan", *words)
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+    assert "multistream.xml.bz2: no such file; --data names" in refused.stderr
+    with open(tmp_path / "enwiki-latest-pages-articles-multistream.xml.bz2", "wb") as file:
+        file.truncate(22_000_000_000)
+    said = [call("plan", *words, "--workers", str(workers)).stdout.splitlines()[-1] for workers in (1, 2)]
+    hours = [[float(found) for found in re.findall(r"([\d.]+) h ", line)] for line in said]
+    assert hours[0][0] == hours[0][1] == hours[1][0] == pytest.approx(2 * hours[1][1], abs=0.11)
+    unpacking, extracting, others = 22 / 5.5, 22 * 4.2 / 0.014 / 3600, 55 * (1 / 0.016 + 2 / 0.022) / 3600
+    assert hours[0][0] == pytest.approx(unpacking + extracting + others + 120 / 3600, abs=0.051)
+    assert "at most 55.0 GB of text" in said[0]
+    assert "300 MB of memory a worker, 0.6 GB together" in said[1]

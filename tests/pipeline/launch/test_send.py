@@ -17,6 +17,7 @@ from pipeline.errors import ConfigError, InUseError
 from pipeline.launch import code, jobs, request, scripts, start
 from pipeline.launch.request import Request
 from pipeline.node.preempt import STOP_SIGNALS, StopRequest
+from pipeline.run.chain import Chain
 from pipeline.run.journal import Journal, SentJob
 from pipeline.run.rundir import RunDir
 from pipeline.stages import table
@@ -528,3 +529,15 @@ def test_status_and_cancel_when_slurm_does_not_answer(tmp_path) -> None:
 def test_submit_alone_imports_neither_submitit_nor_torch() -> None:
     program = "import pipeline.submit, sys; assert not {'submitit', 'torch', 'h5py'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], cwd=code.ROOT, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("words", [[], ["--verify"]])
+def test_verify_has_all_samples_read_again(tmp_path, words):
+    records = [tmp_path / f"run/stages/phase1/attempts/verified-{split}-0.json" for split in ("train", "test")]
+    (checkpoint := records[0].parent / "0001" / "step-5").mkdir(parents=True)
+    for record in records:
+        record.write_text("{}")
+    asked = request.of(["--recipe", "tiny", "--cluster", "local", "--run", str(tmp_path / "run"), *words])
+    start.move_aside(Chain.planned(asked.run, asked.recipe, {}), asked)
+    assert [record.exists() for record in records] == [not words, not words]
+    assert checkpoint.is_dir()
