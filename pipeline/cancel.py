@@ -7,6 +7,7 @@ from pathlib import Path
 
 from data_prep.publish import publish_text
 from pipeline.errors import ConfigError, run_command
+from pipeline.run.family import runs_of
 from pipeline.run.journal import Journal, live_jobs, name_of
 from pipeline.run.rundir import RunDir
 from slurm import queue
@@ -14,19 +15,24 @@ from slurm import queue
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m pipeline.cancel", description=__doc__)
-    parser.add_argument("run", type=Path, help="run directory")
+    parser.add_argument("run", type=Path, help="run directory, or the folder of runs of --seeds pretrain=")
     parser.add_argument("stage", nargs="?", help="only the job of this stage and the jobs that wait for it (Slurm)")
     arguments = parser.parse_args()
-    run = RunDir(arguments.run)
+    for run in runs_of(arguments.run):
+        cancel(run, arguments.stage)
+    return 0
+
+
+def cancel(run: RunDir, stage: str | None) -> None:
+    """Stop the run, or on Slurm a stage of it, and say so."""
     if run.settings["profile"]["runner"] == "local" and run.is_held():
         publish_text(run.cancel_request, "")
         print(f"{run.path}: asked to stop; it saves first, then ends")
     elif Journal.path(run).exists():
         with run.held():  # not while a submit is sending
-            cancel_jobs(run, arguments.stage)
+            cancel_jobs(run, stage)
     else:
         print(f"{run.path}: nothing is running")
-    return 0
 
 
 def cancel_jobs(run: RunDir, stage: str | None) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.errors import ConfigError, run_command
 from pipeline.run import account
 from pipeline.run.chain import Chain
+from pipeline.run.family import runs_of
 from pipeline.run.incidents import incidents
 from pipeline.run.rundir import RunDir
 from pipeline.run.state import Row, Sent, events_of, survey
@@ -21,7 +23,7 @@ MOST_INCIDENTS = 5  # shown below the table; the report has all
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m pipeline.status", description=__doc__)
-    parser.add_argument("run", type=Path, help="run directory")
+    parser.add_argument("run", type=Path, help="run directory, or the folder of runs of --seeds pretrain=")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="machine-readable")
     form.add_argument("--short", action="store_true", help="one line of at most 80 characters")
@@ -34,7 +36,10 @@ def main() -> int:
         parser.error("--watch goes with the table or --short; a log is followed with --log STAGE -f")
     if arguments.follow and not arguments.log:
         parser.error("-f needs --log STAGE")
-    run = RunDir(arguments.run)
+    runs = runs_of(arguments.run)
+    if len(runs) > 1:
+        return show_family(runs, parser, arguments)
+    run = runs[0]
     if arguments.du:
         print("\n".join(disk_use(run)))
     elif arguments.log:
@@ -50,6 +55,22 @@ def main() -> int:
         print(json.dumps({**answer, **({"slurm": silent} if silent else {})}))
     else:
         print("\n".join(look(run, arguments.short)[0]))
+    return 0
+
+
+def show_family(runs: Sequence[RunDir], parser: argparse.ArgumentParser, given: argparse.Namespace) -> int:
+    """A line for each run of a family."""
+    if given.json or given.log or given.du:
+        parser.error(f"--json, --log and --du look at one run, such as {runs[-1].path}")
+
+    def lines() -> tuple[list[str], bool]:
+        looks = [look(run, short=True) for run in runs]
+        return [line for found, _ in looks for line in found], any(more for _, more in looks)
+
+    if given.watch:
+        watch(lines)
+    else:
+        print("\n".join(lines()[0]))
     return 0
 
 

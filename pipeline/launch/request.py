@@ -81,6 +81,13 @@ def of(words: Sequence[str], command: Sequence[str] | None = None) -> Request:
     given, unknown = options.parse_known_args(line.rest)
     if faults := [_unknown(word, options) for word in unknown if word.startswith("-")] or unknown:
         raise ConfigError("\n".join(faults))
+    if given.seeds:
+        task, seeds = given.seeds
+        if task not in TASKS:
+            raise ConfigError(
+                f"--seeds {task}=…: repeats pretraining as python -m pipeline.submit, or {', '.join(TASKS)}"
+            )
+        given.settings.append(f"{task}.seeds={seeds}")
     keys = [setting.partition("=")[0].strip() for setting in given.settings]
     for key in sorted({key for key in keys if keys.count(key) > 1}):
         print(f"--set {key}: given {keys.count(key)} times, the last one counts", file=sys.stderr)
@@ -160,6 +167,20 @@ def by_node_count(words: Sequence[str]) -> dict[str, list[str]]:
     }
 
 
+def seeds_of(text: str) -> tuple[str, list[int]]:
+    """``mrpc=0-4,7``: what to repeat, and the seeds, for argparse."""
+    what, _, numbers = text.partition("=")
+    found: list[int] = []
+    for part in numbers.split(","):
+        ends = part.split("-")
+        if what not in ("pretrain", *TASKS) or not all(end.isdecimal() for end in ends) or len(ends) > 2:
+            raise argparse.ArgumentTypeError(f"{text}: as in pretrain=0-4 or mrpc=0-9,20")
+        found += range(int(ends[0]), int(ends[-1]) + 1)
+    if not found or len(set(found)) < len(found):
+        raise argparse.ArgumentTypeError(f"{text}: the smaller seed first, and none twice")
+    return what, found
+
+
 SWITCHES = {
     "split": "one job for each stage",
     "split_seeds": "one job for each seed of a fine-tuning task",
@@ -227,6 +248,11 @@ def parser() -> Options:
     add("--start", type=Path, metavar="PATH", help=start_help)
     add("--data", type=Path, help="folder of the corpora that the recipe names (default: the profile's)")
     add("--stages", help="run only these, separated by commas")
+    seeds_help = (
+        "pretrain=0-4: repeat all training with these seeds in RUN/seed-N, on the data of RUN/data; mrpc=0-99: repeat "
+        "this task, as --set mrpc.seeds=[...]"
+    )
+    add("--seeds", type=seeds_of, metavar="WHAT=N-M", help=seeds_help)
     set_help = "change a recipe value, such as phase1.steps=100"
     add("--set", action="append", default=[], metavar="KEY=VALUE", dest="settings", help=set_help)
     add("--verify", action="store_true", help="read all samples again to check them, also those checked last week")
@@ -243,7 +269,7 @@ def guard_parser() -> Options:
     )
     options.needed = "a --cluster, --saves PATH and, behind --, the command"
     options.example = "--run runs/mine --cluster generic --saves checkpoints -- python train.py"
-    absent = dict.fromkeys(("recipe", "language", "start", "data", "stages"))
+    absent = dict.fromkeys(("recipe", "language", "start", "data", "stages", "seeds"))
     options.set_defaults(**absent, text=[], replay=[], settings=[], verify=False, split=False, split_seeds=False)
     saves_help = "file or folder that holds what the command saves: changed, the attempt made progress"
     options.add_argument("--saves", type=Path, metavar="PATH", help=saves_help)

@@ -72,8 +72,18 @@ def start(asked: Request) -> int:
 
 
 def planned(asked: Request) -> Chain:
-    """The chain as it will be, whether or not the run exists yet."""
-    return Chain.planned(asked.run, asked.recipe, corpora.identities(asked))
+    """The chain as it will be, whether or not the run exists yet. ConfigError where it would write through a link."""
+    chain = Chain.planned(asked.run, asked.recipe, corpora.identities(asked))
+    faults = [
+        f"{path}: is a link to {os.readlink(path)}, and this stage is to run here ({why}); run it where it lies, or "
+        "take the link away"
+        for name, why in chain.todo(chain.with_followers(asked.remake)).items()
+        if not asked.stages or name in asked.stages or chain.stages[name].is_seed
+        if (path := asked.run.stage(name).path).is_symlink()
+    ]
+    if faults:
+        raise ConfigError("\n".join(faults))
+    return chain
 
 
 def selected(chain: Chain, asked: Request) -> dict[str, str]:

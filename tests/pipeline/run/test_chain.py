@@ -14,10 +14,9 @@ from pipeline.config import load_profile, load_recipe
 from pipeline.errors import ConfigError
 from pipeline.run.chain import Chain
 from pipeline.run.rundir import RunDir
-from pipeline.stage import fingerprints
+from pipeline.stage import fingerprints, function_of
 from pipeline.stages import table
 from pipeline.strict_toml import table_of
-from pipeline.worker import function_of
 from support.running import TWO_PHASES
 
 ALL = [
@@ -81,7 +80,7 @@ def test_a_named_vocabulary_and_absent_tasks_shorten_the_chain():
 @pytest.mark.parametrize("name", ALL)
 def test_every_stage_function_takes_what_its_stage_gives(name):
     stage = table(load_recipe(TWO_PHASES))[name]
-    function = function_of(stage)
+    function = function_of(stage.run)
     inspect.signature(function).bind(object(), **stage.config, **stage.inputs)
     assert importlib.import_module(stage.run.split(":")[0]).__doc__
 
