@@ -22,7 +22,7 @@ NAME = "manifest.json"
 FORMAT = 1
 TRUSTED_S = 7 * 86400.0
 MADE_BY = "made_by"
-RECIPE = "RECIPE_SHA256"  # names the digest of the recipe that a stage runs for
+RECIPE = "RECIPE_SHA256"  # names the digest of [data] of the recipe that a stage runs for, the same on every cluster
 PACKAGES = (
     "bert-slurm-pipeline",
     "numpy",
@@ -71,7 +71,7 @@ class SampleSet:
 
 def publish_manifest(folder: Path, value: Mapping[str, Any]) -> None:
     """Write ``value`` as the sealed ``manifest.json`` of ``folder``, and beside it the versions and recipe it is of."""
-    recipe = {"recipe_sha256": os.environ[RECIPE]} if RECIPE in os.environ else {}
+    recipe = {"data_recipe_sha256": os.environ[RECIPE]} if RECIPE in os.environ else {}
     publish_sealed(folder / NAME, {**value, MADE_BY: {**recipe, **versions()}})
 
 

@@ -99,7 +99,7 @@ def run_stage(run: RunDir, name: str, command: tuple[str, ...] = ()) -> None:
         return
     attempt = take_attempt(chain, name, topology)
     os.environ[EXCHANGE] = str(attempt.path)  # where the tasks of a data stage share its work without MPI
-    os.environ[manifest.RECIPE] = json_sha256(run.settings["recipe"])
+    os.environ[manifest.RECIPE] = json_sha256(run.settings["recipe"].get("data"))
     profile = restore(Profile, run.settings["profile"], str(run.path / "run.json"))
     deadline = verdict.deadline() if topology.rank == 0 else None
     stop = StopRequest(deadline=deadline, limit=verdict.limit(), warning_s=profile.signal_s)

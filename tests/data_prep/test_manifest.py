@@ -141,8 +141,8 @@ def test_a_manifest_says_what_made_it_and_other_versions_make_the_same_data(
     monkeypatch.setenv(manifest.RECIPE, "ab12")
     before = load(samples_folder(tmp_path), "train").sha256
     made_by = read_manifest(tmp_path)["made_by"]
-    assert (made_by["recipe_sha256"], made_by["numpy"]) == ("ab12", np.__version__)
+    assert (made_by["data_recipe_sha256"], made_by["numpy"]) == ("ab12", np.__version__)
     monkeypatch.setattr(manifest, "versions", lambda: {"python": "4.0"})
     publish_manifest(tmp_path, {key: v for key, v in read_manifest(tmp_path).items() if key not in ("made_by", SEAL)})
-    assert read_manifest(tmp_path)["made_by"] == {"recipe_sha256": "ab12", "python": "4.0"}
+    assert read_manifest(tmp_path)["made_by"] == {"data_recipe_sha256": "ab12", "python": "4.0"}
     assert load(tmp_path, "train").sha256 == before
