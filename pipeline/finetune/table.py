@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,7 +93,9 @@ def _rows(path: Path, needed: tuple[str, ...], header: tuple[str, ...]) -> Itera
         for number, record in _objects(path):
             for name in needed:
                 if name not in record:
-                    raise DataError(f"{path}:{number}: key {name!r} is missing; found {', '.join(map(repr, record))}")
+                    raise DataError(
+                        f"{path}:{number}: key {name!r} is missing; found {', '.join(map(repr, _told(record)))}"
+                    )
             yield number, [_cell(path, number, name, record[name]) for name in needed]
         return
     rows = _separated(path)
@@ -102,15 +104,20 @@ def _rows(path: Path, needed: tuple[str, ...], header: tuple[str, ...]) -> Itera
     names = first if headed else list(header)
     for name in needed:
         if name not in names:
-            raise DataError(f"{path}:1: column {name!r} is missing; found {', '.join(map(repr, names))}")
+            raise DataError(f"{path}:1: column {name!r} is missing; found {', '.join(map(repr, _told(names)))}")
     places = [names.index(name) for name in needed]
     number = line
     for number, cells in rows if headed else ((line, first), *rows):
         if len(cells) != len(names):
-            raise DataError(f"{path}:{number}: {len(cells)} cells; expected {len(names)}: {', '.join(names)}")
+            raise DataError(f"{path}:{number}: {len(cells)} cells; expected {len(names)}: {', '.join(_told(names))}")
         yield number, [cells[place] for place in places]
     if headed and number == line:
         raise DataError(f"{path}:{line}: no examples below the header")
+
+
+def _told(names: Iterable[str]) -> list[str]:
+    """Names of columns for an error, some and cut: a file that is no table may have a line of megabytes for one."""
+    return [name[:40] for name in list(names)[:8]]
 
 
 def _names(path: Path) -> list[str]:

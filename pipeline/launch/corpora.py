@@ -29,18 +29,22 @@ def missing(request: Request) -> list[Path]:
 
 
 def check(request: Request, chain: Chain) -> None:
-    """Everything that is wrong with files, in one error of the first one's kind, before anything is written.
+    """Raise everything that is wrong with files, before anything is written: one fault as itself, several as lines of a
+    ConfigError.
 
-    ConfigError for those that are missing, then what stages that are still to be made say of what is inside; at last
-    StorageError for too little space.
+    First those that are missing, then what stages that are still to be made say of what is inside; at last StorageError
+    for too little space.
     """
     hint = "run make fetch, or " if request.local else ""
     faults: list[Exception] = [
         ConfigError(f"{path}: no such file; {hint}name the folder that has it with --data DIR")
         for path in missing(request)
     ]
-    if faults := [*faults, *unfit(request, chain)]:
-        raise type(faults[0])("\n".join(dict.fromkeys(map(str, faults))))
+    faults += unfit(request, chain)
+    if len(faults) == 1:
+        raise faults[0]
+    if faults:
+        raise ConfigError("\n".join(dict.fromkeys(map(str, faults))))
     needed, place = estimated_bytes(request.recipe, request.data_dir), request.run.path
     parent = next(path for path in [place, *place.resolve().parents] if path.exists())
     free = shutil.disk_usage(parent).free

@@ -201,7 +201,7 @@ def test_a_damaged_stream_is_named_whatever_unpacks_it(
     tool: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if tool == "indexed_bzip2":
-        pytest.importorskip(tool)
+        pytest.importorskip(tool, reason=f"{tool} is not installed: what it packs is not read here")
     monkeypatch.setattr(dumpfile, "is_unpacked_in_parallel", lambda path: bool(tool))
     path = one_stream(tmp_path, "bz2", EXPORT)
     whole = path.read_bytes()

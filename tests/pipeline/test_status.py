@@ -356,7 +356,7 @@ def test_a_run_that_has_not_begun_has_no_account(run):
     assert json.loads(call("status", run.path, "--json").stdout)["account"] is None
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: what a colleague may see is not tested")
 def test_a_colleague_may_look_without_leaving_a_trace(run):
     """Status and report as a user who may only read, while a runner holds the run."""
     with tempfile.TemporaryDirectory() as folder, run.held():

@@ -141,6 +141,11 @@ eval = "labels.tsv"
         assert all(any(part in line for line in lines) for part in expected), lines
         assert "Traceback" not in done.stderr
     assert not (folder / "RUN").exists()
+    (folder / "none.txt").write_text("A text.\n")  # several faults of data alone are lines, too, and short ones
+    (folder / "labels.tsv").write_text("{" + "x" * 100_000 + "\n")
+    lines = call("submit", *words, "--set", "phase1.start=cut/model.pt", cwd=folder).stderr.splitlines()
+    assert len(lines) >= 3, lines
+    assert max(map(len, lines)) < 300
 
 
 def test_weights_to_start_from_are_looked_at_before_the_data_are_made(folder):
