@@ -1,6 +1,6 @@
 """``python -m pipeline.tables``: NVIDIA's published tables with our own figures beside them, cell by cell.
 
-Without a name it lists the tables, what has been measured of each and the command that measures it.
+Without a name it lists the tables, what has been measured of each and the command that measures the rest.
 """
 
 from __future__ import annotations
@@ -9,39 +9,36 @@ import argparse
 import csv
 import io
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from data_prep.publish import publish_text
+from pipeline.bert.config import shape_of
+from pipeline.config import load_recipe
 from pipeline.errors import ConfigError, run_command
 from pipeline.report import page
 from pipeline.report.facts import gather
-from pipeline.report.published import Cell, Value, cells_of, definitions, of_inference, of_run
-from pipeline.run.rundir import RunDir
+from pipeline.report.published import Cell, Value, cells_of, definitions, of_bench, of_inference, of_run
+from pipeline.run.family import runs_of
 from pipeline.words import columns
 
 
-def values_of(source: Path, recipe: str) -> list[Value]:
-    """Figures of a run or of the JSON of ``bench train`` or ``bench infer``; ``recipe`` names the model that counts."""
+def values_of(source: Path, shape: Mapping[str, int]) -> list[Value]:
+    """Figures of a run, of a family of runs, or of the JSON of a benchmark; of models of another shape none."""
     if source.is_dir():
-        run = RunDir(source)
-        return list(of_run(gather(run, held=False))) if run.settings["recipe"]["name"] == recipe else []
+        facts = [gather(run, held=False) for run in runs_of(source)]
+        return [value for each in facts if shape_of(each.recipe.model) == shape for value in of_run(each)]
     try:
         figures = json.loads(source.read_text(encoding="utf-8"))
-        rows, device = figures["rows"], figures.get("environment", figures)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{source}: neither a run nor the JSON of bench train or bench infer ({error})") from None
-    place = ", ".join(str(device[key]) for key in ("device", "torch", "cuda", "driver") if device.get(key))
-    return [value for row in rows if (value := _of_row(row, recipe, place)) is not None]
-
-
-def _of_row(row: Mapping[str, Any], recipe: str, place: str) -> Value | None:
-    if row.get("variant") == "ours" and row.get("recipe") == recipe:
-        return Value(row["phase"], "throughput", row["sequences_per_s"], nodes="1", gpus_per_node=str(row["gpus"]),
-                     precision=row["precision"], micro_batch=str(row["micro_batch"]),
-                     accumulation=str(row["accumulation"]), place=place)  # fmt: skip
-    return of_inference(row, place)
+        rows, device, model = figures["rows"], figures["environment"], figures["model"]
+        place = ", ".join(f"{device[key]}" if key == "device" else f"{key} {device[key]}"
+                          for key in ("device", "torch", "cuda", "driver") if device.get(key))  # fmt: skip
+        found = [value for row in rows for value in of_bench(row, place, source.name)]
+        found += of_inference(rows, place, source.name)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{source}: neither a run nor the JSON of a benchmark ({error!r})") from None
+    return found if model == shape else []
 
 
 # -------------------------------------------------------------------- the command
@@ -55,7 +52,8 @@ def main() -> int:
     if options.page:
         print("\n".join(reproduce()))
         return 0
-    values = [value for source in options.sources for value in values_of(source, options.recipe)]
+    shape = shape_of(load_recipe(options.recipe).model)
+    values = [value for source in options.sources for value in values_of(source, shape)]
     names = [options.name] if options.name else list(tables)
     found = {name: cells_of(name, values) for name in names}
     if options.csv:
@@ -63,43 +61,76 @@ def main() -> int:
     if options.html:
         publish_text(options.html, html_of(found))
     if options.name:
-        print("\n".join([tables[options.name]["title"], *columns([HEAD, *map(shown, found[options.name])])]))
-        notes = dict.fromkeys(cell.note for cell in found[options.name])
-        print("\n".join([*(f"* {note}" for note in notes), f"measure it: {tables[options.name]['command']}"]))
+        cells = grid(found[options.name])
+        print("\n".join([tables[options.name]["title"], *columns(cells, right=range(1, len(cells[0]))), ""]))
+        print("\n".join([*remarks(found[options.name]), *(f"measure it: {command}" for command in lacking(found))]))
         return 0
     lines = [
         (name, tables[name]["title"], f"{sum(c.ours is not None for c in cells)} of {len(cells)}")
         for name, cells in found.items()
     ]
     print("\n".join(columns([("table", "what", "measured"), *lines])))
-    print("\n".join(f"{name}: {tables[name]['command']}" for name in tables))
+    print("\n".join(("to measure the rest:", *lacking(found)) if lacking(found) else ()))
     return 0
 
 
-HEAD = ("line", "column", "measured", "published", "ratio")
+def lacking(found: Mapping[str, Sequence[Cell]]) -> list[str]:
+    """The commands that measure what is still empty, each once."""
+    commands: dict[str, None] = {}
+    for name, cells in found.items():
+        empty = [f"{cell.line} {cell.column}" for cell in cells if cell.ours is None]
+        for expression, command in definitions()[name]["measure"].items():
+            if any(re.search(expression, place) for place in empty):
+                commands[command] = None
+    return list(commands)
 
 
-def shown(cell: Cell) -> list[str]:
-    """A cell as words of a line; empty where nothing was measured."""
-    figures = (cell.ours, cell.theirs, cell.ratio)
-    return [cell.line, cell.column, *("" if value is None else f"{value:,.4g}" for value in figures)]
+def grid(cells: Sequence[Cell]) -> list[list[str]]:
+    """The table in the page's lines and columns, under a head: measured, published and ratio of each cell.
+
+    Empty where nothing was measured; a column of its own number where a remark belongs to the cell.
+    """
+    names = list(dict.fromkeys(cell.column for cell in cells))
+    places = {(cell.line, cell.column): cell for cell in cells}
+    table = [["", *(word for name in names for word in (name, "published", "ratio"))]]
+    for line in dict.fromkeys(cell.line for cell in cells):
+        row = [line]
+        for name in names:
+            cell = places.get((line, name))
+            figures = (cell.ours, cell.theirs, cell.ratio) if cell else (None,) * 3
+            row += ["" if figure is None else f"{figure:,.4g}" if figure < 1e4 else f"{figure:,.0f}"
+                    for figure in figures]  # fmt: skip
+        table.append(row)
+    return table
+
+
+def remarks(cells: Sequence[Cell]) -> Iterator[str]:
+    """What is to be said of cells, each sentence once with the cells that it is about."""
+    about: dict[str, list[str]] = {}
+    for cell in cells:
+        if cell.note and not cell.note.startswith("computed from"):
+            about.setdefault(cell.note, []).append(f"{cell.line} {cell.column}")
+    for note, places in about.items():
+        more = f" and {len(places) - 3} more" if len(places) > 3 else ""
+        yield f"* {', '.join(places[:3])}{more}: {note}"
 
 
 def csv_of(found: Mapping[str, Sequence[Cell]]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("table", *HEAD, "note"))
+    writer.writerow(("table", "line", "column", "measured", "published", "ratio", "note"))
     for name, cells in found.items():
         writer.writerows((name, c.line, c.column, c.ours, c.theirs, c.ratio, c.note) for c in cells)
     return text.getvalue()
 
 
 def html_of(found: Mapping[str, Sequence[Cell]]) -> str:
-    titles = definitions()
     sections = []
     for name, cells in found.items():
-        table = page.table((*HEAD, "on"), [[*shown(cell), cell.note] for cell in cells], numeric=(2, 3, 4))
-        sections.append(page.section(titles[name]["title"], table))
+        head, *rows = grid(cells)
+        said = [page.note(line.removeprefix("* ")) for line in remarks(cells)]
+        shown = page.table(head, rows, numeric=range(1, len(head)))
+        sections.append(page.section(definitions()[name]["title"], shown, *said))
     return page.document("Published tables", page.STYLE, page.tag("h1", "Published tables, measured again"), *sections)
 
 
@@ -112,7 +143,7 @@ def reproduce() -> Iterator[str]:
     for name, table in definitions().items():
         yield f"| `{name}` | {table['title']} | {table['gpu_hours']:,} | {table['disk_gb']} |"
     for name, table in definitions().items():
-        yield f"\n## {name}\n\n```\n{table['command']}\n```"
+        yield "\n".join((f"\n## {name}\n", "```", *table["measure"].values(), "```"))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -120,7 +151,7 @@ def parser() -> argparse.ArgumentParser:
     add = options.add_argument
     add("name", nargs="?", help="a table (default: list them all)")
     add("--from", dest="sources", type=Path, nargs="+", default=[], metavar="RUN|FILE", help="what was measured")
-    add("--recipe", default="bert_large", help="whose figures count (default: bert_large, the page's model)")
+    add("--recipe", default="bert_large", help="whose model's figures count (default: bert_large, the page's)")
     add("--csv", type=Path, metavar="FILE", help="write the cells there")
     add("--html", type=Path, metavar="FILE", help="write the tables there")
     add("--page", action="store_true", help="print docs/reproduce.md")

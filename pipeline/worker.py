@@ -20,7 +20,7 @@ from data_prep.liveness import keep_freed_memory
 from data_prep.publish import json_sha256, publish_json
 from pipeline.config import restore
 from pipeline.errors import ConfigError, EnvironmentFault, PeerLost, StoppedCleanly, cause_of, describe, run_command
-from pipeline.node.device import set_defaults
+from pipeline.node.device import machine, set_defaults
 from pipeline.node.job import Job, Topology
 from pipeline.node.preempt import StopRequest, stop_at_once
 from pipeline.node.supervise import supervise
@@ -149,6 +149,7 @@ def execute(chain: Chain, stage: Stage, job: Job) -> None:
                     "duration_s": round(finished - started, 3),
                     "result": result,
                     "made_with": made_with(),
+                    "machine": machine(),
                 }
             )
             job.run.event("done", stage=name, attempt=attempt.number, duration_s=round(finished - started, 3))

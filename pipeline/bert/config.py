@@ -18,6 +18,7 @@ VOCAB_MULTIPLE = 8
 PADDINGS = (8, 64, 128)  # multiples to which others pad the rows of a vocabulary
 # The tensors with one row per token of the padded vocabulary.
 VOCAB_ROWS = ("bert.embeddings.word_embeddings.weight", "cls.predictions.bias")
+SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 ACTIVATIONS = ("erf", "tanh")
 INITS = ("bert", "nvidia")
 # Names that transformers has for the two GELUs; the first of each kind is the one we write.
@@ -38,6 +39,11 @@ REQUIRED_VALUES = {
     "add_cross_attention": False,
     "tie_word_embeddings": True,
 }
+
+
+def shape_of(model: object) -> dict[str, int]:
+    """What makes a model small, base or large: four fields that a BertConfig and a recipe's model have."""
+    return {name: getattr(model, name) for name in SHAPE}
 
 
 def padded_vocab(size: int) -> int:

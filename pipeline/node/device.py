@@ -6,8 +6,11 @@ Nothing here imports torch before a device is asked for, so that `set_defaults` 
 from __future__ import annotations
 
 import os
+import platform
 import socket
+import sys
 from collections.abc import Iterable, MutableMapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.errors import ConfigError, DeviceFault, EnvironmentFault, NodeFault, PipelineError
@@ -138,6 +141,16 @@ def why_no_gpu(cuda: str | None, driver: str) -> str:
         f"GPUs are allocated, but torch for CUDA {cuda} sees none with driver {driver}; look at CUDA_VISIBLE_DEVICES "
         f"({os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')}) and nvidia-smi"
     )
+
+
+def machine() -> dict[str, str]:
+    """What this process works on: ``device``, and of a GPU ``cuda`` and ``driver``. Starts no GPU."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        return {"device": torch.cuda.get_device_name(), "cuda": str(torch.version.cuda), "driver": driver_version()}
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else ()
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return {"device": f"CPU {model or platform.machine()}"}
 
 
 def driver_version() -> str:

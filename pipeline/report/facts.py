@@ -32,6 +32,7 @@ class Facts:
     profile: Profile
     rows: list[Row]  # a stage each, as pipeline.status shows it; without the report itself
     results: dict[str, dict[str, Any]]  # of the stages that are done
+    made: dict[str, dict[str, str]]  # by stage that is done, the machine and the versions that made it
     phases: list[Phase]
     scores: dict[str, dict[str, Any]]  # scores.json of the fine-tuning stages
     scratch: dict[str, dict[str, Any]]  # and of the same tasks without pretraining, where they were trained
@@ -54,6 +55,15 @@ class Facts:
         """The last phase that has been evaluated."""
         evaluated = [phase for phase in self.phases if is_number(phase.last("eval_mlm_loss"))]
         return evaluated[-1] if evaluated else None
+
+    def training_s(self, stage: str) -> float | None:
+        """Seconds of a finished stage's training steps: neither start-up nor evaluation, no waiting, no checkpoint."""
+        known = self.account.stages.get(stage) if self.account else None
+        return sum(known.parts[part] for part in account.TRAINING) if known and stage in self.made else None
+
+    def rate_of(self, task: str, stage: str) -> float | None:
+        """Median training sequences/s of one of a task's stages."""
+        return median_rate({stage: self.tuning.get(task, {}).get(stage, [])})
 
     def figures(self, phase: Phase) -> dict[str, Any]:
         """The phase's last held-out figures, with what only its end has measured."""
@@ -82,6 +92,7 @@ def gather(run: RunDir, *, held: bool) -> Facts:
         profile=profile,
         rows=rows,
         results={name: result for name, result in results.items() if isinstance(result, dict)},
+        made={name: made_by(folder.done or {}) for name, folder in done.items()},
         phases=phases,
         scores=scores,
         scratch=scores_of(done, {name: f"{name}-scratch" for name in TASKS}),
@@ -91,6 +102,12 @@ def gather(run: RunDir, *, held: bool) -> Facts:
         gpus=gpu_samples.read(run, names),
         throughput=throughput,
     )
+
+
+def made_by(done: Mapping[str, Any]) -> dict[str, str]:
+    """Device, driver and versions of a done mark; older marks know no device."""
+    known = {**(done.get("made_with") or {}), **(done.get("machine") or {})}
+    return {str(key): str(value) for key, value in known.items()}
 
 
 def scores_of(done: Mapping[str, StageDir], stages: Mapping[str, str]) -> dict[str, dict[str, Any]]:

@@ -8,13 +8,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.batch import BatchPlan
+from pipeline.bert.config import shape_of
 from pipeline.report.facts import Facts
 from pipeline.report.page import Html, folded, join, note, section, table, tag
 from pipeline.report.published import (
     LARGE,
     cells_of,
     definitions,
-    has_shape,
+    is_ratio,
     of_run,
     other_model,
     published,
@@ -214,14 +215,14 @@ def plan_section(facts: Facts) -> Html:
 def published_section(facts: Facts) -> Html:
     """The published cells that this run has measured with the same definition."""
     said: list[Html] = [note(other_model(facts.recipe))]
-    if has_shape(facts.recipe.model, LARGE):
+    if shape_of(facts.recipe.model) == LARGE:
         values = list(of_run(facts))
         rows = [
             (table_["title"], f"{cell.line}, {cell.column}", number(cell.ours), number(cell.theirs), number(cell.ratio),
              cell.note)
             for name, table_ in definitions().items()
             for cell in cells_of(name, values)
-            if cell.ours is not None
+            if cell.ours is not None and not cell.line.startswith("seed ")
         ]  # fmt: skip
         head_ = ("Table", "Cell", "This run", "NVIDIA published", "Ratio", "On")
         said = [table(head_, rows, numeric=(2, 3, 4)), note(REAL_LENGTHS)] if rows else [note(NOTHING_EQUAL)]
@@ -239,9 +240,11 @@ NOTHING_EQUAL = (
 
 
 def published_table() -> Html:
-    """All published values, for whoever compares by hand; none of this run's stands among them."""
+    """The published values, for whoever compares by hand: no ratios, no single seeds, and none of this run's."""
     rows = []
     for row in published():
+        if is_ratio(row) or row["statistic"].startswith("seed") or row["reading"] == "DGX-1 recipe":
+            continue
         where = "machine not stated"
         if row["hardware"]:
             where = f"{row['nodes']} × {row['gpus_per_node']} GPUs, {row['hardware']}, {row['precision']}"
@@ -249,7 +252,7 @@ def published_table() -> Html:
         what = f"{row['measured']}, {spoken(row['metric'])}"
         rows.append((what, f"{row['value']} {row['unit']}", row["statistic"], where, shape))
     head = ("Measured", "Value", "Statistic", "On", "micro_batch × accumulation")
-    return folded("All published values", table(head, rows, numeric=(1,)))
+    return folded("Published values", table(head, rows, numeric=(1,)))
 
 
 def origin_section(facts: Facts) -> Html:

@@ -35,6 +35,7 @@ the same after going back, did again; ``stopped`` the time up to the submission 
 
 NOT_ALLOCATED = ("queue", "stopped")
 USEFUL = ("compute", "communication")
+TRAINING = (*USEFUL, "data")  # of steps that count: what the field calls the time to train
 
 
 @dataclass(frozen=True)

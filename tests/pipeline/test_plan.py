@@ -166,6 +166,7 @@ def test_all_published_nodes_follow_from_one_fitted_rate(phase, precision):
         for row in published()
         if (row["measured"], row["precision"], row["gpus_per_node"]) == (phase, precision, "8")
         and "A100" in row["hardware"]
+        and row["metric"] == "throughput"
     }
     assert len(wanted) == 6
     rate = fit(wanted, rates, recipe, rates.extra_s[phase])

@@ -183,7 +183,7 @@ def train(
         share = step / total
         mlm = 4.9 + 4.1 * math.exp(-4 * share) + 0.15 * math.sin(step * 1.7) * math.cos(step)
         line = {**head, "step": step, "time": time.time() + step}
-        if step % 5 == 0:
+        if step % 5 == 0 or step == total:
             rate = 0.01 * min(share / 0.1, (1 - share) / 0.9)
             figures = {"loss": mlm + 0.66, "mlm_loss": mlm, "nsp_loss": 0.66, "learning_rate": rate, "grad_norm": 1.1}
             speed = 61 + 3 * math.sin(step) - (25 if step < first + 5 else 0)

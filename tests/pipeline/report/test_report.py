@@ -324,21 +324,22 @@ def large_run(path: Path, examples: int = 10570, *settings: str, world: int = 8)
                 "learning_rate": 1e-3,
                 "sequences_per_s": 4600.5,
             }
-            line = {"step": step, "time": 1.0, **figures, "tokens_per_s": 500_000.0}
+            line = {"step": step, "time": 1e9 + step, **figures, "tokens_per_s": 500_000.0}
             with attempt.metrics.open("a") as file:
                 file.write(json.dumps(line) + "\n")
         append_jsonl(attempt.metrics, {**line, "step": steps})
     append_jsonl(start(chain, "squad", world).metrics, {"step": 1, "sequences_per_s": 98.5, "loss": 1.0})
     for name in chain.stages:
         finish(chain, name, {})
-    same = {"task": "squad", "seq_len": 384, "batch": 32, "part": "end_to_end", "precision": "fp16"}
+    same = {"task": "squad", "seq_len": 384, "batch": 32, "part": "forward", "lengths": "full", "precision": "fp16"}
     rows = [
         {**same, "engine": "pipeline", "sequences_per_s": 700},
         {**same, "engine": "transformers", "sequences_per_s": 423},
     ]
     finish(chain, "inference", {"device": "one A100", "rows": rows})
     record = {"dataset": "SQuAD v1.1", "scores": {"f1": 90.1, "exact_match": 83.0}, "examples": examples}
-    record |= {"precision": "fp16", "batch": 256, "micro_batch": 32}
+    record |= {"precision": "fp16", "batch": 256, "micro_batch": 32, "max_seq_len": 384}
+    record["seeds"] = [{"seed": seed, "scores": {"f1": 90.1, "exact_match": 83.0}} for seed in range(10)]
     (chain.run.stage("squad").path / "scores.json").write_text(json.dumps(record))
     return chain
 
@@ -346,16 +347,16 @@ def large_run(path: Path, examples: int = 10570, *settings: str, world: int = 8)
 def comparison(text: str) -> str:
     """What is set beside the published results, without the table of all that was published."""
     text = text[text.rindex("Beside NVIDIA's published results") :]
-    return text[: text.index("All published values")]
+    return text[: text.index("Published values")]
 
 
 def test_a_large_run_stands_beside_the_cells_of_its_definition(tmp_path):
     chain = large_run(tmp_path / "run")
     page = page_of(chain)
     text = comparison(page.text)
-    assert "one DGX A100 80GB phase1 8 GPUs, fp16 4,600 4,591 1.002 DGX A100 80GB; run" in text
-    assert "SQuAD v1.1, F1 and time squad, f1 fp16 90.1 90.96 0.9905 DGX A100 80GB; run" in text
-    assert "SQuAD inference throughput, one A100 80GB squad, fp16 700 312 2.244 DGX A100 80GB; one A100" in text
+    assert "one DGX A100 80GB phase1 8 GPUs, fp16 4,600 4,591 1.002 bf16; run; published: DGX A100 80GB" in text
+    assert "SQuAD v1.1, F1 and time squad, f1 fp16 90.1 90.96 0.9905 best of 10 seeds; run;" in text
+    assert "SQuAD inference throughput, one A100 80GB squad, fp16 700 312 2.244 one A100; published" in text
     assert "1.2437" not in text  # of 32 nodes
     assert "110.5" not in text  # of one GPU
     assert "423" not in text  # transformers' own rate
@@ -365,14 +366,13 @@ def test_a_large_run_stands_beside_the_cells_of_its_definition(tmp_path):
 
 def test_loss_and_hours_are_compared_on_as_many_nodes(tmp_path):
     chain = large_run(tmp_path / "run", world=256)
-    for name, hours in (("phase1", 0.75), ("phase2", 0.5)):
+    for name in ("phase1", "phase2"):
         (chain.run.stage(name).attempts[0].path / "owner.json").write_text(json.dumps({"time": 1e9}))
-        (chain.run.stage(name).path / "done.json").unlink()
-        ends = {"attempt": 1, "finished": 1e9 + 3600 * hours, "started": 1e9, "result": {}}
-        chain.run.stage(name).mark_done({**chain.record(name), **ends})
     text = comparison(page_of(chain).text)
     assert "pretraining, final_loss fp16 1.25 1.244" in text
-    assert "pretraining, time_to_train fp16 1.25 1.2" in text
+    assert (
+        f"pretraining, time_to_train fp16 {(7035 + 1560) / 3600:.4g} 1.2" in text
+    )  # of training alone, a step a second
 
 
 @pytest.mark.parametrize(
