@@ -120,17 +120,26 @@ SERVER_ERRNOS = (  # a file server that went away, and comes back
 )
 
 
+def of_server(error: BaseException | None) -> bool:
+    """Whether a file server that went away is the reason of an OSError, or of what is said of a file because of one."""
+    if isinstance(error, OSError):
+        return error.errno in SERVER_ERRNOS
+    said = getattr(error, "exit_code", None) in (3, CheckpointError.exit_code, StorageError.exit_code)
+    return error is not None and said and of_server(error.__cause__ or error.__context__)
+
+
 def describe(error: BaseException) -> tuple[str, int]:
     """``(line, exit code)`` of an exception; code 1 marks a defect of ours rather than bad input."""
     code = getattr(error, "exit_code", None)
     if isinstance(code, int):
-        return "\n".join(map(escaped, str(error).split("\n"))), code
+        lines = "\n".join(map(escaped, str(error).split("\n")))
+        return (f"{lines}; start me again when the server is back", 76) if of_server(error) else (lines, code)
     if isinstance(error, OSError) and error.errno in STORAGE_ERRNOS:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         advice = "; make room and start again, what is finished is kept" if full else ""
         where = error.filename or "a file that was being written"
         return escaped(f"storage: {error.strerror}: {where}{advice}"), StorageError.exit_code
-    if isinstance(error, OSError) and error.errno in SERVER_ERRNOS:
+    if isinstance(error, OSError) and of_server(error):
         where = error.filename or "a file that was in use"
         return escaped(f"storage: {error.strerror}: {where}; start me again when the server is back"), 76
     if isinstance(error, MemoryError):
@@ -142,7 +151,7 @@ def describe(error: BaseException) -> tuple[str, int]:
 
 def cause_of(error: BaseException) -> Cause:
     """Why an attempt ended, as a word that programs read."""
-    if isinstance(error, OSError) and error.errno in SERVER_ERRNOS:
+    if of_server(error):
         return "disk"
     return getattr(error, "cause", None) or CAUSES.get(describe(error)[1], "defect")
 

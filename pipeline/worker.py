@@ -7,6 +7,7 @@ fingerprint, and a stage that is not done never exits 0.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 import time
@@ -19,13 +20,22 @@ from data_prep.fanout import EXCHANGE, die_with_parent
 from data_prep.liveness import keep_freed_memory
 from data_prep.publish import json_sha256, publish_json
 from pipeline.config import restore
-from pipeline.errors import ConfigError, EnvironmentFault, PeerLost, StoppedCleanly, cause_of, describe, run_command
+from pipeline.errors import (
+    ConfigError,
+    EnvironmentFault,
+    PeerLost,
+    StoppedCleanly,
+    cause_of,
+    describe,
+    of_server,
+    run_command,
+)
 from pipeline.node.device import machine, set_defaults
 from pipeline.node.job import Job, Topology
 from pipeline.node.preempt import StopRequest, stop_at_once
 from pipeline.node.supervise import supervise
 from pipeline.run.chain import Chain, made_with
-from pipeline.run.files import appeared, now
+from pipeline.run.files import appeared, now, patiently
 from pipeline.run.rundir import Attempt, RunDir
 from pipeline.stage import Stage, function_of
 from slurm import verdict
@@ -71,7 +81,10 @@ def refuse_other_ranks(environment: Mapping[str, str]) -> None:
 
 
 def _tell_script(error: BaseException) -> None:
-    """srun mixes the ranks' codes: the batch script reads this one."""
+    """srun mixes the ranks' codes: the batch script reads this one. A file server that is away costs no try."""
+    if of_server(error):
+        with contextlib.suppress(OSError):
+            verdict.made_progress()
     verdict.give(describe(error)[1], getattr(error, "nodes", ()))
 
 
@@ -80,27 +93,13 @@ def run_stage(run: RunDir, name: str, command: tuple[str, ...] = ()) -> None:
 
     A ``command`` comes with the batch script: who else may write into the run folder cannot have another one run.
     """
-    chain = Chain.of(run)
-    stage, topology = chain.stages[name], Topology.of(os.environ)
-    if tuple(stage.config.get("command", ())) != command:
-        raise ConfigError(f"{run.path / 'run.json'}: its command is not the one that was sent; send it again")
-    if not stage.always:
-        if chain.is_done(name):
-            return
-        missing = [need for need in stage.needs if not chain.is_done(need)]
-        if missing:
-            raise DataError(
-                f"{name} needs {', '.join(missing)}, which is not done with the current configuration; "
-                f"run python -m pipeline.submit --run {run.path}"
-            )
-    if stage.job != "data" and stage.width != "ranks" and topology.rank > 0:
-        if not stage.always:
-            wait_for_rank_0(chain, name, topology)  # which does the work alone; the job's next stage may need it
+    if (begun := patiently(lambda: begin(run, name, command), _say)) is None:
         return
-    attempt = take_attempt(chain, name, topology)
+    chain, stage, attempt, topology = begun
     os.environ[EXCHANGE] = str(attempt.path)  # where the tasks of a data stage share its work without MPI
-    os.environ[manifest.RECIPE] = json_sha256(run.settings["recipe"].get("data"))
-    profile = restore(Profile, run.settings["profile"], str(run.path / "run.json"))
+    settings = patiently(lambda: run.settings, _say)
+    os.environ[manifest.RECIPE] = json_sha256(settings["recipe"].get("data"))
+    profile = restore(Profile, settings["profile"], str(run.path / "run.json"))
     deadline = verdict.deadline() if topology.rank == 0 else None
     stop = StopRequest(deadline=deadline, limit=verdict.limit(), warning_s=profile.signal_s)
     if stage.width == "ranks":
@@ -114,6 +113,32 @@ def run_stage(run: RunDir, name: str, command: tuple[str, ...] = ()) -> None:
         supervise(job, lambda: execute(chain, stage, job))
     else:
         execute(chain, stage, job)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def begin(run: RunDir, name: str, command: tuple[str, ...]) -> tuple[Chain, Stage, Attempt, Topology] | None:
+    """The stage and the attempt that this process joins; None where nothing is left to do for it."""
+    chain = Chain.of(run)
+    stage, topology = chain.stages[name], Topology.of(os.environ)
+    if tuple(stage.config.get("command", ())) != command:
+        raise ConfigError(f"{run.path / 'run.json'}: its command is not the one that was sent; send it again")
+    if not stage.always:
+        if chain.is_done(name):
+            return None
+        missing = [need for need in stage.needs if not chain.is_done(need)]
+        if missing:
+            raise DataError(
+                f"{name} needs {', '.join(missing)}, which is not done with the current configuration; "
+                f"run python -m pipeline.submit --run {run.path}"
+            )
+    if stage.job != "data" and stage.width != "ranks" and topology.rank > 0:
+        if not stage.always:
+            wait_for_rank_0(chain, name, topology)  # which does the work alone; the job's next stage may need it
+        return None
+    return chain, stage, take_attempt(chain, name, topology), topology
 
 
 def wait_for_rank_0(chain: Chain, name: str, topology: Topology) -> None:
@@ -140,18 +165,17 @@ def execute(chain: Chain, stage: Stage, job: Job) -> None:
         result = function_of(stage.run)(job, **stage.config, **resolve(chain, stage))
         if job.rank == 0:
             finished = now()
-            job.run.stage(name).mark_done(
-                {
-                    **chain.record(name),
-                    "attempt": attempt.number,
-                    "started": started,
-                    "finished": finished,
-                    "duration_s": round(finished - started, 3),
-                    "result": result,
-                    "made_with": made_with(),
-                    "machine": machine(),
-                }
-            )
+            record = {
+                **chain.record(name),
+                "attempt": attempt.number,
+                "started": started,
+                "finished": finished,
+                "duration_s": round(finished - started, 3),
+                "result": result,
+                "made_with": made_with(),
+                "machine": machine(),
+            }
+            job.patiently(lambda: job.run.stage(name).mark_done(record))
             job.run.event("done", stage=name, attempt=attempt.number, duration_s=round(finished - started, 3))
             verdict.made_progress()
         elif not done_soon(chain, job):
@@ -200,7 +224,8 @@ def take_attempt(chain: Chain, name: str, topology: Topology) -> Attempt:
             folder.path.mkdir(parents=True, exist_ok=True)
             publish_json(folder.path / "stage.json", chain.record(name))
             attempt = folder.new_attempt(topology.launch, **topology.place)
-        chain.run.event("started", stage=name, attempt=attempt.number, world_size=topology.world_size)
+        facts = {"attempt": attempt.number, "world_size": topology.world_size}
+        patiently(lambda: chain.run.event("started", stage=name, **facts), _say)  # others have joined the attempt
         return attempt
     joined = folder.join_attempt(topology.launch, PATIENCE_S, topology.world_size)
     if joined is None:

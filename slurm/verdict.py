@@ -21,18 +21,20 @@ LEAST_S = 60  # of the allowed GPU time: with less left nothing is started
 
 
 def give(code: int, bad_nodes: Iterable[str] = (), environ: Mapping[str, str] | None = None) -> bool:
-    """Leave the verdict of this attempt; False when another rank was first, or no batch script waits for one."""
+    """Leave the verdict of this attempt; False when another rank was first, or nobody waits for one or can read it."""
     path = (os.environ if environ is None else environ).get(VERDICT)
     if not path:
         return False
     nodes = [node for node in bad_nodes if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", node)]
     try:
         handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)
-    except FileExistsError:
+    except OSError:
         return False
     try:
         os.write(handle, (" ".join([str(code), *nodes]) + "\n").encode())
         os.fsync(handle)
+    except OSError:
+        return False
     finally:
         os.close(handle)
     return True

@@ -28,7 +28,7 @@ from pipeline.engine.checkpoint_folder import (
     step_folder,
     verify,
 )
-from pipeline.errors import CheckpointError, PipelineError, StorageError
+from pipeline.errors import CheckpointError, PipelineError, StorageError, of_server
 
 if TYPE_CHECKING:
     from pipeline.engine.staging import Values
@@ -178,12 +178,14 @@ def newest_verified(
     What is passed over is named through ``say``. Raises CheckpointError when checkpoints exist and none can be
     used: a run never starts again from nothing by itself. A file system that does not answer is asked a second
     time; then a checkpoint that it does not give is passed over like a bad one, and StorageError is raised where
-    it gives none.
+    it gives none, or its server is away.
     """
     tensors = tuple(tensors)
     try:
         found, lines = _newest(stage_dir, tensors, bad=CheckpointError)
-    except (StorageError, OSError):
+    except (StorageError, OSError) as error:
+        if of_server(error):
+            raise
         time.sleep(RETRY_S)
         try:
             found, lines = _newest(stage_dir, tensors, bad=(CheckpointError, StorageError))
@@ -207,6 +209,8 @@ def _newest(
         try:
             found = read(folder, tensors=tensors)
         except bad as error:
+            if of_server(error):
+                raise
             faults.append((step_of(folder), error))
             continue
         for step, fault in faults:

@@ -52,7 +52,7 @@ def train(job: Job, task_of: Callable[[Ranks], Task]) -> dict[str, Any]:
     torch.set_num_threads(job.threads)
     with joined(job, device) as (group, store), peers_named(job):
         ranks = Ranks(job.rank, job.world_size, group, device, job.heartbeat, store)
-        task = task_of(ranks)
+        task = job.patiently(lambda: task_of(ranks))  # may be done again by one rank: it meets, and sums nothing
         with peers_named(job, task.settings.micro_batch):
             return Loop(job, ranks, task).run()
 
@@ -64,8 +64,8 @@ class Loop:
         self.job, self.ranks, self.task = job, ranks, task
         self.settings = settings = task.settings
         identity = task.identity()
-        self.peers = Peers(job, ranks.group, ranks.device, identity, type(task).__module__)
-        model = task.model().to(ranks.device)
+        model = job.patiently(task.model).to(ranks.device)
+        self.peers = Peers(job, ranks, identity, type(task).__module__)
         trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         self.gradients = GradientBuffer([parameter for _, parameter in trained])
         self.state = TrainingState(

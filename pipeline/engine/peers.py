@@ -24,6 +24,7 @@ from torch import Tensor
 
 from pipeline.batch import BatchPlan
 from pipeline.config import science
+from pipeline.engine.ranks import Ranks
 from pipeline.errors import EnvironmentFault, NodeFault, PeerLost
 from pipeline.node.distributed import Group
 from pipeline.node.job import Job
@@ -124,13 +125,14 @@ class Peers:
     Raises EnvironmentFault when they do not. ``own`` is this rank's introduction.
     """
 
-    def __init__(self, job: Job, group: Group, device: torch.device, config: Mapping[str, Any], task: str):
-        self.job, self.group = job, group
-        self.own = introduction(config, job.threads, device, task)
-        ranks = introduced(self.own, group, device)
-        self.hosts = [str(record["host"]) for record in ranks]
+    def __init__(self, job: Job, ranks: Ranks, config: Mapping[str, Any], task: str):
+        self.job, self.group = job, ranks.group
+        self.own = job.patiently(lambda: introduction(config, job.threads, ranks.device, task))
+        ranks.meet("introduction")  # one may have waited long for its files
+        records = introduced(self.own, ranks.group, ranks.device)
+        self.hosts = [str(record["host"]) for record in records]
         self.mixed = job.run.exists and bool(job.run.settings.get("allow_mixed"))
-        for line in check_same(ranks, allow_mixed=self.mixed):
+        for line in check_same(records, allow_mixed=self.mixed):
             job.say(line)
         self._slow = SlowRanks()
 

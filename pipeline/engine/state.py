@@ -125,10 +125,13 @@ def begin(state: TrainingState, job: Job, ranks: Ranks, task: Task, *, again: bo
 
     ``again``: in the middle of an attempt, whose beginning is on record already.
     """
-    saved = checkpoint.newest_verified(job.out, job.say) if job.rank == 0 else None
+    saved = None
+    if job.rank == 0:
+        saved = job.patiently(lambda: checkpoint.newest_verified(job.out, job.say))
     if job.rank == 0 and not again:
-        resumed = {"attempt": saved.attempt, "step": saved.step} if saved else None
-        publish_json(job.attempt.path / "attempt.json", {"resumed_from": resumed, "time": now()})
+        record = {"resumed_from": {"attempt": saved.attempt, "step": saved.step} if saved else None, "time": now()}
+        job.patiently(lambda: publish_json(job.attempt.path / "attempt.json", record))
+    ranks.meet("beginning")  # rank 0 may have waited long for the file server
     with peers_named(job):
         identity = ranks.gather(saved.identity if saved else None)[0]
     if identity is not None:

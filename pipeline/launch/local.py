@@ -6,19 +6,21 @@ Restarts a stage whose attempt ended with 75 to 77 or by a signal, as Slurm woul
 
 from __future__ import annotations
 
+import functools
 import os
 import secrets
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
 from pipeline.errors import RESTART_CODES
 from pipeline.run.chain import Chain
+from pipeline.run.files import patiently
 from pipeline.run.rundir import RunDir
 from slurm.environment import clean
 from slurm.verdict import TRIES, begin_try, may_try_again
@@ -73,14 +75,14 @@ class LocalRunner:
         previous = signal.signal(signal.SIGINT, self._interrupt)
         try:
             while self.running or (self.waiting and not self._stopping()):
-                self._start_ready()
+                self._patiently(self._start_ready)
                 for running in list(self.running):
                     if self._stopping():
                         running.stop()
                     code = running.poll()
                     if code is not None:
                         self.running.remove(running)
-                        self._ended(running.name, code)
+                        self._patiently(functools.partial(self._ended, running.name, code))
                 time.sleep(0.05)
         finally:
             signal.signal(signal.SIGINT, previous)
@@ -100,8 +102,14 @@ class LocalRunner:
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         self.interrupted = True
 
+    def _patiently(self, work: Callable[[], None]) -> None:
+        patiently(work, functools.partial(print, file=sys.stderr, flush=True), lambda: self.interrupted)
+
     def _stopping(self) -> bool:
-        return self.interrupted or self.run.cancel_request.exists()
+        try:
+            return self.interrupted or self.run.cancel_request.exists()
+        except OSError:  # a file server that is away: the stages wait for it
+            return False
 
     def _start_ready(self) -> None:
         for name in list(self.waiting):
@@ -116,8 +124,8 @@ class LocalRunner:
                 continue
             slots = 1 if stage.width == "one" else self.slots
             if sum(running.slots for running in self.running) + slots <= self.slots:
-                self.waiting.remove(name)
                 self.running.append(self._start(name, slots))
+                self.waiting.remove(name)
 
     def _start(self, name: str, slots: int) -> Running:
         world = slots if self.chain.stages[name].width == "ranks" else 1

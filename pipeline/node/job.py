@@ -7,15 +7,18 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from pipeline.node.heartbeat import Heartbeat
 from pipeline.node.preempt import StopRequest
 from pipeline.node.screen import Screen
+from pipeline.run.files import patiently
 from pipeline.run.rundir import Attempt, RunDir
 
+T = TypeVar("T")
 LOOPBACK = "127.0.0.1"
 
 
@@ -81,6 +84,10 @@ class Job:
     @property
     def world_size(self) -> int:
         return self.topology.world_size
+
+    def patiently(self, work: Callable[[], T]) -> T:
+        """What ``work`` gives, once the file server is there, or this process is asked to stop."""
+        return patiently(work, self.warn, lambda: self.stop.reason is not None)
 
     def say(self, line: str, share: float | None = None) -> None:
         """One line to rank 0's log and standard output; other ranks are silent. ``share`` of the work is done."""

@@ -150,7 +150,8 @@ def _gpus_watched(job: Job) -> Iterator[list[Facts]]:
     def end(line: str) -> None:
         unfit.append(sampler.fatal or {"line": line})
 
-    age_s = max(0.0, time.time() - job.run.stage(job.stage).attempts[0].owner.get("time", time.time()))
+    first = job.patiently(lambda: job.run.stage(job.stage).attempts[0].owner)
+    age_s = max(0.0, time.time() - first.get("time", time.time()))
     sampler = Sampler(job.attempt.path / "gpu", labels, say=job.say, on_warning=warn, on_fatal=end, age_s=age_s)
     with sampler:
         yield unfit
@@ -240,14 +241,18 @@ class Watch:
         """Let training save what it can, then leave this node."""
         facts = self.unfit[0]
         line = f"{facts['line']}; {self.job.stage} stops here and goes on without {self.host}"
-        self.job.run.event("gpu_health", **facts)
+        with contextlib.suppress(OSError):
+            self.job.run.event("gpu_health", **facts)
         self._decide(77, line, "gpu", bad_nodes=[self.host])
         os.kill(self.pid, signal.SIGUSR2)
         self.leave_by = now + LEAVE_S
 
     def _ask_peers(self, where: str, now: float) -> None:
         """While the child waits for others: when one of them has ended the attempt, this rank leaves too."""
-        ended = self.job.attempt.verdict
+        try:
+            ended = self.job.attempt.verdict
+        except OSError:  # a file server that is away says nothing
+            return
         if ended is None or ended["rank"] == self.job.rank:
             return
         if ended["code"] == 76:
@@ -267,7 +272,7 @@ class Watch:
         time.sleep(0.5)
         found = os.pread(self.stacks.fileno(), 1 << 20, 0)
         head = f"=== rank {self.job.rank} on {self.host}, process {self.pid}\n".encode()
-        with open(self.job.attempt.path / "stacks.txt", "ab", buffering=0) as file:
+        with contextlib.suppress(OSError), open(self.job.attempt.path / "stacks.txt", "ab", buffering=0) as file:
             file.write(head + found + b"\n")
 
 

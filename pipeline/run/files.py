@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
+from pipeline.errors import of_server
 from pipeline.words import is_number
 
 T = TypeVar("T")
@@ -28,6 +29,7 @@ NUMBERS = {
     **dict.fromkeys(WHOLE, 2**20),
 }  # and the largest that can be honest: up to 2 ** 53 floats count exactly
 
+SERVER_S = 600.0  # so long a file server that went away is waited for; then the attempt ends with 76
 CLOCK_S = time.time() - time.monotonic()  # when this process began, by its own clock from then on
 
 
@@ -123,16 +125,37 @@ def append_jsonl(path: Path, record: Mapping[str, Any]) -> None:
         os.close(descriptor)
 
 
+def patiently(work: Callable[[], T], say: Callable[[str], None], asked: Callable[[], bool] = lambda: False) -> T:
+    """What ``work`` gives, tried again while a file server is away; raises what it raised after ten minutes, or when
+    ``asked`` to stop.
+    """
+    since, pause_s = None, 1.0
+    while True:
+        began = time.monotonic()
+        try:
+            return work()
+        except Exception as error:
+            failed = time.monotonic()
+            if not of_server(error) or asked() or (since is not None and failed - since > SERVER_S >= failed - began):
+                raise
+            if since is None or failed - began > SERVER_S:  # it had come back in between
+                since, pause_s = failed, 1.0
+                say(f"{str(error)[:300]}; waiting up to {SERVER_S:.0f} s for the file server")
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, 10.0)
+
+
 def appeared(look: Callable[[], T | None], readers: int, timeout_s: float) -> T | None:
     """What ``look`` finds once it is there; None after ``timeout_s``.
 
     ``readers`` processes wait for it on one file system: the pauses between two looks double, up to those at which
-    all together look twenty times a second.
+    all together look twenty times a second. While a file server is away the time stands still.
     """
-    deadline, pause_s = time.monotonic() + timeout_s, max(0.02, readers / 1000)
-    while (found := look()) is None:
-        if (left_s := deadline - time.monotonic()) <= 0:
+    left_s, pause_s = timeout_s, max(0.02, readers / 1000)
+    while (found := patiently(look, lambda line: None)) is None:
+        if left_s <= 0:
             return None
         time.sleep(min(pause_s, left_s))
+        left_s -= pause_s
         pause_s = max(pause_s, min(2 * pause_s, readers / 20))
     return found
