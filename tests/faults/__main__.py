@@ -17,7 +17,8 @@ sys.path[:1] = [str(ROOT), str(ROOT / "tests")]  # instead of this folder, whose
 
 from faults.table import Row, scratch  # noqa: E402
 
-MODULES = ("checkpoints", "checkpoints_damage", "checkpoints_full", "fencing", "identity", "histories", "ranks")
+MODULES = ("checkpoints", "checkpoints_damage", "checkpoints_full", "fencing", "identity", "histories", "ranks",
+           "finetuning")  # fmt: skip
 PACKAGES = ("torch", "numpy", "safetensors", "h5py")
 
 

@@ -1,4 +1,10 @@
-"""A real fine-tuning of a toy model, as forked ranks that can be killed anywhere and started again."""
+"""Fine-tuning, killed in the middle of its steps
+
+A real fine-tuning of a toy model on two forked ranks, saved after every step, dropout on. A random rank is killed while
+it computes a step, again and again, each attempt after two or three steps of its own; the last one is left alone.
+Scores, predictions and weights must be those of the training that nobody disturbed, byte by byte, and every attempt
+must go on from a step above 0.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +12,12 @@ import os
 import random
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from faults import zygote
+from faults.table import Injection, Row, share, tried
 from pipeline.config import FinetuneConfig
 from pipeline.node.job import Job, Topology
 from pipeline.run.files import read_json, read_jsonl
@@ -105,3 +113,30 @@ def _resumed(run: Path, task: str) -> list[int]:
     """Where the attempts went on from, 0 for the beginning."""
     records = [read_json(attempt.path / "attempt.json") for attempt in RunDir(run).stage(task).attempts]
     return [(record["resumed_from"] or {"step": 0})["step"] for record in records if record is not None]
+
+
+KILLS = {"squad": 50, "mrpc": 10}
+
+
+def kills(folder: Path, scale: float) -> list[Row]:
+    """The counts of `KILLS`, at least two."""
+    rows = []
+    for task, most in KILLS.items():
+        count = max(2, share(most, scale))
+        epochs = count + 3  # three steps each: enough of them for all kills
+        place = folder / task
+        place.mkdir()
+        prepare(place, task)
+        finish(place / "whole", place, task, 2, epochs=epochs)
+
+        def trial(place: Path = place, task: str = task, count: int = count, epochs: int = epochs) -> None:
+            resumed = killed(place / "killed", place, task, 2, count, seed=1, epochs=epochs)
+            assert results(place / "killed", task) == results(place / "whole", task), "other bytes"
+            assert len(resumed) == count, resumed
+            assert all(step > 0 for step in resumed), resumed
+
+        rows.append(replace(tried(f"{task}: a rank is killed", [trial]), trials=count))
+    return rows
+
+
+INJECTIONS: dict[str, Injection] = {"finetuning_killed": kills}
