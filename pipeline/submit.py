@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import re
 import sys
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
 
-from pipeline.errors import ConfigError, run_command
+from pipeline.errors import run_command
 from pipeline.launch import estimate, request
+from pipeline.launch.family import start_family
 from pipeline.launch.request import Request
 from pipeline.launch.start import plan_jobs, planned, start, try_out
-from pipeline.run.family import link
-from pipeline.run.rundir import RunDir
-from pipeline.stages import Command, table
+from pipeline.stages import Command
 from pipeline.words import columns, duration
 from slurm.errors import Refused
 
@@ -26,7 +24,7 @@ def main() -> int:
         return compare_node_counts(by_count)
     given, words = seeds_and_run(sys.argv[1:])
     if given.seeds and given.seeds[0] == "pretrain":
-        return train_family(given.run, given.seeds[1], words)
+        return start_family(given.run, {f"seed-{seed}": [f"--set=train.seed={seed}"] for seed in given.seeds[1]}, words)
     asked = request.of(sys.argv[1:])
     if asked.own:
         print(effort(asked))
@@ -39,32 +37,6 @@ def seeds_and_run(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     options.add_argument("--seeds", type=request.seeds_of)
     options.add_argument("--run", type=Path)
     return options.parse_known_args(words)
-
-
-def train_family(path: Path | None, seeds: Sequence[int], words: list[str]) -> int:
-    """The data in PATH/data and then, when they are made, each seed in PATH/seed-N; the first exit code that is not 0.
-
-    On Slurm the call returns when the data's job is sent, and the same call later sends the seeds.
-    """
-    if path is None or (path / "run.json").exists():
-        raise ConfigError(f"--run {path}: with --seeds pretrain= name a folder that is no run, new or of such a family")
-    asked = request.of(["--run", str(path / "data"), *words])
-    if asked.write_scripts or asked.own or isinstance(asked.recipe, Command):
-        raise ConfigError("--seeds pretrain= takes a --recipe, and neither --text nor --write-scripts")
-    stages = tuple(name for name, stage in table(asked.recipe).items() if stage.job == "data")
-    if code := start(dataclasses.replace(asked, stages=stages)):
-        return code
-    if asked.dry_run or set(stages).intersection(planned(asked).todo()):
-        print(f"{path}: seeds {', '.join(map(str, seeds))} follow when the data are made, by the same command")
-        return 0
-    for seed in seeds:
-        run = RunDir(path / f"seed-{seed}")
-        link(run, stages)
-        mine = request.of(["--run", str(run.path), f"--set=train.seed={seed}", *words])
-        print(f"{run.path}:", flush=True)
-        if code := start(dataclasses.replace(mine, remake=tuple(name for name in mine.remake if name not in stages))):
-            return code
-    return 0
 
 
 PROCESS_GB = 0.4  # Python with PyTorch

@@ -48,6 +48,7 @@ class Request:
     code: str
     settings: tuple[str, ...] = ()
     stages: tuple[str, ...] = ()
+    elsewhere: tuple[str, ...] = ()  # another run makes these
     remake: tuple[str, ...] = ()
     verify: bool = False
     max_gpu_hours: float = 0.0
@@ -248,10 +249,7 @@ def parser() -> Options:
     add("--start", type=Path, metavar="PATH", help=start_help)
     add("--data", type=Path, help="folder of the corpora that the recipe names (default: the profile's)")
     add("--stages", help="run only these, separated by commas")
-    seeds_help = (
-        "pretrain=0-4: repeat all training with these seeds in RUN/seed-N, on the data of RUN/data; mrpc=0-99: repeat "
-        "this task, as --set mrpc.seeds=[...]"
-    )
+    seeds_help = "pretrain=0-4: all training in RUN/seed-N, on the data of RUN/data; mrpc=0-99: this task with each"
     add("--seeds", type=seeds_of, metavar="WHAT=N-M", help=seeds_help)
     set_help = "change a recipe value, such as phase1.steps=100"
     add("--set", action="append", default=[], metavar="KEY=VALUE", dest="settings", help=set_help)

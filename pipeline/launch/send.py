@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import secrets
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -114,11 +114,20 @@ def finish_interrupted(run: RunDir, *, replace: bool, say: Say) -> list[queue.Jo
     return live
 
 
-def send(request: Request, jobs: Sequence[JobPlan], old: Sequence[queue.Job], say: Say) -> list[SlurmJob]:
-    """Send ``jobs`` in place of ``old`` and return them as submitit's jobs; the run must be held.
+@contextlib.contextmanager
+def send(
+    request: Request,
+    jobs: Sequence[JobPlan],
+    old: Sequence[queue.Job],
+    say: Say,
+    after: Sequence[Need] = (),
+    any_need: bool = False,
+) -> Iterator[list[SlurmJob]]:
+    """Send ``jobs`` in place of ``old``, held, and give them as submitit's; the run must be held.
 
-    The new chain waits for the end of the old jobs, which are cancelled only when all of it is accepted. On any
-    error nothing of the new chain is left, and the old one stays as it was.
+    The jobs are let go when the block ends well. The new chain waits for the end of the old jobs, which are cancelled
+    only when all of it is accepted, or for jobs of other runs: ``after``, one of which is enough by ``any_need``. On
+    any error, also one in the block, nothing of the new chain is left, and the old one stays as it was.
     """
     run, before, submission = request.run, Journal.read(request.run), secrets.token_hex(4)
     for name in ("jobs", "logs"):
@@ -126,17 +135,21 @@ def send(request: Request, jobs: Sequence[JobPlan], old: Sequence[queue.Job], sa
     executor = Executor(run.path / "jobs")
     sent: dict[str, SlurmJob] = {}
     Journal.of(jobs, submission, {}).write(run)
-    ids = {job.id: job.id for job in old}
-    ended = tuple(Need(job=job.id, kind="afterany") for job in old)
+    # What others make first takes longer than old jobs take to save, and both kinds of needs cannot be mixed.
+    first = tuple(after) or tuple(Need(job=job.id, kind="afterany") for job in old)
+    ids = {need.job: need.job for need in first}
     try:
         for job in jobs:
             if not job.stands_in_for:
                 publish_text(run.path / "jobs" / job.file, script_text(request, job))
-            hold = ["--hold"] if ended and not job.needs else []  # besides waiting for the old jobs
-            after = dataclasses.replace(job, needs=job.needs or ended)
+            hold = ["--hold"] if first and not job.needs else []  # besides waiting for those jobs
+            waits = job if job.needs else dataclasses.replace(job, needs=first, any_need=any_need)
             tag = tag_of(run, job, submission)
-            sent[job.name] = executor.send(after, ids, tag, [*hold, *request.extra], say)
+            sent[job.name] = executor.send(waits, ids, tag, [*hold, *request.extra], say)
             ids[job.name] = sent[job.name].job_id
+        journal = Journal.of(jobs, submission, {name: job.job_id for name, job in sent.items()})
+        journal.write(run)
+        yield list(sent.values())
     except BaseException:
         # without an answer the jobs stay held, and the journal tells the next submit to take them away
         with contextlib.suppress(SlurmError):
@@ -146,8 +159,6 @@ def send(request: Request, jobs: Sequence[JobPlan], old: Sequence[queue.Job], sa
             else:
                 before.write(run)
         raise
-    journal = Journal.of(jobs, submission, {name: job.job_id for name, job in sent.items()})
-    journal.write(run)
     replaced = [job for job in live_jobs(run) if submission_of(job) != submission]
     if replaced:
         names = ", ".join(f"{name_of(job)} (job {job.id})" for job in replaced)
@@ -156,7 +167,6 @@ def send(request: Request, jobs: Sequence[JobPlan], old: Sequence[queue.Job], sa
     journal.write(run)
     release(run, journal, {job.id for job in journal.jobs})
     run.event("sent", sending=submission, jobs={name: job.job_id for name, job in sent.items()})
-    return list(sent.values())
 
 
 def release(run: RunDir, journal: Journal, live: Collection[str]) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,7 +28,7 @@ from pipeline.strict_toml import table_of
 from slurm import flags, queue
 from slurm.errors import Refused, SlurmError
 from slurm.refusal import blame
-from slurm.submission import JobPlan
+from slurm.submission import JobPlan, Need
 from slurm.verdict import LEAST_S
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def start(asked: Request) -> int:
 
 def planned(asked: Request) -> Chain:
     """The chain as it will be, whether or not the run exists yet. ConfigError where it would write through a link."""
-    chain = Chain.planned(asked.run, asked.recipe, corpora.identities(asked))
+    chain = Chain.planned(asked.run, asked.recipe, corpora.identities(asked), asked.elsewhere)
     faults = [
         f"{path}: is a link to {os.readlink(path)}, and this stage is to run here ({why}); run it where it lies, or "
         "take the link away"
@@ -124,35 +125,44 @@ def plan_jobs(chain: Chain, todo: dict[str, str], asked: Request) -> list[JobPla
 
 def to_slurm(asked: Request) -> list[SlurmJob]:
     """Send what is missing; returns at once, with the jobs that were sent."""
+    with sending(asked) as sent:
+        pass
+    if sent:
+        print(f"watch it:  python -m pipeline.status {asked.run.path}")
+    return sent
+
+
+@contextlib.contextmanager
+def sending(asked: Request, after: Sequence[Need] = (), any_need: bool = False) -> Iterator[list[SlurmJob]]:
+    """What is missing, sent and held until the block ends well; taken back where it does not.
+
+    It starts after jobs of other runs: ``after``, of which one is enough by ``any_need``.
+    """
+    from pipeline.launch.send import finish_interrupted, send  # submitit is imported only where jobs are sent
+
     corpora.check(asked, planned(asked))
     asked.run.path.mkdir(parents=True, exist_ok=True)
     with asked.run.held():
-        return _to_slurm(asked)
-
-
-def _to_slurm(asked: Request) -> list[SlurmJob]:
-    from pipeline.launch.send import finish_interrupted, send  # submitit is imported only where jobs are sent
-
-    old = finish_interrupted(asked.run, replace=asked.replace, say=print)
-    chain = planned(asked)
-    todo = selected(chain, asked)
-    jobs = plan_jobs(chain, todo, asked)
-    check_budget(asked, jobs)
-    try_out(asked, jobs)  # before anything of the run is changed
-    begin(asked)
-    if not todo:
-        nothing_to_do(asked.run)
-        return []
-    move_aside(chain, asked)
-    if ignored := flags.ignored(os.environ):
-        print(f"without effect: {', '.join(ignored)}")
-    sent = send(asked, jobs, old, print)
-    for plan, job in zip(jobs, sent, strict=True):
-        print(scripts.describe(plan, job.job_id))
-    if hours := scripts.gpu_hours(jobs):
-        print(f"at most {hours:.0f} GPU-hours if no job is started again")
-    print(f"watch it:  python -m pipeline.status {asked.run.path}")
-    return sent
+        old = finish_interrupted(asked.run, replace=asked.replace, say=print)
+        chain = planned(asked)
+        todo = selected(chain, asked)
+        jobs = plan_jobs(chain, todo, asked)
+        check_budget(asked, jobs)
+        try_out(asked, jobs)  # before anything of the run is changed
+        begin(asked)
+        if not todo:
+            nothing_to_do(asked.run)
+            yield []
+            return
+        move_aside(chain, asked)
+        if ignored := flags.ignored(os.environ):
+            print(f"without effect: {', '.join(ignored)}")
+        with send(asked, jobs, old, print, after, any_need) as sent:
+            for plan, job in zip(jobs, sent, strict=True):
+                print(scripts.describe(plan, job.job_id))
+            if hours := scripts.gpu_hours(jobs):
+                print(f"at most {hours:.0f} GPU-hours if no job is started again")
+            yield sent
 
 
 def check_budget(asked: Request, jobs: list[JobPlan]) -> None:

@@ -16,12 +16,13 @@ from pipeline.stages import Command, recipe_of, table
 
 @dataclass(frozen=True)
 class Chain:
-    """The stages of a run with their current fingerprints."""
+    """The stages of a run with their current fingerprints; those ``elsewhere`` are another run's to make."""
 
     run: RunDir
     stages: Mapping[str, Stage]
     prints: Mapping[str, str]
     corpora: Mapping[str, Any]
+    elsewhere: Collection[str] = ()
 
     @classmethod
     def of(cls, run: RunDir) -> Chain:
@@ -30,11 +31,13 @@ class Chain:
         return cls.planned(run, recipe_of(settings, str(run.path / "run.json")), settings["corpora"])
 
     @classmethod
-    def planned(cls, run: RunDir, recipe: Recipe | Command, corpora: Mapping[str, Any]) -> Chain:
+    def planned(
+        cls, run: RunDir, recipe: Recipe | Command, corpora: Mapping[str, Any], elsewhere: Collection[str] = ()
+    ) -> Chain:
         """The chain of a recipe, whether or not the run exists yet."""
         stages = table(recipe)
         records = {name: [r for r in (run.stage(name).begun, run.stage(name).done) if r] for name in stages}
-        return cls(run, stages, fingerprints(stages, corpora, records), corpora)
+        return cls(run, stages, fingerprints(stages, corpora, records), corpora, elsewhere)
 
     def is_done(self, name: str) -> bool:
         """Whether the stage's done mark carries the current fingerprint."""
@@ -67,6 +70,8 @@ class Chain:
         """Stages to run, in order, each with the reason in words; those of ``remake`` though they are done."""
         reasons: dict[str, str] = {}
         for name, stage in self.stages.items():
+            if name in self.elsewhere:
+                continue
             if name in remake:
                 reasons[name] = "made again"
             elif stage.always:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,11 @@ from pipeline import cancel
 from pipeline.config import load_profile, load_recipe
 from pipeline.errors import ConfigError, InUseError
 from pipeline.launch import code, jobs, request, scripts, start
+from pipeline.launch.family import start_family
 from pipeline.launch.request import Request
 from pipeline.node.preempt import STOP_SIGNALS, StopRequest
 from pipeline.run.chain import Chain
+from pipeline.run.family import runs_of
 from pipeline.run.journal import Journal, SentJob
 from pipeline.run.rundir import RunDir
 from pipeline.stages import table
@@ -412,7 +415,8 @@ def send_once(run: RunDir, replace: bool = False) -> None:
     from pipeline.launch.send import finish_interrupted, send
 
     old = finish_interrupted(run, replace=replace, say=lambda line: None)
-    send(asked_for(run.path), ready(cluster="generic", nodes="2"), old, lambda line: None)
+    with send(asked_for(run.path), ready(cluster="generic", nodes="2"), old, lambda line: None):
+        pass
 
 
 @pytest.mark.slow
@@ -502,6 +506,90 @@ def test_running_jobs_are_refused_or_replaced(fake, tmp_path) -> None:
     send_once(run, replace=True)
     assert fake.all["104"]["waits"] == "--dependency=afterany:100,afterany:101,afterany:102,afterany:103"
     assert fake.all["100"]["state"] == "CANCELLED"
+
+
+@pytest.fixture
+def family(fake, tmp_path, monkeypatch) -> Callable[[str], None]:
+    """Sends data and two seeds to the list; the data are not there yet, and nobody looks into the texts."""
+    monkeypatch.setattr(queue, "estimate_start", lambda *_: "")
+    monkeypatch.setattr("pipeline.launch.code.keep", lambda *_: None)
+    for name in ("enwiki-table-markup.xml.bz2", "boolq.jsonl", "qa.json", "pairs.tsv", "sentiment.tsv"):
+        (tmp_path / name).write_text("x")
+
+    def send(name: str, *more: str) -> None:
+        words = [
+            "--recipe",
+            str(SMALL),
+            "--cluster",
+            "devcluster",
+            "--data",
+            str(tmp_path),
+            "--stages",
+            "phase1",
+            *more,
+        ]
+        seeds = {f"seed-{seed}": [f"--set=train.seed={seed}"] for seed in (0, 1)}
+        assert start_family(tmp_path / name, seeds, words) == 0
+
+    return send
+
+
+def sent_as(fake) -> list[tuple[str, str, bool]]:
+    """The live jobs: name, what it waits for, whether it is held."""
+    return [(job["tag"].split("/")[2], job["waits"].rpartition("=")[2], job["held"]) for job in fake.live()]
+
+
+def test_a_family_is_sent_in_one_call(fake, family, tmp_path) -> None:
+    family("family")
+    whole = [("data", "", False), ("pretrain", "afterok:100", False), ("pretrain", "afterok:100", False)]
+    assert sent_as(fake) == whole
+    family("family")  # all is at work
+    assert sent_as(fake) == whole
+    assert len(fake.all) == 3
+    fake.all["101"]["state"] = "COMPLETED"  # a seed whose job is gone, while the data are still made
+    fake.all["100"]["state"] = "RUNNING"
+    family("family")
+    assert fake.all["103"]["waits"] == "--dependency=afterok:100"
+    assert [run.path.name for run in runs_of(tmp_path / "family")] == ["data", "seed-0", "seed-1"]
+    with pytest.raises(ConfigError, match="no run"):
+        start_family(tmp_path / "family" / "data", {}, [])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("after", [False, True])
+def test_a_family_killed_at_any_call_starts_nothing_before_it_is_whole(fake, family, tmp_path, after) -> None:
+    deaths = 0
+    for dies_at in range(1, 15):
+        fake.__init__()
+        fake.dies_at, fake.after = dies_at, after
+        try:
+            family(str(dies_at))
+        except Killed:
+            deaths += 1
+            if any(name == "data" and not held for name, _, held in sent_as(fake)):
+                assert [name for name, _, _ in sent_as(fake)] == ["data", "pretrain", "pretrain"]
+        fake.dies_at = 10**9
+        family(str(dies_at))
+        (data,) = (number for number, job in fake.all.items() if job["tag"].endswith("data") and job in fake.live())
+        (first, *rest), waits = sorted(sent_as(fake)), ("pretrain", f"afterok:{data}", False)
+        assert (first[0], first[2], rest) == ("data", False, [waits, waits])
+    assert deaths == 12  # for each run two listings, a job, a release
+
+
+def test_a_seed_that_slurm_refuses_takes_the_family_back(fake, family, tmp_path, monkeypatch) -> None:
+    submit, taken = queue.submit, []
+
+    def refuse(file, words, arguments=(), *, tag, say):
+        taken.append(tag)
+        if len(taken) == 3:
+            raise FlagError("sbatch refused: Invalid partition")
+        return submit(file, words, tag=tag, say=say)
+
+    monkeypatch.setattr(queue, "submit", refuse)
+    with pytest.raises(FlagError):
+        family("family")
+    assert fake.live() == []
+    assert not list((tmp_path / "family").glob("*/jobs.json"))
 
 
 def test_status_and_cancel_when_slurm_does_not_answer(tmp_path) -> None:
