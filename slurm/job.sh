@@ -11,6 +11,7 @@
 # For the ranks it exports JOB_VERDICT, JOB_TRIES, JOB_DEADLINE and JOB_LIMIT (slurm/verdict.py), and JOB_RANKS.
 least_s=60   # of the allowed GPU time: with less left nothing is started
 most_tries=2 # attempts without progress
+server_s=600 # for a file server that went away
 
 # may be unset when the job was sent with --export=NONE
 export PATH="${PATH:-/usr/local/bin:/usr/bin:/bin}"
@@ -58,8 +59,72 @@ over() {
   exit "$2"
 }
 
+# a script that outlived its node's slurmd, or its turn, must not end or requeue the attempt that came after it
+leave_to_next() {
+  shown=$(timeout 60 scontrol show job "$SLURM_JOB_ID" 2>/dev/null)
+  if [[ $shown =~ Restarts=([0-9]+) ]] && [ "${BASH_REMATCH[1]}" != "$attempt" ]; then
+    echo "attempt $attempt: code $exit_code; Slurm has begun attempt ${BASH_REMATCH[1]}, which goes on alone"
+    exit "$last"
+  fi
+}
+# a job that Slurm is ending: a cancelled one must not come back, a preempted one comes back by itself unless its
+# script ends first, so wait to be killed; only after the time limit is it ours to ask
+wait_if_ended() {
+  if [ "$ended" = yes ] && [ "$(date +%s)" -lt "$end" ]; then
+    echo "attempt $attempt: code $exit_code; Slurm is ending this job"
+    sed -i "/^$this\$/d" "$JOB_TRIES" 2>/dev/null # no fault of ours
+    if [ "$requeue" != yes ]; then exit "$last"; fi
+    for _ in 1 2 3 4 5; do
+      sleep 2
+      if [ "$(timeout 60 squeue -h -j "$SLURM_JOB_ID" -o %T 2>/dev/null)" != RUNNING ]; then
+        trap - TERM
+        sleep 3600
+        exit "$last"
+      fi
+    done
+    ended=no # somebody's signal, or a preemption with time to spare: both want a requeue
+  fi
+}
+ask() {
+  answer=$(timeout 60 squeue -h -j "$SLURM_JOB_ID" -o %T 2>&1) || return
+  if [ "$answer" = COMPLETING ]; then ended=yes; fi # TERM may reach this shell late, or never
+  wait_if_ended
+  leave_to_next
+  answer=$(timeout 60 scontrol requeue "$SLURM_JOB_ID" 2>&1)
+}
+# has Slurm queue this job again, and waits to be ended
+again() {
+  if [ "$requeue" != yes ]; then exit "$last"; fi
+  command -v scontrol >/dev/null || fail "attempt $attempt: code $exit_code, but no scontrol here" "$last"
+  pause=1
+  until ask; do
+    case $answer in
+    *disabled* | *enied* | *"nvalid job id"* | *"not permitted"*)
+      fail "attempt $attempt: requeue refused: $answer" "$last"
+      ;;
+    esac
+    echo "attempt $attempt: requeue not confirmed ($answer); again in $pause s"
+    sleep "$pause"
+    pause=$((pause < 16 ? pause * 2 : 30))
+  done
+  echo "attempt $attempt: code $exit_code, requeued"
+  trap - TERM
+  sleep 120 # Slurm ends this shell
+  exit "$last"
+}
+
 attempt=${SLURM_RESTART_COUNT:-0}
 this=$SLURM_JOB_ID.$attempt
+exit_code=76 last=76 end=9999999999
+# a file server that went away comes back: ten minutes here, then in the queue
+gone='ransport endpoint|timed out|Host is down|No route to host|Stale file handle|reset by peer|caused connection abort|Remote I/O'
+for ((waited = 0; ; waited += 10)); do
+  said=$(export LC_ALL=C; { mkdir -p "$state" && ls "$state" ${code:+"$code"}; } 2>&1 >/dev/null | head -n 1)
+  if ! [[ $said =~ $gone ]]; then break; fi
+  if [ "$waited" = 0 ]; then echo "attempt $attempt: $said; waiting up to $server_s s for the file server"; fi
+  if [ "$waited" -ge "$server_s" ]; then again; fi
+  sleep 10
+done
 mkdir -p "$state" || fail "$state: cannot be made" 6
 series=$state/${stands_in_for:-$SLURM_JOB_ID}
 # whoever may write into the run folder could plant a pipe, which would be waited for, or a device
@@ -87,7 +152,6 @@ bad_nodes="$series.bad_nodes"
 
 # end of the allocation, read once: D-HH:MM:SS, MM:SS, or a word when there is no limit
 began=$(date +%s)
-end=9999999999
 left=$(timeout 60 squeue -h -j "$SLURM_JOB_ID" -o %L 2>/dev/null)
 if [[ $left =~ ^([0-9]+-)?[0-9]+(:[0-9]+){1,2}$ ]]; then
   days=0
@@ -187,39 +251,6 @@ elif ! [[ $exit_code =~ ^([03-9]|7[5-7])$ ]]; then # killed, or it did not start
   exit_code=76
 fi
 
-# a script that outlived its node's slurmd, or its turn, must not end or requeue the attempt that came after it
-leave_to_next() {
-  shown=$(timeout 60 scontrol show job "$SLURM_JOB_ID" 2>/dev/null)
-  if [[ $shown =~ Restarts=([0-9]+) ]] && [ "${BASH_REMATCH[1]}" != "$attempt" ]; then
-    echo "attempt $attempt: code $exit_code; Slurm has begun attempt ${BASH_REMATCH[1]}, which goes on alone"
-    exit "$last"
-  fi
-}
-# a job that Slurm is ending: a cancelled one must not come back, a preempted one comes back by itself unless its
-# script ends first, so wait to be killed; only after the time limit is it ours to ask
-wait_if_ended() {
-  if [ "$ended" = yes ] && [ "$(date +%s)" -lt "$end" ]; then
-    echo "attempt $attempt: code $exit_code; Slurm is ending this job"
-    sed -i "/^$this\$/d" "$JOB_TRIES" 2>/dev/null # no fault of ours
-    if [ "$requeue" != yes ]; then exit "$last"; fi
-    for _ in 1 2 3 4 5; do
-      sleep 2
-      if [ "$(timeout 60 squeue -h -j "$SLURM_JOB_ID" -o %T 2>/dev/null)" != RUNNING ]; then
-        trap - TERM
-        sleep 3600
-        exit "$last"
-      fi
-    done
-    ended=no # somebody's signal, or a preemption with time to spare: both want a requeue
-  fi
-}
-ask() {
-  answer=$(timeout 60 squeue -h -j "$SLURM_JOB_ID" -o %T 2>&1) || return
-  if [ "$answer" = COMPLETING ]; then ended=yes; fi # TERM may reach this shell late, or never
-  wait_if_ended
-  leave_to_next
-  answer=$(timeout 60 scontrol requeue "$SLURM_JOB_ID" 2>&1)
-}
 # whether the job's program starts at all on one of its nodes
 starts() {
   timeout 60 srun --nodes=1 --ntasks=1 --nodelist="$1" --export=ALL "${srun_args[@]}" "${program[@]}" --version
@@ -251,20 +282,4 @@ if [ "$gpus" -gt 0 ]; then
   note_gpu_s
   check_gpu_s
 fi
-if [ "$requeue" != yes ]; then exit "$last"; fi
-command -v scontrol >/dev/null || fail "attempt $attempt: code $exit_code, but no scontrol here" "$last"
-pause=1
-until ask; do
-  case $answer in
-  *disabled* | *enied* | *"nvalid job id"* | *"not permitted"*)
-    fail "attempt $attempt: requeue refused: $answer" "$last"
-    ;;
-  esac
-  echo "attempt $attempt: requeue not confirmed ($answer); again in $pause s"
-  sleep "$pause"
-  pause=$((pause < 16 ? pause * 2 : 30))
-done
-echo "attempt $attempt: code $exit_code, requeued"
-trap - TERM
-sleep 120 # Slurm ends this shell
-exit "$last"
+again

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -363,6 +364,27 @@ def test_a_planted_pipe_is_not_waited_for(job, tmp_path: Path, name: str) -> Non
     (tmp_path / "it's jobs" / name).unlink()
     os.mkfifo(tmp_path / "it's jobs" / "3.0.gpu_s")
     assert job(gpus=4, max_gpu_s=12000)[0] == 0
+
+
+@pytest.mark.parametrize("number", [errno.ESHUTDOWN, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.ESTALE])
+def test_a_file_server_that_is_away_is_waited_for(job, tmp_path: Path, number: int) -> None:
+    """Ten minutes, in which it may come back; then the job is queued again. A folder that is refused ends it."""
+    away = (
+        f'if [ "$(wc -l <"${{0%/*}}/naps")" -lt $BACK ]; then echo "mkdir: x: {os.strerror(number)}" >&2; exit 1; fi\n'
+    )
+    naps = '#!/bin/bash\nif [ "$1" = 10 ]; then echo >>"${0%/*}/naps"; fi\n'
+    for name, text in (("mkdir", f'#!/bin/bash\n{away}exec /bin/mkdir "$@"\n'), ("sleep", naps + SLEEP)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "naps").write_text("")
+    code, calls, said = job(BACK="7")
+    assert (code, asked(calls), os.strerror(number) in said) == (0, 0, True)
+    (tmp_path / "naps").write_text("")
+    code, calls, said = job(BACK="1000")
+    assert (code, asked(calls), len((tmp_path / "naps").read_text())) == (76, 1, 60)
+    assert [call for call in calls if call.startswith("srun")] == []
+    (tmp_path / "mkdir").write_text('#!/bin/bash\necho "mkdir: x: Permission denied" >&2; exit 1\n')
+    assert (job()[0], asked(job()[1])) == (6, 0)
 
 
 def test_a_controller_that_is_down_is_asked_again(job) -> None:
