@@ -19,6 +19,11 @@ SPECIAL_TOKENS = 3  # [CLS], [SEP], [SEP]
 BLOCK = 2048
 PURPOSES = np.arange(4)[:, None]
 """the draws of one step of one document: where A ends, whether B is random, its document, its first sentence"""
+HALF = np.uint64(1 << 63)
+FIRST_COINS = np.packbits(np.tri(65, 64, -1, bool), axis=1).view("<u8").ravel()
+"""the first n of 64 coins, from the highest bit of the lowest byte on"""
+HEADS = np.unpackbits(np.arange(1 << 16, dtype="<u2").view(np.uint8)).reshape(-1, 16).sum(axis=1, dtype=np.uint8)
+"""among 16 coins"""
 
 
 @dataclass(frozen=True)
@@ -55,35 +60,38 @@ def draw_pairs(sentence_offsets: Ints, document_offsets: Ints, limit: int, short
     active = np.arange(len(streams))
     at = document_offsets[documents]
     steps: list[tuple[NDArray[Any], ...]] = []
-    while len(active):
-        document, target = documents[active], targets[active]
-        stop = np.minimum(
-            np.searchsorted(sentence_offsets, sentence_offsets[at] + target), document_offsets[document + 1]
-        )
+    while len(active):  # many steps of few documents, so nothing is done here that the next step does not ask for
+        last = document_offsets[documents[active] + 1]
+        stop = np.minimum(np.searchsorted(sentence_offsets, sentence_offsets[at] + targets[active]), last)
         last_cut = stop - at - 1
-        for_cut, for_next, for_document, for_start = bits(streams[active], 4 * len(steps) + PURPOSES)
+        for_cut, for_next = bits(streams[active], 4 * len(steps) + PURPOSES[:2])
         cut = at + 1 + below(for_cut, np.maximum(last_cut, 1))
-        random_next = (last_cut == 0) | (uniform(for_next) < 0.5)
-        # B of a random next: whole sentences of another document
-        other = below(for_document, max(1, count - 1))
-        other += (other >= document) & (count > 1)
-        first, last = document_offsets[other], document_offsets[other + 1]
-        begin = first + below(for_start, last - first)
-        need = np.maximum(1, target - (sentence_offsets[cut] - sentence_offsets[at]))
-        until = np.minimum(np.searchsorted(sentence_offsets, sentence_offsets[begin] + need), last)
-        b_first = np.where(random_next, begin, cut)
-        b_last = np.where(random_next, until, stop)
-        steps.append((active, at, cut, b_first, b_last, random_next))
+        random_next = (last_cut == 0) | (for_next < HALF)
+        steps.append((active, at, cut, stop, random_next))
         at = np.where(random_next, cut, stop)
-        unfinished = at < document_offsets[document + 1]
+        unfinished = at < last
         active, at = active[unfinished], at[unfinished]
-    columns = [np.concatenate(column) for column in zip(*steps, strict=True)]
-    order = np.argsort(columns[0], kind="stable")
-    active, a_first, a_last, b_first, b_last, random_next = (column[order] for column in columns)
-    a_start, b_start = sentence_offsets[a_first], sentence_offsets[b_first]
+    numbers = np.repeat(np.arange(len(steps)), [len(step[0]) for step in steps])
+    columns = [numbers, *(np.concatenate(column) for column in zip(*steps, strict=True))]
+    order = np.argsort(columns[1], kind="stable")
+    numbers, active, a_first, a_last, stop, random_next = (column[order] for column in columns)
+    a_start, a_length = sentence_offsets[a_first], sentence_offsets[a_last] - sentence_offsets[a_first]
+    b_first, b_last = a_last, stop
+    # B of a random next: whole sentences of another document
+    drawn = np.flatnonzero(random_next)
+    document, stream = documents[active[drawn]], streams[active[drawn]]
+    for_document, for_start = bits(stream, 4 * numbers[drawn] + PURPOSES[2:])
+    other = below(for_document, max(1, count - 1))
+    other += (other >= document) & (count > 1)
+    first, last = document_offsets[other], document_offsets[other + 1]
+    begin = first + below(for_start, last - first)
+    need = np.maximum(1, targets[active[drawn]] - a_length[drawn])
+    b_first[drawn] = begin
+    b_last[drawn] = np.minimum(np.searchsorted(sentence_offsets, sentence_offsets[begin] + need), last)
+    b_start = sentence_offsets[b_first]
     return Pairs(
         a_start,
-        sentence_offsets[a_last] - a_start,
+        a_length,
         b_start,
         sentence_offsets[b_last] - b_start,
         random_next,
@@ -152,12 +160,15 @@ def truncate(pairs: Pairs, limit: int) -> Pairs:
 def _heads(tosses: Ints, keys: Keys) -> Ints:
     """Heads among ``tosses[i]`` fair coins of the stream of ``keys[i]``."""
     words = (tosses + 63) // 64
-    starts = np.cumsum(words) - words
+    ends = np.cumsum(words)
+    starts = ends - words
     counters = np.arange(int(words.sum())) - np.repeat(starts, words)
-    coins = np.unpackbits(bits(np.repeat(keys, words), counters).astype("<u8").view(np.uint8))
-    heads = np.zeros(len(coins) + 1, np.int64)
-    np.cumsum(coins, out=heads[1:])
-    found: Ints = heads[64 * starts + tosses] - heads[64 * starts]
+    coins = bits(np.repeat(keys, words), counters)
+    tossed = np.flatnonzero(words)
+    coins[ends[tossed] - 1] &= FIRST_COINS[tosses[tossed] - 64 * (words[tossed] - 1)]
+    heads = np.zeros(4 * len(coins) + 1, np.int64)
+    np.cumsum(HEADS[coins.astype("<u8", copy=False).view("<u2")], out=heads[1:])
+    found: Ints = heads[4 * ends] - heads[4 * starts]
     return found
 
 
@@ -175,6 +186,7 @@ def assemble(
     ends = np.cumsum(pairs.a_length + pairs.b_length + SPECIAL_TOKENS - 1 + has_b)
     offsets = np.concatenate([np.zeros(1, np.int64), ends])
     made = np.empty(int(offsets[-1]), tokens.dtype)
+    ramp = np.arange(BLOCK * int(np.diff(offsets).max(initial=0)))
     for first in range(0, count, BLOCK):  # the index of one block stays in the cache
         block = slice(first, first + BLOCK)
         one = np.ones(len(pairs.a_start[block]), np.int64)
@@ -183,6 +195,6 @@ def assemble(
         lengths = np.stack([one, pairs.a_length[block], one, pairs.b_length[block], has_b[block]], axis=1).ravel()
         piece_ends = np.cumsum(lengths)
         index = np.repeat(starts - (piece_ends - lengths), lengths)
-        index += np.arange(len(index))
+        index += ramp[: len(index)]
         np.take(source, index, out=made[offsets[first] : offsets[first] + len(index)], mode="clip")
     return made, offsets, pairs.a_length + 2

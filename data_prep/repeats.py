@@ -23,13 +23,20 @@ ROW = np.dtype([("hash", "<u8"), ("bytes", "<u4")])
 Array = NDArray[Any]
 
 
-def rows_of(data: bytes) -> list[tuple[int, int]]:
-    """(hash, bytes) of a document's text and of each of its long lines.
+def rows_of(data: bytes) -> tuple[list[bytes], list[int]]:
+    """Hashes and bytes of a document's text and of each of its long lines.
 
     64 bits of BLAKE2b: among 10^8 lines two unequal ones pass for equal with a probability of 0.0003.
     """
     parts = [data, *(line for line in data.split(b"\n") if len(line) >= LONG_LINE)]
-    return [(int.from_bytes(hashlib.blake2b(part, digest_size=8).digest(), "little"), len(part)) for part in parts]
+    return [hashlib.blake2b(part, digest_size=8).digest() for part in parts], list(map(len, parts))
+
+
+def rows(digests: list[bytes], sizes: Sequence[int]) -> Array:
+    """What `rows_of` found, as an array of ROW."""
+    made = np.empty(len(digests), ROW)
+    made["hash"], made["bytes"] = np.frombuffer(b"".join(digests), "<u8"), sizes
+    return made
 
 
 def without(text: str, repeated: set[int], first: int) -> str:

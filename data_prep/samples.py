@@ -194,19 +194,19 @@ def make_samples(
     )
 
 
-def tokenise(content: str, encoder: Encoder, limit: int, first_document: int = 0) -> Text:
-    """Encode text of a shard (one sentence a line, a blank line after each document).
+def tokenise(content: bytes, encoder: Encoder, limit: int, first_document: int = 0) -> Text:
+    """Encode text of a shard (UTF-8, one sentence a line, a blank line after each document).
 
     Sentences and documents without a token are left out and counted. The names [CLS] and [SEP] in the text itself
     become [UNK], so that every sample has exactly the three special tokens of its form. A sentence over ``limit``
     tokens is cut into several, so that none of its words is lost to truncation.
     """
     special = encoder.vocabulary.special
-    lines = content.removesuffix("\n\n").split("\n")
+    lines = content.removesuffix(b"\n\n").split(b"\n")
     tokens, line_offsets = encoder.encode(lines)
     forged = (tokens == special["cls"]) | (tokens == special["sep"])
     tokens = np.where(forged, np.uint32(special["unk"]), tokens)
-    blank = np.array([not line for line in lines])
+    blank = ~np.fromiter(map(bool, lines), bool, len(lines))
     lengths = np.diff(line_offsets)
     document_of_line = np.cumsum(blank)
     sentences = np.flatnonzero(lengths)
@@ -224,10 +224,10 @@ def tokenise(content: str, encoder: Encoder, limit: int, first_document: int = 0
             "documents": len(document_numbers),
             "documents_without_tokens": documents - len(document_numbers),
             "sentences": len(sentences),
-            "sentences_without_tokens": len(lines) - int(blank.sum()) - len(sentences),
+            "sentences_without_tokens": int((~blank).sum()) - len(sentences),
             "sentences_over_limit": int((lengths > limit).sum()),
             "text_tokens": len(tokens),
-            "unknown_tokens": int((tokens == special["unk"]).sum()),
+            "unknown_tokens": int(np.count_nonzero(tokens == special["unk"])),
         },
     )
 
@@ -270,7 +270,8 @@ def _blocks(shards: Path, settings: Settings, entry: dict[str, Any]) -> list[dic
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         found = [content.find(b"\n\n", number * size // count) for number in range(1, count)]
         starts = sorted({0, size, *(place + 2 for place in found if place >= 0)})
-        documents = np.cumsum([0, *(content[a:b].count(b"\n\n") for a, b in itertools.pairwise(starts))]).tolist()
+        before = (content[a:b].count(b"\n\n") for a, b in itertools.pairwise(starts[:-1]))
+        documents = np.cumsum([0, *before]).tolist()
     places = itertools.product(enumerate(itertools.pairwise(starts)), groups)
     return [
         vars(Block(path.name, entry["split"], entry["sha256"], number, part, start, end, documents[number], *group))
@@ -287,7 +288,7 @@ def _make(shards: Path, out: Path, settings: Settings, vocab_sha256: str, block:
         return facts
     with open(shards / block.file, "rb") as file:
         file.seek(block.start)
-        content = file.read(block.end - block.start).decode()
+        content = file.read(block.end - block.start)
     encoder = _encoder(settings.vocab, vocab_sha256, settings.lowercase, settings.strip_accents)
     text = tokenise(content, encoder, settings.limit, block.first_document)
     del content

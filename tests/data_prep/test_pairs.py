@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from pathlib import Path
@@ -235,6 +236,17 @@ def test_truncation_takes_from_both_ends_alike() -> None:
     assert abs(cut.a_start.mean() - removed / 2) < 0.1
     assert abs(cut.a_start.var() - removed / 4) < 0.2  # binomial, not uniform
     assert not cut.b_start.any()
+
+
+def test_a_faster_way_draws_the_same_samples() -> None:
+    sentences = np.concatenate([[0], np.cumsum(np.arange(900) * 7919 % 299 + 1)])
+    documents = np.unique(np.concatenate([[0, 900], np.arange(70) * 613 % 900]))
+    found = hashlib.sha256()
+    for limit in (2, 29, 509):
+        pairs = truncate(draw_pairs(sentences, documents, limit, 0.3, np.concatenate([key(1), key(2)])), limit)
+        for array in assemble(np.arange(sentences[-1], dtype=np.uint32), pairs, 1, 2):
+            found.update(array.astype("<i8").tobytes())
+    assert found.hexdigest()[:16] == "d490c94b0755d951"
 
 
 def test_passes_are_keyed_one_by_one() -> None:

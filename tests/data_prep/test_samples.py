@@ -228,7 +228,7 @@ def test_what_another_setting_left_is_not_reused(tmp_path: Path) -> None:
 
 def test_special_names_in_the_text_are_not_special(tmp_path: Path) -> None:
     encoder = Encoder(vocab_file(tmp_path / "vocab.txt"), True, True)
-    text = samples.tokenise("ban [SEP] bar\n[CLS] bas\n\nbat [MASK]\n\n", encoder, 61)
+    text = samples.tokenise(b"ban [SEP] bar\n[CLS] bas\n\nbat [MASK]\n\n", encoder, 61)
     special = encoder.vocabulary.special
     assert text.tokens.tolist()[1] == text.tokens.tolist()[3] == special["unk"]
     assert text.tokens.tolist()[-1] == special["mask"]  # as in the reference

@@ -76,9 +76,9 @@ def test_ids_equal_transformers_on_real_text(
 def test_all_backends_agree_on_any_text(english: Encoder, text: str) -> None:
     slow = english._encode_slowly([text, "a"])
     for encode in (english.encode, english._encode_by_words):
-        ids, offsets = encode([text, "a"])
-        assert np.array_equal(ids, slow[0])
-        assert np.array_equal(offsets, slow[1])
+        for ids, offsets in (encode([text, "a"]), encode([text.encode(), b"a"])):
+            assert np.array_equal(ids, slow[0])
+            assert np.array_equal(offsets, slow[1])
 
 
 def test_words_are_remembered_and_forgotten_in_time(
