@@ -16,11 +16,13 @@ from pipeline.launch.request import Request
 from pipeline.launch.start import plan_jobs, planned, start, try_out
 from pipeline.stages import Command
 from pipeline.words import columns, duration
+from slurm import flags
 from slurm.errors import Refused
+from slurm.profile import SECTIONS
 
 
 def main() -> int:
-    if by_count := request.by_node_count(sys.argv[1:]):
+    if by_count := by_node_count(sys.argv[1:]):
         return compare_node_counts(by_count)
     given, words = seeds_and_run(sys.argv[1:])
     if given.seeds and given.seeds[0] == "pretrain":
@@ -58,6 +60,18 @@ def effort(asked: Request) -> str:
     )
     took = "time not known, the profile has no [rates]" if hours is None else f"about {duration(3600 * hours)}"
     return f"pretraining: {took} ({rates.source}); {memory:.1f} GB of memory for each of {ranks} processes"
+
+
+def by_node_count(words: Sequence[str]) -> dict[str, list[str]]:
+    """The words once for each number of ``--nodes 1,2,4``, by number; {} without such a list or --test-only."""
+    flag = [f.value for f in flags.split(words, sections=SECTIONS).flags if f.name == "nodes" and "," in f.value]
+    if not flag or "--test-only" not in words:
+        return {}
+    spelled = [f"{before}{flag[-1]}" for before in ("", "--nodes=", "-N")]
+    return {
+        count: [word.removesuffix(flag[-1]) + count if word in spelled else word for word in words]
+        for count in flag[-1].split(",")
+    }
 
 
 def compare_node_counts(by_count: dict[str, list[str]]) -> int:

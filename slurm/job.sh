@@ -7,6 +7,9 @@
 #   max_gpu_s       GPU-seconds for all attempts of the     tasks, cpus     per node, and cores of each; no cpus: what
 #                   run; 0: no limit                                        the job got, shared out
 #   srun_args=() program=() arguments=()   words of the srun line; "${program[@]}" --version must work
+#   sruns=() always=                       : for one srun line; or functions that set, for each of several, tasks, cpus,
+#                                          srun_args, arguments and width, the most nodes (none: all); always: one
+#                                          more, the last, which also comes when the job ends for good
 #   site()          modules, set-up lines and environment of the site
 # For the ranks it exports JOB_VERDICT, JOB_TRIES, JOB_DEADLINE and JOB_LIMIT (slurm/verdict.py), and JOB_RANKS.
 least_s=60   # of the allowed GPU time: with less left nothing is started
@@ -56,6 +59,10 @@ read_line() {
 over() {
   echo "attempt $attempt: $1; not started again" >&2
   echo "$2 $1" >"$series.over"
+  if [ -n "$always" ] && [ -n "$at_work" ] && [ "$at_work" != "$always" ] && [ "$ended" = no ]; then
+    "$always"
+    start_ranks
+  fi
   exit "$2"
 }
 
@@ -113,6 +120,7 @@ again() {
   exit "$last"
 }
 
+at_work=
 attempt=${SLURM_RESTART_COUNT:-0}
 this=$SLURM_JOB_ID.$attempt
 exit_code=76 last=76 end=9999999999
@@ -210,11 +218,11 @@ if [ -s "$bad_nodes" ]; then
   mapfile -t spared < <(scontrol show hostnames "$SLURM_JOB_NODELIST" | grep -Fxf "$bad_nodes")
   if [ "${#spared[@]}" -ge "$SLURM_JOB_NUM_NODES" ]; then spared=(); fi
 fi
-nodes=$((SLURM_JOB_NUM_NODES - ${#spared[@]}))
-part=()
+usable=$((SLURM_JOB_NUM_NODES - ${#spared[@]}))
+without=()
 if [ "${#spared[@]}" -gt 0 ]; then
   printf -v list '%s,' "${spared[@]}"
-  part=(--exclude="${list%,}")
+  without=(--exclude="${list%,}")
   echo "attempt $attempt: without ${spared[*]}, found bad before"
 fi
 echo "$this" >>"$JOB_TRIES"
@@ -226,16 +234,27 @@ if [ -n "$code" ]; then
 fi
 # "16,4(x2)": srun takes one number for all nodes, so the smallest share
 least=$(tr , '\n' <<<"${SLURM_JOB_CPUS_PER_NODE:-${SLURM_CPUS_ON_NODE:-1}}" | sed 's/(.*//' | sort -n | head -n 1)
-cpus=${cpus:-$((least > tasks ? least / tasks : 1))}
-export JOB_RANKS=$((nodes * tasks)) # what the ranks must be as many as
 # Slurm numbers a job's steps from 0 in each attempt, and an srun that outlived its attempt ends its step by number:
 # empty steps give neighbouring attempts different numbers
 for ((step = 0; step < attempt % 8; step++)); do
   timeout 60 srun --nodes=1 --ntasks=1 --export=ALL true </dev/null >/dev/null 2>&1
 done
-srun --nodes="$nodes" --ntasks="$JOB_RANKS" --ntasks-per-node="$tasks" --cpus-per-task="$cpus" --export=ALL --kill-on-bad-exit=1 --unbuffered \
-  "${srun_args[@]}" "${part[@]}" "${program[@]}" "${arguments[@]}"
-exit_code=$?
+start_ranks() {
+  local nodes=${width:-$usable} share=$((least > tasks ? least / tasks : 1))
+  if [ "$nodes" -gt "$usable" ]; then nodes=$usable; fi
+  if [ -z "$cpus" ] || { [ -n "$width" ] && [ "$cpus" -gt "$share" ]; }; then cpus=$share; fi
+  export JOB_RANKS=$((nodes * tasks)) # what the ranks must be as many as
+  srun --nodes="$nodes" --ntasks="$JOB_RANKS" --ntasks-per-node="$tasks" --cpus-per-task="$cpus" --export=ALL --kill-on-bad-exit=1 --unbuffered \
+    "${srun_args[@]}" "${without[@]}" "${program[@]}" "${arguments[@]}"
+}
+exit_code=0
+for at_work in "${sruns[@]}" ${always:+"$always"}; do
+  if [ "$ended" = yes ] && [ "$at_work" != "${sruns[0]}" ]; then exit_code=75 && break; fi
+  "$at_work"
+  start_ranks
+  exit_code=$?
+  if [ "$exit_code" != 0 ]; then break; fi
+done
 
 # the first rank that failed knows best; srun's own code mixes those of all ranks
 last=$exit_code

@@ -21,6 +21,22 @@ JOB_SH = Path(__file__).with_name("job.sh").read_text(encoding="utf-8")
 
 
 @dataclass(frozen=True, kw_only=True)
+class Part:
+    """One srun line of a job that has several, as ``Script`` and ``Resources`` say of one.
+
+    ``width`` is the most nodes for it, 0 all; ``always`` the last one, which comes also when the job ends for good.
+    """
+
+    name: str
+    arguments: Sequence[str]
+    tasks_per_node: int
+    cpus_per_task: int | None
+    width: int = 0
+    srun_args: Sequence[str] = ()
+    always: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class Script:
     """One job's batch file. ``program`` and its ``arguments`` are what every rank runs.
 
@@ -28,12 +44,13 @@ class Script:
     ``pipeline.launch.code``). ``setup`` are shell lines of the site's profile, run in a function.
     ``max_gpu_s`` limits the GPU-seconds of all attempts of all jobs that share ``state_dir``; 0 is no limit. The
     file may be sent again for a spare job, with the id of the job in whose place that one runs as its argument.
+    ``parts``, one after another, stand in place of ``arguments``, ``srun_args`` and the job's tasks and cores.
     """
 
     resources: Resources
     settings: Mapping[str, Setting]
     program: Sequence[str]
-    arguments: Sequence[str]
+    arguments: Sequence[str] = ()
     log_dir: str
     state_dir: str
     code: str = ""
@@ -43,6 +60,7 @@ class Script:
     env: Mapping[str, str] = field(default_factory=dict)
     srun_args: Sequence[str] = ()
     max_gpu_s: int = 0
+    parts: Sequence[Part] = ()
 
     @property
     def requeues(self) -> bool:
@@ -51,14 +69,22 @@ class Script:
 
 def render(script: Script) -> str:
     """The whole sbatch file. FlagError for a value that cannot be written on one line."""
-    if ":" in (*script.srun_args, *script.program, *script.arguments):
+    asked = script.resources
+    only = Part(
+        name="",
+        arguments=script.arguments,
+        tasks_per_node=asked.tasks_per_node,
+        cpus_per_task=asked.cpus_per_task,
+        srun_args=script.srun_args,
+    )
+    words = [word for part in (only, *script.parts) for word in (*part.srun_args, *part.arguments)]
+    if ":" in (*script.program, *words):
         raise FlagError("command: srun takes a word that is just ':' for the start of another command; change it")
     pairs = [
         *header(script.resources, script.settings),
         ("open-mode", "append"),
         ("output", path_pattern(script.log_dir, script.log_name)),
     ]
-    cpus = script.resources.cpus_per_task
     lines = [
         "#!/bin/bash",
         *(header_line(name, value) for name, value in sorted(pairs)),
@@ -69,17 +95,31 @@ def render(script: Script) -> str:
         f"max_gpu_s={script.max_gpu_s}",
         "stands_in_for=${1-}",
         f"code={quote('code folder', script.code) if script.code else ''}",
-        f"tasks={script.resources.tasks_per_node}",
-        f"cpus={'' if cpus is None else cpus}",
-        array("srun_args", script.srun_args),
         array("program", script.program),
-        array("arguments", script.arguments),
+        *([] if script.parts else _settings(only)),
+        *(f"{_function(part)}() {{ {'; '.join(_settings(part))}; }}" for part in script.parts),
+        f"sruns=({' '.join(_function(part) for part in script.parts if not part.always) or ':'})",
+        f"always={''.join(_function(part) for part in script.parts if part.always)}",
         "site() {",
         *(f"  {line}" for line in _environment(script)),
         "}",
         "",
     ]
     return "\n".join([*lines, JOB_SH])
+
+
+def _settings(part: Part) -> list[str]:
+    return [
+        f"width={part.width or ''}",
+        f"tasks={part.tasks_per_node}",
+        f"cpus={part.cpus_per_task or ''}",
+        array("srun_args", part.srun_args),
+        array("arguments", part.arguments),
+    ]
+
+
+def _function(part: Part) -> str:
+    return "part_" + re.sub(r"\W", "_", part.name, flags=re.ASCII)
 
 
 def _environment(script: Script) -> list[str]:

@@ -24,7 +24,7 @@ class JobPlan:
     """One job of a chain, one call of sbatch: its stages in order, its request, and where each setting came from.
 
     ``any_need``: one of the needs is enough, else all of them. ``stands_in_for`` names the job that this spare one
-    goes on for, whose id its script is told.
+    goes on for, whose id its script is told. ``parts`` are jobs that this one is in place of, one after another.
     """
 
     name: str
@@ -36,6 +36,7 @@ class JobPlan:
     resources: Resources = field(default_factory=Resources)
     left: Mapping[str, Setting] = field(default_factory=dict)  # settings that are no numbers
     settings: Mapping[str, Setting] = field(default_factory=dict)  # all of them, to be shown
+    parts: tuple[JobPlan, ...] = ()
 
     @property
     def file(self) -> str:

@@ -21,6 +21,8 @@ from slurm.submission import JobPlan, Need
 REPORT_MIN, REPORT_GB = 30, 4.0  # the report reads small files
 REPORT_OWN = ("time", "cpus-per-task", "mem", "exclusive", "nodes", "ntasks-per-node")
 
+OF_PART = ("nodes", "ntasks-per-node", "cpus-per-task", "mem")  # each part of a job has its own
+
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
@@ -111,6 +113,32 @@ def equipped(jobs: Iterable[JobPlan], asked: Mapping[str, Asked]) -> list[JobPla
             ask = _small(ask)
         ready.append(dataclasses.replace(job, resources=ask.resources, left=ask.left, settings=ask.settings))
     return ready
+
+
+def in_one(jobs: Sequence[JobPlan]) -> JobPlan:
+    """One job that is all of them, one after another (``submit --one-job``): it asks for what the widest asks for.
+
+    Cores and memory are enough for each of them. A narrower one runs on some of the nodes while the others idle.
+    ConfigError for a flag that addresses a job which there is not.
+    """
+    widest = max(jobs, key=lambda job: (job.resources.most_tasks, job.section == "pretrain"))
+    for job in jobs:
+        for name, setting in job.settings.items():
+            same = name in OF_PART or widest.settings.get(name) == setting
+            if setting.source == "flag" and job.section != widest.section and not same:
+                raise ConfigError(
+                    f"--{name}={job.section}={setting.value}: with --one-job the one job is {widest.section}'s; "
+                    f"say it without {job.section}= or leave it out"
+                )
+    asked = widest.resources
+    cores = [job.resources.cpus_per_task * job.resources.tasks_per_node for job in jobs if job.resources.cpus_per_task]
+    if cores and asked.exclusive is None:
+        asked = dataclasses.replace(asked, cpus_per_task=-(-max(cores) // asked.tasks_per_node))
+    memory = [job.resources.mem_gb for job in jobs if job.resources.mem_gb is not None]
+    if memory and not {"mem-per-cpu", "mem-per-gpu"} & widest.left.keys():
+        asked = dataclasses.replace(asked, mem_gb=max(memory) if all(memory) else 0)
+    stages = tuple(name for job in jobs for name in job.stages)
+    return dataclasses.replace(widest, name="chain", stages=stages, needs=(), resources=asked, parts=tuple(jobs))
 
 
 def _small(ask: Asked) -> Asked:

@@ -26,7 +26,7 @@ from slurm import flags
 from slurm.profile import SECTIONS, Profile
 from slurm.resources import parse_nodes
 
-SLURM_ONLY = ("test-only", "write-scripts", "max-gpu-hours", "allow-mixed")
+SLURM_ONLY = ("one-job", "test-only", "write-scripts", "max-gpu-hours", "allow-mixed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +55,7 @@ class Request:
     allow_mixed: bool = False
     split: bool = False
     split_seeds: bool = False
+    one_job: bool = False
     dry_run: bool = False
     write_scripts: Path | None = None
     test_only: bool = False
@@ -156,18 +157,6 @@ def of(words: Sequence[str], command: Sequence[str] | None = None) -> Request:
     )
 
 
-def by_node_count(words: Sequence[str]) -> dict[str, list[str]]:
-    """The words once for each number of ``--nodes 1,2,4``, by number; {} without such a list or --test-only."""
-    flag = [f.value for f in flags.split(words, sections=SECTIONS).flags if f.name == "nodes" and "," in f.value]
-    if not flag or "--test-only" not in words:
-        return {}
-    spelled = [f"{before}{flag[-1]}" for before in ("", "--nodes=", "-N")]
-    return {
-        count: [word.removesuffix(flag[-1]) + count if word in spelled else word for word in words]
-        for count in flag[-1].split(",")
-    }
-
-
 def seeds_of(text: str) -> tuple[str, list[int]]:
     """``mrpc=0-4,7``: what to repeat, and the seeds, for argparse."""
     what, _, numbers = text.partition("=")
@@ -185,11 +174,13 @@ def seeds_of(text: str) -> tuple[str, list[int]]:
 SWITCHES = {
     "split": "one job for each stage",
     "split_seeds": "one job for each seed of a fine-tuning task",
+    "one_job": "the whole chain in one job, stage after stage, where a site lets wait only one or two",
     "dry_run": "show the jobs and where each setting comes from",
     "test_only": "ask Slurm when the jobs would start, on each of --nodes 1,2,4; send nothing",
     "replace": "cancel jobs of this run that are at work; let another recipe take it over",
     "upgrade": "go on with the code of this checkout instead of the code with which the run began",
 }
+OF_CHAIN = ("split", "split_seeds", "one_job")  # what guard has not
 
 
 class Options(argparse.ArgumentParser):
@@ -268,10 +259,10 @@ def guard_parser() -> Options:
     options.needed = "a --cluster, --saves PATH and, behind --, the command"
     options.example = "--run runs/mine --cluster generic --saves checkpoints -- python train.py"
     absent = dict.fromkeys(("recipe", "language", "start", "data", "stages", "seeds"))
-    options.set_defaults(**absent, text=[], replay=[], settings=[], verify=False, split=False, split_seeds=False)
+    options.set_defaults(**absent, **dict.fromkeys(OF_CHAIN, False), text=[], replay=[], settings=[], verify=False)
     saves_help = "file or folder that holds what the command saves: changed, the attempt made progress"
     options.add_argument("--saves", type=Path, metavar="PATH", help=saves_help)
-    return _sent(options, tuple(name for name in SWITCHES if not name.startswith("split")))
+    return _sent(options, tuple(name for name in SWITCHES if name not in OF_CHAIN))
 
 
 def _sent(options: Options, switches: Sequence[str]) -> Options:

@@ -17,7 +17,7 @@ from pipeline.run.rundir import RunDir
 from slurm.flags import Setting
 from slurm.header import spell
 from slurm.resources import format_time
-from slurm.script import Script, render
+from slurm.script import Part, Script, render
 from slurm.submission import JobPlan, submit_sh
 
 UNSET = "unset RANK WORLD_SIZE LOCAL_RANK PIPELINE_LAUNCH PIPELINE_PARENT"  # of a launcher that submitted us
@@ -30,17 +30,31 @@ def script_text(request: Request, job: JobPlan) -> str:
     left.pop("comment", None)  # goes to sbatch behind our tag
     left.setdefault("job-name", Setting(f"{place.name}/{job.name}", "submit"))
     left.setdefault("chdir", Setting(str(request.data_dir.resolve() if request.command else code.ROOT), "submit"))
+    command = ["--", *request.command] if request.command else []
+
+    def arguments(stages: Sequence[str]) -> list[str]:
+        return ["-m", "pipeline.worker", str(place), *stages, *command]
+
+    def srun_args(section: str) -> list[str]:
+        return [*profile.srun_args, *profile.section(section).srun_args]
+
     return render(
         Script(
             resources=job.resources,
             settings=left,
             program=[*profile.container, profile.python or sys.executable],
-            arguments=[
-                "-m",
-                "pipeline.worker",
-                str(place),
-                *job.stages,
-                *(["--", *request.command] if request.command else []),
+            arguments=arguments(job.stages),
+            parts=[
+                Part(
+                    name=part.name,
+                    arguments=arguments(part.stages),
+                    tasks_per_node=part.resources.tasks_per_node,
+                    cpus_per_task=part.resources.cpus_per_task,
+                    width=part.resources.nodes[1] if part.resources.nodes[1] < job.resources.nodes[1] else 0,
+                    srun_args=srun_args(part.section),
+                    always=part.name == "report",
+                )
+                for part in job.parts
             ],
             log_dir=str(place / "logs"),
             log_name=f"{job.name}-%j.out",
@@ -49,7 +63,7 @@ def script_text(request: Request, job: JobPlan) -> str:
             modules=profile.modules,
             setup=[UNSET, *profile.setup],
             env={"OMP_NUM_THREADS": str(profile.threads), **profile.env},
-            srun_args=[*profile.srun_args, *profile.section(job.section).srun_args],
+            srun_args=srun_args(job.section),
             max_gpu_s=round(request.max_gpu_hours * 3600),
         )
     )

@@ -91,7 +91,9 @@ class Executor(submitit.SlurmExecutor):
         try:
             job_id = queue.submit(Path(self.folder) / job.file, words, arguments, tag=tag, say=say)
         except Refused as refused:
-            raise Refused(f"{refused}{blame(str(refused), job.settings, extra)}") from None
+            few = "MaxSubmitJob" in str(refused) and not job.parts
+            hint = "; --one-job sends the chain as one job" if few else ""
+            raise Refused(f"{refused}{blame(str(refused), job.settings, extra)}{hint}") from None
         return SlurmJob(folder=self.folder, job_id=job_id)
 
 

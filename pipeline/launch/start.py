@@ -15,7 +15,7 @@ from data_prep.publish import publish_json, publish_text
 from pipeline.batch import BatchPlan, better_micro_batch
 from pipeline.errors import ConfigError
 from pipeline.launch import code, corpora, scripts
-from pipeline.launch.jobs import equipped, jobs_of, with_spares
+from pipeline.launch.jobs import equipped, in_one, jobs_of, with_spares
 from pipeline.launch.local import run_chain
 from pipeline.launch.request import Request
 from pipeline.run.chain import Chain, made_with
@@ -118,9 +118,10 @@ def nothing_to_do(run: RunDir) -> int:
 def plan_jobs(chain: Chain, todo: dict[str, str], asked: Request) -> list[JobPlan]:
     """The jobs of ``todo`` with what they ask for."""
     jobs = jobs_of(chain.stages, todo, split=asked.split or bool(asked.command), split_seeds=asked.split_seeds)
-    if asked.profile.spares:
-        jobs = with_spares(jobs, asked.profile.spares)
-    return equipped(jobs, asked.asked)
+    if asked.one_job and jobs:
+        jobs = [in_one(equipped(jobs, asked.asked))]
+    spared = with_spares(jobs, asked.profile.spares) if asked.profile.spares else jobs
+    return spared if asked.one_job else equipped(spared, asked.asked)
 
 
 def to_slurm(asked: Request) -> list[SlurmJob]:

@@ -128,11 +128,11 @@ class Look:
         folder = self.chain.run.stage(self.name)
         attempts = folder.attempts
         row: dict[str, Any] = {"name": self.name, "state": "done", "attempts": len(attempts)}
-        if self.name not in self.todo:
+        sent = self.sent.job_of(self.name) if self.sent else None
+        if self.name not in self.todo or self.told(sent, attempts):
             return cast(Row, {**row, "duration_s": (folder.done or {}).get("duration_s", 0.0)})
         if not self.chain.is_current(self.name):
             attempts = []
-        sent = self.sent.job_of(self.name) if self.sent else None
         job = self.sent.jobs.get(sent.id) if self.sent and sent else None
         holder = self.holder(sent, job)
         verdict = self.verdict(attempts)
@@ -159,23 +159,33 @@ class Look:
             row |= queued(job, attempts, self.sent.journal.names)
         return cast(Row, row)
 
+    def told(self, sent: SentJob | None, attempts: Sequence[Attempt]) -> bool:
+        """Whether this is a report that the newest chain has made, though not of all that was to be done."""
+        if sent is None or not attempts or not self.chain.stages[self.name].always:
+            return False
+        done = self.chain.run.stage(self.name).done or {}
+        return attempts[-1].job_id == sent.id and done.get("attempt") == attempts[-1].number
+
     def holder(self, sent: SentJob | None, job: queue.Job | None) -> Holder:
         """What holds the stage."""
         if self.sent is None or sent is None:
             return "runner" if self.held else "nobody"
         if self.sent.silent:
             return "silent"
-        if job is None or job.ended:
+        gone = over(self.chain.run, sent.id)
+        if job is None or job.ended or (gone and not self.chain.stages[self.name].always):
             state = job.state if job else "COMPLETED"  # Slurm forgets a job some minutes after its end
-            failed = state != "COMPLETED" or over(self.chain.run, sent.id)
+            failed = state != "COMPLETED" or gone
             return "cancelled" if state == "CANCELLED" else "ended" if failed else "nobody"
         if job.waiting:
             return "queued"
         return "job" if self.at_work(sent) == self.name else "behind"
 
     def at_work(self, sent: SentJob) -> str:
-        """The stage that a job works on: the first of its stages that is not done."""
-        return next(stage for stage in sent.stages if stage in self.todo)
+        """The stage that a job works on: the first that is not done; when the job is over, what comes all the same."""
+        gone = over(self.chain.run, sent.id)
+        left = (stage for stage in sent.stages if stage in self.todo)
+        return next(stage for stage in left if not gone or self.chain.stages[stage].always)
 
     def verdict(self, attempts: Sequence[Attempt]) -> Mapping[str, Any]:
         """Of the last attempt: its own, else (it was killed) that of the runner which gave it up; empty without one."""

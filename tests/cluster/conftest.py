@@ -176,6 +176,14 @@ def make_cluster(base: Path, devcluster: DevCluster) -> Callable[..., DevCluster
     return lambda name, nodes, **more: make(base, name, nodes, **more)
 
 
+@pytest.fixture(scope="module")
+def odd(base: Path, devcluster: DevCluster) -> Iterator[DevCluster]:
+    """A site as others have it: unequal nodes of unknown memory, hosts with a domain, two jobs a user, a greeting."""
+    shape = {"cpus": (64, 16), "memory_mb": 1, "domain": "example.org", "banner": True}
+    yield make(base, "odd", 2, settings=SETTINGS, with_accounting=True, max_submit=2, **shape)
+    cluster.down(base, "odd")
+
+
 @dataclass(frozen=True)
 class User:
     """Who sends jobs, and the Python that this user may run; uid 0 where ordinary users can run none."""

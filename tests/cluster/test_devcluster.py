@@ -165,23 +165,3 @@ def test_down_after_a_killed_up(base: Path, idle, machine) -> None:
         after = machine()
         assert {kind: after[kind] - before[kind] for kind in before} == {kind: set() for kind in before}
     assert [other.name for other in registry.others(base)] == ["test"]
-
-
-def test_a_site_as_others_have_it(base: Path, devcluster, make_cluster) -> None:
-    """Unequal nodes of unknown memory, host names with a domain, few jobs, short limits, a wrapper around sbatch."""
-    odd = make_cluster(
-        *("odd", 2),
-        **{"cpus": (64, 16), "memory_mb": 1, "domain": "example.org", "banner": True},
-        **{"with_accounting": True, "max_submit": 2},
-    )
-    try:
-        assert odd.call("sinfo", "-h", "-p", "low", "-N", "-o", "%c %m").split("\n") == ["64 1", "16 1"]
-        said = odd.call("srun", "-N2", "--immediate=10", "sh", "-c", "echo $SLURMD_NODENAME $(hostname)")
-        assert sorted(said.splitlines()) == [f"odd-n0{k} odd-n0{k}.example.org" for k in (1, 2)]
-        sbatch = [str(odd.layout.state / "bin" / "sbatch"), "--parsable", "--hold", "--wrap", "true"]
-        assert [len(odd.call(*sbatch).splitlines()) for _ in range(2)] == [3, 3]
-        with pytest.raises(AssertionError, match="QOSMaxSubmitJobPerUserLimit"):
-            odd.call(*sbatch)
-        assert odd.call("sinfo", "-h", "-p", "short", "-o", "%l") == "10:00"
-    finally:
-        cluster.down(base, "odd")
