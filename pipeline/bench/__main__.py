@@ -5,7 +5,7 @@ import sys
 
 from pipeline.errors import ConfigError, run_command
 
-COMMANDS = ("data", "feed", "gpu", "infer", "performance", "train")
+COMMANDS = ("data", "feed", "gpu", "infer", "performance", "scaling", "train")
 
 
 def main() -> int:

@@ -19,13 +19,47 @@ from pipeline.run.family import DATA, link
 from pipeline.run.journal import Journal, live_jobs
 from pipeline.run.rundir import RunDir
 from pipeline.stages import Command, table
+from pipeline.strict_toml import raise_all
 from slurm import queue
 from slurm.submission import Need
 
 
 def start_family(path: Path | None, members: Mapping[str, Sequence[str]], words: Sequence[str]) -> int:
-    """Start a family; the first exit code that is not 0. ``members``: words of its own by the name of its folder."""
-    data, others = requests(path, members, words)
+    """Start a family; the first exit code that is not 0."""
+    return start_all(*requests(path, members, words))
+
+
+def requests(
+    path: Path | None, members: Mapping[str, Sequence[str]], words: Sequence[str]
+) -> tuple[Request, list[Request]]:
+    """What the run of the data and each other run are asked for. ConfigError with all that is wrong in any.
+
+    ``members``: words of its own by the name of its folder, also for the run of the data if it has any.
+    """
+    if path is None or (path / "run.json").exists():
+        raise ConfigError(f"--run {path}: name a folder for several runs that is no run, new or of such a family")
+    data = request.of(["--run", str(path / DATA), *words, *members.get(DATA, ())])
+    if data.write_scripts or data.own or isinstance(data.recipe, Command):
+        raise ConfigError("several runs on the same data take a --recipe, and neither --text nor --write-scripts")
+    if data.profile.spares and data.split:  # Slurm takes "all of" or "one of" several jobs, not a mixture
+        raise ConfigError("--split: jobs that wait for several jobs can have no spares; leave it out")
+    stages = tuple(name for name, stage in table(data.recipe).items() if stage.job == "data")
+    others, faults = [], []
+    for name, own in members.items():
+        if name != DATA:
+            try:
+                asked = request.of(["--run", str(path / name), *words, *own])
+            except ConfigError as error:
+                faults.append(str(error))
+                continue
+            remake = tuple(stage for stage in asked.remake if stage not in stages)
+            others.append(dataclasses.replace(asked, elsewhere=stages, remake=remake))
+    raise_all(dict.fromkeys(faults))
+    return dataclasses.replace(data, stages=stages), others
+
+
+def start_all(data: Request, others: Sequence[Request]) -> int:
+    """The run of the data and then the others; the first exit code that is not 0."""
     if not (data.local or data.dry_run or data.test_only):
         send_family(data, others)
         return 0
@@ -36,25 +70,6 @@ def start_family(path: Path | None, members: Mapping[str, Sequence[str]], words:
         if code := start(asked):
             return code
     return 0
-
-
-def requests(
-    path: Path | None, members: Mapping[str, Sequence[str]], words: Sequence[str]
-) -> tuple[Request, list[Request]]:
-    """What the run of the data and each other run are asked for, before anything is begun."""
-    if path is None or (path / "run.json").exists():
-        raise ConfigError(f"--run {path}: name a folder for several runs that is no run, new or of such a family")
-    data = request.of(["--run", str(path / DATA), *words])
-    if data.write_scripts or data.own or isinstance(data.recipe, Command):
-        raise ConfigError("several runs on the same data take a --recipe, and neither --text nor --write-scripts")
-    if data.profile.spares and data.split:  # Slurm takes "all of" or "one of" several jobs, not a mixture
-        raise ConfigError("--split: jobs that wait for several jobs can have no spares; leave it out")
-    stages = tuple(name for name, stage in table(data.recipe).items() if stage.job == "data")
-    others = [request.of(["--run", str(path / name), *words, *own]) for name, own in members.items()]
-    return dataclasses.replace(data, stages=stages), [
-        dataclasses.replace(asked, elsewhere=stages, remake=tuple(name for name in asked.remake if name not in stages))
-        for asked in others
-    ]
 
 
 def send_family(data: Request, others: Sequence[Request]) -> None:
