@@ -20,6 +20,7 @@ from typing import Any
 
 from data_prep.publish import publish_json
 from pipeline.batch import BatchPlan
+from pipeline.bert.config import shape_of
 from pipeline.config import PRECISIONS, Recipe, load_profile, load_recipe
 from pipeline.errors import ConfigError
 from pipeline.launch import estimate
@@ -27,7 +28,6 @@ from pipeline.launch.family import requests, start_all
 from pipeline.launch.request import Request, hours
 from pipeline.launch.scripts import spent_gpu_hours
 from pipeline.launch.start import planned
-from pipeline.run import gpu_samples
 from pipeline.run.family import DATA, runs_of
 from pipeline.run.rundir import RunDir
 from pipeline.run.state import Sent, survey
@@ -56,7 +56,7 @@ def main(arguments: list[str]) -> int:
         raise ConfigError(f"{' '.join(words)}: means nothing without --nodes, which sends rows")
     runs = [run for run in runs_of(options.run) if run.exists and run.path.name != DATA]
     rows = with_scaling([*map(row_of, runs), *rows])
-    figures = {"rows": rows, "environment": environment(runs)}
+    figures = {"rows": rows, "environment": environment(runs), "model": model(runs)}
     if options.out:
         publish_json(options.out, figures)
     if options.json:
@@ -270,11 +270,18 @@ def with_scaling(rows: list[Row]) -> list[Row]:
 
 
 def environment(runs: Sequence[RunDir]) -> dict[str, Any]:
-    """What the rows were measured on, as the first of them has it on record."""
+    """What the rows were measured on, as the first that is done has it on record."""
     for run in runs:
         settings = run.settings
-        samples = gpu_samples.read(run, list(settings["recipe"].get("phases", ["phase1"])))
-        cluster, versions = settings["profile"].get("name"), settings.get("versions") or {}
-        names = [gpu.name for gpu in samples.gpus if gpu.name] if samples else []
-        return {"device": next(iter(names), f"cluster {cluster}"), "cluster": cluster, "torch": versions.get("torch")}
+        for phase in training_of(settings, str(run.path / "run.json")).phases:
+            done = run.stage(phase).done or {}
+            if machine := done.get("machine"):
+                torch = (done.get("made_with") or {}).get("torch")
+                return {"cluster": settings["profile"].get("name"), "torch": torch, **machine}
     return {}
+
+
+def model(runs: Sequence[RunDir]) -> dict[str, int] | None:
+    """The shape of the rows' model; None where they have several, which make no table."""
+    shapes = [shape_of(training_of(run.settings, str(run.path / "run.json")).model) for run in runs]
+    return shapes[0] if shapes and all(shape == shapes[0] for shape in shapes) else None

@@ -11,6 +11,7 @@ import pytest
 from pipeline.bench import scaling
 from pipeline.errors import ConfigError
 from pipeline.report.published import published
+from pipeline.tables import values_of
 from support.running import SMALL, call, one_line, states
 
 A100 = ["--recipe", "bert_large", "--cluster", "dgx_a100_80g", "--nodes", "1,2,4,8,16,32", "--precision", "tf32,fp16"]
@@ -24,7 +25,11 @@ def asked_rows(path: Path, *words: str) -> list[scaling.Row]:
 def test_the_rows_are_those_of_the_published_table(tmp_path: Path) -> None:
     keys = ("phase", "precision", "nodes", "gpus", "micro_batch", "accumulation")
     theirs = ("measured", "precision", "nodes", "gpus_per_node", "micro_batch", "accumulation")
-    table = {tuple(row[key] for key in theirs) for row in published() if row["table"] == "scaling-a100"}
+    table = {
+        tuple(row[key] for key in theirs)
+        for row in published()
+        if (row["table"], row["metric"]) == ("scaling-a100", "throughput")
+    }
     found = asked_rows(tmp_path / "rows")
     assert {tuple(str(row[key]) for key in keys) for row in found} == table
     assert len(found) == len(table) == 24
@@ -83,7 +88,10 @@ def test_rows_on_this_machine(small_run: Path, small_data: Path, tmp_path: Path)
     again = call("bench", "scaling", *words, "--nodes", "1,2", "--out", tmp_path / "rows.json")  # phase 2, too
     assert again.returncode == 0, again.stderr
     assert "2 of 4 rows to measure" in again.stdout
-    rows_now = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    figures = json.loads((tmp_path / "rows.json").read_text())
+    rows_now, values = figures["rows"], values_of(tmp_path / "rows.json", figures["model"])
+    assert [value.value for value in values] == [row["sequences_per_s"] for row in rows_now]
+    assert "CPU" in values[0].place
     assert rows_now[:2] == rows
     assert [row["phase"] for row in rows_now] == ["phase1", "phase1", "phase2", "phase2"]
     assert call("bench", "scaling", "--run", folder).stdout.splitlines() == again.stdout.splitlines()[-5:]
