@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pipeline.report.facts import Facts
 from pipeline.report.page import Html, join, note, section, table, tag
 from pipeline.run.account import PARTS, Account, RunAccount
-from pipeline.words import duration, percent
+from pipeline.words import duration, is_number, number, percent
 
 WIDTH, HEIGHT = 940, 22
 
@@ -20,7 +20,8 @@ def time_section(facts: Facts) -> Html:
     accounts = {"The chain": times.chain}
     accounts |= {name: times.stages[name] for name in (p.name for p in facts.phases) if name in times.stages}
     bars = [bar(name, account, f"time-{index}") for index, (name, account) in enumerate(accounts.items())]
-    return section("Where the time went", tag("div", *bars, class_="bars"), parts_table(accounts), *remarks(times))
+    shown = tag("div", *bars, class_="bars")
+    return section("Where the time went", shown, parts_table(accounts), *remarks(times), trained(facts))
 
 
 def bar(name: str, account: Account, key: str) -> Html:
@@ -64,3 +65,19 @@ def remarks(times: RunAccount) -> list[Html]:
         note("Goodput = computing and communication of steps that count ÷ time in which processes ran."),
         note(f"The chain is its critical path, {path}{'; what ran beside it cost no time' if beside else ''}."),
     ]
+
+
+def trained(facts: Facts) -> Html | None:
+    """Time to train and final loss as the field publishes them, the held-out loss beside it."""
+    took = {name: seconds for name in (*(p.name for p in facts.phases), *facts.tuning)
+            if (seconds := facts.training_s(name))}  # fmt: skip
+    if not took:
+        return None
+    words = ", ".join(f"{name} {duration(seconds)}" for name, seconds in took.items())
+    last = facts.phases[-1]
+    loss, held = last.last("loss"), last.last("eval_mlm_loss")
+    said = f" Final training loss {number(loss)}: that of the last step's whole batch" if is_number(loss) else ""
+    said += f"; held-out masked loss {number(held)}" if said and is_number(held) else ""
+    return note(
+        f"Time to train, of steps alone, without start-up, evaluation and checkpoints: {words}.{said}{'.' * bool(said)}"
+    )

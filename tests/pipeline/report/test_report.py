@@ -54,6 +54,7 @@ def test_the_result_stands_at_the_top(finished):
     assert "Accuracy at [MASK] 21.0 % most frequent word: 4.0 %" in top
     assert "NSP accuracy 68.0 % more frequent answer: 55.0 %" in top
     assert "sentiment stand-in : accuracy 71.40 %, F1 70.10 % (most frequent class accuracy 50.07 %)" in top
+    assert re.search("Time to train, of steps alone, [^:]*: phase1 .*, phase2 .* Final training loss", finished.text)
 
 
 def test_the_control_at_the_end_of_a_phase_decides(tmp_path):
