@@ -1,4 +1,4 @@
-"""The two that the inference benchmark times: this product's forward and post-processing, and transformers'.
+"""The two that benchmarks time: this product's forward and post-processing, and transformers', which trains, too.
 
 Both compute the same model: the weights of ours are copied into theirs.
 """
@@ -6,13 +6,17 @@ Both compute the same model: the weights of ours are copied into theirs.
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipeline.bench.inputs import Pairs, settings_of, squad_of
+from pipeline.bert.config import BertConfig
 from pipeline.bert.encoder import initialise
 from pipeline.bert.folder import HEADS, POOLER, ModelFolder
 from pipeline.bert.packing import Batch
@@ -90,24 +94,13 @@ class Transformers:
         import transformers
 
         self.device, self.seq_len = ours.device, ours.seq_len
-        kind = transformers.BertForQuestionAnswering if ours.squad else transformers.BertForSequenceClassification
-        described = folder.config.to_hugging_face(vocab_size=folder.config.vocab_size)
-        model: nn.Module = kind(transformers.BertConfig(**described))
-        state = ours.model.state_dict()
-        own = model.state_dict().keys()
-        model.load_state_dict({name: tensor for name, tensor in state.items() if name in own})
+        model = of_transformers(ours.model, folder.config)
         self.model = model.to(ours.device, next(ours.model.parameters()).dtype).eval()
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder.path, local_files_only=True)
         self.cut = "only_second" if ours.squad else "longest_first"
 
     def inputs(self, samples: Samples) -> dict[str, Tensor]:
-        lengths = samples.lengths
-        real = np.arange(lengths.max()) < lengths[:, None]
-        ids = np.zeros(real.shape, np.int64)
-        ids[real] = samples.tokens
-        segments = (np.arange(lengths.max()) >= samples.b_start[:, None]) & real
-        made = {"input_ids": ids, "attention_mask": real.astype(np.int64), "token_type_ids": segments.astype(np.int64)}
-        return {name: torch.from_numpy(values).to(self.device) for name, values in made.items()}
+        return padded(samples, self.device)
 
     def forward(self, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
         outputs: tuple[Tensor, ...] = self.model(**inputs).to_tuple()
@@ -131,19 +124,88 @@ class Transformers:
         offsets = encoded["offset_mapping"].numpy()
         inside = (encoded["token_type_ids"] * encoded["attention_mask"]).numpy().astype(bool)
         return [
-            _best_text(start, end, offsets[i], inside[i], pairs[i][1])
+            best_text([(start, end, offsets[i], inside[i])], pairs[i][1])
             for i, (start, end) in enumerate(zip(*logits, strict=True))
         ]
 
 
-def _best_text(start: Any, end: Any, offsets: Any, inside: Any, context: str) -> str:
+def padded(samples: Samples, device: torch.device) -> dict[str, Tensor]:
+    """Samples as transformers' model takes them, a row each, as long as the longest."""
+    lengths = samples.lengths
+    real = np.arange(lengths.max()) < lengths[:, None]
+    ids = np.zeros(real.shape, np.int64)
+    ids[real] = samples.tokens
+    segments = (np.arange(lengths.max()) >= samples.b_start[:, None]) & real
+    made = {"input_ids": ids, "attention_mask": real.astype(np.int64), "token_type_ids": segments.astype(np.int64)}
+    return {name: torch.from_numpy(values).to(device) for name, values in made.items()}
+
+
+def of_transformers(ours: nn.Module, config: BertConfig) -> nn.Module:
+    """Hugging Face's model of a task with the weights of ours."""
+    import transformers
+
+    kind = getattr(transformers, type(ours).__name__)
+    described = transformers.BertConfig(**config.to_hugging_face(vocab_size=config.vocab_size))
+    model: nn.Module = kind._from_config(described, attn_implementation="sdpa")
+    own = model.state_dict().keys()
+    model.load_state_dict({name: tensor for name, tensor in ours.state_dict().items() if name in own})
+    return model
+
+
+def transformers_step(
+    model: nn.Module, precision: str, batches: Callable[[int], Sequence[Mapping[str, Tensor]]], *, scaled: bool = False
+) -> Callable[[int, float], Tensor]:
+    """A training step as Hugging Face's users make it, on the micro-batches that ``batches`` gives for its number.
+
+    ``scaled``: with torch's loss scale in fp16. A step returns the mean of the losses.
+    """
+    device = next(model.parameters()).device
+    trained: Any = nn.parallel.DistributedDataParallel(model.train()) if dist.is_initialized() else model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.01, fused=True)
+    scale = torch.amp.GradScaler(device.type, enabled=scaled and precision == "fp16")
+
+    def step(number: int, learning_rate: float) -> Tensor:
+        repeatable = torch.are_deterministic_algorithms_enabled()  # ours; its users run it without
+        torch.use_deterministic_algorithms(False)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+        parts, losses = batches(number), []
+        for place, part in enumerate(parts, 1):
+            waits = dist.is_initialized() and place < len(parts)
+            with trained.no_sync() if waits else nullcontext():
+                with autocast(precision, device):
+                    loss = trained(**part).loss / len(parts)
+                scale.scale(loss).backward()
+            losses.append(loss.detach())
+        scale.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        scale.step(optimizer)
+        scale.update()
+        optimizer.zero_grad(set_to_none=True)
+        torch.use_deterministic_algorithms(repeatable)
+        return torch.stack(losses).sum()
+
+    return step
+
+
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """torch's own, for those who have nothing of ours."""
+    return torch.autocast(device.type, dtype=AUTOCAST.get(precision, torch.bfloat16), enabled=precision in AUTOCAST)
+
+
+Window = tuple[Any, Any, Any, Any]
+"""Start and end logits of a window's tokens, their characters in the context, and which lie in it."""
+
+
+def best_text(windows: Iterable[Window], context: str) -> str:
     """The n-best answer of transformers' question answering examples: 20 starts, 20 ends, softmax, the best text."""
     found = []
-    ends = [j for j in np.argsort(-end)[:N_BEST].tolist() if inside[j]]
-    for i in (i for i in np.argsort(-start)[:N_BEST].tolist() if inside[i]):
-        found += [(start[i] + end[j], i, j) for j in ends if i <= j < i + LONGEST_ANSWER]
+    for start, end, offsets, inside in windows:
+        ends = [j for j in np.argsort(-end)[:N_BEST].tolist() if inside[j]]
+        for i in (i for i in np.argsort(-start)[:N_BEST].tolist() if inside[i]):
+            found += [(start[i] + end[j], offsets[i][0], offsets[j][1]) for j in ends if i <= j < i + LONGEST_ANSWER]
     best = sorted(found, reverse=True)[:N_BEST]
-    texts = [context[offsets[i][0] : offsets[j][1]] for _, i, j in best]
+    texts = [context[first:last] for _, first, last in best]
     weights = np.exp([score - best[0][0] for score, _, _ in best])
     answers = [{"text": text, "probability": p} for text, p in zip(texts, weights / weights.sum(), strict=True)]
     return answers[0]["text"] if answers else ""

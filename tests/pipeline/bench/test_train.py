@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from pipeline.bench.gpu_subject import invent
-from pipeline.bench.train import KEYS, of_precision, our_step, transformers_step
+from pipeline.bench.train import our_step, their_step
+from pipeline.bench.turns import FIGURES
 from pipeline.bert.config import BertConfig
 from pipeline.config import load_recipe
-from pipeline.errors import ConfigError
 from support.running import call
 
 CPU = torch.device("cpu")
@@ -29,7 +29,7 @@ def test_every_row_has_its_keys_and_a_ratio_that_is_one_of_its_rows():
     rows = {(row["variant"], row["precision"], row["gpus"]): row for row in figures["rows"]}
     assert len(rows) == 8
     for (_, precision, gpus), row in rows.items():
-        assert set(KEYS) <= set(row)
+        assert {"variant", "phase", *FIGURES} <= set(row)
         assert (row["micro_batch"], row["accumulation"], row["seq_len"]) == ({"bf16": 4, "fp32": 2}[precision], 2, 32)
         assert row["tokens_per_s"] <= row["padded_tokens_per_s"]
         other = rows["transformers", precision, gpus]["sequences_per_s"]
@@ -44,7 +44,7 @@ def test_both_train_the_same_samples_from_loss_of_chance_on_down():
                         attention_probs_dropout_prob=0.0)  # fmt: skip
     samples = [invent(8, 32, 64, seed) for seed in range(2)]
     ours = our_step(recipe, config, "fp32", samples, 2, CPU)
-    theirs = transformers_step(config, "fp32", samples, 2, CPU)
+    theirs = their_step(config, "fp32", samples, 2, CPU)
     for step in (ours, theirs):
         losses = [step(number, 3e-3) for number in range(60)]
         assert losses[0] == pytest.approx(math.log(64) + math.log(2), rel=0.1)
@@ -65,9 +65,3 @@ def test_what_cannot_be_measured_is_said_first(words, code, line):
     done = call("bench", "train", "--recipe", "tiny", "--steps", "1", *words)
     assert (done.returncode, done.stdout) == (code, "")
     assert line in done.stderr
-
-
-def test_a_value_for_each_precision():
-    assert (of_precision("8", "fp16"), of_precision("tf32=4,fp16=8", "fp16"), of_precision("", "fp16")) == (8, 8, None)
-    with pytest.raises(ConfigError, match="for each precision"):
-        of_precision("tf32=4", "fp16")
