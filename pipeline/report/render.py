@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.publish import publish_text
+from pipeline.errors import ConfigError
 from pipeline.node.job import Job
 from pipeline.report import chart, page
 from pipeline.report.card import card
 from pipeline.report.curves import level_of, training_section
 from pipeline.report.facts import Facts, gather
+from pipeline.report.family import seeds_page
 from pipeline.report.gpus import gpu_section, incident_section
 from pipeline.report.learnt import context_in_words
 from pipeline.report.page import Html, document, note, table, tag
@@ -31,18 +33,25 @@ from pipeline.report.sections import (
     verdict,
 )
 from pipeline.report.times import time_section
+from pipeline.run.family import runs_of
 from pipeline.run.rundir import RunDir
 from pipeline.words import duration, is_number, moment, number, percent, with_error
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m pipeline.report", description=__doc__)
-    parser.add_argument("run", type=Path, help="run directory")
+    parser.add_argument("run", type=Path, help="run directory, or the folder of runs of --seeds pretrain=")
     parser.add_argument("--out", type=Path, help="the file to write (default: RUN/report.html)")
     arguments = parser.parse_args()
-    run = RunDir(arguments.run)
-    out = arguments.out or run.report
-    text = render(gather(run, held=run.is_held()))
+    runs = runs_of(arguments.run)
+    facts = [gather(run, held=run.is_held()) for run in runs if len(runs) == 1 or run.path.name.startswith("seed-")]
+    if not facts:
+        raise ConfigError(f"{arguments.run}: no run and no family of seeds; bench scaling shows its own")
+    if len(runs) > 1:
+        text = seeds_page(arguments.run.resolve().name, [(each, overall(each)) for each in facts], time.time())
+    else:
+        text = render(facts[0])
+    out = arguments.out or RunDir(arguments.run).report
     out.parent.mkdir(parents=True, exist_ok=True)
     publish_text(out, text)
     print(out)
