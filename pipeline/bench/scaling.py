@@ -208,6 +208,10 @@ def row_of(run: RunDir) -> Row:
     """The row of a run, with its figures when its phase is done; else the state of that."""
     settings = run.whole_settings
     recipe, nodes = training_of(settings, str(run.path / "run.json")), int(settings["nodes"])
+    if len(recipe.phases) != 1:
+        raise ConfigError(
+            f"{run.path}: no row of a scaling table, which trains one phase; name the folder of such rows"
+        )
     (phase,) = recipe.phases
     worlds = [event["world_size"] for event in run.events if event.get("event") == "started"]
     made = row(run, recipe, nodes, worlds[-1] if worlds else nodes)

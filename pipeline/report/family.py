@@ -76,4 +76,4 @@ def link(facts: Facts) -> Html | str:
 
 
 def shown(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4g}"
+    return "–" if value is None else f"{value:#.4g}"

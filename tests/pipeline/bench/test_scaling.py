@@ -12,7 +12,8 @@ from pipeline.bench import scaling
 from pipeline.errors import ConfigError
 from pipeline.report.published import published
 from pipeline.tables import values_of
-from support.running import SMALL, call, one_line, states
+from support.reporting import begin
+from support.running import SMALL, TWO_PHASES, call, one_line, states
 
 A100 = ["--recipe", "bert_large", "--cluster", "dgx_a100_80g", "--nodes", "1,2,4,8,16,32", "--precision", "tf32,fp16"]
 
@@ -66,6 +67,13 @@ def test_mistakes_are_told_at_once(tmp_path: Path) -> None:
         assert f"{ranks} ranks cannot share a global_batch of {batch}" in wide.stderr
     one_line(call("bench", "scaling", "--run", tmp_path / "rows", "-p", "gpu"), 2, "-p gpu", "--nodes")
     assert not (tmp_path / "rows").exists()
+
+
+def test_other_runs_are_no_rows(tmp_path: Path) -> None:
+    begin(tmp_path / "data", TWO_PHASES, "local")
+    begin(tmp_path / "seed-0", TWO_PHASES, "local")
+    with pytest.raises(ConfigError, match="seed-0: no row of a scaling table"):
+        scaling.main(["--run", str(tmp_path)])
 
 
 @pytest.mark.slow

@@ -52,10 +52,10 @@ def test_seeds_and_their_spread(family: Path, monkeypatch: pytest.MonkeyPatch) -
               for line in (family / f"seed-{seed}/stages/phase1/attempts/0001/metrics.jsonl").read_text().splitlines()
               if json.loads(line)["step"] == 100 + 5 * seed and "loss" in json.loads(line)]  # fmt: skip
     assert len(set(losses)) == 3
-    assert [rows[f"seed-{seed}"][0] for seed in SCORES] == [f"{loss:.4g}" for loss in losses]
-    spread = [f"{of(losses):.4g}" for of in (statistics.fmean, statistics.stdev, max)]
+    assert [rows[f"seed-{seed}"][0] for seed in SCORES] == [f"{loss:#.4g}" for loss in losses]
+    spread = [f"{of(losses):#.4g}" for of in (statistics.fmean, statistics.stdev, max)]
     assert [rows[word][0] for word in ("mean", "deviation", "maximum")] == spread
-    assert [row[-1] for row in rows.values()] == ["71", "72.5", "–", "71.75", "1.061", "72.5"]
+    assert [row[-1] for row in rows.values()] == ["71.00", "72.50", "–", "71.75", "1.061", "72.50"]
     assert re.findall(r'href="([^"#]*)"', text) == ["seed-1/report.html"]
     assert "Where a seed has no figure yet" in page.text
     assert "reviews accuracy: 2 seeds, mean 71.75, deviation 1.06, from 71 to 72.5." in page.text
