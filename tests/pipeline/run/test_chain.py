@@ -16,8 +16,8 @@ from pipeline.run.chain import Chain
 from pipeline.run.rundir import RunDir
 from pipeline.stage import fingerprints, function_of
 from pipeline.stages import table
-from pipeline.worker import resolve
 from pipeline.strict_toml import table_of
+from pipeline.worker import resolve
 from support.running import TWO_PHASES
 
 ALL = [
