@@ -22,7 +22,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep import manifest, repeats
+from data_prep import manifest, overlap, repeats
 from data_prep.errors import DataError
 from data_prep.fanout import Job, run_all
 from data_prep.publish import publish_bytes, publishing, remove_leftovers
@@ -73,6 +73,7 @@ def run(
     deduplicate: bool = False,
     replay: Sequence[str] = (),
     replay_share: float = 0.0,
+    evaluation: Sequence[Path] = (),
 ) -> dict[str, Any]:
     """Write ``train-00000.txt …``, ``test-00000.txt …`` and ``manifest.json`` into ``job.out``.
 
@@ -80,10 +81,12 @@ def run(
     (seed, document id), go to the test shards. Documents and long lines that repeat an earlier one are counted, and
     left out with ``deduplicate``. Of the corpora named in ``replay`` so many documents are taken, chosen by the same
     hash and all for training, that they make ``replay_share`` of the training text, or all where they are less.
-    Returns the counts of the manifest without its file list.
+    Of the ``evaluation`` files it is said how many of their texts stand in the training text; the shards do not
+    depend on them. Returns the counts of the manifest without its file list.
     Raises DataError for an unreadable document (file and line named) or too few documents for the shards.
     """
     make_splitter(language, splitter)  # refuse an unknown one before reading gigabytes
+    sought = overlap.wanted(tuple(evaluation), language, splitter)
     extracted = manifest.read_manifest(documents)
     source, files = manifest.data_sha256(extracted), extracted["files"]
     left_out: dict[str, Any] = {"deduplicate": True} if deduplicate else {}
@@ -122,15 +125,21 @@ def run(
         if 0 < made < wanted:
             job.say(f"{made} {split} shards instead of {wanted}: there are not enough documents for more")
     shards = run_all(
-        functools.partial(_write, documents, job.out, language, splitter, identity),
+        functools.partial(_write, documents, job.out, language, splitter, tuple(evaluation), identity),
         plans,
         job.workers,
         lambda done, total: job.say(f"{done} of {total} text shards written", done / total),
         [plan.bytes for plan in plans],
     )
+    met = {number for shard in shards for number in shard.pop("evaluation")}
     totals = _totals(counts, shards, indexes.values())
     totals |= {"repeated": {**repeated, "left_out": deduplicate}, "notes": [said]}
-    return dict(run_all(functools.partial(_finish, job.out, shards, totals, source), [language], 1)[0])
+    totals = dict(run_all(functools.partial(_finish, job.out, shards, totals, source), [language], 1)[0])
+    for row, line in overlap.told(sought, met):  # not in the manifest, which says which data these are
+        job.say(line)
+        totals.setdefault("evaluation", []).append(row)
+        totals["notes"].append(line)
+    return totals
 
 
 def held_out(document_id: str, fraction: float, seed: int) -> bool:
@@ -313,14 +322,25 @@ def _documents(folder: Path, out: Path, split: Split, spans: Sequence[Span]) -> 
                 yield repeats.without(text, repeated, int(first_line[number])) if repeated else text
 
 
-def _write(documents: Path, out: Path, language: str, splitter: str, identity: str, plan: ShardPlan) -> dict[str, Any]:
-    """Second pass: write one text shard, unless an earlier try finished it."""
+def _write(
+    documents: Path,
+    out: Path,
+    language: str,
+    splitter: str,
+    evaluation: tuple[Path, ...],
+    identity: str,
+    plan: ShardPlan,
+) -> dict[str, Any]:
+    """Second pass: write one text shard, unless an earlier try finished it, and find evaluation texts in it."""
     path = out / plan.name
-    identity = manifest.identity_of(base=identity, spans=[[s.file, s.first, s.last] for s in plan.spans])
+    sought = overlap.wanted(evaluation if plan.split == "train" else (), language, splitter)
+    spans = [[s.file, s.first, s.last] for s in plan.spans]
+    identity = manifest.identity_of(base=identity, spans=spans, evaluation=sought.sha256)
     if (facts := manifest.noted(path, identity)) is not None:
         return facts
     split = make_splitter(language, splitter)
     digest = hashlib.sha256()
+    met: set[int] = set()
     written = documents_done = sentences_done = words = 0
     with publishing(path) as file:
         for text in _documents(documents, out, plan.split, plan.spans):
@@ -328,6 +348,8 @@ def _write(documents: Path, out: Path, language: str, splitter: str, identity: s
             data = ("\n".join(sentences) + "\n\n").encode()
             file.write(data)
             digest.update(data)
+            if sought.numbers:
+                met |= overlap.sentences_in(data, sought)
             written += len(data)
             documents_done += 1
             sentences_done += len(sentences)
@@ -340,6 +362,7 @@ def _write(documents: Path, out: Path, language: str, splitter: str, identity: s
         "words": words,
         "bytes": written,
         "sha256": digest.hexdigest(),
+        "evaluation": sorted(met),
     }
     manifest.note(path, identity, facts)
     return facts

@@ -20,6 +20,8 @@ class Stage:
     node: it raises what is wrong with them. An input is
     ``stage:path`` (inside the folder of a need), ``stage#output`` (a path that the need's done mark declares)
     or ``data:name`` (a file under ``--data``). A value of ``config`` that ``defaults`` names leaves no trace.
+    ``looks_at`` are files under ``--data`` of which only something is said: what the stage makes does not depend on
+    them, so they are no part of the fingerprint, and one that is not there is left out.
     ``version`` is raised when the stage's work changes its results: what an older version made stays done.
     """
 
@@ -30,6 +32,7 @@ class Stage:
     config: Mapping[str, Any] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
     inputs: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)
+    looks_at: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     after: tuple[str, ...] = ()  # needs that give no input file
     always: bool = False  # runs also when a need failed, and is stale whenever any stage changed
     is_seed: bool = False  # one seed of a task that has several: `TASK-SEED`, gathered by the stage TASK

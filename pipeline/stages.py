@@ -82,6 +82,7 @@ def table(recipe: Recipe | Command) -> dict[str, Stage]:
                 "deduplicate": data.deduplicate,
             },
             inputs={"documents": "extract:"},
+            looks_at={"evaluation": tuple(getattr(recipe, name).eval for name in tasks)},
         ),
     ]
     if not data.vocabulary:

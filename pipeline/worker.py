@@ -234,10 +234,13 @@ def take_attempt(chain: Chain, name: str, topology: Topology) -> Attempt:
 
 
 def resolve(chain: Chain, stage: Stage) -> dict[str, Path | list[Path]]:
-    """The stage's inputs as paths that exist."""
+    """The stage's inputs as paths that exist, and those that it looks at as far as they do."""
     return {
         key: path_of(chain, value) if isinstance(value, str) else [path_of(chain, item) for item in value]
         for key, value in stage.inputs.items()
+    } | {
+        key: [path for name in names if (path := chain.run.data_dir / name).exists()]
+        for key, names in stage.looks_at.items()
     }
 
 

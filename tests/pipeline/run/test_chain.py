@@ -17,6 +17,7 @@ from pipeline.run.rundir import RunDir
 from pipeline.stage import fingerprints, function_of
 from pipeline.stages import table
 from pipeline.strict_toml import table_of
+from pipeline.worker import resolve
 from support.running import TWO_PHASES
 
 ALL = [
@@ -77,11 +78,19 @@ def test_a_named_vocabulary_and_absent_tasks_shorten_the_chain():
     assert table(recipe)["samples_128"].corpora == ("vocab.txt",)
 
 
+def test_files_that_are_only_looked_at_may_be_missing(tmp_path):
+    chain = chain_of(tmp_path / "run")
+    finish(chain, "extract")
+    there = chain.run.data_dir / "sentiment-dev.tsv"
+    there.write_text("")
+    assert resolve(chain, chain.stages["shard"])["evaluation"] == [there]
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_every_stage_function_takes_what_its_stage_gives(name):
     stage = table(load_recipe(TWO_PHASES))[name]
     function = function_of(stage.run)
-    inspect.signature(function).bind(object(), **stage.config, **stage.inputs)
+    inspect.signature(function).bind(object(), **stage.config, **stage.inputs, **stage.looks_at)
     assert importlib.import_module(stage.run.split(":")[0]).__doc__
 
 
@@ -96,6 +105,7 @@ def test_every_stage_function_takes_what_its_stage_gives(name):
         ("data.lowercase=false", ["vocab", "samples_128", "samples_512", *AFTER_PHASE1]),
         ("data.max_document_mb=3", ALL),
         ("sst2.epochs=9", ["sst2", "report"]),
+        ("sst2.eval=other.tsv", ["sst2", "report"]),  # shard only looks at it
         ("train.checkpoint_every=3", []),
         ("phase1.micro_batch=4", []),
     ],
