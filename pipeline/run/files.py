@@ -145,17 +145,9 @@ def patiently(work: Callable[[], T], say: Callable[[str], None], asked: Callable
         pause_s = min(2 * pause_s, 10.0)
 
 
-def appeared(look: Callable[[], T | None], readers: int, timeout_s: float) -> T | None:
-    """What ``look`` finds once it is there; None after ``timeout_s``.
-
-    ``readers`` processes wait for it on one file system: the pauses between two looks double, up to those at which
-    all together look twenty times a second. While a file server is away the time stands still.
-    """
-    left_s, pause_s = timeout_s, max(0.02, readers / 1000)
-    while (found := patiently(look, lambda line: None)) is None:
-        if left_s <= 0:
-            return None
-        time.sleep(min(pause_s, left_s))
-        left_s -= pause_s
-        pause_s = max(pause_s, min(2 * pause_s, readers / 20))
+def appeared(look: Callable[[], T | None], timeout_s: float) -> T | None:
+    """What ``look`` finds once it is there, for one that waits alone; None after ``timeout_s``."""
+    deadline = time.monotonic() + timeout_s
+    while (found := look()) is None and time.monotonic() < deadline:
+        time.sleep(0.02)
     return found
