@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from pipeline.launch import estimate, request
 from pipeline.launch.request import Request
 from pipeline.launch.start import plan_jobs, planned, start, try_out
 from pipeline.run.family import link
+from pipeline.run.files import as_shared
 from pipeline.run.rundir import RunDir
 from pipeline.stages import Command, table
 from pipeline.words import columns, duration
@@ -25,32 +27,46 @@ def main() -> int:
     if by_count := request.by_node_count(sys.argv[1:]):
         return compare_node_counts(by_count)
     given, words = seeds_and_run(sys.argv[1:])
+    if given.share:
+        os.umask(0o002)
     if given.seeds and given.seeds[0] == "pretrain":
-        return train_family(given.run, given.seeds[1], words)
+        return train_family(given, given.seeds[1], words)
     asked = request.of(sys.argv[1:])
+    share(given, asked)
     if asked.own:
         print(effort(asked))
     return start(asked)
 
 
 def seeds_and_run(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """--seeds and --run of the words, and the others."""
+    """--seeds, --run and --share of the words, and the others."""
     options = request.Options(prog="python -m pipeline.submit", add_help=False, allow_abbrev=False)
     options.add_argument("--seeds", type=request.seeds_of)
     options.add_argument("--run", type=Path)
+    options.add_argument("--share", choices=["group"])
     return options.parse_known_args(words)
 
 
-def train_family(path: Path | None, seeds: Sequence[int], words: list[str]) -> int:
+def share(given: argparse.Namespace, asked: Request) -> None:
+    """With --share, let the group of the run's folder write into it; what is made in there is the group's, too."""
+    if given.share and not (asked.dry_run or asked.test_only):
+        given.run.mkdir(parents=True, exist_ok=True)
+        given.run.chmod(0o2775)
+    as_shared(given.run)
+
+
+def train_family(given: argparse.Namespace, seeds: Sequence[int], words: list[str]) -> int:
     """The data in PATH/data and then, when they are made, each seed in PATH/seed-N; the first exit code that is not 0.
 
     On Slurm the call returns when the data's job is sent, and the same call later sends the seeds.
     """
+    path = given.run
     if path is None or (path / "run.json").exists():
         raise ConfigError(f"--run {path}: with --seeds pretrain= name a folder that is no run, new or of such a family")
     asked = request.of(["--run", str(path / "data"), *words])
     if asked.write_scripts or asked.own or isinstance(asked.recipe, Command):
         raise ConfigError("--seeds pretrain= takes a --recipe, and neither --text nor --write-scripts")
+    share(given, asked)
     stages = tuple(name for name, stage in table(asked.recipe).items() if stage.job == "data")
     if code := start(dataclasses.replace(asked, stages=stages)):
         return code

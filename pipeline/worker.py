@@ -38,7 +38,7 @@ from pipeline.node.job import Job, Topology
 from pipeline.node.preempt import StopRequest, stop_at_once
 from pipeline.node.supervise import looked_after, supervise
 from pipeline.run.chain import Chain, made_with
-from pipeline.run.files import now, patiently
+from pipeline.run.files import as_shared, now, patiently
 from pipeline.run.rundir import Attempt, RunDir
 from pipeline.stage import Stage, function_of
 from slurm import verdict
@@ -59,6 +59,7 @@ def main() -> int:
     if parent := os.environ.get("PIPELINE_PARENT"):
         die_with_parent(int(parent))
     try:
+        as_shared(arguments.run)
         with looked_after():
             for stage in arguments.stage:
                 run_stage(RunDir(arguments.run), stage, command)
@@ -234,6 +235,9 @@ def take_attempt(chain: Chain, name: str, topology: Topology) -> Attempt:
     """Rank 0 begins the stage's folder and takes the next attempt; the other ranks of its launch join it."""
     folder = chain.run.stage(name)
     if topology.rank == 0:
+        if folder.path.is_symlink():  # planted since it was submitted
+            where = os.readlink(folder.path)
+            raise ConfigError(f"{folder.path}: is a link to {where}, where {name} would write; take the link away")
         with folder.beginning():
             if not chain.is_current(name):
                 folder.move_aside()

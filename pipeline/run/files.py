@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import json
@@ -36,6 +37,13 @@ CLOCK_S = time.time() - time.monotonic()  # when this process began, by its own 
 def now() -> float:
     """Unix time that goes on evenly through this process and its children, though the machine's clock is set anew."""
     return CLOCK_S + time.monotonic()
+
+
+def as_shared(folder: Path) -> None:
+    """Where the group may write into a run (``--share group``), it may write what this process makes from now on."""
+    with contextlib.suppress(OSError):
+        if os.stat(folder).st_mode & stat.S_IWGRP:
+            os.umask(0o002)
 
 
 def open_plain(path: Path, most_bytes: int = MOST_LINES_BYTES) -> BinaryIO:
