@@ -8,6 +8,7 @@ from pathlib import Path
 from data_prep.publish import publish_text
 from pipeline.errors import ConfigError, run_command
 from pipeline.run.family import runs_of
+from pipeline.run.files import as_shared
 from pipeline.run.journal import Journal, live_jobs, name_of
 from pipeline.run.rundir import RunDir
 from slurm import queue
@@ -18,6 +19,7 @@ def main() -> int:
     parser.add_argument("run", type=Path, help="run directory, or the folder of runs of --seeds pretrain=")
     parser.add_argument("stage", nargs="?", help="only the job of this stage and the jobs that wait for it (Slurm)")
     arguments = parser.parse_args()
+    as_shared(arguments.run)
     for run in runs_of(arguments.run):
         cancel(run, arguments.stage)
     return 0

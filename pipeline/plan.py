@@ -273,8 +273,8 @@ def show_limits(found: list[dict[str, Any]], recipe: Recipe) -> None:
     if ranks >= MANY_RANKS:
         gb = 12 * costs.parameters(estimate.config_of(recipe)) / 1e9
         print(
-            f"{ranks:,} ranks: each supervisor looks once a second for its attempt's verdict, {ranks:,} looks a "
-            f"second together; a checkpoint of {gb:.1f} GB is written and read by one rank, whatever their number"
+            f"{ranks:,} ranks: one process of each node looks for what all wait for, under 20 files a second together; "
+            f"a checkpoint of {gb:.1f} GB is written and read by one rank, whatever their number"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from pipeline.launch import estimate, request
 from pipeline.launch.family import start_family
 from pipeline.launch.request import Request
 from pipeline.launch.start import plan_jobs, planned, start, try_out
+from pipeline.run.files import as_shared
 from pipeline.stages import Command
 from pipeline.words import columns, duration
 from slurm import flags
@@ -25,20 +27,33 @@ def main() -> int:
     if by_count := by_node_count(sys.argv[1:]):
         return compare_node_counts(by_count)
     given, words = seeds_and_run(sys.argv[1:])
+    if given.share:
+        os.umask(0o002)
     if given.seeds and given.seeds[0] == "pretrain":
+        share(given, sys.argv)
         return start_family(given.run, {f"seed-{seed}": [f"--set=train.seed={seed}"] for seed in given.seeds[1]}, words)
     asked = request.of(sys.argv[1:])
+    share(given, sys.argv)
     if asked.own:
         print(effort(asked))
     return start(asked)
 
 
 def seeds_and_run(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """--seeds and --run of the words, and the others."""
+    """--seeds, --run and --share of the words, and the others."""
     options = request.Options(prog="python -m pipeline.submit", add_help=False, allow_abbrev=False)
     options.add_argument("--seeds", type=request.seeds_of)
     options.add_argument("--run", type=Path)
+    options.add_argument("--share", choices=["group"])
     return options.parse_known_args(words)
+
+
+def share(given: argparse.Namespace, words: Sequence[str]) -> None:
+    """With --share, let the group of the run's folder write into it; what is made in there is the group's, too."""
+    if given.share and not {"--dry-run", "--test-only"}.intersection(words):
+        given.run.mkdir(parents=True, exist_ok=True)
+        given.run.chmod(0o2775)
+    as_shared(given.run)
 
 
 PROCESS_GB = 0.4  # Python with PyTorch

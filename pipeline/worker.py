@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
+import math
 import os
 import sys
 import time
@@ -30,12 +32,13 @@ from pipeline.errors import (
     of_server,
     run_command,
 )
+from pipeline.node.bell import ring, until
 from pipeline.node.device import machine, set_defaults
 from pipeline.node.job import Job, Topology
 from pipeline.node.preempt import StopRequest, stop_at_once
-from pipeline.node.supervise import supervise
+from pipeline.node.supervise import looked_after, supervise
 from pipeline.run.chain import Chain, made_with
-from pipeline.run.files import appeared, now, patiently
+from pipeline.run.files import as_shared, now, patiently
 from pipeline.run.rundir import Attempt, RunDir
 from pipeline.stage import Stage, function_of
 from slurm import verdict
@@ -56,8 +59,10 @@ def main() -> int:
     if parent := os.environ.get("PIPELINE_PARENT"):
         die_with_parent(int(parent))
     try:
-        for stage in arguments.stage:
-            run_stage(RunDir(arguments.run), stage, command)
+        as_shared(arguments.run)
+        with looked_after():
+            for stage in arguments.stage:
+                run_stage(RunDir(arguments.run), stage, command)
     except (Exception, KeyboardInterrupt) as error:
         _tell_script(error)
         raise
@@ -142,20 +147,28 @@ def begin(run: RunDir, name: str, command: tuple[str, ...]) -> tuple[Chain, Stag
 
 
 def wait_for_rank_0(chain: Chain, name: str, topology: Topology) -> None:
-    """Wait until a stage that one process does is done, looking once a second, less often where many wait.
+    """Wait until a stage that one process does is done.
 
     Raises SystemExit with rank 0's code where its attempt ended, StoppedCleanly when asked to stop.
     """
     stop_at_once()
-    attempt = chain.run.stage(name).join_attempt(topology.launch, PATIENCE_S, topology.world_size)
-    pause_s = 1.0
-    while not chain.is_done(name):
-        if attempt is None:
-            raise PeerLost(f"{name}: rank {topology.rank} waited {PATIENCE_S:.0f} s for rank 0 to begin an attempt")
-        if ended := attempt.verdict:
-            raise SystemExit(ended.get("code", 1))
-        time.sleep(pause_s)
-        pause_s = max(1.0, min(1.5 * pause_s, topology.world_size / 10))  # two files a look, twenty a second by all
+    attempt = joined_attempt(chain, name, topology)
+
+    def look() -> int | None:
+        if chain.is_done(name):
+            return 0
+        return None if (ended := attempt.verdict) is None else int(ended.get("code", 1))
+
+    if code := until(topology, "done", look, math.inf, opens=2):
+        raise SystemExit(code)
+
+
+def joined_attempt(chain: Chain, name: str, topology: Topology) -> Attempt:
+    """The attempt that rank 0 of this launch has begun; PeerLost where it begins none."""
+    wait = functools.partial(until, topology, "attempt", timeout_s=PATIENCE_S, opens=2)
+    if (attempt := chain.run.stage(name).join_attempt(topology.launch, wait)) is None:
+        raise PeerLost(f"{name}: rank {topology.rank} waited {PATIENCE_S:.0f} s for rank 0 to begin an attempt")
+    return attempt
 
 
 def execute(chain: Chain, stage: Stage, job: Job) -> None:
@@ -176,6 +189,7 @@ def execute(chain: Chain, stage: Stage, job: Job) -> None:
                 "machine": machine(),
             }
             job.patiently(lambda: job.run.stage(name).mark_done(record))
+            ring(job.topology, "done")
             job.run.event("done", stage=name, attempt=attempt.number, duration_s=round(finished - started, 3))
             verdict.made_progress()
         elif not done_soon(chain, job):
@@ -187,6 +201,7 @@ def execute(chain: Chain, stage: Stage, job: Job) -> None:
         if isinstance(error, StoppedCleanly) and newer_than(job.out, changed):
             verdict.made_progress()
         first = attempt.write_verdict(code, line, job.rank, cause_of(error))
+        ring(job.topology, "done", "verdict")
         _tell_script(error)
         if first:
             raise
@@ -209,28 +224,32 @@ def done_soon(chain: Chain, job: Job) -> bool:
     """Whether rank 0 marks the stage done, as it does right after its peers have left the training loop."""
 
     def look() -> bool | None:
-        return True if chain.is_done(job.stage) else False if job.stop.reason is not None else None
+        return chain.is_done(job.stage) or None
 
-    return bool(appeared(look, job.world_size, PATIENCE_S))  # rank 0 may have been killed
+    def asked() -> bool:
+        return job.stop.reason is not None
+
+    return bool(until(job.topology, "done", look, PATIENCE_S, asked=asked))  # rank 0 may have been killed
 
 
 def take_attempt(chain: Chain, name: str, topology: Topology) -> Attempt:
     """Rank 0 begins the stage's folder and takes the next attempt; the other ranks of its launch join it."""
     folder = chain.run.stage(name)
     if topology.rank == 0:
+        if folder.path.is_symlink():  # planted since it was submitted
+            where = os.readlink(folder.path)
+            raise ConfigError(f"{folder.path}: is a link to {where}, where {name} would write; take the link away")
         with folder.beginning():
             if not chain.is_current(name):
                 folder.move_aside()
             folder.path.mkdir(parents=True, exist_ok=True)
             publish_json(folder.path / "stage.json", chain.record(name))
             attempt = folder.new_attempt(topology.launch, **topology.place)
+        ring(topology, "attempt")
         facts = {"attempt": attempt.number, "world_size": topology.world_size}
         patiently(lambda: chain.run.event("started", stage=name, **facts), _say)  # others have joined the attempt
         return attempt
-    joined = folder.join_attempt(topology.launch, PATIENCE_S, topology.world_size)
-    if joined is None:
-        raise PeerLost(f"{name}: rank {topology.rank} waited {PATIENCE_S:.0f} s for rank 0 to begin an attempt")
-    return joined
+    return joined_attempt(chain, name, topology)
 
 
 def resolve(chain: Chain, stage: Stage) -> dict[str, Path | list[Path]]:

@@ -200,6 +200,10 @@ fi
   trap '' TERM
   while sleep 30; do
     kill -CONT $$ || exit # a stopped shell would keep the nodes for ever; one that was killed has no need of this
+    read -r -a children </proc/$$/task/$$/children
+    for child in "${children[@]}"; do # its srun would, too
+      if [[ $(cat "/proc/$child/stat") =~ \)\ T\  ]]; then kill -CONT "$child"; fi
+    done
     if [ "$gpus" -gt 0 ]; then
       note_gpu_s
       # for stages that look at no deadline, and for jobs of the run that spend at the same time

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import secrets
 import shutil
@@ -18,6 +19,7 @@ from data_prep.publish import publish_json
 from pipeline.config import PRECISIONS, ClassifyConfig, FinetuneConfig, restore
 from pipeline.errors import ConfigError, PeerLost, run_command
 from pipeline.finetune.options import CLASSIFY, DEFAULTS, MODES
+from pipeline.node.bell import ring, until
 from pipeline.node.job import Job, Topology
 from pipeline.node.preempt import StopRequest
 from pipeline.run.rundir import RunDir
@@ -105,7 +107,8 @@ def _job(run: RunDir, stage: str, threads: int, files: Files, config: FinetuneCo
     topology = replace(topology, launch=f"{topology.launch}/{stage}")
     folder = run.stage(stage)
     if topology.rank > 0:
-        attempt = folder.join_attempt(topology.launch)
+        wait = functools.partial(until, topology, "attempt", timeout_s=60.0, opens=2)
+        attempt = folder.join_attempt(topology.launch, wait)
         if attempt is None:
             raise PeerLost(f"{stage}: rank {topology.rank} waited for rank 0, which began no attempt")
     else:
@@ -115,6 +118,7 @@ def _job(run: RunDir, stage: str, threads: int, files: Files, config: FinetuneCo
             shutil.rmtree(folder.path / "attempts", ignore_errors=True)
             publish_json(folder.path / "stage.json", made_from)
         attempt = folder.new_attempt(topology.launch)
+        ring(topology, "attempt")
     stop = StopRequest()
     stop.listen()
     return Job(run, stage, attempt, topology, workers=1, threads=threads, stop=stop)

@@ -282,8 +282,8 @@ def _sent(options: Options, switches: Sequence[str]) -> Options:
     add("--write-scripts", type=Path, metavar="DIR", help="write batch files and submit.sh; send nothing")
     hours_help = "stop when all attempts of all jobs of the run have spent so much; 0: no limit (default: the run's)"
     add("--max-gpu-hours", type=hours, metavar="H", help=hours_help)
-    mixed_help = "let GPUs of different models share a job"
-    add("--allow-mixed", action="store_true", default=None, help=mixed_help)
+    add("--allow-mixed", action="store_true", default=None, help="let GPUs of different models share a job")
+    options.add_argument("--share", choices=["group"], help="the group may write the run, what is made later included")
     return options
 
 

@@ -17,9 +17,9 @@ from typing import Any
 
 from data_prep.fanout import die_with_parent
 from pipeline.errors import ConfigError, NodeFault, PeerLost, StoppedCleanly
+from pipeline.node.bell import until
 from pipeline.node.device import DEFAULTS
 from pipeline.node.job import LOOPBACK, Job, rendezvous_host
-from pipeline.run.files import appeared
 from slurm import verdict
 
 LOOK_S = 0.2  # between two looks whether the command has ended, or shall
@@ -52,7 +52,7 @@ def run(job: Job, *, command: Sequence[str], saves: str) -> dict[str, Any]:
                     verdict.made_progress()
     judge(job, code)
     (job.attempt.path / f"ended-{job.rank}").touch()
-    if not appeared(lambda: all_ended(job), job.world_size, math.inf):
+    if not until(job.topology, "done", lambda: all_ended(job), math.inf, opens=2, asked=lambda: bool(job.stop.reason)):
         judge(job, code)  # it may have been asked to stop meanwhile
         raise PeerLost(f"rank {job.rank}: its command ended with 0, another rank's did not")
     return {"command": list(command)}

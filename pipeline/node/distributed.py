@@ -19,9 +19,10 @@ from torch._C._distributed_c10d import FileStore, PrefixStore, Store, TCPStore
 from data_prep.errors import escaped
 from data_prep.publish import publish_json
 from pipeline.errors import PeerLost, PipelineError
+from pipeline.node.bell import ring, until
 from pipeline.node.device import fault_of
 from pipeline.node.job import LOOPBACK, Job, rendezvous_host
-from pipeline.run.files import appeared, read_json
+from pipeline.run.files import read_json
 
 PEER_TIMEOUT_S = 120.0  # longer than any honest wait between two collectives
 BACKLOG = 4096  # ranks that connect at once
@@ -96,8 +97,9 @@ def _meet(job: Job, host: str, at_the_end: contextlib.ExitStack) -> Store:
             publish_json(meeting, place)
         finally:
             os.umask(previous)
+        ring(job.topology, "rendezvous")
     else:
-        found = appeared(lambda: read_json(meeting), job.world_size, PEER_TIMEOUT_S)
+        found = until(job.topology, "rendezvous", lambda: read_json(meeting), PEER_TIMEOUT_S)
         if found is None:
             raise PeerLost(f"rank {job.rank} waited {PEER_TIMEOUT_S:.0f} s for rank 0 to say where the ranks meet")
         place = found

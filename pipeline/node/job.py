@@ -31,6 +31,7 @@ class Topology:
     local_rank: int
     launch: str  # the same for all ranks of one start, different for every start
     place: Mapping[str, str | int] = field(default_factory=dict)  # job_id, restart and step of a start by Slurm
+    nodes: int = 1
 
     @classmethod
     def of(cls, environment: Mapping[str, str]) -> Topology:
@@ -44,13 +45,15 @@ class Topology:
                 break
         else:
             rank, world_size, local_rank = 0, 1, 0
+        on_each = int(environment.get("LOCAL_WORLD_SIZE") or world_size)  # by torchrun
+        nodes = int(environment.get("SLURM_STEP_NUM_NODES") or max(1, world_size // on_each))
         if "PIPELINE_LAUNCH" in environment:
-            return cls(rank, world_size, local_rank, environment["PIPELINE_LAUNCH"])
+            return cls(rank, world_size, local_rank, environment["PIPELINE_LAUNCH"], nodes=nodes)
         job, restart, step = (environment.get(f"SLURM_{part}", "") for part in ("JOB_ID", "RESTART_COUNT", "STEP_ID"))
         if not job:
-            return cls(rank, world_size, local_rank, f"{socket.gethostname()}-{os.getpid()}")
+            return cls(rank, world_size, local_rank, f"{socket.gethostname()}-{os.getpid()}", nodes=nodes)
         place: dict[str, str | int] = {"job_id": job, "restart": int(restart or 0), "step": step}
-        return cls(rank, world_size, local_rank, f"{job}-{restart}-{step}", place)
+        return cls(rank, world_size, local_rank, f"{job}-{restart}-{step}", place, nodes)
 
 
 def rendezvous_host() -> str:

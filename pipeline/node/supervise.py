@@ -15,7 +15,6 @@ import signal
 import socket
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +24,7 @@ from typing import Any, BinaryIO, NoReturn
 from data_prep.fanout import die_with_parent
 from pipeline.errors import Cause, exit_code_of
 from pipeline.monitor.sampler import Sampler
+from pipeline.node.bell import Bell, ring
 from pipeline.node.device import too_large
 from pipeline.node.job import Job
 from pipeline.node.preempt import STOP_SIGNALS
@@ -69,7 +69,6 @@ def _be_child(parent: int, stacks: BinaryIO, job: Job, work: Callable[[], None])
         faulthandler.register(STACKS, file=stacks)  # in C: works whatever holds the interpreter's lock
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         job.heartbeat.show_liveness()
-        threading.Thread(target=_wake, args=(parent, job), name="wake", daemon=True).start()
         code = exit_code_of(work)
         sys.stdout.flush()
         sys.stderr.flush()
@@ -78,25 +77,47 @@ def _be_child(parent: int, stacks: BinaryIO, job: Job, work: Callable[[], None])
         os._exit(code)
 
 
-def _wake(parent: int, job: Job) -> None:
-    """Let the process that watches this one go on when somebody has stopped it: nobody else looks after it.
+@contextlib.contextmanager
+def looked_after() -> Iterator[None]:
+    """Beside all that this process does, and before it has threads: another that lets it go on when it is stopped.
 
-    A job that Slurm suspends stands as a whole, so this thread does not look then. A local runner may have been stopped
+    A job that Slurm suspends stands as a whole, so the other does not look then. A local runner may have been stopped
     by its user's Ctrl-Z: that is only said.
     """
-    runner = int(os.environ.get("PIPELINE_PARENT", "0")) if job.topology.local_rank == 0 else 0
+    own = os.getpid()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            die_with_parent(own)
+            for number in STOP_SIGNALS:
+                signal.signal(number, signal.SIG_IGN)
+            _look_after(own)
+        finally:
+            os._exit(1)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+def _look_after(pid: int) -> NoReturn:
+    runner = int(os.environ.get("PIPELINE_PARENT", "0")) if os.environ.get("LOCAL_RANK", "0") == "0" else 0
     while True:
         time.sleep(STOPPED_S)
         if runner and is_stopped(runner):
-            job.warn(
-                f"the runner, process {runner}, is stopped: nothing follows this stage; fg, or kill -CONT {runner}"
-            )
+            _say(f"the runner, process {runner}, is stopped: nothing follows this stage; fg, or kill -CONT {runner}")
             runner = 0
-        if is_stopped(parent):
+        if is_stopped(pid):
             time.sleep(LOOK_S)  # a job that is about to be suspended
-            if is_stopped(parent):
-                job.warn(f"process {parent}, which watches this one, was stopped (SIGSTOP); it goes on")
-                _let_go_on(parent)
+            if is_stopped(pid):
+                _say(f"process {pid} was stopped (SIGSTOP); it goes on")
+                _let_go_on(pid)
+
+
+def _say(line: str) -> None:
+    with contextlib.suppress(OSError):
+        print(f"warning: {line}", file=sys.stderr, flush=True)
 
 
 def _let_go_on(pid: int) -> None:
@@ -167,6 +188,7 @@ class Watch:
         self.code: int | None = None  # decided here rather than by the child
         self.leave_by: float | None = None
         self.dumped = False
+        self.bell = Bell(job.topology, "verdict")
 
     def to_the_end(self) -> int:
         """The exit code."""
@@ -181,6 +203,7 @@ class Watch:
             looked = now
             self._look(now, resumed)
         os.close(handle)
+        self.bell.close()
         _, status = os.waitpid(self.pid, 0)
         own = os.waitstatus_to_exitcode(status)
         if self.code is None and own < 0:
@@ -249,6 +272,8 @@ class Watch:
 
     def _ask_peers(self, where: str, now: float) -> None:
         """While the child waits for others: when one of them has ended the attempt, this rank leaves too."""
+        if not self.bell.due():
+            return
         try:
             ended = self.job.attempt.verdict
         except OSError:  # a file server that is away says nothing
@@ -263,6 +288,7 @@ class Watch:
         self.code = code
         if self.job.attempt.write_verdict(code, line, self.job.rank, cause):
             print(line, file=sys.stderr, flush=True)
+        ring(self.job.topology, "verdict")
         verdict.give(code, bad_nodes or [])
 
     def _keep_stacks(self) -> None:

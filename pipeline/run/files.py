@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import json
@@ -36,6 +37,13 @@ CLOCK_S = time.time() - time.monotonic()  # when this process began, by its own 
 def now() -> float:
     """Unix time that goes on evenly through this process and its children, though the machine's clock is set anew."""
     return CLOCK_S + time.monotonic()
+
+
+def as_shared(folder: Path) -> None:
+    """Where the group may write into a run (``--share group``), it may write what this process makes from now on."""
+    with contextlib.suppress(OSError):
+        if os.stat(folder).st_mode & stat.S_IWGRP:
+            os.umask(0o002)
 
 
 def open_plain(path: Path, most_bytes: int = MOST_LINES_BYTES) -> BinaryIO:
@@ -145,17 +153,9 @@ def patiently(work: Callable[[], T], say: Callable[[str], None], asked: Callable
         pause_s = min(2 * pause_s, 10.0)
 
 
-def appeared(look: Callable[[], T | None], readers: int, timeout_s: float) -> T | None:
-    """What ``look`` finds once it is there; None after ``timeout_s``.
-
-    ``readers`` processes wait for it on one file system: the pauses between two looks double, up to those at which
-    all together look twenty times a second. While a file server is away the time stands still.
-    """
-    left_s, pause_s = timeout_s, max(0.02, readers / 1000)
-    while (found := patiently(look, lambda line: None)) is None:
-        if left_s <= 0:
-            return None
-        time.sleep(min(pause_s, left_s))
-        left_s -= pause_s
-        pause_s = max(pause_s, min(2 * pause_s, readers / 20))
+def appeared(look: Callable[[], T | None], timeout_s: float) -> T | None:
+    """What ``look`` finds once it is there, for one that waits alone; None after ``timeout_s``."""
+    deadline = time.monotonic() + timeout_s
+    while (found := look()) is None and time.monotonic() < deadline:
+        time.sleep(0.02)
     return found

@@ -16,7 +16,7 @@ import socket
 import stat
 import struct
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -127,6 +127,9 @@ class Attempt:
         return True
 
 
+Until = Callable[[Callable[[], Attempt | None]], Attempt | None]
+
+
 @functools.lru_cache(1 << 14)
 def _past(path: Path, inode: int) -> Attempt:
     """The attempt of this folder; another that has taken its name has another inode."""
@@ -211,10 +214,10 @@ class StageDir:
             )
             return attempt
 
-    def join_attempt(self, launch: str, timeout_s: float = 60.0, ranks: int = 1) -> Attempt | None:
+    def join_attempt(self, launch: str, until: Until = lambda look: appeared(look, 60.0)) -> Attempt | None:
         """The attempt that rank 0 of the same launch took; None when it does not appear in time.
 
-        Each of ``ranks`` ranks asks for it: an attempt whose owner is known to be another is not looked at again.
+        ``until`` waits for what a look finds: an attempt whose owner is known to be another is not looked at again.
         """
         others: set[int] = set()
 
@@ -226,7 +229,7 @@ class StageDir:
                     others.add(attempt.number)
             return None
 
-        return appeared(look, ranks, timeout_s)
+        return until(look)
 
     def metrics(self) -> list[dict[str, Any]]:
         """Metric lines of all attempts in order of step, the last attempt's line where steps repeat."""

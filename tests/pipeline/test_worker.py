@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from faults.starts import begun
 from pipeline.errors import ConfigError, EnvironmentFault
 from pipeline.worker import refuse_other_ranks
-from support.running import ROOT, command, states
+from support.running import ROOT, call, command, one_line, states
 
 
 @pytest.mark.slow
@@ -54,6 +55,15 @@ def test_two_ranks_run_a_stage_of_one_process_and_then_one_of_ranks(small_run: P
 def test_ranks_that_others_count_differently_are_refused(environment, error):
     with pytest.raises((EnvironmentFault, ConfigError), match=error):
         refuse_other_ranks(environment)
+
+
+def test_a_link_in_a_stages_place_is_not_written_through(tmp_path: Path) -> None:
+    """Planted after it was submitted, by somebody else who may write into the run."""
+    run = begun(tmp_path / "run")
+    (tmp_path / "elsewhere").mkdir()
+    (run.path / "stages/phase1").symlink_to(tmp_path / "elsewhere")
+    one_line(call("worker", run.path, "phase1"), 2, "is a link to", "where phase1 would write")
+    assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
 def test_ranks_that_agree_begin():

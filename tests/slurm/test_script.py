@@ -149,6 +149,7 @@ if [ -n "$WORK" ]; then /bin/sleep "$WORK"; fi
 if [ -n "$SAY" ]; then echo "$SAY" >"$JOB_VERDICT"; fi
 if [ -n "$TERM_PARENT" ]; then kill -TERM $PPID; fi
 if [ -n "$STOP_PARENT" ]; then kill -STOP $PPID; fi
+if [ -n "$STOP_SELF" ]; then kill -STOP $$; fi
 exit "${CODE:-0}"
 """
 SCONTROL = """\
@@ -411,8 +412,9 @@ def test_a_job_that_slurm_ends_does_not_come_back(job) -> None:
 
 
 @pytest.mark.timeout(30)
-def test_a_stopped_script_goes_on(job) -> None:
-    assert job(STOP_PARENT="1", NOTE_S="0.2", CODE="6")[0] == 6
+@pytest.mark.parametrize("stopped", ["STOP_PARENT", "STOP_SELF"])
+def test_a_stopped_script_or_srun_goes_on(job, stopped: str) -> None:
+    assert job(**{stopped: "1"}, NOTE_S="0.2", CODE="6")[0] == 6
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,8 @@ def work():
     job.heartbeat.beat("{where}", 7)
 {body}
 
-module.supervise(job, work)
+with module.looked_after():
+    module.supervise(job, work)
 print("whole")
 """
 
@@ -130,7 +131,14 @@ def test_a_stopped_watcher_goes_on(tmp_path, done_s):
     body = f"os.kill(os.getppid(), 19)\nfor _ in range({done_s}0): time.sleep(0.1); job.heartbeat.beat('working', 8)"
     code, output, errors = end(start(tmp_path, body))
     assert (code, output.splitlines()[-1]) == (0, "whole"), errors
-    assert ("which watches this one, was stopped (SIGSTOP)" in output + errors) == bool(done_s)
+    assert ("was stopped (SIGSTOP)" in output + errors) == bool(done_s)
+
+
+def test_a_stopped_process_without_a_child_goes_on(tmp_path):
+    """That waits for rank 0, say, or does a stage of one process."""
+    code, output, errors = end(start(tmp_path, "", before="with module.looked_after(): os.kill(os.getpid(), 19)"))
+    assert (code, output) == (0, "whole\n")
+    assert "was stopped (SIGSTOP); it goes on" in errors
 
 
 def test_a_stopped_runner_is_named(tmp_path):
@@ -147,13 +155,14 @@ def test_a_child_does_not_outlive_its_parent(tmp_path):
     process = start(tmp_path, "print('ready', flush=True)\ntime.sleep(60)", "waiting")
     assert process.stdout is not None
     process.stdout.readline()
-    (child,) = children_of(process.pid)
+    children = children_of(process.pid)
+    assert len(children) == 2  # the one that works, and the one that looks after its parent
     process.kill()
     process.communicate()
     deadline = time.monotonic() + 5
-    while Path(f"/proc/{child}").exists() and time.monotonic() < deadline:
+    while any(Path(f"/proc/{child}").exists() for child in children) and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert not Path(f"/proc/{child}").exists()
+    assert not any(Path(f"/proc/{child}").exists() for child in children)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import ConfigError, InUseError
-from pipeline.run.files import append_jsonl, read_jsonl
+from pipeline.run.files import appeared, append_jsonl, read_jsonl
 from pipeline.run.rundir import FLOCK, NEWEST, Attempt, RunDir, StageDir
 
 
@@ -42,7 +42,7 @@ def test_ranks_join_the_attempt_of_their_own_launch(tmp_path):
     stage.new_attempt("newer")
     joined = stage.join_attempt("mine")
     assert joined == mine
-    assert stage.join_attempt("never", timeout_s=0.1) is None
+    assert stage.join_attempt("never", lambda look: appeared(look, 0.1)) is None
 
 
 def test_the_first_verdict_stands(tmp_path):
@@ -112,7 +112,7 @@ def test_metrics_keep_the_last_attempt_per_step(tmp_path):
 def test_lines_of_several_processes_never_mix(tmp_path):
     path = tmp_path / "events.jsonl"
     code = (
-        "import sys; from pathlib import Path; from pipeline.run.files import append_jsonl\n"
+        "import sys; from pathlib import Path; from pipeline.run.files import append_jsonl, appeared\n"
         "for i in range(300): append_jsonl(Path(sys.argv[1]), {'who': sys.argv[2], 'i': i, 'pad': 'x' * 500})"
     )
     writers = [subprocess.Popen([sys.executable, "-c", code, str(path), str(n)]) for n in range(3)]
@@ -166,7 +166,7 @@ def test_a_waiting_rank_looks_at_no_old_attempt_twice(tmp_path, monkeypatch):
     opened: list[object] = []
     real = os.open
     monkeypatch.setattr(os, "open", lambda path, *more: opened.append(path) or real(path, *more))
-    assert stage.join_attempt("never", timeout_s=0.5, ranks=4) is None
+    assert stage.join_attempt("never", lambda look: appeared(look, 0.5)) is None
     assert len(opened) == NEWEST
 
 
