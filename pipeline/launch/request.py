@@ -56,7 +56,7 @@ class Request:
     split: bool = False
     split_seeds: bool = False
     one_job: bool = False
-    dry_run: bool = False
+    dry_run: str = ""  # plan, sbatch
     write_scripts: Path | None = None
     test_only: bool = False
     replace: bool = False
@@ -153,7 +153,7 @@ def of(words: Sequence[str], command: Sequence[str] | None = None) -> Request:
         own=bool(given.text),
         remake=_names(given.remake),
         verify=given.verify,
-        **{name: getattr(given, name) for name in (*SWITCHES, "write_scripts", "max_gpu_hours", "allow_mixed")},
+        **{name: getattr(given, name) for name in (*SWITCHES, *VALUES)},
     )
 
 
@@ -175,11 +175,11 @@ SWITCHES = {
     "split": "one job for each stage",
     "split_seeds": "one job for each seed of a fine-tuning task",
     "one_job": "the whole chain in one job, stage after stage, where a site lets wait only one or two",
-    "dry_run": "show the jobs and where each setting comes from",
     "test_only": "ask Slurm when the jobs would start, on each of --nodes 1,2,4; send nothing",
     "replace": "cancel jobs of this run that are at work; let another recipe take it over",
     "upgrade": "go on with the code of this checkout instead of the code with which the run began",
 }
+VALUES = ("dry_run", "write_scripts", "max_gpu_hours", "allow_mixed")  # taken over as they were given
 OF_CHAIN = ("split", "split_seeds", "one_job")  # what guard has not
 
 
@@ -279,6 +279,8 @@ def _sent(options: Options, switches: Sequence[str]) -> Options:
     add = options.add_argument_group("Slurm").add_argument
     for name in switches:
         add(f"--{name.replace('_', '-')}", action="store_true", help=SWITCHES[name])
+    dry_help = "show the jobs and where each setting comes from; =sbatch: begin the run, print its first job's file"
+    add("--dry-run", nargs="?", const="plan", default="", choices=("plan", "sbatch"), help=dry_help)
     add("--write-scripts", type=Path, metavar="DIR", help="write batch files and submit.sh; send nothing")
     hours_help = "stop when all attempts of all jobs of the run have spent so much; 0: no limit (default: the run's)"
     add("--max-gpu-hours", type=hours, metavar="H", help=hours_help)
@@ -317,6 +319,7 @@ def _refuse_slurms(profile: Profile, given: argparse.Namespace, line: flags.Comm
     """ConfigError for Slurm's options where there is no Slurm."""
     names = [flag.name for flag in line.flags if flag.name != "nodes"]
     names += [name for name in SLURM_ONLY if getattr(given, name.replace("-", "_"))]
+    names += ["dry-run=sbatch"] if given.dry_run == "sbatch" else []
     if names or line.passthrough:
         named = ", ".join(f"--{name}" for name in names) or " ".join(line.passthrough)
         raise ConfigError(f"{named}: means nothing to cluster profile {profile.name!r}, which has no Slurm")
