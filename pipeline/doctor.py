@@ -109,7 +109,7 @@ def judge(asked: Request, notes: Mapping[str, Sequence[Mapping[str, Any]]], log:
         return
     by_node: dict[str, list[Mapping[str, Any]]] = {}
     for note in found:
-        by_node.setdefault(note["node"] or note["host"], []).append(note)
+        by_node.setdefault(note["node"], []).append(note)
     even = {len(own) for own in by_node.values()} == {resources.tasks_per_node}
     yield Row("yes" if even else "no", "ranks", f"{ranks} on {', '.join(sorted(by_node))}", "" if even else "srun_args")
     yield from judge_software(found)

@@ -93,9 +93,9 @@ def interfaces(nets: Path) -> tuple[str, ...]:
 def draft(facts: Facts) -> str:
     """A profile in TOML. FlagError for a partition that there is not; SlurmError when none is default or named."""
     config = dict(re.findall(r"^(\w+)\s*= *(.*?)\s*$", facts.config, re.MULTILINE))
-    partitions = {record["PartitionName"]: record for record in _records(facts.partitions, "PartitionName")}
+    partitions = {record["PartitionName"]: record for record in queue.records(facts.partitions, "PartitionName")}
     chosen = _choose(partitions, facts.partition)
-    nodes = [*_records(facts.nodes, "NodeName")]
+    nodes = [*queue.records(facts.nodes, "NodeName")]
     own = [node for node in nodes if chosen["PartitionName"] in node.get("Partitions", "").split(",")]
     gpus = _most_common_gpus(own)
     lines = [
@@ -113,14 +113,6 @@ def draft(facts: Facts) -> str:
         ]
         lines += [f"# {library}_SOCKET_IFNAME = {_string(facts.interfaces[0])}" for library in ("NCCL", "GLOO")]
     return "".join(f"{_plain(line)}\n" for line in lines)
-
-
-def _records(text: str, key: str) -> Iterator[dict[str, str]]:
-    """One dict for each line of ``scontrol --oneliner``; of a repeated word the first counts (comments come last)."""
-    for line in text.splitlines():
-        pairs = re.findall(r"(?:^|\s)([A-Za-z][\w:/]*)=(\S*)", line)
-        if pairs and pairs[0][0] == key:
-            yield dict(reversed(pairs))
 
 
 def _choose(partitions: dict[str, dict[str, str]], wanted: str) -> dict[str, str]:

@@ -190,11 +190,14 @@ def try_out(asked: Request, jobs: list[JobPlan]) -> dict[str, str]:
         for job in (job for job in jobs if not job.stands_in_for):
             file = Path(folder) / job.file
             file.write_text(scripts.script_text(asked, job), encoding="utf-8")
+            partition = job.left["partition"].value if "partition" in job.left else ""
+            beyond = queue.patiently(lambda: queue.beyond_limits(partition, job.resources), say=print)  # noqa: B023
+            if beyond and "qos" not in job.left:  # which may have limits of its own
+                raise Refused(f"{job.name}: {beyond}")
             try:
                 estimates[job.name] = queue.patiently(lambda: queue.estimate_start(file, asked.extra), say=print)  # noqa: B023
             except Refused as refused:
-                partition = job.left.get("partition")
-                away = queue.unavailable_nodes(partition.value if partition else "")
+                away = queue.unavailable_nodes(partition)
                 if "node configuration is not available" not in str(refused) or not away or asked.test_only:
                     raise Refused(f"{refused}{blame(str(refused), job.settings, asked.extra)}") from None
                 print(f"{job.name}: no nodes for it now, {away} are down or reserved; it waits")

@@ -23,6 +23,7 @@ from pipeline.errors import StoppedCleanly
 from pipeline.node.job import Topology
 from pipeline.run.chain import made_with
 from pipeline.stage import function_of
+from slurm.environment import this_node
 
 WRITE_MB, TIMES, PATIENCE_S = 64, 5, 60.0
 REDUCE_MB = {"gloo": 16, "nccl": 512}
@@ -54,7 +55,7 @@ def look(folder: Path, place: Topology) -> dict[str, Any]:
     found: dict[str, Any] = {
         "rank": place.rank,
         "local_rank": place.local_rank,
-        "node": os.environ.get("SLURMD_NODENAME", ""),
+        "node": this_node(),
         "host": socket.gethostname(),
         "python": sys.executable,
         "commands": [name for name in ("scontrol", "squeue", "srun", "scancel") if shutil.which(name)],

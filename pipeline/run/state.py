@@ -57,6 +57,7 @@ class Row(TypedDict, total=False):
     tokens_per_s: float
     eta_s: float  # the median step time times the steps left
     expected_start: float  # Unix time, by Slurm's estimate
+    fails: bool  # failed, or needs a stage that has
     stuck: bool  # waits for what can no longer happen
 
 
@@ -109,7 +110,11 @@ def rows_of(chain: Chain, held: bool, sent: Sent | None = None) -> list[Row]:
     for event in events_of(chain.run):
         if "stage" in event:
             gave_up[str(event["stage"])] = event  # the newest; that it failed is what the local runner says last
-    return [Look(chain, name, todo, held, sent, gave_up.get(name, {})).row() for name in chain.stages]
+    rows: dict[str, Row] = {}
+    for name in chain.stages:
+        row = rows[name] = Look(chain, name, todo, held, sent, gave_up.get(name, {}), rows).row()
+        row.update({"fails": True} if row["state"] == "failed" else {})
+    return [*rows.values()]
 
 
 @dataclass(frozen=True)
@@ -122,6 +127,7 @@ class Look:
     held: bool
     sent: Sent | None
     event: Mapping[str, Any]
+    before: Mapping[str, Row]  # of the stages before it
 
     def row(self) -> Row:
         """The stage's row, by the rule."""
@@ -139,6 +145,10 @@ class Look:
         rules = RULE[holder]
         row["state"], reason = rules.get(self.left(holder, job, attempts, verdict), rules["any"])
         row |= {"reason": "", **({"job": sent.id} if sent else {})}
+        blocked = [need for need in self.chain.stages[self.name].needs if self.before[need].get("fails")]
+        if holder in ("ended", "cancelled") and not attempts and blocked:
+            reason = f"not begun: it needs {', '.join(blocked)}"
+            return cast(Row, {**row, "state": "todo", "reason": reason, "fails": True})
         if reason == "why":
             row["reason"] = self.todo[self.name]
         elif reason == "verdict":

@@ -48,6 +48,9 @@ def test_the_chain_as_one_job(site, folder, data, reference, tmp_path) -> None:
     wide = send(run, *words, "--one-job", "-p", "data=short")
     assert (wide.returncode, wide.stderr.count("\n")) == (2, 1)
     assert "--partition=data=short: with --one-job the one job is pretrain's" in wide.stderr
+    long = send(run, *words, "--one-job", "-p", "short")
+    assert long.returncode == 9
+    assert "chain: partition short allows 00:10:00 of time and not 02:00:00; -t 00:10:00 has" in long.stderr
     jobs = sent(run, *words, "--one-job")
     assert list(jobs) == ["chain"]
     site.wait(lambda: len(metrics(run, 1)) >= 20, "phase 1 trains", 120)
