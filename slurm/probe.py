@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import getpass
 import json
 import os
 import re
@@ -40,7 +39,7 @@ class Facts:
     nodes: str  # scontrol --oneliner show node
     states: str = ""  # sinfo --noheader --format=%R|%D|%t
     interfaces: tuple[str, ...] = ()  # of this machine, the fastest first
-    accounts: str = ""  # sacctmgr -nP show associations format=Account; "" where it does not answer
+    accounts: tuple[str, ...] = ()  # of this user, by sacctmgr
     partition: str = ""
 
 
@@ -64,16 +63,12 @@ def main() -> int:
 
 def ask(partition: str = "") -> Facts:
     """Ask the live Slurm. Raises SlurmError where there is none or it does not answer."""
-    accounts = ""
-    with contextlib.suppress(SlurmError, KeyError):  # no sacctmgr, no database that answers, a user without a name
-        answer = queue.ask(["sacctmgr", "-nP", "show", "associations", f"user={getpass.getuser()}", "format=Account"])
-        accounts = answer.out if answer.ok else ""
     return Facts(
         config=queue.tell(["scontrol", "show", "config"], patience_s=0),
         partitions=queue.tell(["scontrol", "--oneliner", "show", "partition"], patience_s=0),
         nodes=queue.tell(["scontrol", "--oneliner", "show", "node"], patience_s=0),
         states=queue.tell(["sinfo", "--noheader", "--format=%R|%D|%t"], patience_s=0),
-        accounts=accounts,
+        accounts=queue.accounts(),
         partition=partition,
         interfaces=interfaces(NETS),
     )
@@ -240,9 +235,8 @@ def _sections(
     yield f"# Partition {name}: {states or 'no node'} (sinfo), State={chosen.get('State', '?')},"
     yield f"# MaxNodes={chosen.get('MaxNodes', '?')}, QoS={chosen.get('QoS', '?')}"
     yield "# check: a QoS may limit time, nodes and GPUs further (sacctmgr show qos)"
-    accounts = sorted({line.split("|")[0] for line in facts.accounts.splitlines() if line.strip("|\n ")})
-    if accounts:
-        yield f'# check: your accounts are {", ".join(accounts)} (sacctmgr); a section takes account = "..."'
+    if facts.accounts:
+        yield f'# check: your accounts are {", ".join(facts.accounts)} (sacctmgr); a section takes account = "..."'
     for section in LONGEST_MIN:
         yield ""
         yield f"[{section}]"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import getpass
 import os
 import re
 import time
@@ -207,6 +209,15 @@ def beyond_limits(partition: str, asked: Resources) -> str:
             else:
                 return ""
     return next(iter(faults), "")
+
+
+def accounts() -> tuple[str, ...]:
+    """Those of this user; none where no accounting database tells."""
+    with contextlib.suppress(SlurmError, KeyError):  # no sacctmgr, no database that answers, a user without a name
+        answer = ask(["sacctmgr", "-nP", "show", "associations", f"user={getpass.getuser()}", "format=Account"])
+        if answer.ok:
+            return tuple(sorted({line.split("|")[0] for line in answer.out.splitlines() if line.strip("|\n ")}))
+    return ()
 
 
 def unavailable_nodes(partition: str = "") -> int:

@@ -199,7 +199,9 @@ def try_out(asked: Request, jobs: list[JobPlan]) -> dict[str, str]:
             except Refused as refused:
                 away = queue.unavailable_nodes(partition)
                 if "node configuration is not available" not in str(refused) or not away or asked.test_only:
-                    raise Refused(f"{refused}{blame(str(refused), job.settings, asked.extra)}") from None
+                    own = ", ".join(queue.accounts()) if "account" in str(refused) else ""
+                    hint = f"; your accounts: {own}" if own else ""
+                    raise Refused(f"{refused}{blame(str(refused), job.settings, asked.extra)}{hint}") from None
                 print(f"{job.name}: no nodes for it now, {away} are down or reserved; it waits")
     return estimates
 

@@ -51,6 +51,8 @@ def test_the_chain_as_one_job(site, folder, data, reference, tmp_path) -> None:
     long = send(run, *words, "--one-job", "-p", "short")
     assert long.returncode == 9
     assert "chain: partition short allows 00:10:00 of time and not 02:00:00; -t 00:10:00 has" in long.stderr
+    other = send(run, *words, "--one-job", "-A", "nobodys")
+    assert "(--account=nobodys from flag); your accounts: root" in other.stderr
     jobs = sent(run, *words, "--one-job")
     assert list(jobs) == ["chain"]
     site.wait(lambda: len(metrics(run, 1)) >= 20, "phase 1 trains", 120)

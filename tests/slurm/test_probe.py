@@ -186,7 +186,7 @@ def test_small_nodes_are_not_asked_for_more_than_they_have():
 
 def test_accounts_are_named_when_the_database_answers():
     assert "your accounts are bio, physics (sacctmgr)" in draft(
-        dataclasses.replace(RECORDED, accounts="physics\nbio\nbio\n")
+        dataclasses.replace(RECORDED, accounts=("bio", "physics"))
     )
     assert "accounts" not in draft(RECORDED)
 
