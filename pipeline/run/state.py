@@ -13,9 +13,10 @@ from typing import Any, Literal, Required, TypedDict, cast
 
 from pipeline.errors import RESTART_CODES
 from pipeline.run.chain import Chain
+from pipeline.run.files import now
 from pipeline.run.journal import Journal, SentJob
 from pipeline.run.rundir import Attempt, RunDir
-from pipeline.words import in_short, visible
+from pipeline.words import in_short, is_number, visible
 from slurm import queue
 from slurm.errors import SlurmError
 from slurm.states import in_words
@@ -55,6 +56,7 @@ class Row(TypedDict, total=False):
     loss: float
     sequences_per_s: float
     tokens_per_s: float
+    age_s: float  # of these figures
     eta_s: float  # the median step time times the steps left
     expected_start: float  # Unix time, by Slurm's estimate
     fails: bool  # failed, or needs a stage that has
@@ -250,6 +252,9 @@ def progress(chain: Chain, name: str, attempts: Sequence[Attempt]) -> dict[str, 
         if times := [line["step_s"] for line in own if "step_s" in line]:
             row["eta_s"] = statistics.median(times) * (phase.steps - row["step"])
             words.append(f"ETA {in_short(row['eta_s'])}")
+    if own and is_number(own[-1].get("time")):
+        row["age_s"] = max(0.0, now() - own[-1]["time"])
+        words.append(f"{in_short(row['age_s'])} ago")
     if before:
         words.append(history(before, attempt.job_id))
         words.append(f"resumed at step {attempt.resumed_from}" if attempt.resumed_from else f"attempt {attempt.number}")
