@@ -24,7 +24,7 @@ from pipeline.stages import TASKS, Command, recipe_of
 from pipeline.strict_toml import homes
 from slurm import flags
 from slurm.profile import SECTIONS, Profile
-from slurm.resources import parse_nodes
+from slurm.resources import parse_duration, parse_nodes
 
 SLURM_ONLY = ("one-job", "test-only", "write-scripts", "max-gpu-hours", "allow-mixed")
 
@@ -81,6 +81,9 @@ def of(words: Sequence[str], command: Sequence[str] | None = None) -> Request:
     line = flags.split(words, sections=SECTIONS)
     options = parser() if command is None else guard_parser()
     given, unknown = options.parse_known_args(line.rest)
+    if given.chunk:
+        times = [flags.Flag("time", str(parse_duration(given.chunk)), section) for section in SECTIONS]
+        line = dataclasses.replace(line, flags=(*line.flags, *times))
     if faults := [_unknown(word, options) for word in unknown if word.startswith("-")] or unknown:
         raise ConfigError("\n".join(faults))
     if given.seeds:
@@ -244,6 +247,10 @@ def parser() -> Options:
     add("--seeds", type=seeds_of, metavar="WHAT=N-M", help=seeds_help)
     set_help = "change a recipe value, such as phase1.steps=100"
     add("--set", action="append", default=[], metavar="KEY=VALUE", dest="settings", help=set_help)
+    chunk_help = (
+        "no job runs longer than this, as 90m or 2h: it is queued again and goes on, let in between larger ones"
+    )
+    add("--chunk", metavar="TIME", help=chunk_help)
     add("--verify", action="store_true", help="read all samples again to check them, also those checked last week")
     return _sent(options, tuple(SWITCHES))
 
@@ -258,7 +265,7 @@ def guard_parser() -> Options:
     )
     options.needed = "a --cluster, --saves PATH and, behind --, the command"
     options.example = "--run runs/mine --cluster generic --saves checkpoints -- python train.py"
-    absent = dict.fromkeys(("recipe", "language", "start", "data", "stages", "seeds"))
+    absent = dict.fromkeys(("recipe", "language", "start", "data", "stages", "seeds", "chunk"))
     options.set_defaults(**absent, **dict.fromkeys(OF_CHAIN, False), text=[], replay=[], settings=[], verify=False)
     saves_help = "file or folder that holds what the command saves: changed, the attempt made progress"
     options.add_argument("--saves", type=Path, metavar="PATH", help=saves_help)

@@ -152,6 +152,12 @@ def test_one_job_asks_for_what_each_of_its_parts_needs() -> None:
         jobs.in_one(ready(Flag("partition", "cpu", "data"), nodes="4"))
 
 
+def test_a_chunk_is_the_time_limit_of_every_job(tmp_path) -> None:
+    for text, minutes in (("2h", 120), ("45m", 45), ("1-00:00:00", 1440)):
+        asked = asked_for(tmp_path / "run", "generic", "--chunk", text, "-t", "9:00:00")
+        assert {ask.resources.time_min for ask in asked.asked.values()} == {minutes}
+
+
 def test_each_seed_is_a_job_of_its_own_where_that_is_wanted() -> None:
     stages = table(load_recipe(TWO_PHASES, ["squad.seeds=[1, 2]"]))
     assert [name for name in stages if name.startswith("squad")] == ["squad-1", "squad-2", "squad"]
