@@ -20,6 +20,7 @@ from pipeline.launch.request import Request
 from pipeline.launch.start import to_slurm
 from pipeline.run.chain import made_with
 from pipeline.run.files import read_json
+from pipeline.run.state import first_error
 from pipeline.words import columns
 from slurm import queue, states
 
@@ -101,11 +102,10 @@ def examine(asked: Request, folder: Path) -> tuple[dict[str, list[dict[str, Any]
 def judge(asked: Request, notes: Mapping[str, Sequence[Mapping[str, Any]]], log: str) -> Iterator[Row]:
     """The table."""
     profile, resources, found = asked.profile, asked.asked["pretrain"].resources, notes["found"]
-    ranks, log_at = resources.most_tasks, asked.run.path / "logs"
-    last = next((line for line in reversed(log.splitlines()) if line.strip()), "no line in its log")
+    ranks = resources.most_tasks
     if len(found) < ranks:
-        change = f"see {log_at}; python, modules, setup, container of the profile say how nodes find the interpreter"
-        yield Row("no", "ranks", f"{len(found)} of {ranks} answered: {last[:160]}", change)
+        change = "python, modules, setup, container of the profile say how nodes find the interpreter"
+        yield Row("no", "ranks", f"{len(found)} of {ranks} answered{first_error(asked.run, '*')}", change)
         return
     by_node: dict[str, list[Mapping[str, Any]]] = {}
     for note in found:
@@ -125,6 +125,7 @@ def judge(asked: Request, notes: Mapping[str, Sequence[Mapping[str, Any]]], log:
     elif len(again) == ranks:
         yield Row("yes", "requeue", "asked for by the job itself, and started again")
     else:
+        last = next((line for line in reversed(log.splitlines()) if line.strip()), "no line in its log")
         yield Row("no", "requeue", last[:160], "requeue = false and spares = 2, or ask the site for --requeue")
     if lived:
         yield Row("yes", "grace", f"{min(note['lived_s'] for note in lived):.1f} s from TERM to KILL")

@@ -6,6 +6,8 @@ and ``submit`` say what it says.
 
 from __future__ import annotations
 
+import contextlib
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +15,7 @@ from typing import Any, Literal, Required, TypedDict, cast
 
 from pipeline.errors import RESTART_CODES
 from pipeline.run.chain import Chain
-from pipeline.run.files import now
+from pipeline.run.files import now, open_plain
 from pipeline.run.journal import Journal, SentJob
 from pipeline.run.rundir import Attempt, RunDir
 from pipeline.words import in_short, is_number, visible
@@ -165,6 +167,7 @@ class Look:
             row["reason"] = f"waits for {self.at_work(sent)} in the same job"
         elif sent and reason == "job":
             row["reason"] = over(self.chain.run, sent.id) or (in_words(job) if job else "")
+            row["reason"] += "" if attempts else first_error(self.chain.run, sent.id)
         elif job and reason == "start":
             row["reason"] = "starts" if job.state == "RUNNING" else in_words(job)
         elif job and self.sent and reason == "queue":
@@ -226,6 +229,16 @@ def over(run: RunDir, job: str) -> str:
     """Why the batch script of a job ended it for good; empty where it did not say."""
     words = read_over(run.path / "jobs" / f"{job}.over")
     return visible(f"exit {words[0]}: {words[1]}") if words else ""
+
+
+def first_error(run: RunDir, job: str) -> str:
+    """What the log of a job that came to no attempt says first of an error, and where that log is; else empty."""
+    for path in (run.path / "logs").glob(f"*-{job}.out"):
+        with contextlib.suppress(OSError), open_plain(path) as file:
+            lines = [line.strip() for line in file.read(1 << 16).decode(errors="replace").splitlines() if line.strip()]
+            wrong = [line for line in lines if re.search("error|no such file|not found|denied", line, re.IGNORECASE)]
+            return visible(f": {(wrong or lines)[0][:200]} ({path})") if lines else ""
+    return ""
 
 
 def queued(job: queue.Job, attempts: Sequence[Attempt], names: Mapping[str, str]) -> dict[str, Any]:

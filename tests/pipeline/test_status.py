@@ -223,6 +223,11 @@ def test_a_job_that_only_the_accounting_remembers(run, monkeypatch, state, words
     monkeypatch.setattr(queue, "accounted", lambda ids: {one: Job(id=one, state=state) for one in ids})
     row = next(row for row in survey(run, Sent.of(run)) if row["name"] == "phase1")
     assert (row["state"], words in row["reason"]) == ("failed", True)
+    log = run.path / "logs" / "pretrain-7.out"
+    log.parent.mkdir()
+    log.write_text("module load cuda\nslurmstepd: error: execve(): /venv/python: No such file\nattempt 0: code 76\n")
+    row = next(row for row in survey(run, Sent.of(run)) if row["name"] == "phase1")
+    assert row["reason"].endswith(f": slurmstepd: error: execve(): /venv/python: No such file ({log})")
 
 
 def test_the_rule_has_a_state_for_everything_that_may_be():
