@@ -157,7 +157,8 @@ def judge_software(found: Sequence[Mapping[str, Any]]) -> Iterator[Row]:
     needed = {"scontrol", "squeue", "srun"}
     lacking = sorted({name for note in found for name in needed - set(note["commands"])})
     said = f"{', '.join(lacking)} missing on nodes" if lacking else "scontrol, squeue, srun are on the nodes"
-    yield Row("no" if lacking else "yes", "Slurm there", said, "PATH in setup, or bind them into the container")
+    change = "PATH in setup, or bind them into the container" if lacking else ""
+    yield Row("no" if lacking else "yes", "Slurm there", said, change)
 
 
 def made_of(versions: Mapping[str, str]) -> dict[str, str]:
