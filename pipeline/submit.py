@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import re
 import sys
 from collections.abc import Sequence
@@ -27,9 +28,11 @@ def main() -> int:
     given, words = seeds_and_run(sys.argv[1:])
     if given.seeds and given.seeds[0] == "pretrain":
         return start_family(given.run, {f"seed-{seed}": [f"--set=train.seed={seed}"] for seed in given.seeds[1]}, words)
-    asked = request.of(sys.argv[1:])
-    if asked.own:
-        print(effort(asked))
+    to_pipe = "--dry-run=sbatch" in sys.argv  # only the batch file goes there
+    with contextlib.redirect_stdout(sys.stderr) if to_pipe else contextlib.nullcontext():
+        asked = request.of(sys.argv[1:])
+        if asked.own:
+            print(effort(asked))
     return start(asked)
 
 

@@ -152,6 +152,22 @@ def test_one_job_asks_for_what_each_of_its_parts_needs() -> None:
         jobs.in_one(ready(Flag("partition", "cpu", "data"), nodes="4"))
 
 
+@pytest.mark.slow
+def test_a_file_for_a_pipe_is_all_that_is_printed(tmp_path) -> None:
+    """Also where a recipe is written and shown before; the run is begun, and the script notes itself in its journal."""
+    run = tmp_path / "run"
+    said = "The river runs past the old mill number {}, and nobody counts the sacks of flour in winter.\n\n"
+    (tmp_path / "text.txt").write_text("".join(said.format(number) for number in range(400)))
+    words = ["--text", tmp_path / "text.txt", "--cluster", "devcluster", "--run", run, "--one-job"]
+    done = call("submit", *words, "--dry-run=sbatch")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("#!/bin/bash\n#SBATCH ")
+    assert subprocess.run(["bash", "-n"], input=done.stdout, text=True, check=False).returncode == 0
+    assert f"mv {run}/jobs.json.new {run}/jobs.json" in done.stdout
+    assert (run / "run.json").exists()
+    assert not (run / "jobs.json").exists()
+
+
 def test_a_chunk_is_the_time_limit_of_every_job(tmp_path) -> None:
     for text, minutes in (("2h", 120), ("45m", 45), ("1-00:00:00", 1440)):
         asked = asked_for(tmp_path / "run", "generic", "--chunk", text, "-t", "9:00:00")
