@@ -30,7 +30,7 @@ def cancel(run: RunDir, stage: str | None) -> None:
     if run.settings["profile"]["runner"] == "local" and run.is_held():
         publish_text(run.cancel_request, "")
         print(f"{run.path}: asked to stop; it saves first, then ends")
-    elif Journal.path(run).exists():
+    elif Journal.path(run).exists() or run.settings["profile"]["runner"] == "slurm":
         with run.held():  # not while a submit is sending
             cancel_jobs(run, stage)
     else:

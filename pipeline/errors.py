@@ -128,6 +128,17 @@ def of_server(error: BaseException | None) -> bool:
     return error is not None and said and of_server(error.__cause__ or error.__context__)
 
 
+OURS = ("pipeline", "data_prep", "slurm")
+
+
+def no_package(names: str) -> str:
+    """What to say where an interpreter lacks packages."""
+    return (
+        f"{socket.gethostname()}: {sys.executable} has no package {names}; install it there, or name the interpreter "
+        "that has it with python in the cluster profile"
+    )
+
+
 def describe(error: BaseException) -> tuple[str, int]:
     """``(line, exit code)`` of an exception; code 1 marks a defect of ours rather than bad input."""
     code = getattr(error, "exit_code", None)
@@ -142,6 +153,8 @@ def describe(error: BaseException) -> tuple[str, int]:
     if isinstance(error, OSError) and of_server(error):
         where = error.filename or "a file that was in use"
         return escaped(f"storage: {error.strerror}: {where}; start me again when the server is back"), 76
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] not in OURS:
+        return no_package(str(error.name)), EnvironmentFault.exit_code
     if isinstance(error, MemoryError):
         return f"out of memory on {socket.gethostname()}; ask for more, or work with fewer processes", 2
     if isinstance(error, KeyboardInterrupt):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -96,9 +97,18 @@ def look(run: RunDir, short: bool) -> tuple[list[str], bool]:
     stages = Chain.of(run).stages
     if times := account_of(run, rows):
         lines.append(time_line(times, trained=any(stages[name].has_steps for name in times.stages)))
+    ended = {row["state"] for row in rows} & {"failed", "cancelled"}
+    if ended and not more:
+        lines.append(f"{'mend what failed, then ' if 'failed' in ended else ''}go on:  {again(run)}")
     if silent:
         lines.append(f"Slurm does not answer, states are from the run's own files: {silent}")
     return lines, more
+
+
+def again(run: RunDir) -> str:
+    """The command that goes on with a run."""
+    command = "guard" if "command" in run.settings["recipe"] else "submit"
+    return f"python -m pipeline.{command} --run {shlex.quote(str(run.path))}"
 
 
 def disk_use(run: RunDir) -> list[str]:

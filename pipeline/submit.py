@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
 import sys
@@ -32,10 +33,12 @@ def main() -> int:
     if given.seeds and given.seeds[0] == "pretrain":
         share(given, sys.argv)
         return start_family(given.run, {f"seed-{seed}": [f"--set=train.seed={seed}"] for seed in given.seeds[1]}, words)
-    asked = request.of(sys.argv[1:])
+    to_pipe = "--dry-run=sbatch" in sys.argv  # only the batch file goes there
+    with contextlib.redirect_stdout(sys.stderr) if to_pipe else contextlib.nullcontext():
+        asked = request.of(sys.argv[1:])
+        if asked.own:
+            print(effort(asked))
     share(given, sys.argv)
-    if asked.own:
-        print(effort(asked))
     return start(asked)
 
 
@@ -50,7 +53,7 @@ def seeds_and_run(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def share(given: argparse.Namespace, words: Sequence[str]) -> None:
     """With --share, let the group of the run's folder write into it; what is made in there is the group's, too."""
-    if given.share and not {"--dry-run", "--test-only"}.intersection(words):
+    if given.share and not {"--dry-run", "--dry-run=plan", "--test-only"}.intersection(words):
         given.run.mkdir(parents=True, exist_ok=True)
         given.run.chmod(0o2775)
     as_shared(given.run)

@@ -9,11 +9,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import importlib.util
 import math
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from data_prep import manifest
@@ -29,6 +30,7 @@ from pipeline.errors import (
     StoppedCleanly,
     cause_of,
     describe,
+    no_package,
     of_server,
     run_command,
 )
@@ -44,6 +46,9 @@ from pipeline.stage import Stage, function_of
 from slurm import verdict
 from slurm.profile import Profile
 
+PACKAGES_OF = {"data": ("numpy", "h5py")} | dict.fromkeys(
+    ("pretrain", "finetune"), ("numpy", "h5py", "torch", "safetensors")
+)
 PATIENCE_S = 120.0  # hundreds of ranks start, and files on a shared file system appear, some seconds apart
 
 
@@ -61,6 +66,8 @@ def main() -> int:
     try:
         as_shared(arguments.run)
         with looked_after():
+            chain = patiently(lambda: Chain.of(RunDir(arguments.run)), _say)
+            refuse_missing_packages(chain, arguments.stage)
             for stage in arguments.stage:
                 run_stage(RunDir(arguments.run), stage, command)
     except (Exception, KeyboardInterrupt) as error:
@@ -83,6 +90,14 @@ def refuse_other_ranks(environment: Mapping[str, str]) -> None:
             f"mpiexec has started {started} processes: ranks are started by srun or by python -m pipeline.submit "
             "--processes N, which say which rank each is"
         )
+
+
+def refuse_missing_packages(chain: Chain, names: Sequence[str]) -> None:
+    """EnvironmentFault, before any work, where this interpreter lacks what one of the stages imports."""
+    stages = [chain.stages[name] for name in names if "command" not in chain.stages[name].config]
+    needed = dict.fromkeys(package for stage in stages for package in PACKAGES_OF[stage.job])
+    if missing := [package for package in needed if importlib.util.find_spec(package) is None]:
+        raise EnvironmentFault(no_package(", ".join(missing)))
 
 
 def _tell_script(error: BaseException) -> None:

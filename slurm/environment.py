@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 
@@ -12,6 +13,11 @@ from slurm.script import JOB_SH
 KEPT = ("SLURM_CONF", "SLURM_JWT", "SLURM_SACK_SOCKET")
 FOREIGN = re.search(r"^foreign='(.*?)'$", JOB_SH, re.DOTALL | re.MULTILINE)[1].split()  # type: ignore[index]
 OF_SLURM = ("SLURM*", "SBATCH_*")
+
+
+def this_node() -> str:
+    """This node by the name that Slurm knows; a host's own may have a domain behind it."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def clean(environ: Mapping[str, str] | None = None) -> dict[str, str]:

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import getpass
 import json
 import os
 import re
 import sys
+import tomllib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from slurm import queue
 from slurm.errors import FlagError, SlurmError
@@ -23,6 +24,10 @@ from slurm.resources import UNLIMITED, format_time, parse_time
 
 LONGEST_MIN = {"data": 24 * 60, "pretrain": 24 * 60, "finetune": 8 * 60}  # no longer, whatever the site allows
 SIGNAL_S = 120
+# GB of a GPU by its type in Gres, the smaller where there are two; a type may say it itself, as in a100_80gb
+GPU_GB = {"v100": 16, "p100": 16, "t4": 16, "a10": 24, "l4": 24, "a30": 24, "rtx_3090": 24, "rtx_4090": 24, "a100": 40,
+          "a40": 48, "a6000": 48, "l40": 48, "l40s": 48, "h100": 80, "h200": 141, "gh200": 96, "b200": 180}  # fmt: skip
+NETS = Path("/sys/class/net")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +38,8 @@ class Facts:
     partitions: str  # scontrol --oneliner show partition
     nodes: str  # scontrol --oneliner show node
     states: str = ""  # sinfo --noheader --format=%R|%D|%t
-    accounts: str = ""  # sacctmgr -nP show associations format=Account; "" where it does not answer
+    interfaces: tuple[str, ...] = ()  # of this machine, the fastest first
+    accounts: tuple[str, ...] = ()  # of this user, by sacctmgr
     partition: str = ""
 
 
@@ -57,26 +63,34 @@ def main() -> int:
 
 def ask(partition: str = "") -> Facts:
     """Ask the live Slurm. Raises SlurmError where there is none or it does not answer."""
-    accounts = ""
-    with contextlib.suppress(SlurmError, KeyError):  # no sacctmgr, no database that answers, a user without a name
-        answer = queue.ask(["sacctmgr", "-nP", "show", "associations", f"user={getpass.getuser()}", "format=Account"])
-        accounts = answer.out if answer.ok else ""
     return Facts(
         config=queue.tell(["scontrol", "show", "config"], patience_s=0),
         partitions=queue.tell(["scontrol", "--oneliner", "show", "partition"], patience_s=0),
         nodes=queue.tell(["scontrol", "--oneliner", "show", "node"], patience_s=0),
         states=queue.tell(["sinfo", "--noheader", "--format=%R|%D|%t"], patience_s=0),
-        accounts=accounts,
+        accounts=queue.accounts(),
         partition=partition,
+        interfaces=interfaces(NETS),
     )
+
+
+def interfaces(nets: Path) -> tuple[str, ...]:
+    """Network interfaces of hardware that are up, InfiniBand first and then by speed."""
+    found = []
+    for net in nets.glob("*"):
+        with contextlib.suppress(OSError, ValueError):  # one that is down has no speed
+            if (net / "device").exists() and (net / "operstate").read_text().strip() == "up":
+                infiniband = (net / "type").read_text().strip() == "32"
+                found.append((infiniband, int((net / "speed").read_text()), net.name))
+    return tuple(name for *_, name in sorted(found, reverse=True))
 
 
 def draft(facts: Facts) -> str:
     """A profile in TOML. FlagError for a partition that there is not; SlurmError when none is default or named."""
     config = dict(re.findall(r"^(\w+)\s*= *(.*?)\s*$", facts.config, re.MULTILINE))
-    partitions = {record["PartitionName"]: record for record in _records(facts.partitions, "PartitionName")}
+    partitions = {record["PartitionName"]: record for record in queue.records(facts.partitions, "PartitionName")}
     chosen = _choose(partitions, facts.partition)
-    nodes = [*_records(facts.nodes, "NodeName")]
+    nodes = [*queue.records(facts.nodes, "NodeName")]
     own = [node for node in nodes if chosen["PartitionName"] in node.get("Partitions", "").split(",")]
     gpus = _most_common_gpus(own)
     lines = [
@@ -85,18 +99,15 @@ def draft(facts: Facts) -> str:
         *_ending(config, chosen),
         *_sections(chosen, gpus, own, nodes, facts),
     ]
-    if gpus.count:
-        _, title, table = (PROFILES / "generic.toml").read_text(encoding="utf-8").partition("[micro_batch]")
-        lines += ["", "# check: these fit GPUs of 16 GB; larger ones take multiples", *(title + table).splitlines()]
+    lines += _micro_batches(gpus)
+    if len(facts.interfaces) > 1:
+        lines += [
+            "",
+            "[env]",
+            f"# check: this machine has {', '.join(facts.interfaces)}; pipeline.doctor shows the nodes'",
+        ]
+        lines += [f"# {library}_SOCKET_IFNAME = {_string(facts.interfaces[0])}" for library in ("NCCL", "GLOO")]
     return "".join(f"{_plain(line)}\n" for line in lines)
-
-
-def _records(text: str, key: str) -> Iterator[dict[str, str]]:
-    """One dict for each line of ``scontrol --oneliner``; of a repeated word the first counts (comments come last)."""
-    for line in text.splitlines():
-        pairs = re.findall(r"(?:^|\s)([A-Za-z][\w:/]*)=(\S*)", line)
-        if pairs and pairs[0][0] == key:
-            yield dict(reversed(pairs))
 
 
 def _choose(partitions: dict[str, dict[str, str]], wanted: str) -> dict[str, str]:
@@ -152,6 +163,8 @@ def _machine(config: dict[str, str], chosen: dict[str, str], gpus: Gpus, nodes: 
         mixed = gpus.kinds > 1
         why = "the partition mixes kinds of GPUs" if mixed else "needed only where the site insists on a type"
         yield f"{'' if mixed else '# '}gpu_type = {_string(gpus.kind)}  # from Gres; {why}"
+    if memory := _gpu_gb(gpus.kind):
+        yield f"gpu_memory_gb = {memory}  # of a {gpus.kind}; check: nvidia-smi"
     select = config.get("SelectType", "select/cons_tres")
     if gpus.count and "cons_tres" not in select:
         yield f'gpu_request = "gres"  # SelectType={select} does not know --gpus-per-node'
@@ -182,6 +195,32 @@ def _ending(config: dict[str, str], chosen: dict[str, str]) -> Iterator[str]:
             yield f"# check: {said}, so a preempted job may end without a last checkpoint"
 
 
+def _gpu_gb(kind: str) -> int:
+    """Memory of a type of GPU; 0 where its name does not tell."""
+    if said := re.search(r"(?<!\d)(\d{2,3})gb?(?![a-z])", kind.lower()):
+        return int(said[1])
+    words = re.split(r"[-.]|nvidia_|tesla_", kind.lower())
+    return next((GPU_GB[word] for word in words if word in GPU_GB), 0)
+
+
+def _micro_batches(gpus: Gpus) -> list[str]:
+    """[micro_batch] of our profile for the largest GPUs that are no larger; doubled where these are twice as large."""
+    memory = max(16, _gpu_gb(gpus.kind))
+    tables = {}
+    for path in PROFILES.glob("*.toml"):
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        if table.get("gpu_memory_gb", memory + 1) <= memory and "bert_large.phase1.bf16" in table.get(
+            "micro_batch", {}
+        ):
+            tables[table["gpu_memory_gb"]] = (path.name, table["micro_batch"])
+    size = max(tables)
+    name, table = tables[size]
+    times = 1 << int(memory / size).bit_length() - 1
+    why = f"{times} times those" if times > 1 else "those"
+    lines = ["", f"# check: {why} of {name}, for {size:g} GB; python -m pipeline.plan says what fits", "[micro_batch]"]
+    return lines + [f'"{key}" = {value * times}' for key, value in table.items()]
+
+
 def _sections(
     chosen: dict[str, str],
     gpus: Gpus,
@@ -196,9 +235,8 @@ def _sections(
     yield f"# Partition {name}: {states or 'no node'} (sinfo), State={chosen.get('State', '?')},"
     yield f"# MaxNodes={chosen.get('MaxNodes', '?')}, QoS={chosen.get('QoS', '?')}"
     yield "# check: a QoS may limit time, nodes and GPUs further (sacctmgr show qos)"
-    accounts = sorted({line.split("|")[0] for line in facts.accounts.splitlines() if line.strip("|\n ")})
-    if accounts:
-        yield f'# check: your accounts are {", ".join(accounts)} (sacctmgr); a section takes account = "..."'
+    if facts.accounts:
+        yield f'# check: your accounts are {", ".join(facts.accounts)} (sacctmgr); a section takes account = "..."'
     for section in LONGEST_MIN:
         yield ""
         yield f"[{section}]"

@@ -94,6 +94,6 @@ class Profile:
         options["exclusive"] = "" if part.exclusive else None
         options["requeue"] = "" if self.requeue else "no"
         options["signal"] = f"USR2@{self.signal_s}" if self.signal_s else None
-        # a spare that is not needed, and what waits for a stage that failed with all its spares, must not wait for ever
-        options["kill-on-invalid-dep"] = "yes" if self.spares else None
+        # a spare that is not needed, and what waits for a stage that failed, must not wait for ever
+        options["kill-on-invalid-dep"] = "yes"
         return {**{name: value for name, value in options.items() if value is not None}, **self.sbatch, **part.sbatch}

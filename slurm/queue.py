@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import getpass
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import TypeVar
 from slurm.command import Answer, run, which
 from slurm.environment import clean
 from slurm.errors import ControllerDown, Refused, SlurmError
+from slurm.resources import UNLIMITED, Resources, format_time, parse_time
 
 T = TypeVar("T")
 TIMEOUT_S = 30.0
@@ -177,6 +180,44 @@ def estimate_start(script: Path, extra: Sequence[str] = ()) -> str:
     if not answer.ok:
         raise Refused(f"{script.name}: {_reason(answer)}")
     return answer.said.removeprefix("sbatch: ")
+
+
+def records(text: str, key: str) -> Iterator[dict[str, str]]:
+    """One dict for each line of ``scontrol --oneliner``; of a repeated word the first counts (comments come last)."""
+    for line in text.splitlines():
+        pairs = re.findall(r"(?:^|\s)([A-Za-z][\w:/]*)=(\S*)", line)
+        if pairs and pairs[0][0] == key:
+            yield dict(reversed(pairs))
+
+
+def beyond_limits(partition: str, asked: Resources) -> str:
+    """What of a request its partition does not allow, with the option; "" where one of those named allows all of it.
+
+    Most sites let sbatch take such a job, which then waits for ever.
+    """
+    answer = ask(["scontrol", "--oneliner", "show", "partition"])
+    faults = []
+    for record in records(answer.out, "PartitionName"):
+        name = record["PartitionName"]
+        if name in partition.split(",") if partition else record.get("Default") == "YES":
+            most, time_min = parse_time(record.get("MaxTime", "UNLIMITED")), asked.time_min
+            if time_min is not None and most != UNLIMITED and (time_min == UNLIMITED or time_min > most):
+                told = f"{format_time(most)} of time and not {format_time(time_min)}; -t {format_time(most)}"
+                faults.append(f"partition {name} allows {told} has a stage go on in as many jobs as it needs")
+            elif record.get("MaxNodes", "").isdigit() and asked.nodes[0] > int(record["MaxNodes"]):
+                faults.append(f"partition {name} allows {record['MaxNodes']} nodes and not {asked.nodes[0]} (--nodes)")
+            else:
+                return ""
+    return next(iter(faults), "")
+
+
+def accounts() -> tuple[str, ...]:
+    """Those of this user; none where no accounting database tells."""
+    with contextlib.suppress(SlurmError, KeyError):  # no sacctmgr, no database that answers, a user without a name
+        answer = ask(["sacctmgr", "-nP", "show", "associations", f"user={getpass.getuser()}", "format=Account"])
+        if answer.ok:
+            return tuple(sorted({line.split("|")[0] for line in answer.out.splitlines() if line.strip("|\n ")}))
+    return ()
 
 
 def unavailable_nodes(partition: str = "") -> int:

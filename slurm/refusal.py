@@ -11,9 +11,9 @@ from slurm.header import spell
 # Slurm's words (slurm_errno.c, and the client's "Invalid --NAME specification") and the options they may be about
 ABOUT = (
     (r"--(?P<name>[a-z-]+)", ()),
+    ("account|association", ("account",)),  # "account/partition combination"
     ("partition", ("partition",)),
     (r"\bqos\b", ("qos",)),
-    ("account|association", ("account",)),
     ("feature", ("constraint", "prefer")),
     ("node name", ("nodelist", "exclude")),
     ("reservation", ("reservation",)),

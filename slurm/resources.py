@@ -72,6 +72,12 @@ def parse_time(text: str) -> int:
     return -(-total_s // 60)
 
 
+def parse_duration(text: str) -> int:
+    """Minutes of ``2h`` or ``90m``, or as ``parse_time``."""
+    match = re.fullmatch(r"(\d{1,4})([hm])", text, re.ASCII)
+    return int(match[1]) * (60 if match[2] == "h" else 1) if match else parse_time(text)
+
+
 def format_time(minutes: int) -> str:
     """``D-HH:MM:SS`` or ``HH:MM:SS``; ``UNLIMITED`` for 0."""
     if minutes == UNLIMITED:

@@ -9,7 +9,6 @@ import bisect
 import hashlib
 import json
 import platform
-import socket
 import statistics
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,6 +27,7 @@ from pipeline.engine.ranks import Ranks
 from pipeline.errors import EnvironmentFault, NodeFault, PeerLost
 from pipeline.node.distributed import Group
 from pipeline.node.job import Job
+from slurm.environment import this_node
 
 RECORD_BYTES = 2048
 COMPUTES = (  # what decides the bits of a training beside its task: model, engine, batches, the data's reader
@@ -43,7 +43,7 @@ LEAST_LOSS_S = 1.0  # in a window; less is noise
 def introduction(config: Mapping[str, Any], threads: int, device: torch.device, task: str) -> dict[str, Any]:
     """What a rank says of itself: host, a hash of its configuration and of the task's code, versions, GPU."""
     return {
-        "host": socket.gethostname(),
+        "host": this_node(),
         "config": _digest(json.dumps(science(config), sort_keys=True).encode()),
         "code": code_digest(task),
         "torch": torch.__version__,

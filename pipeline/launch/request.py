@@ -24,7 +24,7 @@ from pipeline.stages import TASKS, Command, recipe_of
 from pipeline.strict_toml import homes
 from slurm import flags
 from slurm.profile import SECTIONS, Profile
-from slurm.resources import parse_nodes
+from slurm.resources import parse_duration, parse_nodes
 
 SLURM_ONLY = ("one-job", "test-only", "write-scripts", "max-gpu-hours", "allow-mixed")
 
@@ -56,7 +56,7 @@ class Request:
     split: bool = False
     split_seeds: bool = False
     one_job: bool = False
-    dry_run: bool = False
+    dry_run: str = ""  # plan, sbatch
     write_scripts: Path | None = None
     test_only: bool = False
     replace: bool = False
@@ -81,6 +81,9 @@ def of(words: Sequence[str], command: Sequence[str] | None = None) -> Request:
     line = flags.split(words, sections=SECTIONS)
     options = parser() if command is None else guard_parser()
     given, unknown = options.parse_known_args(line.rest)
+    if given.chunk:
+        times = [flags.Flag("time", str(parse_duration(given.chunk)), section) for section in SECTIONS]
+        line = dataclasses.replace(line, flags=(*line.flags, *times))
     if faults := [_unknown(word, options) for word in unknown if word.startswith("-")] or unknown:
         raise ConfigError("\n".join(faults))
     if given.seeds:
@@ -153,7 +156,7 @@ def of(words: Sequence[str], command: Sequence[str] | None = None) -> Request:
         own=bool(given.text),
         remake=_names(given.remake),
         verify=given.verify,
-        **{name: getattr(given, name) for name in (*SWITCHES, "write_scripts", "max_gpu_hours", "allow_mixed")},
+        **{name: getattr(given, name) for name in (*SWITCHES, *VALUES)},
     )
 
 
@@ -175,11 +178,11 @@ SWITCHES = {
     "split": "one job for each stage",
     "split_seeds": "one job for each seed of a fine-tuning task",
     "one_job": "the whole chain in one job, stage after stage, where a site lets wait only one or two",
-    "dry_run": "show the jobs and where each setting comes from",
     "test_only": "ask Slurm when the jobs would start, on each of --nodes 1,2,4; send nothing",
     "replace": "cancel jobs of this run that are at work; let another recipe take it over",
     "upgrade": "go on with the code of this checkout instead of the code with which the run began",
 }
+VALUES = ("dry_run", "write_scripts", "max_gpu_hours", "allow_mixed")  # taken over as they were given
 OF_CHAIN = ("split", "split_seeds", "one_job")  # what guard has not
 
 
@@ -244,6 +247,10 @@ def parser() -> Options:
     add("--seeds", type=seeds_of, metavar="WHAT=N-M", help=seeds_help)
     set_help = "change a recipe value, such as phase1.steps=100"
     add("--set", action="append", default=[], metavar="KEY=VALUE", dest="settings", help=set_help)
+    chunk_help = (
+        "no job runs longer than this, as 90m or 2h: it is queued again and goes on, let in between larger ones"
+    )
+    add("--chunk", metavar="TIME", help=chunk_help)
     add("--verify", action="store_true", help="read all samples again to check them, also those checked last week")
     return _sent(options, tuple(SWITCHES))
 
@@ -258,7 +265,7 @@ def guard_parser() -> Options:
     )
     options.needed = "a --cluster, --saves PATH and, behind --, the command"
     options.example = "--run runs/mine --cluster generic --saves checkpoints -- python train.py"
-    absent = dict.fromkeys(("recipe", "language", "start", "data", "stages", "seeds"))
+    absent = dict.fromkeys(("recipe", "language", "start", "data", "stages", "seeds", "chunk"))
     options.set_defaults(**absent, **dict.fromkeys(OF_CHAIN, False), text=[], replay=[], settings=[], verify=False)
     saves_help = "file or folder that holds what the command saves: changed, the attempt made progress"
     options.add_argument("--saves", type=Path, metavar="PATH", help=saves_help)
@@ -279,6 +286,8 @@ def _sent(options: Options, switches: Sequence[str]) -> Options:
     add = options.add_argument_group("Slurm").add_argument
     for name in switches:
         add(f"--{name.replace('_', '-')}", action="store_true", help=SWITCHES[name])
+    dry_help = "show the jobs and where each setting comes from; =sbatch: begin the run, print its first job's file"
+    add("--dry-run", nargs="?", const="plan", default="", choices=("plan", "sbatch"), help=dry_help)
     add("--write-scripts", type=Path, metavar="DIR", help="write batch files and submit.sh; send nothing")
     hours_help = "stop when all attempts of all jobs of the run have spent so much; 0: no limit (default: the run's)"
     add("--max-gpu-hours", type=hours, metavar="H", help=hours_help)
@@ -317,6 +326,7 @@ def _refuse_slurms(profile: Profile, given: argparse.Namespace, line: flags.Comm
     """ConfigError for Slurm's options where there is no Slurm."""
     names = [flag.name for flag in line.flags if flag.name != "nodes"]
     names += [name for name in SLURM_ONLY if getattr(given, name.replace("-", "_"))]
+    names += ["dry-run=sbatch"] if given.dry_run == "sbatch" else []
     if names or line.passthrough:
         named = ", ".join(f"--{name}" for name in names) or " ".join(line.passthrough)
         raise ConfigError(f"{named}: means nothing to cluster profile {profile.name!r}, which has no Slurm")

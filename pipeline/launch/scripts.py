@@ -15,9 +15,9 @@ from pipeline.launch.request import Request
 from pipeline.run.journal import Journal, run_key
 from pipeline.run.rundir import RunDir
 from slurm.flags import Setting
-from slurm.header import spell
+from slurm.header import header_line, spell
 from slurm.resources import format_time
-from slurm.script import Part, Script, render
+from slurm.script import Part, Script, quote, render
 from slurm.submission import JobPlan, submit_sh
 
 UNSET = "unset RANK WORLD_SIZE LOCAL_RANK PIPELINE_LAUNCH PIPELINE_PARENT"  # of a launcher that submitted us
@@ -88,6 +88,24 @@ def write_scripts(folder: Path, request: Request, jobs: Sequence[JobPlan]) -> li
         publish_text(folder / name, text)
     (folder / "submit.sh").chmod(0o755)
     return [folder / name for name in texts]
+
+
+def piped(request: Request, job: JobPlan) -> str:
+    """The batch file of one job as ``sbatch`` may read it from a pipe: tagged, and noting itself in the journal."""
+    path = str(Journal.path(request.run).resolve())
+    journal = dataclasses.replace(Journal.of([job], "by-hand", {job.name: "$SLURM_JOB_ID"}), state="released")
+    new, file = quote("journal", f"{path}.new"), quote("journal", path)
+    note = [
+        'if [ "${SLURM_RESTART_COUNT:-0}" = 0 ]; then # so that status and cancel find it',
+        f"  cat >{new} <<END",
+        json.dumps(dataclasses.asdict(journal)),
+        "END",
+        f"  mv {new} {file}",
+        "fi",
+    ]
+    header, variables, rest = script_text(request, dataclasses.replace(job, needs=())).split("\n\n", 2)
+    tag = header_line("comment", tag_of(request.run, job, "by-hand"))
+    return "\n\n".join([f"{header}\n{tag}", "\n".join(note), variables, rest])
 
 
 def describe(job: JobPlan, job_id: str = "") -> str:

@@ -39,6 +39,8 @@ def start(asked: Request) -> int:
     """Do what a call asks for; the exit code."""
     run, profile = asked.run, asked.profile
     absent = corpora.missing(asked)
+    if asked.dry_run == "sbatch":
+        return to_pipe(asked)
     if asked.dry_run:
         show_plan(planned(asked), asked)
         if asked.local or not absent:
@@ -188,13 +190,18 @@ def try_out(asked: Request, jobs: list[JobPlan]) -> dict[str, str]:
         for job in (job for job in jobs if not job.stands_in_for):
             file = Path(folder) / job.file
             file.write_text(scripts.script_text(asked, job), encoding="utf-8")
+            partition = job.left["partition"].value if "partition" in job.left else ""
+            beyond = queue.patiently(lambda: queue.beyond_limits(partition, job.resources), say=print)  # noqa: B023
+            if beyond and "qos" not in job.left:  # which may have limits of its own
+                raise Refused(f"{job.name}: {beyond}")
             try:
                 estimates[job.name] = queue.patiently(lambda: queue.estimate_start(file, asked.extra), say=print)  # noqa: B023
             except Refused as refused:
-                partition = job.left.get("partition")
-                away = queue.unavailable_nodes(partition.value if partition else "")
+                away = queue.unavailable_nodes(partition)
                 if "node configuration is not available" not in str(refused) or not away or asked.test_only:
-                    raise Refused(f"{refused}{blame(str(refused), job.settings, asked.extra)}") from None
+                    own = ", ".join(queue.accounts()) if "account" in str(refused) else ""
+                    hint = f"; your accounts: {own}" if own else ""
+                    raise Refused(f"{refused}{blame(str(refused), job.settings, asked.extra)}{hint}") from None
                 print(f"{job.name}: no nodes for it now, {away} are down or reserved; it waits")
     return estimates
 
@@ -210,6 +217,26 @@ def without_sending(chain: Chain, asked: Request) -> int:
     if asked.test_only:
         for name, estimate in try_out(asked, jobs).items():
             print(f"{name}: {estimate}")
+    return 0
+
+
+def to_pipe(asked: Request) -> int:
+    """``--dry-run=sbatch``: begin the run and print the batch file of its first job; all other words go to stderr."""
+    with contextlib.redirect_stdout(sys.stderr):
+        corpora.check(asked, planned(asked))
+        (asked.run.path / "logs").mkdir(parents=True, exist_ok=True)
+        with asked.run.held():
+            refuse_if_slurm_runs_it(asked.run)
+            begin(asked)
+            chain = Chain.of(asked.run)
+            jobs = plan_jobs(chain, selected(chain, asked), asked)
+            move_aside(chain, asked)
+            if not jobs:
+                return nothing_to_do(asked.run)
+            print(f"for | sbatch{''.join(f' {word}' for word in asked.extra)}: {scripts.describe(jobs[0])}")
+            if jobs[1:]:
+                print(f"then {', '.join(job.name for job in jobs[1:])}, by the same call; --one-job has all in one")
+    print(scripts.piped(asked, jobs[0]))
     return 0
 
 

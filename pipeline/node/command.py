@@ -21,6 +21,7 @@ from pipeline.node.bell import until
 from pipeline.node.device import DEFAULTS
 from pipeline.node.job import LOOPBACK, Job, rendezvous_host
 from slurm import verdict
+from slurm.environment import this_node
 
 LOOK_S = 0.2  # between two looks whether the command has ended, or shall
 SETTLE_S = 5.0  # what it saves counts once it has stood unchanged for so long
@@ -60,15 +61,14 @@ def run(job: Job, *, command: Sequence[str], saves: str) -> dict[str, Any]:
 
 def judge(job: Job, code: int) -> None:
     """Raise what the exit code of a command means; nothing for 0, unless it was asked to stop."""
-    node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     ended = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-    line = f"rank {job.rank} on {node}: the command {ended}"
+    line = f"rank {job.rank} on {this_node()}: the command {ended}"
     if job.stop.reason:
         raise StoppedCleanly(f"{line} after {job.stop.reason}", job.stop.cause)
     if code == StoppedCleanly.exit_code:
         raise StoppedCleanly(line)
     if code == NodeFault.exit_code:
-        raise NodeFault(f"{line}: a bad node", (node,))
+        raise NodeFault(f"{line}: a bad node", (this_node(),))
     if code in FINAL:
         raise ConfigError(f"{line}, so it is not started again; look at its last lines in {job.attempt.log}")
     if code:

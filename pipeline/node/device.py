@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.errors import ConfigError, DeviceFault, EnvironmentFault, NodeFault, PipelineError
 from pipeline.node.job import Job
+from slurm.environment import this_node
 
 if TYPE_CHECKING:
     import torch
@@ -178,8 +179,9 @@ def fault_of(error: Exception, job: Job, micro_batch: int | None) -> PipelineErr
     if not isinstance(error, getattr(torch, "AcceleratorError", ())) and not line.lower().startswith("cuda"):
         return None
     if any(word.lower() in line.lower() for word in BROKEN):
-        host = socket.gethostname()
-        return NodeFault(f"{where}: {line}; {job.stage} goes on from its last checkpoint without {host}", (host,))
+        return NodeFault(
+            f"{where}: {line}; {job.stage} goes on from its last checkpoint without {this_node()}", (this_node(),)
+        )
     return DeviceFault(f"{where}: {line}; {job.stage} goes on from its last checkpoint")
 
 

@@ -6,6 +6,8 @@ and ``submit`` say what it says.
 
 from __future__ import annotations
 
+import contextlib
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,9 +15,10 @@ from typing import Any, Literal, Required, TypedDict, cast
 
 from pipeline.errors import RESTART_CODES
 from pipeline.run.chain import Chain
+from pipeline.run.files import now, open_plain
 from pipeline.run.journal import Journal, SentJob
 from pipeline.run.rundir import Attempt, RunDir
-from pipeline.words import in_short, visible
+from pipeline.words import in_short, is_number, visible
 from slurm import queue
 from slurm.errors import SlurmError
 from slurm.states import in_words
@@ -55,8 +58,10 @@ class Row(TypedDict, total=False):
     loss: float
     sequences_per_s: float
     tokens_per_s: float
+    age_s: float  # of these figures
     eta_s: float  # the median step time times the steps left
     expected_start: float  # Unix time, by Slurm's estimate
+    fails: bool  # failed, or needs a stage that has
     stuck: bool  # waits for what can no longer happen
 
 
@@ -109,7 +114,11 @@ def rows_of(chain: Chain, held: bool, sent: Sent | None = None) -> list[Row]:
     for event in events_of(chain.run):
         if "stage" in event:
             gave_up[str(event["stage"])] = event  # the newest; that it failed is what the local runner says last
-    return [Look(chain, name, todo, held, sent, gave_up.get(name, {})).row() for name in chain.stages]
+    rows: dict[str, Row] = {}
+    for name in chain.stages:
+        row = rows[name] = Look(chain, name, todo, held, sent, gave_up.get(name, {}), rows).row()
+        row.update({"fails": True} if row["state"] == "failed" else {})
+    return [*rows.values()]
 
 
 @dataclass(frozen=True)
@@ -122,6 +131,7 @@ class Look:
     held: bool
     sent: Sent | None
     event: Mapping[str, Any]
+    before: Mapping[str, Row]  # of the stages before it
 
     def row(self) -> Row:
         """The stage's row, by the rule."""
@@ -139,6 +149,10 @@ class Look:
         rules = RULE[holder]
         row["state"], reason = rules.get(self.left(holder, job, attempts, verdict), rules["any"])
         row |= {"reason": "", **({"job": sent.id} if sent else {})}
+        blocked = [need for need in self.chain.stages[self.name].needs if self.before[need].get("fails")]
+        if holder in ("ended", "cancelled") and not attempts and blocked:
+            reason = f"not begun: it needs {', '.join(blocked)}"
+            return cast(Row, {**row, "state": "todo", "reason": reason, "fails": True})
         if reason == "why":
             row["reason"] = self.todo[self.name]
         elif reason == "verdict":
@@ -153,6 +167,7 @@ class Look:
             row["reason"] = f"waits for {self.at_work(sent)} in the same job"
         elif sent and reason == "job":
             row["reason"] = over(self.chain.run, sent.id) or (in_words(job) if job else "")
+            row["reason"] += "" if attempts else first_error(self.chain.run, sent.id)
         elif job and reason == "start":
             row["reason"] = "starts" if job.state == "RUNNING" else in_words(job)
         elif job and self.sent and reason == "queue":
@@ -216,6 +231,16 @@ def over(run: RunDir, job: str) -> str:
     return visible(f"exit {words[0]}: {words[1]}") if words else ""
 
 
+def first_error(run: RunDir, job: str) -> str:
+    """What the log of a job that came to no attempt says first of an error, and where that log is; else empty."""
+    for path in (run.path / "logs").glob(f"*-{job}.out"):
+        with contextlib.suppress(OSError), open_plain(path) as file:
+            lines = [line.strip() for line in file.read(1 << 16).decode(errors="replace").splitlines() if line.strip()]
+            wrong = [line for line in lines if re.search("error|no such file|not found|denied", line, re.IGNORECASE)]
+            return visible(f": {(wrong or lines)[0][:200]} ({path})") if lines else ""
+    return ""
+
+
 def queued(job: queue.Job, attempts: Sequence[Attempt], names: Mapping[str, str]) -> dict[str, Any]:
     """Of a job in the queue: how its attempts ended, what it waits for, and when Slurm means to start it."""
     again = f"{history(attempts, job.id)}; " if attempts else ""
@@ -240,6 +265,9 @@ def progress(chain: Chain, name: str, attempts: Sequence[Attempt]) -> dict[str, 
         if times := [line["step_s"] for line in own if "step_s" in line]:
             row["eta_s"] = statistics.median(times) * (phase.steps - row["step"])
             words.append(f"ETA {in_short(row['eta_s'])}")
+    if own and is_number(own[-1].get("time")):
+        row["age_s"] = max(0.0, now() - own[-1]["time"])
+        words.append(f"{in_short(row['age_s'])} ago")
     if before:
         words.append(history(before, attempt.job_id))
         words.append(f"resumed at step {attempt.resumed_from}" if attempt.resumed_from else f"attempt {attempt.number}")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
+import sys
 
 import pytest
 
 from pipeline.run.rundir import RunDir
+from slurm.profile import PROFILES
 from support.running import SMALL, digests, states
 from support.sent_runs import LAST, LONG, SENDER, call, metrics, resumed_at, said, send, sent, wait_done
 
@@ -45,6 +48,11 @@ def test_the_chain_as_one_job(site, folder, data, reference, tmp_path) -> None:
     wide = send(run, *words, "--one-job", "-p", "data=short")
     assert (wide.returncode, wide.stderr.count("\n")) == (2, 1)
     assert "--partition=data=short: with --one-job the one job is pretrain's" in wide.stderr
+    long = send(run, *words, "--one-job", "-p", "short")
+    assert long.returncode == 9
+    assert "chain: partition short allows 00:10:00 of time and not 02:00:00; -t 00:10:00 has" in long.stderr
+    other = send(run, *words, "--one-job", "-A", "nobodys")
+    assert "(--account=nobodys from flag); your accounts: root" in other.stderr
     jobs = sent(run, *words, "--one-job")
     assert list(jobs) == ["chain"]
     site.wait(lambda: len(metrics(run, 1)) >= 20, "phase 1 trains", 120)
@@ -59,11 +67,45 @@ def test_the_chain_as_one_job(site, folder, data, reference, tmp_path) -> None:
     assert (started["extract"], started["phase1"], started["squad"], started["report"]) == (1, 2, 1, 1)
 
 
-def test_a_chain_in_one_job_that_fails_still_reports(site, prepared) -> None:
-    words = ["--set", "phase1.learning_rate=1e30", "--set", "phase1.warmup=0"]
-    job = sent(prepared, *words, "--nodes", 2, "--one-job")["chain"]
+def test_a_piped_chain_that_fails_still_reports(site, prepared, tmp_path) -> None:
+    """``submit --one-job --dry-run=sbatch | sbatch``: status and cancel know the job; phase 1 of it diverges."""
+    words = ["--set", "phase1.learning_rate=1e30", "--set", "phase1.warmup=0", "--nodes", 2, "--one-job"]
+    printed = send(prepared, *words, "--dry-run=sbatch")
+    assert printed.stdout.startswith("#!/bin/bash\n#SBATCH "), printed.stderr
+    (tmp_path / "piped").write_text(printed.stdout)
+    site.call("sh", "-c", f"sbatch --hold <{tmp_path / 'piped'}")
+    assert "cancelled chain (job" in call("cancel", prepared).stdout
+    assert not site.call("squeue", "-h")
+    (job,) = re.findall(r"^\d+$", site.call("sh", "-c", f"sbatch --parsable <{tmp_path / 'piped'}"), re.MULTILINE)
     site.wait(lambda: site.state(job) in ("COMPLETED", "FAILED"), "the job has ended", 90)
     assert site.words("job", job)["ExitCode"] == "5:0", said(prepared)
     assert (states(prepared)["phase1"], states(prepared)["report"]) == ("failed", "done")
     assert len(list((prepared / "stages/phase1/attempts").glob("[0-9]*"))) == 1
     assert ">failed<" in RunDir(prepared).report.read_text()
+
+
+def test_a_drafted_profile_needs_no_edit(site, prepared, tmp_path) -> None:
+    """Neither for what this site lacks nor for a recipe that names no micro-batch."""
+    drafted = tmp_path / "site.toml"
+    drafted.write_text(site.call(sys.executable, "-m", "slurm.probe") + "\n")
+    assert list(sent(prepared, "--one-job", "--nodes", 2, "--hold", cluster=drafted)) == ["chain"]
+    words = ["--recipe", "bert_base", "--cluster", drafted, "--run", tmp_path / "base", "--nodes", 2, "--dry-run"]
+    assert call("submit", *words).returncode == 0
+
+
+def test_the_doctor_proves_a_profile(site, tmp_path) -> None:
+    """Ranks, software, files, network, a signal, a requeue by the job itself; then an interpreter that is not there."""
+    done = call("doctor", "devcluster", "--run", tmp_path / "good")
+    rows = {
+        line[5:18].strip(): line.split()[0] for line in done.stdout.splitlines() if line.startswith(("yes", "no", "?"))
+    }
+    assert done.returncode == 0, done.stdout + done.stderr
+    held = ("ranks", "packages", "Slurm there", "network", "shared files", "files", "signal", "requeue", "grace")
+    assert [name for name in held if rows.get(name) != "yes"] == [], done.stdout
+    assert not site.call("squeue", "-h")
+    profile = (PROFILES / "devcluster.toml").read_text().replace("[data]", 'python = "/nowhere/python"\n[data]', 1)
+    (tmp_path / "bad.toml").write_text(profile)
+    ill = call("doctor", tmp_path / "bad.toml", "--run", tmp_path / "ill")
+    assert ill.returncode == 7, ill.stdout + ill.stderr
+    assert re.search("0 of 2 answered: .*/nowhere/python: No such file or directory", ill.stdout), ill.stdout
+    assert not site.call("squeue", "-h")

@@ -155,14 +155,18 @@ def test_a_refused_job_leaves_nothing_in_the_queue(slurm, prepared) -> None:
 
 
 def test_a_failure_is_reported_and_not_tried_again(slurm, prepared) -> None:
-    """phase 1 diverges: no requeue, its children never start, the report is made, submit takes the stuck ones over."""
+    """phase 1 diverges: no requeue, what waited for it leaves, the report is made, submit goes on."""
     jobs = sent(prepared, "--set", "phase1.learning_rate=1e30", "--set", "phase1.warmup=0")
     slurm.wait(lambda: slurm.state(jobs["report"]) == "COMPLETED", "the report is made", 90)
     rows = {row["name"]: row for row in json.loads(call("status", prepared, "--json").stdout)["stages"]}
     assert rows["phase1"]["state"] == "failed"
     assert "exit 5" in rows["phase1"]["reason"]
-    assert rows["squad"]["state"] == "waiting"
-    assert "can never start" in rows["squad"]["reason"]
+    slurm.wait(lambda: not live(slurm), "what waited for it is gone", 30)
+    rows = {row["name"]: row for row in json.loads(call("status", prepared, "--json").stdout)["stages"]}
+    assert (rows["phase2"]["state"], rows["phase2"]["reason"]) == ("todo", "not begun: it needs phase1")
+    assert (rows["squad"]["state"], rows["report"]["state"]) == ("todo", "done")
+    last = call("status", prepared).stdout.splitlines()[-1]
+    assert last == f"mend what failed, then go on:  python -m pipeline.submit --run {prepared}"
     assert len(list((prepared / "stages/phase1/attempts").glob("[0-9]*"))) == 1
     again = sent(prepared, "--hold", "--set", "phase1.learning_rate=1e-2", "--set", "phase1.warmup=0.1")
     assert sorted(live(slurm)) == sorted(again.values())

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from datetime import datetime
 from pathlib import Path
 from typing import get_args
@@ -110,6 +111,8 @@ def test_eta_is_the_median_step_time_of_this_attempt_times_the_steps_left(run):
         at_work(run, range(5, 351, 5))
         assert row_of(run, "phase1")["eta_s"] == pytest.approx((steps - 350) * 0.5)
         assert "ETA 3 min" in str(row_of(run, "phase1")["reason"])
+        append_jsonl(run.stage("phase1").attempts[-1].metrics, {"step": 351, "loss": 6.4, "time": time.time() - 600})
+        assert "10 min ago" in str(row_of(run, "phase1")["reason"])
         at_work(run, range(330, 341, 5))  # went back to a checkpoint
         assert row_of(run, "phase1")["step"] == 340
         assert row_of(run, "phase1")["eta_s"] == pytest.approx((steps - 340) * 0.5)
@@ -220,6 +223,11 @@ def test_a_job_that_only_the_accounting_remembers(run, monkeypatch, state, words
     monkeypatch.setattr(queue, "accounted", lambda ids: {one: Job(id=one, state=state) for one in ids})
     row = next(row for row in survey(run, Sent.of(run)) if row["name"] == "phase1")
     assert (row["state"], words in row["reason"]) == ("failed", True)
+    log = run.path / "logs" / "pretrain-7.out"
+    log.parent.mkdir()
+    log.write_text("module load cuda\nslurmstepd: error: execve(): /venv/python: No such file\nattempt 0: code 76\n")
+    row = next(row for row in survey(run, Sent.of(run)) if row["name"] == "phase1")
+    assert row["reason"].endswith(f": slurmstepd: error: execve(): /venv/python: No such file ({log})")
 
 
 def test_the_rule_has_a_state_for_everything_that_may_be():

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from faults.starts import begun
+from pipeline.config import load_profile, load_recipe
 from pipeline.errors import ConfigError, EnvironmentFault
+from pipeline.strict_toml import table_of
 from pipeline.worker import refuse_other_ranks
-from support.running import ROOT, call, command, one_line, states
+from support.running import ROOT, TWO_PHASES, call, command, one_line, states
 
 
 @pytest.mark.slow
@@ -70,3 +75,18 @@ def test_ranks_that_agree_begin():
     refuse_other_ranks({"RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "JOB_RANKS": "4"})
     refuse_other_ranks({"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0", "PMI_SIZE": "2"})
     refuse_other_ranks({})
+
+
+@pytest.mark.parametrize(
+    ("stage", "packages"), [("extract", "numpy, h5py"), ("phase1", "numpy, h5py, torch, safetensors")]
+)
+def test_an_interpreter_without_packages_does_not_begin(tmp_path: Path, stage: str, packages: str) -> None:
+    """``python -S``: no package of the environment. One line and 7, from any folder, and no attempt is taken."""
+    run, profile = tmp_path / "run", dataclasses.asdict(load_profile("local"))
+    settings = {"recipe": table_of(load_recipe(TWO_PHASES)), "profile": profile}
+    run.mkdir()
+    (run / "run.json").write_text(json.dumps({**settings, "corpora": {}, "data_dir": "."}))
+    bare = {"cwd": tmp_path, "env": {"PYTHONPATH": str(ROOT)}, "capture_output": True, "text": True, "check": False}
+    done = subprocess.run([sys.executable, "-S", "-m", "pipeline.worker", run, stage], **bare)
+    one_line(done, 7, f"{sys.executable} has no package {packages}; install it there")
+    assert not (run / "stages").exists()

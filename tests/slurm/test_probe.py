@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from slurm.errors import FlagError, SlurmError
-from slurm.probe import Facts, draft
+from slurm.probe import Facts, draft, interfaces
 
 GOLDEN = Path(__file__).parent / "golden" / "probe"
 RECORDED = Facts(**{f.stem: f.read_text() for f in GOLDEN.glob("*.txt")})
@@ -83,6 +83,48 @@ def test_spellings_of_gres(gres, count, named):
     assert (f'# gpu_type = "{named}"' in text) == bool(named)
 
 
+@pytest.mark.parametrize(
+    ("kind", "memory", "micro"),
+    [
+        ("a100", 40, 32),
+        ("nvidia_a100_80gb_pcie", 80, 256),
+        ("h200", 141, 256),
+        ("v100", 16, 16),
+        ("1g.10gb", 10, 16),
+        ("unheard", None, 16),
+    ],
+)
+def test_memory_and_micro_batches_by_the_type_of_gpu(kind, memory, micro):
+    """Those of the profile for the largest GPU that is no larger, in every precision; doubled for one of twice that."""
+    found = tomllib.loads(draft(site(nodes=[("gpu:8", f"gpu:{kind}:8")])))
+    assert found.get("gpu_memory_gb") == memory
+    batches = {key: value for key, value in found["micro_batch"].items() if key.startswith("bert_large.phase1.")}
+    assert (batches["bert_large.phase1.bf16"], len(batches)) == (micro, 4)
+
+
+def test_interfaces(tmp_path):
+    """Those with hardware that are up; InfiniBand first, whatever its speed."""
+    for name, kind, state, speed in (
+        ("eth0", 1, "up", 100000),
+        ("ib0", 32, "up", 50000),
+        ("eth1", 1, "down", 10),
+        ("lo", 772, "up", 9),
+    ):
+        (tmp_path / name).mkdir()
+        for key, value in {
+            "type": kind,
+            "operstate": state,
+            "speed": speed,
+            **({} if name == "lo" else {"device": ""}),
+        }.items():
+            (tmp_path / name / key).write_text(f"{value}\n")
+    found = interfaces(tmp_path)
+    assert found == ("ib0", "eth0")
+    text = draft(dataclasses.replace(RECORDED, interfaces=found))
+    assert '# NCCL_SOCKET_IFNAME = "ib0"' in text
+    assert tomllib.loads(text)["env"] == {}
+
+
 def test_a_comment_that_reads_like_a_fact_is_none():
     text = draft(site(nodes=[("ExtSensorsTemp=n/s", "ExtSensorsTemp=n/s Comment=was Gres=gpu:2 before")]))
     assert tomllib.loads(text)["gpus_per_node"] == 8
@@ -93,7 +135,7 @@ def test_a_site_without_gpus_in_the_partition():
     text = draft(dataclasses.replace(RECORDED, nodes=nodes.replace("Partitions=low,spot,high", "Partitions=high")))
     found = tomllib.loads(text)
     assert (found["gpus_per_node"], found["pretrain"]["cpus_per_task"]) == (0, 1)
-    assert "micro_batch" not in found
+    assert len(found["micro_batch"]) == 16
     assert "there are GPUs in high; draft again with --partition" in text
 
 
@@ -144,7 +186,7 @@ def test_small_nodes_are_not_asked_for_more_than_they_have():
 
 def test_accounts_are_named_when_the_database_answers():
     assert "your accounts are bio, physics (sacctmgr)" in draft(
-        dataclasses.replace(RECORDED, accounts="physics\nbio\nbio\n")
+        dataclasses.replace(RECORDED, accounts=("bio", "physics"))
     )
     assert "accounts" not in draft(RECORDED)
 

@@ -129,6 +129,51 @@ def test_what_the_jobs_ask_for() -> None:
         ready(nodes="many")
 
 
+def test_one_job_asks_for_what_each_of_its_parts_needs() -> None:
+    """All nodes; cores and memory of the greediest; narrower parts on one node, the report whatever happened."""
+    chain = jobs.in_one(ready(nodes="4"))
+    assert (chain.name, chain.resources.nodes, chain.resources.mem_gb, chain.needs) == ("chain", (4, 4), 0, ())
+    lines = text_of(chain, "dgx_a100_80g").splitlines()
+    heads = [line.partition(" srun_args")[0] for line in lines if line.startswith("part_")]
+    assert heads == [
+        "part_data() { width=1; tasks=1; cpus=32;",
+        "part_pretrain() { width=; tasks=8; cpus=;",
+        "part_finetune() { width=1; tasks=8; cpus=;",
+        "part_report() { width=1; tasks=1; cpus=1;",
+    ]
+    assert {"sruns=(part_data part_pretrain part_finetune)", "always=part_report"} < set(lines)
+    small = jobs.in_one(
+        ready(Flag("mem", "8G", "pretrain"), Flag("mem", "64G", "data"), cluster="devcluster", nodes="2")
+    )
+    assert (small.resources.cpus_per_task, small.resources.mem_gb) == (2, 64)
+    only = jobs.in_one(ready(nodes="4")[2:])
+    assert (only.resources.nodes, only.stages[-1]) == ((1, 1), "report")
+    with pytest.raises(ConfigError, match=r"--partition=data=cpu: with --one-job the one job is pretrain's"):
+        jobs.in_one(ready(Flag("partition", "cpu", "data"), nodes="4"))
+
+
+@pytest.mark.slow
+def test_a_file_for_a_pipe_is_all_that_is_printed(tmp_path) -> None:
+    """Also where a recipe is written and shown before; the run is begun, and the script notes itself in its journal."""
+    run = tmp_path / "run"
+    said = "The river runs past the old mill number {}, and nobody counts the sacks of flour in winter.\n\n"
+    (tmp_path / "text.txt").write_text("".join(said.format(number) for number in range(400)))
+    words = ["--text", tmp_path / "text.txt", "--cluster", "devcluster", "--run", run, "--one-job"]
+    done = call("submit", *words, "--dry-run=sbatch")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("#!/bin/bash\n#SBATCH ")
+    assert subprocess.run(["bash", "-n"], input=done.stdout, text=True, check=False).returncode == 0
+    assert f"mv {run}/jobs.json.new {run}/jobs.json" in done.stdout
+    assert (run / "run.json").exists()
+    assert not (run / "jobs.json").exists()
+
+
+def test_a_chunk_is_the_time_limit_of_every_job(tmp_path) -> None:
+    for text, minutes in (("2h", 120), ("45m", 45), ("1-00:00:00", 1440)):
+        asked = asked_for(tmp_path / "run", "generic", "--chunk", text, "-t", "9:00:00")
+        assert {ask.resources.time_min for ask in asked.asked.values()} == {minutes}
+
+
 def test_each_seed_is_a_job_of_its_own_where_that_is_wanted() -> None:
     stages = table(load_recipe(TWO_PHASES, ["squad.seeds=[1, 2]"]))
     assert [name for name in stages if name.startswith("squad")] == ["squad-1", "squad-2", "squad"]

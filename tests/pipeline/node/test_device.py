@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from pipeline.engine.peers import introduction
 from pipeline.errors import ConfigError, DeviceFault, EnvironmentFault, NodeFault, PeerLost, describe
 from pipeline.node import device
 from pipeline.node.device import DEFAULTS, fault_of, gpus_given, runs_on, set_defaults, why_no_gpu
@@ -198,3 +199,11 @@ def test_other_errors_stay_what_they_are():
     with pytest.raises(RuntimeError, match="a defect of ours"), peers_named(job(), 256):
         raise RuntimeError("a defect of ours")
     assert fault_of(RuntimeError("shape mismatch"), job(), 4) is None
+
+
+def test_a_bad_node_has_the_name_that_slurm_knows(monkeypatch):
+    """Hosts may be called NODE.DOMAIN; the batch script looks for Slurm's names."""
+    monkeypatch.setenv("SLURMD_NODENAME", "n7")
+    fault = fault_of(RuntimeError("CUDA error: uncorrectable ECC error encountered"), job(), 4)
+    assert fault.nodes == ("n7",)
+    assert introduction({}, 1, torch.device("cpu"), "pipeline.pretrain.task")["host"] == "n7"
