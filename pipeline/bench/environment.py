@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import importlib
 import os
-import platform
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from pipeline.node.device import driver_version
+from pipeline.node.device import driver_version, processor
 
 
 def environment(threads: int | None, *, beside: bool) -> dict[str, Any]:
@@ -28,9 +26,4 @@ def environment(threads: int | None, *, beside: bool) -> dict[str, Any]:
 
 def device_name(device: torch.device) -> str:
     """What people call the device."""
-    if device.type == "cuda":
-        return str(torch.cuda.get_device_name(device))
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else ():
-        if line.startswith("model name"):
-            return f"CPU {line.partition(':')[2].strip()}"
-    return f"CPU {platform.machine()}"
+    return str(torch.cuda.get_device_name(device)) if device.type == "cuda" else processor()

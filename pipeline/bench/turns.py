@@ -37,11 +37,12 @@ from pipeline.engine.precision import autocast_for
 from pipeline.engine.ranks import Ranks
 from pipeline.errors import ConfigError, EnvironmentFault, PeerLost, PipelineError, describe
 from pipeline.node.device import claimed, set_defaults
+from pipeline.node.distributed import of_peer
 from pipeline.words import columns
 
 DIFFERENT = 4  # micro-batches that take turns, so that no timing rests on one shape
 RATE = 1e-4
-GRACE_S = 10.0  # for the others to end when one has failed: it may be they who know why
+GRACE_S = 30.0  # for the others to end when one has failed: it may be they who know why
 FIGURES = ("seq_len", "precision", "gpus", "micro_batch", "accumulation", "sequences_per_s", "tokens_per_s",
            "ratio_vs_transformers")  # fmt: skip
 Row = dict[str, Any]
@@ -198,17 +199,18 @@ def _wait_for(running: list[SpawnProcess]) -> list[SpawnProcess]:
     end: float | None = None
     while running and (end is None or time.monotonic() < end):
         wait([process.sentinel for process in running], None if end is None else max(0.0, end - time.monotonic()))
-        failed += [process for process in running if process.exitcode]
-        running = [process for process in running if process.exitcode is None]
+        ended = [process for process in running if process.exitcode is not None]
+        failed += [process for process in ended if process.exitcode]
+        running = [process for process in running if process not in ended]
         if failed and end is None:
             end = time.monotonic() + GRACE_S
     return failed
 
 
 def _innocence(process: SpawnProcess) -> int:
-    """Who was killed or refuses is the cause, rather than who has a defect or aborts: that a lost peer can do, too."""
+    """Who was killed or refuses is the cause, rather than who has a defect, aborts or says that it lost a peer."""
     code = process.exitcode or 0
-    return 2 if code in (1, -signal.SIGABRT) else 0 if code < 0 else 1
+    return 3 if code in (PeerLost.exit_code, -signal.SIGABRT) else 2 if code == 1 else 0 if code < 0 else 1
 
 
 def _error_of(process: SpawnProcess, pipe: Connection, world_size: int) -> PipelineError:
@@ -239,7 +241,9 @@ def _be_rank(
 
 
 def _told(error: BaseException, asked: Row) -> BaseException:
-    """A lack of GPU memory is a choice of options, and no defect."""
+    """A lack of GPU memory is a choice of options, and no defect; nor is a lost peer."""
+    if of_peer(error):
+        return PeerLost(f"lost a peer: {error}")
     if not isinstance(error, torch.OutOfMemoryError):
         return error
     first = str(error).split(". ")[0]

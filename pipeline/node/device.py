@@ -149,9 +149,14 @@ def machine() -> dict[str, str]:
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         return {"device": torch.cuda.get_device_name(), "cuda": str(torch.version.cuda), "driver": driver_version()}
+    return {"device": processor()}
+
+
+def processor() -> str:
+    """What people call the CPU."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else ()
     model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    return {"device": f"CPU {model or platform.machine()}"}
+    return f"CPU {model or platform.machine()}"
 
 
 def driver_version() -> str:

@@ -155,8 +155,13 @@ def peers_named(job: Job, micro_batch: int | None = None) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if (fault := fault_of(error, job, micro_batch)) is not None:
             raise fault from error
-        text = str(error)
-        if isinstance(error, dist.DistError) or any(word in text for word in ("gloo", "NCCL", "Connection", "peer")):
-            first = text.strip().splitlines()[0]
+        if of_peer(error):
+            first = str(error).strip().splitlines()[0]
             raise PeerLost(f"rank {job.rank} on {socket.gethostname()} lost a peer: {first}") from error
         raise
+
+
+def of_peer(error: BaseException) -> bool:
+    """Whether torch says that another process of the group is gone."""
+    told = any(word in str(error) for word in ("gloo", "NCCL", "Connection", "peer"))
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and told)

@@ -89,7 +89,7 @@ def test_a_process_that_is_killed_ends_the_others_and_is_told():
         while len(ranks := ranks_of(bench.pid)) < 2:
             assert bench.poll() is None
         os.kill(ranks[1], signal.SIGKILL)
-        out, error = bench.communicate(timeout=60)
+        out, error = bench.communicate(timeout=120)
     assert (bench.returncode, out) == (76, "")
     assert error == "rank 1 of 2 was ended by SIGKILL, as when memory runs out: nothing is measured\n"
     assert not Path(f"/proc/{ranks[0]}").exists()
