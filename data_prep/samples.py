@@ -30,6 +30,7 @@ from data_prep.wordpiece import Encoder, Vocabulary, unknown_note
 SPLITS = ("train", "test")
 BLOCK_BYTES = 12_000_000  # of text: with its samples a worker stays below 600 MB
 BLOCK_DUPLICATES = 10
+FEW_BYTES = 1_000_000_000  # are verified before as many processes as there are workers have begun
 
 
 @dataclass(frozen=True)
@@ -113,9 +114,10 @@ def run(
     vocabulary = Vocabulary.load(vocab)
     vocabulary.check_case(lowercase, vocab)
     source = manifest.read_manifest(shards)
+    readers = job.workers if sum(entry["bytes"] for entry in source["shards"]) > FEW_BYTES else 1
     blocks = [
         Block(**block)
-        for row in run_all(functools.partial(_blocks, shards, settings), source["shards"], job.workers)
+        for row in run_all(functools.partial(_blocks, shards, settings), source["shards"], readers)
         for block in row
     ]
     made = run_all(

@@ -30,7 +30,8 @@ WIKIPEDIA = {"xml": 100_000, "text": 20_000}  # MB of the English one, markup an
 INTRODUCTION = """\
 # Data preparation: speed, memory, and what the English Wikipedia takes
 
-Written by `python -m pipeline.bench data`. One process, its processor time (user and system), peak of its memory.
+Written by `python -m pipeline.bench data --mb {xml_mb} > docs/data.md`. One process, its processor time (user and
+system), peak of its memory.
 """
 
 WHOLE = """
@@ -54,7 +55,7 @@ def main(arguments: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="bench-data-") as folder:
         rows = [*stages(dump, Path(folder), chosen.mb)]
         figures = {"xml_mb": chosen.mb, "stages": rows, "beside": beside(dump, Path(folder) / "vocab" / "vocab.txt")}
-    print(json.dumps(figures) if chosen.json else "\n".join(page(figures)))
+    print(json.dumps(figures) if chosen.json else "\n".join(page(figures)).removesuffix("\n"))
     return 0
 
 
@@ -135,7 +136,7 @@ def beside(dump: Path, vocab: Path) -> list[Row]:
 
 def page(figures: Mapping[str, Any]) -> Iterator[str]:
     """The lines of docs/data.md."""
-    yield INTRODUCTION
+    yield INTRODUCTION.format(**figures)
     yield f"The sample export repeated to {figures['xml_mb']} MB of XML, samples with dupe_factor 5.\n"
     yield "| stage | reads, MB | s | MB/s | samples/s | peak, MB |\n|---|---|---|---|---|---|"
     total_h, text = 0.0, next(row["mb"] for row in figures["stages"] if row["stage"] == "shard")
