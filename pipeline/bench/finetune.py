@@ -227,7 +227,6 @@ def their_rows(task: Timed, ranks: Ranks, steps: range) -> Mapping[int, list[dic
 
 def our_evaluation(task: Timed, model: Model, ranks: Ranks) -> Step:
     """Logits of all samples and the answers made of them, the processes together; returns the answers."""
-    compile_regions(ranks.device)
     problem, samples = task.evaluations[""]
 
     def step(number: int, learning_rate: float) -> list[str]:

@@ -184,7 +184,7 @@ def write_task(path: Path, task: str, texts: Texts) -> None:
 
 
 def _paragraph(name: str, question: str, context: str) -> dict[str, Any]:
-    first = split_words(context)[0][0]
+    first = (split_words(context)[0] or [""])[0]
     answers = [{"text": first, "answer_start": context.index(first)}]
     return {"context": context, "qas": [{"id": name, "question": question, "answers": answers}]}
 

@@ -74,10 +74,10 @@ def test_texts_of_a_file_are_taken_from_all_over_it_and_again(tmp_path):
     assert texts == [("a", "b"), ("a", "b"), ("c", "d"), ("c", "d")]
     write_task(tmp_path / "made.jsonl", "mrpc", texts)
     assert read_table(tmp_path / "made.jsonl", TASKS["mrpc"]).texts == (["a", "a", "c", "c"], ["b", "b", "d", "d"])
-    write_task(tmp_path / "made.json", "squad", [("who?", " \tBob did. So."), ("what?", "That.")])
+    write_task(tmp_path / "made.json", "squad", [("who?", " \tBob did. So."), ("what?", "That."), ("why?", " ")])
     made = read_squad(tmp_path / "made.json")
-    assert made.contexts == [" \tBob did. So.", "That."]
-    assert [question.answers for question in made.questions] == [(("Bob", 2),), (("That.", 0),)]
+    assert made.contexts == [" \tBob did. So.", "That.", " "]
+    assert [question.answers for question in made.questions] == [(("Bob", 2),), (("That.", 0),), (("", 0),)]
     assert texts_of(tmp_path / "made.json", "squad", 1) == [("who?", " \tBob did. So.")]
 
 
