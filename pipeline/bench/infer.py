@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from data_prep.liveness import keep_freed_memory
+from data_prep.publish import publish_json
 from pipeline.config import PRECISIONS, InferenceConfig, restore
 from pipeline.errors import ConfigError
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from pipeline.bert.folder import ModelFolder
 
 LEAST_ROUNDS = 5  # timed batches of each engine, however long they take
-MOST_BATCHES = 32  # different ones, prepared before timing
+MOST_BATCHES = 32  # different ones, prepared before timing and each computed once before
 PERCENTILES = (50, 90, 95, 99)
 Row = dict[str, Any]
 Timed = Mapping[str, Callable[[int], object]]  # by engine: what is timed, given the number of the round
@@ -56,16 +56,18 @@ class CommandJob:
 def run(job: Job, *, config: InferenceConfig, model: Path, text: Path | None = None) -> dict[str, Any]:
     """Stage ``inference``: time the Hugging Face folder ``model`` on ``text``, a file in SQuAD's format.
 
-    Returns ``rows``, ``device``, ``threads`` and ``text``. A row has task, seq_len, batch, engine, part
-    ("forward": prepared tokens to logits; "end_to_end": text to answers or labels), lengths ("real", or "full":
-    every sequence is seq_len long), mean_tokens, precision, sequences_per_s, latency_ms of one batch, and rounds,
-    how many were timed. Without transformers its rows are left out and one line says so. Raises ConfigError,
-    DataError, CheckpointError and EnvironmentFault.
+    Returns ``rows``, ``device``, ``threads``, ``text``, ``environment`` (the versions) and ``model`` (its shape). A row
+    has task, seq_len, batch, engine, part ("forward": prepared tokens to logits; "end_to_end": text to answers or
+    labels), lengths ("real", or "full": every sequence is seq_len long), mean_tokens, precision, sequences_per_s,
+    latency_ms of one batch, and rounds, how many were timed. Without transformers its rows are left out and one line
+    says so. Raises ConfigError, DataError, CheckpointError and EnvironmentFault.
     """
     import torch
 
     from pipeline.bench.engines import transformers_is_there
+    from pipeline.bench.environment import device_name, environment
     from pipeline.bench.inputs import workloads
+    from pipeline.bert.config import shape_of
     from pipeline.bert.folder import ModelFolder
     from pipeline.engine.precision import autocast_for
     from pipeline.node.device import chosen_device
@@ -89,6 +91,8 @@ def run(job: Job, *, config: InferenceConfig, model: Path, text: Path | None = N
         "device": device_name(device),
         "threads": torch.get_num_threads(),
         "text": text.name if text else "words of the vocabulary",
+        "model": shape_of(folder.config),
+        "environment": environment(torch.get_num_threads(), beside=compare),
     }
     for line in filter(None, table(result)):
         job.say(line)
@@ -125,7 +129,7 @@ def rows_of(
                 timed = {engine.name: _answers_of(engine, batches) for engine in engines}
             whole = full if lengths == "full" else real
             tokens = sum(len(each.tokens) for each in whole) / (len(whole) * batch)
-            for name, times in interleaved(timed, config.seconds).items():
+            for name, times in interleaved(timed, config.seconds, len(batches)).items():
                 yield {
                     "task": workload.task,
                     "seq_len": workload.seq_len,
@@ -143,45 +147,38 @@ def rows_of(
 
 def _forward_of(engine: Engine, batches: list[Any]) -> Callable[[int], object]:
     prepared = [engine.inputs(samples) for samples in batches]
-    return lambda number: engine.forward(prepared[number % len(prepared)])
+    return lambda number: engine.forward(prepared[number])
 
 
 def _answers_of(engine: Engine, batches: list[Any]) -> Callable[[int], object]:
-    return lambda number: engine.answers(batches[number % len(batches)])
+    return lambda number: engine.answers(batches[number])
 
 
 def interleaved(
-    timed: Timed, seconds: float, *, clock: Callable[[], float] = time.perf_counter
+    timed: Timed, seconds: float, batches: int, *, clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, list[float]]:
     """Seconds of each call by name: the names take turns round by round, the first of a round alternating.
 
-    Ends when all rounds together took ``seconds`` per name, after `LEAST_ROUNDS`. A first, untimed round warms up.
+    Ends when all rounds together took ``seconds`` per name, after `LEAST_ROUNDS`. Before, untimed rounds warm up, until
+    they took as long or each of the ``batches`` had one; only those that had one are timed.
     """
-    for call in timed.values():
-        call(0)
+    warm = 0
+    end = clock() + seconds * len(timed)
+    while warm < batches and (warm < LEAST_ROUNDS or clock() < end):
+        for call in timed.values():
+            call(warm)
+        warm += 1
     times: dict[str, list[float]] = {name: [] for name in timed}
     number, spent = 0, 0.0
     while number < LEAST_ROUNDS or spent < seconds * len(timed):
         names = list(timed)
         for name in names if number % 2 == 0 else reversed(names):
             began = clock()
-            timed[name](number)
+            timed[name](number % warm)
             times[name].append(clock() - began)
             spent += times[name][-1]
         number += 1
     return times
-
-
-def device_name(device: torch.device) -> str:
-    """What people call the device."""
-    import torch
-
-    if device.type == "cuda":
-        return str(torch.cuda.get_device_name(device))
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else ():
-        if line.startswith("model name"):
-            return f"CPU {line.partition(':')[2].strip()}"
-    return f"CPU {platform.machine()}"
 
 
 def table(result: Mapping[str, Any]) -> Iterator[str]:
@@ -203,13 +200,14 @@ def table(result: Mapping[str, Any]) -> Iterator[str]:
         yield f"{row['batch']:4} {what:22} {row['engine']:12}{row['sequences_per_s']:12.1f}{figures}{shown}"
 
 
-def main() -> int:
-    """Parse the command line, measure, print the table or the JSON."""
-    options = _parser().parse_args()
-    config = _config(options)
+def main(arguments: list[str]) -> int:
+    """Measure and print the table or the JSON."""
+    options = _parser().parse_args(arguments)
+    configs = [_config(options, precision) for precision in options.precision.split(",")]
     keep_freed_memory()
     if options.threads < 1:
         raise ConfigError(f"--threads {options.threads}: must be at least 1")
+    result: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
         model = Path(options.model)
         if not model.is_dir():
@@ -217,40 +215,48 @@ def main() -> int:
 
             model = Path(scratch)
             write_shape(options.model, model)
-        result = run(CommandJob(options.threads), config=config, model=model, text=options.text)
+        for config in configs:
+            found = run(CommandJob(options.threads), config=config, model=model, text=options.text)
+            result = {**found, "rows": [*result.get("rows", []), *found["rows"]]}
+    if options.out:
+        publish_json(options.out, result)
     print(json.dumps(result, indent=1) if options.json else "\n".join(table(result)))
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m pipeline.bench", description=__doc__)
-    infer = parser.add_subparsers(required=True, metavar="COMMAND").add_parser("infer", help="time inference")
+    parser = argparse.ArgumentParser(prog="python -m pipeline.bench infer", description=__doc__)
     shown = {field.name: field.default for field in fields(InferenceConfig)}
-    infer.add_argument(
+    add = parser.add_argument
+    add(
         "--model",
         default="base",
         metavar="FOLDER",
         help="a Hugging Face folder; base or large: that shape with random weights (default: base)",
     )
-    infer.add_argument("--text", type=Path, metavar="FILE", help="SQuAD-format file to ask (default: invented texts)")
-    infer.add_argument("--batches", default="1,8,32", metavar="N,N", help="sequences (default: %(default)s)")
-    infer.add_argument(
-        "--seq", default="", metavar="TASK=N,…", help="tokens of squad and glue (default: squad=384,glue=128)"
+    add("--text", type=Path, metavar="FILE", help="SQuAD-format file to ask (default: invented texts)")
+    add("--batches", default="1,8,32", metavar="N,N", help="sequences (default: %(default)s)")
+    add("--seq", default="", metavar="TASK=N,…", help="tokens of squad and glue (default: squad=384,glue=128)")
+    add("--seconds", type=float, default=shown["seconds"], help="per row (default: %(default)s)")
+    add(
+        "--precision",
+        default="fp32",
+        metavar="NAMES",
+        help=f"of {', '.join(PRECISIONS)}, separated by commas (default: %(default)s)",
     )
-    infer.add_argument("--seconds", type=float, default=shown["seconds"], help="per row (default: %(default)s)")
-    infer.add_argument("--precision", choices=PRECISIONS, default="fp32", help="default: %(default)s")
-    infer.add_argument("--threads", type=int, default=os.cpu_count() or 1, metavar="N", help="CPU threads")
-    infer.add_argument("--alone", action="store_true", help="do not time transformers")
-    infer.add_argument("--json", action="store_true", help="print the rows as JSON")
-    return parser
+    add("--threads", type=int, default=os.cpu_count() or 1, metavar="N", help="CPU threads")
+    add("--alone", action="store_true", help="do not time transformers")
+    add("--json", action="store_true", help="print the figures as JSON")
+    add("--out", type=Path, metavar="FILE", help="write the figures there, too")
+    return parser  # fmt: skip
 
 
-def _config(options: argparse.Namespace) -> InferenceConfig:
+def _config(options: argparse.Namespace, precision: str) -> InferenceConfig:
     """The command line as configuration; ConfigError with a line for each bad value."""
     given: dict[str, Any] = {
         "batches": [int(n) if n.isdigit() else n for n in options.batches.split(",")],
         "seconds": options.seconds,
-        "precision": options.precision,
+        "precision": precision,
         "compare": not options.alone,
     }
     for setting in filter(None, options.seq.split(",")):

@@ -1,11 +1,14 @@
-"""What the inference benchmark asks: real questions on real paragraphs, or invented ones of like lengths."""
+"""What benchmarks ask and train on: texts of a file, or invented ones, as long as a task's are or as samples may be."""
 
 from __future__ import annotations
 
 import itertools
+import json
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,17 +19,19 @@ from pipeline.bert.folder import write_description
 from pipeline.bert.tokenizer import Tokenizer
 from pipeline.config import FinetuneConfig, InferenceConfig
 from pipeline.errors import ConfigError
+from pipeline.finetune.glue import TASKS
 from pipeline.finetune.options import SQUAD, defaults
 from pipeline.finetune.problems import SquadProblem
 from pipeline.finetune.samples import Samples
 from pipeline.finetune.squad import Question, Squad, read_squad, split_words
+from pipeline.finetune.table import read_table
 from pipeline.words import absent_model
 
 GLUE = "glue"
 PAIRS = 256  # as many different sequences as are asked, in turn
 QUESTION_TOKENS = 12  # of a full-length sequence
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
-SIZES = {
+SIZES: dict[str, dict[str, Any]] = {
     "base": {},
     "large": {
         "hidden_size": 1024,
@@ -36,6 +41,7 @@ SIZES = {
     },
 }
 VOCAB_SIZE = 30522  # of a model with random weights
+WORDS = {SQUAD: (10, 112), "mrpc": (22, 22), "sst2": (10,)}  # of each text of a sample: about the means of the files
 
 Pairs = list[tuple[str, str]]
 
@@ -109,8 +115,15 @@ def squad_of(pairs: Pairs) -> Squad:
 def invented(tokenizer: Tokenizer) -> Squad:
     """Questions and paragraphs of words of the vocabulary, about as long as those of SQuAD v1.1 (10 and 120 words)."""
     generator = np.random.default_rng(0)
-    tokens = tokenizer.encoder.vocabulary.tokens
-    words = [t for t in tokens if t.isalpha() and len(t) > 2] or [t for t in tokens if t.isalnum()] or list(tokens)
+    text = _writer(tokenizer, generator)
+    lengths = generator.lognormal(np.log(112), 0.4, PAIRS)
+    contexts = [text(length, ".") for length in lengths.tolist()]
+    return Squad(contexts, [Question(str(i), text(10, "?"), i, ()) for i in range(PAIRS)])
+
+
+def _writer(tokenizer: Tokenizer, generator: np.random.Generator) -> Callable[[float, str], str]:
+    """Writes sentences of about so many words together."""
+    words = _words(tokenizer)
 
     def text(mean: float, end: str) -> str:
         sentences = []
@@ -120,9 +133,60 @@ def invented(tokenizer: Tokenizer) -> Squad:
             mean -= count
         return " ".join(sentences)
 
-    lengths = generator.lognormal(np.log(112), 0.4, PAIRS)
-    contexts = [text(length, ".") for length in lengths.tolist()]
-    return Squad(contexts, [Question(str(i), text(10, "?"), i, ()) for i in range(PAIRS)])
+    return text
+
+
+def _words(tokenizer: Tokenizer) -> list[str]:
+    tokens = tokenizer.encoder.vocabulary.tokens
+    return [t for t in tokens if t.isalpha() and len(t) > 2] or [t for t in tokens if t.isalnum()] or list(tokens)
+
+
+Texts = list[tuple[str, ...]]
+"""One or two texts for each sample of a task."""
+
+
+def invented_texts(task: str, count: int, tokenizer: Tokenizer) -> Texts:
+    """Texts about as long as those of a task's files."""
+    generator = np.random.default_rng(0)
+    text = _writer(tokenizer, generator)
+    return [tuple(text(mean * generator.lognormal(0, 0.4), ".") for mean in WORDS[task]) for _ in range(count)]
+
+
+def full_texts(task: str, count: int, tokenizer: Tokenizer, seq_len: int) -> Texts:
+    """Texts whose samples are ``seq_len`` tokens long, every one of them."""
+    words, generator = _words(tokenizer), np.random.default_rng(0)
+    pieces = np.diff(tokenizer.encoder.encode(words)[1])
+    whole = [word for word, number in zip(words, pieces.tolist(), strict=True) if number == 1]
+    question = min(QUESTION_TOKENS, seq_len // 4)
+    sizes = (question, seq_len - 3 - question) if task == SQUAD else (seq_len,) * len(WORDS[task])
+    return [tuple(" ".join(generator.choice(whole, size)) for size in sizes) for _ in range(count)]
+
+
+def texts_of(path: Path, task: str, count: int) -> Texts:
+    """Texts from all over a task's file, again and again where it has fewer; DataError."""
+    if task == SQUAD:
+        squad = read_squad(path, version_2=True, answers=False)
+        found: Texts = [(question.text, squad.contexts[question.context]) for question in squad.questions]
+    else:
+        found = list(zip(*read_table(path, TASKS[task], labelled=False).texts, strict=True))
+    return [found[i] for i in np.linspace(0, len(found) - 1, count).round().astype(int).tolist()]
+
+
+def write_task(path: Path, task: str, texts: Texts) -> None:
+    """The file of a task with invented labels, on which no time depends: an answer is its paragraph's first word."""
+    if task == SQUAD:
+        articles = [{"paragraphs": [_paragraph(str(i), *pair)]} for i, pair in enumerate(texts)]
+        publish_text(path, json.dumps({"data": articles}))
+        return
+    columns = (*TASKS[task].text, TASKS[task].label)
+    rows = [dict(zip(columns, (*each, str(i % 2)), strict=True)) for i, each in enumerate(texts)]
+    publish_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _paragraph(name: str, question: str, context: str) -> dict[str, Any]:
+    first = (split_words(context)[0] or [""])[0]
+    answers = [{"text": first, "answer_start": context.index(first)}]
+    return {"context": context, "qas": [{"id": name, "question": question, "answers": answers}]}
 
 
 def full_samples(count: int, seq_len: int, vocab_size: int) -> Samples:
@@ -135,11 +199,17 @@ def write_shape(size: str, to: Path) -> None:
     """A folder ``to`` with configuration and an invented vocabulary, but no weights, of BERT ``base`` or ``large``."""
     if size not in SIZES:
         raise ConfigError(f"{absent_model(Path(size), '--model')}; {' and '.join(SIZES)} have random weights")
+    write_untrained(to, SIZES[size], VOCAB_SIZE)
+
+
+def write_untrained(to: Path, shape: Mapping[str, Any], vocab_size: int) -> None:
+    """A folder ``to`` with a configuration and an invented vocabulary, but no weights."""
     syllables = list(map("".join, itertools.product("bcdfghjklmnprstvwz", "aeiou")))
     pairs = list(map("".join, itertools.product(syllables, repeat=2)))
-    pieces = (*"abcdefghijklmnopqrstuvwxyz0123456789.,?!'-", *syllables, *pairs)
-    tokens = [*SPECIAL.values(), *pieces, *(f"##{piece}" for piece in pieces)]
-    tokens += itertools.islice(map("".join, itertools.product(pairs, syllables)), VOCAB_SIZE - len(tokens))
+    words = (*"abcdefghijklmnopqrstuvwxyz0123456789.,?!'-", *syllables, *pairs)
+    pieces = itertools.chain.from_iterable((word, f"##{word}") for word in words)
+    more = map("".join, itertools.product(pairs, syllables))
+    tokens = itertools.islice(itertools.chain(SPECIAL.values(), pieces, more), vocab_size)
     publish_text(to / "vocab.txt", "".join(f"{token}\n" for token in tokens))
-    config = BertConfig(vocab_size=padded_vocab(VOCAB_SIZE), **SIZES[size])  # type: ignore[arg-type]
+    config = BertConfig(vocab_size=padded_vocab(vocab_size), **shape)
     write_description(to, config, Tokenizer(to / "vocab.txt", lowercase=True, strip_accents=True))

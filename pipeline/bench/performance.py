@@ -27,6 +27,10 @@ Samples are random tokens, as long as real ones and packed without padding: two 
 (mean 109), those of 512 have about 250 (log-normal). TFLOP/s count the matrix products of these tokens only. bf16, one
 GPU, forward and backward; a row named *loop* is whole steps of training with feed, optimizer and logging.
 
+Whole steps on one or more GPUs, with neither corpus nor model, also `--beside transformers` on the same samples:
+`python -m pipeline.bench train` (the phases of a recipe), `bench finetune squad|mrpc|sst2` (training and evaluation),
+`bench infer` (answers and latency). Their JSON fills the published tables: `python -m pipeline.tables --from FILE …`.
+
 ## Goals
 
 Sequences per second of one GPU. *Arithmetic* is the sum of the matrix products at 60 % of their peak and of the memory

@@ -52,7 +52,7 @@ def main(arguments: list[str]) -> int:
     turns.refuse(options, precisions, wrong)
     lengths = {phase: lengths_of(options.lengths, recipe.phases[phase].seq_len) if options.lengths else None
                for phase in phases}  # fmt: skip
-    return turns.run(options, functools.partial(prepare, recipe, lengths), measurements, ("phase",))
+    return turns.run(options, functools.partial(prepare, recipe, lengths), measurements, ("phase",), recipe.model)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -32,6 +32,7 @@ from data_prep.publish import publish_json
 from pipeline.bench.environment import environment
 from pipeline.bench.gpu_fast import PowerMeter, memory_gib, release
 from pipeline.bench.gpu_subject import synchronise
+from pipeline.bert.config import shape_of
 from pipeline.config import PRECISIONS
 from pipeline.engine.precision import autocast_for
 from pipeline.engine.ranks import Ranks
@@ -143,11 +144,20 @@ def refuse(options: argparse.Namespace, precisions: Sequence[str], wrong: Iterab
         raise EnvironmentFault("--beside transformers: it is not installed")
 
 
-def run(options: argparse.Namespace, prepare: Prepare, measurements: Iterable[Row], names: Sequence[str]) -> int:
-    """Measure one after the other and print a table, or its figures as JSON; ``names`` are its first columns."""
+def run(
+    options: argparse.Namespace, prepare: Prepare, measurements: Iterable[Row], names: Sequence[str], model: object
+) -> int:
+    """Measure one after the other and print a table, or its figures as JSON.
+
+    ``names`` are its first columns, the shape of ``model`` (a `BertConfig`, or a recipe's) stands in the figures.
+    """
     set_defaults(os.environ)
     rows = [row for asked in measurements for row in on_processes(prepare, options, asked)]
-    figures = {"rows": rows, "environment": environment(options.threads, beside=bool(options.beside))}
+    figures = {
+        "rows": rows,
+        "environment": environment(options.threads, beside=bool(options.beside)),
+        "model": shape_of(model),
+    }
     if options.out:
         publish_json(options.out, figures)
     if options.json:
@@ -296,6 +306,7 @@ def by_turns(work: Work, options: argparse.Namespace, ranks: Ranks) -> Iterator[
             "ratio_vs_transformers": round(means["transformers"] / mean, 3) if options.beside else None,
             "padded_tokens_per_s": round(work.sequences * work.row["seq_len"] / mean, 1),
             "mean_tokens": round(tokens / work.sequences, 1),
+            "sequences": work.sequences,  # of a step
             "steps": len(times[name]),
             "step_s": round(mean, 5),
             "step_deviation_s": round(statistics.stdev(times[name]), 5) if len(times[name]) > 1 else None,

@@ -159,18 +159,31 @@ def test_engines_take_turns_within_a_measurement() -> None:
 
         return timed
 
-    times = interleaved({"a": call("a", 1.0), "b": call("b", 3.0)}, 12.0, clock=lambda: now[0])
-    assert calls[:2] == [("a", 0), ("b", 0)]  # the warm-up, not counted
-    assert calls[2:8] == [("a", 0), ("b", 0), ("b", 1), ("a", 1), ("a", 2), ("b", 2)]
+    times = interleaved({"a": call("a", 1.0), "b": call("b", 3.0)}, 12.0, 2, clock=lambda: now[0])
+    assert calls[:4] == [("a", 0), ("b", 0), ("a", 1), ("b", 1)]  # the warm-up, not counted
+    assert calls[4:10] == [("a", 0), ("b", 0), ("b", 1), ("a", 1), ("a", 0), ("b", 0)]
     assert times == {"a": [1.0] * 6, "b": [3.0] * 6}  # 6 rounds of 4 seconds reach 2 x 12
-    assert len(interleaved({"a": call("a", 100.0)}, 1.0, clock=lambda: now[0])["a"]) == bench.LEAST_ROUNDS
+    assert len(interleaved({"a": call("a", 100.0)}, 1.0, 2, clock=lambda: now[0])["a"]) == bench.LEAST_ROUNDS
+
+
+@pytest.mark.parametrize(("took", "warm"), [(1.0, 7), (2.0, 6), (100.0, bench.LEAST_ROUNDS)])
+def test_nothing_is_timed_that_was_not_computed_before(took: float, warm: int) -> None:
+    now, calls = [0.0], []
+
+    def call(number: int) -> None:
+        calls.append(number)
+        now[0] += took
+
+    timed = len(interleaved({"a": call}, 12.0, 7, clock=lambda: now[0])["a"])
+    assert calls == [*range(warm), *(number % warm for number in range(timed))]
+    assert timed == max(bench.LEAST_ROUNDS, 12 // took)
 
 
 def test_throughput_and_percentiles_are_those_of_the_timed_batches(
     model: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     times = [0.001 * (i + 1) for i in range(100)]
-    monkeypatch.setattr(bench, "interleaved", lambda timed, seconds: dict.fromkeys(timed, times))
+    monkeypatch.setattr(bench, "interleaved", lambda timed, seconds, batches: dict.fromkeys(timed, times))
     rows = run(Lines(), config=SMALL, model=model, text=text)["rows"]
     row = next(row for row in rows if row["batch"] == 3)
     assert row["latency_ms"] == pytest.approx({"p50": 50.5, "p90": 90.1, "p95": 95.05, "p99": 99.01})
@@ -252,49 +265,54 @@ def test_a_fine_tuned_folder_is_timed_on_both_tasks(model: Path, tmp_path: Path)
 # ------------------------------------------------------------------------------------------ the command
 
 
-def called(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *words: object) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["bench", *map(str, words)])
+def called(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
     capsys.readouterr()
     with pytest.raises(SystemExit) as ended:
-        run_command(bench.main)
+        run_command(lambda: bench.main([*map(str, words)]))
     assert isinstance(ended.value.code, int)
     return ended.value.code, *capsys.readouterr()
 
 
 def test_the_command_prints_a_table_or_json(
-    model: Path, text: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    model: Path, text: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     small = ("--batches", "2", "--seq", "squad=48,glue=24", "--seconds", "0.001", "--threads", "1")
-    words = ("infer", "--model", model, "--text", text, *small)
-    code, out, _ = called(capsys, monkeypatch, *words)
+    words = ("--model", model, "--text", text, *small)
+    code, out, _ = called(capsys, *words)
     assert code == 0
     lines = [line for line in out.splitlines() if " pipeline " in line]
     assert len(lines) == 6
     assert all(float(line.split()[-1]) > 0 for line in lines)  # the ratio
-    code, out, _ = called(capsys, monkeypatch, *words, "--json", "--alone")
+    code, out, _ = called(
+        capsys, *words, "--json", "--alone", "--precision", "fp32,bf16", "--out", tmp_path / "rates.json"
+    )
     assert code == 0
     result = json.loads(out)
+    assert json.loads((tmp_path / "rates.json").read_text()) == result
+    assert [row["precision"] for row in result["rows"]] == ["fp32"] * 6 + ["bf16"] * 6
+    assert result["model"]["hidden_size"] == 32
+    assert result["environment"]["device"] == result["device"]
+    assert (result["environment"]["torch"], result["environment"]["transformers"]) == (torch.__version__, None)
     assert {(row["task"], row["seq_len"], row["batch"]) for row in result["rows"]} == {
         ("squad", 48, 2),
         ("glue", 24, 2),
     }
 
 
-def test_the_command_refuses_in_one_line_each(
-    model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_command_refuses_in_one_line_each(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for words, said in (
         (("--batches", "1,x"), "command line: batches = 'x': expected a whole number, found a string\n"),
         (("--batches", "0"), "command line: batches = 0: must be at least 1\n"),
         (("--seq", "squad"), "--seq squad: write it as squad=384,glue=128\n"),
         (("--seq", "glue=x"), "command line: glue_seq_len = 'x': expected a whole number, found a string\n"),
         (("--seconds", "0"), "command line: seconds = 0.0: must be greater than 0\n"),
+        (("--precision", "fp32,fp17"), "command line: precision = 'fp17': did you mean 'fp16'?\n"),
         (("--threads", "0"), "--threads 0: must be at least 1\n"),
         (("--model", "/tiny"), "--model /tiny: there is no such file or folder; base and large have random weights\n"),
     ):
-        code, _, err = called(capsys, monkeypatch, "infer", "--model", model, *words)
+        code, _, err = called(capsys, "--model", model, *words)
         assert (code, err) == (2, said)
-    code, _, err = called(capsys, monkeypatch, "infer", "--model", model, "--seq", "squad=48,glue=24", "--text", "none")
+    code, _, err = called(capsys, "--model", model, "--seq", "squad=48,glue=24", "--text", "none")
     assert (code, err) == (3, "none: cannot be read: No such file or directory\n")
 
 
