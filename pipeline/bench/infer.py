@@ -202,7 +202,7 @@ def table(result: Mapping[str, Any]) -> Iterator[str]:
 
 def main(arguments: list[str]) -> int:
     """Measure and print the table or the JSON."""
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     configs = [_config(options, precision) for precision in options.precision.split(",")]
     keep_freed_memory()
     if options.threads < 1:
@@ -224,7 +224,7 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m pipeline.bench infer", description=__doc__)
     shown = {field.name: field.default for field in fields(InferenceConfig)}
     add = parser.add_argument

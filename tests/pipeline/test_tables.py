@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import importlib
 import json
+import shlex
 import statistics
 from pathlib import Path
 
@@ -24,6 +26,8 @@ from pipeline.report.published import (
     place_of,
     published,
 )
+from pipeline.run.chain import Chain
+from pipeline.run.rundir import RunDir
 from pipeline.tables import values_of
 from support.reporting import begin, finish, start, train
 from support.running import ROOT, call
@@ -212,6 +216,32 @@ def test_the_bench_fills_its_cells_and_only_those_of_the_model(tmp_path: Path):
     assert wrong.returncode == 2
     assert "neither a run nor the JSON" in wrong.stderr
     assert "choose from" in call("tables", "nonsense").stderr
+
+
+COMMANDS = list(dict.fromkeys(command for table in definitions().values() for command in table["measure"].values()))
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if ".bench " in command])
+def test_a_benchmark_that_is_printed_is_understood(command: str):
+    name, *words = shlex.split(command)[3:]
+    parser = importlib.import_module(f"pipeline.bench.{name}").parser()
+    options, rest = parser.parse_known_args(words)
+    assert options.out
+    assert rest == (["--data", "DATA"] if name == "scaling" else [])
+
+
+@pytest.mark.slow
+def test_jobs_that_are_printed_would_be_sent(tmp_path: Path):
+    for name, precision in (("large", "fp16"), ("large-tf32", "tf32")):
+        run = published_run(tmp_path / "runs" / name, precision, {})
+        chain = Chain.of(RunDir(run))
+        for stage in ("extract", "shard", "samples_128", "samples_512", "export"):
+            finish(chain, stage, {})
+    for command in COMMANDS:
+        module, *words = shlex.split(command.replace(" runs/", f" {tmp_path}/runs/"))[2:]
+        if module == "pipeline.submit":
+            done = call("submit", *words, "--dry-run")
+            assert done.returncode == 0, (command, done.stderr)
 
 
 def test_the_page_of_commands_is_current():
