@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import os
 import statistics
@@ -144,7 +145,15 @@ def rows_asked(options: argparse.Namespace, words: Sequence[str]) -> tuple[Reque
     names = ", ".join(f'"{name}"' for name in phases)
     members[DATA] = spelled({**fitting, "phases": f"[{names}]"})
     common = ["--recipe", options.recipe, "--cluster", options.cluster, *(f"--set={text}" for text in options.settings)]
-    return requests(options.run, members, [*common, *([] if local else [f"--time={MINUTES}"]), *words])
+    data, rows = requests(options.run, members, [*common, *([] if local else [f"--time={MINUTES}"]), *words])
+    return pretraining(data), [pretraining(asked) for asked in rows]
+
+
+def pretraining(asked: Request) -> Request:
+    """The same without tasks, whose files need not be there."""
+    assert isinstance(asked.recipe, Recipe)  # a --recipe was given
+    without = dataclasses.replace(asked.recipe, squad=None, mrpc=None, sst2=None, inference=None)
+    return dataclasses.replace(asked, recipe=without)
 
 
 def settings_of(phase: str, precision: str, options: argparse.Namespace) -> dict[str, object]:
