@@ -19,7 +19,7 @@ TOOLS = (  # beside the product: a cluster, a corpus and a bench for machines th
 
 FLAT = 23  # files of pipeline outside its rooms; one more for each command that comes
 ROOMS = 35  # packages and flat files that a newcomer meets
-LINES = 30_000  # of the product, tools apart
+LINES = 27_800  # of the product, tools and benchmarks apart
 FILE, FUNCTION = 400, 100  # lines
 
 PAGES = (
@@ -79,7 +79,7 @@ def test_functions_are_short_enough_to_be_read(product):
 
 
 def test_the_product_stays_small(product):
-    assert sum(map(length, product)) <= LINES
+    assert sum(length(path) for path in product if not relative(path).startswith("pipeline/bench/")) <= LINES
 
 
 def test_the_rooms_can_be_counted():
