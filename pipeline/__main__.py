@@ -27,7 +27,7 @@ COMMANDS = {
     "pipeline.monitor": "one reading of every GPU of this node, and what it means",
     "pipeline.worker": "one process of a stage, as srun starts it",
     "slurm.probe": "draft a cluster profile from what this site's Slurm says",
-    "pipeline.doctor": "a job of a few minutes that proves a cluster profile, and what to change in it",
+    "pipeline.doctor": "a job of a few minutes that proves a cluster's profile, and what to change",
     "data_prep.download": "Wikipedia's dumps and the files of the tasks, whole or not at all",
     "data_prep.inspect": "one sample in words: what is masked, and which text it is from",
     "data_prep.nvidia_hdf5": "shards from and to NVIDIA's HDF5 schema",

@@ -172,8 +172,12 @@ def subject(
 ) -> Timed:
     """The engine's task, to train on ``file`` or to answer it; weights that the source does not have are random."""
     job = cast(Job, SimpleNamespace(rank=ranks.rank, out=out, say=lambda line: None))
-    train, eval, what = (file, None, "train") if mode == "train" else (None, file, "prediction")
-    files = Files(model=source.path, train=train, eval=eval)
+    files = (
+        Files(model=source.path, train=file, eval=None)
+        if mode == "train"
+        else Files(model=source.path, train=None, eval=file)
+    )
+    what = "train" if mode == "train" else "prediction"
     return Timed(job, ranks.device, name, config, files, [what], "", None, scratch=not source.has_weights)
 
 

@@ -12,9 +12,10 @@ from support.running import ROOT
 TOOLS = {
     "pipeline",
     "pipeline.bench.gpu_reference",
+    "pipeline.node.checkup",
     "slurm.devcluster",
     "data_prep.sample_text",
-}  # itself, and what serves developers
+}  # itself, what serves developers, and what doctor sends
 
 
 def test_every_command_is_listed_and_no_other() -> None:
