@@ -237,6 +237,7 @@ def first_error(run: RunDir, job: str) -> str:
         with contextlib.suppress(OSError), open_plain(path) as file:
             lines = [line.strip() for line in file.read(1 << 16).decode(errors="replace").splitlines() if line.strip()]
             wrong = [line for line in lines if re.search("error|no such file|not found|denied", line, re.IGNORECASE)]
+            wrong = [line for line in wrong if "Exited with exit code" not in line] or wrong  # srun's echo of a rank
             return visible(f": {(wrong or lines)[0][:200]} ({path})") if lines else ""
     return ""
 
