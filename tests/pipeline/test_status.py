@@ -225,7 +225,10 @@ def test_a_job_that_only_the_accounting_remembers(run, monkeypatch, state, words
     assert (row["state"], words in row["reason"]) == ("failed", True)
     log = run.path / "logs" / "pretrain-7.out"
     log.parent.mkdir()
-    log.write_text("srun: error: n2: task 1: Exited with exit code 2\nslurmstepd: error: execve(): /venv/python: No such file\nattempt 0: code 76\n")
+    log.write_text(
+        "srun: error: n2: task 1: Exited with exit code 2\n"
+        "slurmstepd: error: execve(): /venv/python: No such file\nattempt 0: code 76\n"
+    )
     row = next(row for row in survey(run, Sent.of(run)) if row["name"] == "phase1")
     assert row["reason"].endswith(f": slurmstepd: error: execve(): /venv/python: No such file ({log})")
 
