@@ -7,7 +7,6 @@ import re
 import shutil
 import signal
 import time
-from pathlib import Path
 
 import pytest
 
@@ -103,25 +102,6 @@ def test_a_controller_that_has_lost_its_memory(slurm, prepared) -> None:
     sent(prepared, *words)
     slurm.wait(lambda: len(metrics(prepared, 2)) >= 5, "the second attempt trains", 60)
     assert resumed_at(prepared, 2) >= metrics(prepared, 1)[-1]["step"] - 40  # the interval, and a save in progress
-
-
-def test_a_killed_batch_script(slurm, prepared, reference, user) -> None:
-    """As by the kernel for want of memory: nobody asks for a requeue, and a spare job goes on in its place."""
-    jobs = sent(prepared, "--nodes", 2, "--stages", "phase1", cluster=site(user, "spares = 1"))
-    slurm.wait(lambda: len(metrics(prepared, 1)) >= 20, "phase 1 trains", 60)
-    scripts = [path for path in Path("/proc").glob("[0-9]*") if f"job{jobs['pretrain']}/slurm_script" in words_of(path)]
-    for script in scripts:  # the shell and its watching child
-        os.kill(int(script.name), signal.SIGKILL)
-    assert scripts
-    wait_done(slurm, prepared, jobs["pretrain-2"])
-    assert digests(prepared)[LAST] == digests(reference)[LAST]
-
-
-def words_of(process: Path) -> str:
-    try:
-        return (process / "cmdline").read_text(errors="replace")
-    except OSError:
-        return ""
 
 
 def stop_controller(slurm) -> None:
