@@ -89,7 +89,7 @@ def send_family(data: Request, others: Sequence[Request]) -> None:
                 print(f"  its jobs are in the queue ({', '.join(jobs)}); --replace sends them anew")
                 continue
             link(asked.run, asked.elsewhere)
-            held.enter_context(sending(asked, after, any_need=spares))
+            held.enter_context(sending(asked, after, any_need=bool(after) and spares))
 
 
 def at_work(run: RunDir) -> list[str]:
