@@ -600,6 +600,15 @@ def test_a_family_is_sent_in_one_call(fake, family, tmp_path) -> None:
         start_family(tmp_path / "family" / "data", {}, [])
 
 
+def test_one_of_the_datas_spare_jobs_is_enough_for_a_seed(fake, family, tmp_path) -> None:
+    profile = tmp_path / "site.toml"
+    text = (code.ROOT / "slurm/profiles/devcluster.toml").read_text()
+    profile.write_text(text.replace("[data]", "requeue = false\nspares = 1\n[data]", 1))
+    family("family", "--cluster", str(profile))
+    waits = {(name, waits) for name, waits, _ in sent_as(fake)}
+    assert {("data", ""), ("data-2", "afternotok:100"), ("pretrain", "afterok:100?afterok:101")} <= waits
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("after", [False, True])
 def test_a_family_killed_at_any_call_starts_nothing_before_it_is_whole(fake, family, tmp_path, after) -> None:
