@@ -31,6 +31,7 @@ class Wanted:
 
     numbers: dict[bytes, int]
     texts: dict[Path, list[list[int]]]
+    unread: dict[Path, str]  # files that cannot be read, and why: who trains on the task refuses them
 
     @functools.cached_property
     def sha256(self) -> str:
@@ -44,12 +45,17 @@ def letters(lines: bytes) -> list[bytes]:
 
 @functools.lru_cache(maxsize=2)
 def wanted(files: tuple[Path, ...], language: str, splitter: str) -> Wanted:
-    """What to look for of evaluation files; DataError for one that cannot be read."""
+    """What to look for of evaluation files."""
     split = make_splitter(language, splitter)
-    found = Wanted({}, {})
+    found = Wanted({}, {}, {})
     for path in files:
+        try:
+            texts = list(itertools.islice(_texts(path), MOST_TEXTS))
+        except (OSError, DataError) as error:
+            found.unread[path] = str(error)
+            continue
         found.texts[path] = []
-        for text in itertools.islice(_texts(path), MOST_TEXTS):
+        for text in texts:
             lines = "\n".join(sentence for paragraph in text.splitlines() for sentence in split(paragraph))
             long = [key for key in letters(lines.encode(errors="replace")) if len(key) >= SHORTEST]
             if long:
@@ -64,6 +70,8 @@ def sentences_in(data: bytes, sought: Wanted) -> set[int]:
 
 def told(sought: Wanted, found: set[int]) -> Iterator[tuple[dict[str, Any], str]]:
     """For each file its counts, and the line that says them; ``found``: numbers of the sentences that were met."""
+    for path, why in sought.unread.items():
+        yield {"file": f"{path.parent.name}/{path.name}", "unread": why}, f"{why}; not looked for in the training text"
     for path, texts in sought.texts.items():
         own = {number for text in texts for number in text}
         counts = {
@@ -94,7 +102,7 @@ def _texts(path: Path) -> Iterator[str]:
                 rows = (line.rstrip("\r\n").split("\t") for line in file)
             yield from map("\n".join, rows)
     except (ValueError, RecursionError, csv.Error) as error:
-        raise DataError(f"evaluation file {path} cannot be read ({error}): fetch it again") from None
+        raise DataError(f"evaluation file {path} cannot be read ({error})") from None
 
 
 def _contexts(value: Any) -> Iterator[str]:

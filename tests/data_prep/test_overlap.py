@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from data_prep import overlap, shard
-from data_prep.errors import DataError
 from data_prep.manifest import file_entry, publish_manifest
 
 SETTINGS: dict[str, Any] = {
@@ -133,7 +132,12 @@ def test_every_form_of_evaluation_file_is_read(name: str, content: str, tmp_path
     ("name", "content"),
     [("a.json", "{"), ("a.json", "[" * 100_000), ("a.jsonl", "{}\nx\n"), ("a.tsv", "version https://git-lfs.x/v1\n")],
 )
-def test_what_cannot_be_read_is_named(name: str, content: str, tmp_path: Path) -> None:
+def test_what_cannot_be_read_is_named_and_stops_nothing(name: str, content: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(content)
-    with pytest.raises(DataError, match=name):
-        overlap.wanted((tmp_path / name,), "en", "sentencex")
+    (tmp_path / "whole.jsonl").write_text(json.dumps({"text": "It said no, not now, to all of them, again."}))
+    sought = overlap.wanted((tmp_path / name, tmp_path / "whole.jsonl"), "en", "sentencex")
+    assert list(sought.texts) == [tmp_path / "whole.jsonl"]
+    (row, line), _ = overlap.told(sought, set())
+    assert row["file"].endswith(name)
+    assert name in line
+    assert line.endswith("not looked for in the training text")
