@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("pipeline", "data_prep", "slurm")
 LEFT_OUT = ("sample_text", "devcluster", "report/page.py", "report/chart.py")
-SUFFIXES = (".py", ".json", ".toml", ".csv", ".css")
+SUFFIXES = (".py", ".json", ".toml", ".csv", ".css", ".sh")
 SCRIPT = '''\
 """python {name} [--tiny] [--out FILE] [--only BLOCK]: times BERT pretraining on this machine's GPU into one JSON.
 

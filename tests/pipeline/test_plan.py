@@ -259,7 +259,7 @@ def test_what_fails_first_is_said_where_computing_is_no_longer_most_of_a_step():
     assert "first to fail" not in few.stdout
     assert "phase1 on 1,024 nodes: a step is computing 30 %, the sum of gradients 23 %, LAMB 36 %" in many.stdout
     assert "first to fail is LAMB" in many.stdout
-    assert "8,192 looks a second together" in many.stdout
+    assert "8,192 ranks: one process of each node looks for what all wait for" in many.stdout
     shares = [int(share) for share in re.findall(r"(\d+) %", many.stdout)]
     assert all(abs(sum(shares[i : i + 4]) - 100) <= 2 for i in (0, 4))
 
