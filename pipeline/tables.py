@@ -21,7 +21,7 @@ from pipeline.report import page
 from pipeline.report.facts import gather
 from pipeline.report.published import Cell, Value, cells_of, definitions, of_bench, of_inference, of_run
 from pipeline.run.family import runs_of
-from pipeline.words import columns
+from pipeline.words import columns, number
 
 
 def values_of(source: Path, shape: Mapping[str, int]) -> list[Value]:
@@ -61,8 +61,7 @@ def main() -> int:
     if options.html:
         publish_text(options.html, html_of(found))
     if options.name:
-        cells = grid(found[options.name])
-        print("\n".join([tables[options.name]["title"], *columns(cells, right=range(1, len(cells[0]))), ""]))
+        print("\n".join([tables[options.name]["title"], *for_terminal(found[options.name]), ""]))
         print("\n".join([*remarks(found[options.name]), *(f"measure it: {command}" for command in lacking(found))]))
         return 0
     lines = [
@@ -85,23 +84,27 @@ def lacking(found: Mapping[str, Sequence[Cell]]) -> list[str]:
     return list(commands)
 
 
-def grid(cells: Sequence[Cell]) -> list[list[str]]:
-    """The table in the page's lines and columns, under a head: measured, published and ratio of each cell.
+def grid(cells: Sequence[Cell]) -> tuple[list[str], list[tuple[str, list[list[str]]]]]:
+    """The page's columns, and each of its lines with measured, published and ratio of every cell in words.
 
-    Empty where nothing was measured; a column of its own number where a remark belongs to the cell.
+    The words are empty where nothing was measured or the table has no such cell.
     """
-    names = list(dict.fromkeys(cell.column for cell in cells))
     places = {(cell.line, cell.column): cell for cell in cells}
-    table = [["", *(word for name in names for word in (name, "published", "ratio"))]]
-    for line in dict.fromkeys(cell.line for cell in cells):
-        row = [line]
-        for name in names:
-            cell = places.get((line, name))
-            figures = (cell.ours, cell.theirs, cell.ratio) if cell else (None,) * 3
-            row += ["" if figure is None else f"{figure:,.4g}" if figure < 1e4 else f"{figure:,.0f}"
-                    for figure in figures]  # fmt: skip
-        table.append(row)
-    return table
+    names, lines = list(dict.fromkeys(cell.column for cell in cells)), dict.fromkeys(cell.line for cell in cells)
+    return names, [(line, [figures(places.get((line, name))) for name in names]) for line in lines]
+
+
+def figures(cell: Cell | None) -> list[str]:
+    found = ((cell.ours, 4), (cell.theirs, 5), (cell.ratio, 4)) if cell else ((None, 0),) * 3
+    return ["" if figure is None else number(figure, digits) for figure, digits in found]
+
+
+def for_terminal(cells: Sequence[Cell]) -> list[str]:
+    """Three columns for each of the page's."""
+    names, lines = grid(cells)
+    head = ["", *(word for name in names for word in (name, "published", "ratio"))]
+    rows = [[line, *(word for cell in row for word in cell)] for line, row in lines]
+    return columns([head, *rows], right=range(1, len(head)))
 
 
 def remarks(cells: Sequence[Cell]) -> Iterator[str]:
@@ -127,11 +130,19 @@ def csv_of(found: Mapping[str, Sequence[Cell]]) -> str:
 def html_of(found: Mapping[str, Sequence[Cell]]) -> str:
     sections = []
     for name, cells in found.items():
-        head, *rows = grid(cells)
+        names, lines = grid(cells)
+        rows = [[line, *(in_one(*cell) for cell in row)] for line, row in lines]
         said = [page.note(line.removeprefix("* ")) for line in remarks(cells)]
-        shown = page.table(head, rows, numeric=range(1, len(head)))
+        shown = page.table(["", *names], rows, numeric=range(1, len(names) + 1))
         sections.append(page.section(definitions()[name]["title"], shown, *said))
-    return page.document("Published tables", page.STYLE, page.tag("h1", "Published tables, measured again"), *sections)
+    title = page.tag("h1", "Published tables, measured again")
+    how = page.note("measured / published = ratio; – where nothing was measured")
+    return page.document("Published tables", page.STYLE, title, how, *sections)
+
+
+def in_one(ours: str, theirs: str, ratio: str) -> str:
+    """A cell's three figures together."""
+    return f"{ours or '–'} / {theirs}{f' = {ratio}' if ratio else ''}" if theirs else ""
 
 
 def reproduce() -> Iterator[str]:

@@ -12,7 +12,7 @@ from typing import Literal
 from pipeline.report.page import Html, tag
 
 Point = tuple[float, float]
-Look = Literal["main", "fine", "thin", "second", "third", "fourth", "level"]
+Look = Literal["main", "fine", "thin", "second", "third", "fourth", "fifth", "level"]
 
 FONT = 12.0  # pixels; texts are placed by an estimate of their width, there being no font to measure
 WIDEST = 0.6 * FONT  # of one character
@@ -33,6 +33,7 @@ svg .thin { stroke: var(--thin); stroke-width: 1.1; }
 svg .second { stroke: var(--second); stroke-width: 2.2; }
 svg .third { stroke: var(--good); stroke-width: 2.2; }
 svg .fourth { stroke: var(--busy); stroke-width: 2.2; }
+svg .fifth { stroke: var(--bad); stroke-width: 2.2; }
 svg .level { stroke: var(--level); stroke-width: 1.6; stroke-dasharray: 7 5; stroke-linecap: butt; }
 svg circle { fill: var(--page); stroke-width: 1.8; }
 """

@@ -24,7 +24,7 @@ from pipeline.run.rundir import RunDir, StageDir
 from pipeline.strict_toml import table_of
 from pipeline.words import columns, is_number
 
-LOOKS: tuple[Look, ...] = ("main", "second", "third", "fourth")
+LOOKS: tuple[Look, ...] = ("main", "second", "third", "fourth", "fifth")
 FIGURES = {
     "held-out MLM loss": "eval_mlm_loss",
     "gain at [MASK]": "eval_mask_gain",

@@ -19,7 +19,7 @@ from pipeline.batch import BatchPlan
 from pipeline.bert.config import shape_of
 from pipeline.config import Recipe
 from pipeline.report.facts import Facts
-from pipeline.words import is_number
+from pipeline.words import is_number, number
 
 LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
 BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
@@ -171,7 +171,8 @@ def nearest(row: Mapping[str, str], values: Sequence[Value]) -> str:
         return ""
     found = min(same, key=lambda value: len(value.differs(row)))
     how = ", ".join(f"{name} {ours or 'unknown'} for {theirs}" for name, (ours, theirs) in found.differs(row).items())
-    return f"{found.source} has {found.value:,.4g}{f' with {how}' if how else ''}"
+    value = number(found.value / SECONDS.get(row["unit"], 1.0))
+    return f"{found.source} has {value}{f' with {how}' if how else ''}"
 
 
 def notes(*parts: str) -> str:
