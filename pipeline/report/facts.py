@@ -57,7 +57,7 @@ class Facts:
         return evaluated[-1] if evaluated else None
 
     def training_s(self, stage: str) -> float | None:
-        """Seconds of a finished stage's training steps: neither start-up nor evaluation, no waiting, no checkpoint."""
+        """Seconds of a finished stage's training steps, their data included; no start-up, evaluation or checkpoint."""
         known = self.account.stages.get(stage) if self.account else None
         return sum(known.parts[part] for part in account.TRAINING) if known and stage in self.made else None
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import functools
+import operator
 import statistics
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -125,8 +126,8 @@ def cell_of(row: Mapping[str, str], values: Sequence[Value]) -> Cell:
     """A published value beside what fits it."""
     theirs, (line, column) = float(row["value"]), place_of(row)
     unit = SECONDS.get(row["unit"], 1.0)
-    alike = {value.seed: value for value in values if not value.differs(row)}  # of one seed the last
-    chosen, said = chosen_of(row["statistic"], alike)
+    tried = [chosen_of(row["statistic"], alike) for alike in fitting(row, values)] or [([], "")]
+    chosen, said = next((each for each in tried if each[0]), tried[0])
     if not chosen:
         return Cell(line, column, None, theirs, notes(row["note"], said or nearest(row, values)))
     figures = [value.value / unit for value in chosen]
@@ -143,6 +144,16 @@ def cell_of(row: Mapping[str, str], values: Sequence[Value]) -> Cell:
     own = {value.precision for value in chosen} & set(SIXTEEN_BITS)
     where = f"{row['hardware'] or 'machine not stated'}, {SOFTWARE}"
     return Cell(line, column, ours, theirs, notes(*own, said, *sorted(on), f"published: {where}", row["note"]))
+
+
+def fitting(row: Mapping[str, str], values: Sequence[Value]) -> list[dict[int | None, Value]]:
+    """What fits a row by seed, of one seed the last; apart what differs where the row is open, the last first."""
+    groups: dict[object, dict[int | None, Value]] = {}
+    for value in values:
+        if not value.differs(row):
+            kind = operator.attrgetter(*DEFINING)(value)
+            groups[kind] = groups.pop(kind, {}) | {value.seed: value}
+    return list(reversed(groups.values()))
 
 
 def chosen_of(statistic: str, alike: Mapping[int | None, Value]) -> tuple[list[Value], str]:
@@ -206,8 +217,8 @@ RATIOS = {"speed-up": speed_ups, "scaling": scalings}
 def of_run(facts: Facts) -> Iterator[Value]:
     """Batches, loss, time and throughput of pretraining; scores, time and throughput of the tasks, seed by seed.
 
-    Each by the ranks that really ran. Time to train is that of the steps which count: neither start-up nor waiting
-    for files, neither evaluation nor checkpoints.
+    Each by the ranks that really ran. Time to train is that of the steps which count, waiting for their data included:
+    neither start-up nor evaluation nor checkpoints.
     """
     finished: list[Value] = []
     for phase in facts.phases:

@@ -20,8 +20,8 @@ from data_prep.document import Tally
 from data_prep.errors import DataError
 from support.documents import FakeJob, contents, texts
 
-zstandard = pytest.importorskip("zstandard")
-pyarrow = pytest.importorskip("pyarrow")
+zstandard = pytest.importorskip("zstandard", reason="zstandard is not installed: zst files are not read here")
+pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed: Parquet is not read here")
 
 PACKERS: dict[str, Callable[[bytes], bytes]] = {
     "gz": gzip.compress,

@@ -99,6 +99,18 @@ def test_seeds_have_their_statistics_each_once_and_the_best_is_the_best():
     assert cell_at(best, scores).ours == 86.0
 
 
+def test_seeds_of_other_precisions_are_not_mixed():
+    """The page leaves the precision of its five seeds open; ours are still five of one kind."""
+    row = next(
+        row for row in MEASURED if row["table"] == "stability-pretraining" and row["statistic"].startswith("mean")
+    )
+    runs = [dataclasses.replace(value, precision="fp16", value=1.0) for value in values_for(row)]
+    other = [dataclasses.replace(value, precision="tf32", value=3.0) for value in values_for(row)]
+    assert cell_at(row, [*runs, *other]).ours == 3.0
+    assert cell_at(row, [*runs, other[0]]).ours == 1.0
+    assert cell_at(row, [*runs[:4], other[4]]).ours is None
+
+
 def test_a_time_of_several_seeds_is_their_median_and_the_last_run_counts():
     row = next(row for row in MEASURED if row["table"] == "accuracy-squad" and row["metric"] == "time_to_train")
     value = values_for(row)[0]
