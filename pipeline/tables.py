@@ -36,7 +36,9 @@ def values_of(source: Path, shape: Mapping[str, int]) -> list[Value]:
                           for key in ("device", "torch", "cuda", "driver") if device.get(key))  # fmt: skip
         found = [value for row in rows for value in of_bench(row, place, source.name)]
         found += of_inference(rows, place, source.name)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except OSError as error:
+        raise ConfigError(f"{source}: {error.strerror}; name a run, a family or the JSON of a benchmark") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{source}: neither a run nor the JSON of a benchmark ({error!r})") from None
     return found if model == shape else []
 

@@ -227,6 +227,7 @@ def test_the_bench_fills_its_cells_and_only_those_of_the_model(tmp_path: Path):
     wrong = call("tables", "--from", tmp_path / "wrong.json")
     assert wrong.returncode == 2
     assert "neither a run nor the JSON" in wrong.stderr
+    assert "absent.json: No such file" in call("tables", "--from", tmp_path / "absent.json").stderr
     assert "choose from" in call("tables", "nonsense").stderr
 
 
