@@ -18,13 +18,16 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from data_prep.sentences import language_fault
+from pipeline.monitor.cpu import computes_bf16
 from pipeline.strict_toml import Source, apply_settings, build, raise_all, read_toml
 from slurm.profile import PROFILES, Profile
 
 RECIPES = Path(__file__).parent / "recipes"
 T = TypeVar("T")
+TASKS = ("squad", "mrpc", "sst2")
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
-Precision = Literal["fp32", "tf32", "bf16", "fp16"]
+# auto: bf16 where this machine has a GPU or a CPU that multiplies it, else fp32; a loaded recipe says which.
+Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
 
 
 def limited(
@@ -267,13 +270,17 @@ def _warn_once(line: str) -> None:
 
 
 def _sound(made: T, origin: str) -> T:
-    """A recipe without contradictions and without the phases that a later one's ``start`` makes useless."""
+    """A recipe without contradictions, without the phases that a later one's ``start`` makes useless, without auto."""
     if not isinstance(made, Recipe):
         return made
     raise_all(f"{origin}: {line}" for line in _contradictions(made))
     names = list(made.phases)
     first = max((names.index(name) for name, phase in made.phases.items() if phase.start), default=0)
-    return dataclasses.replace(made, phases={name: made.phases[name] for name in names[first:]})
+    tables = {name: getattr(made, name) for name in ("train", *TASKS, "inference")}
+    precision = "bf16" if Path("/dev/nvidia0").exists() or computes_bf16() else "fp32"
+    chosen = {name: dataclasses.replace(table, precision=precision) for name, table in tables.items()
+              if table is not None and table.precision == "auto"}  # fmt: skip
+    return dataclasses.replace(made, phases={name: made.phases[name] for name in names[first:]}, **chosen)
 
 
 def defaults_of(cls: type) -> dict[str, Any]:
@@ -338,29 +345,24 @@ def _contradictions(recipe: Recipe) -> list[str]:
     heads = model.num_attention_heads
     if model.hidden_size % heads:
         lines.append(f"model.hidden_size = {model.hidden_size} is not divisible by model.num_attention_heads = {heads}")
+    tasks: dict[str, TaskConfig] = {name: task for name in TASKS if (task := getattr(recipe, name)) is not None}
     lengths = {f"{name}.seq_len": phase.seq_len for name, phase in recipe.phases.items()}
+    lengths |= {f"{name}.max_seq_len": task.max_seq_len for name, task in tasks.items()}
     for key in ("squad_seq_len", "glue_seq_len") if recipe.inference else ():
         lengths[f"inference.{key}"] = getattr(recipe.inference, key)
     most = model.max_position_embeddings
     lines += [f"{key} = {size} exceeds model.max_position_embeddings = {most}" for key, size in lengths.items()
               if size > most]  # fmt: skip
     for name, phase in recipe.phases.items():
-        if phase.max_predictions >= phase.seq_len:
-            lines.append(
-                f"{name}.max_predictions = {phase.max_predictions} must be below {name}.seq_len = {phase.seq_len}"
-            )
+        most = phase.max_predictions
+        if most >= phase.seq_len:
+            lines.append(f"{name}.max_predictions = {most} must be below {name}.seq_len = {phase.seq_len}")
         ready = (phase.start or "").endswith(".pt") and recipe.optimizer.name == "lamb"
         if phase.start_step and not (ready and phase.start_step < phase.steps):
             lines.append(f"{name}.start_step wants NVIDIA's .pt as {name}.start, more {name}.steps, and LAMB")
-    for name in ("squad", "mrpc", "sst2"):
-        task: TaskConfig | None = getattr(recipe, name)
-        if task is not None and len(set(task.seeds)) < max(1, len(task.seeds)):
+    for name, task in tasks.items():
+        if len(set(task.seeds)) < max(1, len(task.seeds)):
             lines.append(f"{name}.seeds = {list(task.seeds)}: give at least one, none twice")
-        if task is not None and task.max_seq_len > model.max_position_embeddings:
-            lines.append(
-                f"{name}.max_seq_len = {task.max_seq_len} exceeds "
-                f"model.max_position_embeddings = {model.max_position_embeddings}"
-            )
     given = {name: phase.samples for name, phase in recipe.phases.items() if phase.samples is not None}
     if not data.corpora and given.keys() != recipe.phases.keys():
         lines.append("[data] names no corpus: give at least one of wikipedia, books, jsonl; or tokens")
@@ -370,7 +372,7 @@ def _contradictions(recipe: Recipe) -> list[str]:
             "data.replay must name some of the corpora, not all, whose files are named otherwise than the rest"
         )
     if data.tokens is not None:
-        for name in ("wikipedia", "books", "jsonl", "vocab", "squad", "mrpc", "sst2", "inference"):
+        for name in ("wikipedia", "books", "jsonl", "vocab", *TASKS, "inference"):
             if getattr(data, name, None) or getattr(recipe, name, None):
                 lines.append(f"{name} goes with texts, not with data.tokens: leave it out")
         if (recipe.train.objective, recipe.train.masking_unit) != ("mlm", "token"):
@@ -387,9 +389,8 @@ def _contradictions(recipe: Recipe) -> list[str]:
         lines.append("data.vocab is missing: weights to start from are worth nothing without their own vocab.txt")
     if fault := language_fault(data.language):
         lines.append(fault)
-    tasks = [task for task in (recipe.squad, recipe.mrpc, recipe.sst2) if task is not None]
     named = [*data.corpora, *([data.vocab] if data.vocab is not None else []), *starts, *given.values()]
-    for name in [*named, *(file for task in tasks for file in (task.train, task.eval))]:
+    for name in [*named, *(file for task in tasks.values() for file in (task.train, task.eval))]:
         if not name.strip(". /") or name.startswith("/") or ".." in name.split("/"):
             lines.append(f"{name[:40]!r} is no name of a file below --data DIR")
     if not all(0 <= beta < 1 for beta in recipe.optimizer.betas):

@@ -12,11 +12,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.config import DataConfig, PhaseConfig, Recipe, TaskConfig, defaults_of, restore
+from pipeline.config import TASKS, DataConfig, PhaseConfig, Recipe, TaskConfig, defaults_of, restore
 from pipeline.errors import ConfigError
 from pipeline.stage import Stage
-
-TASKS = ("squad", "mrpc", "sst2")
 
 
 @dataclass(frozen=True, kw_only=True)

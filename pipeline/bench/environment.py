@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from pipeline.node.device import driver_version, processor
+from pipeline.monitor.cpu import processor
+from pipeline.node.device import driver_version
 
 
 def environment(threads: int | None, *, beside: bool) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from pipeline.bert.config import BertConfig
 from pipeline.bert.heads import BertForPreTraining, initialised, pretraining_loss_sums
 from pipeline.engine import optim
 from pipeline.engine.backend import build
+from pipeline.engine.cast import CastWeights
 from pipeline.engine.precision import autocast_for
 from pipeline.engine.reduce import GradientBuffer
 from pipeline.errors import EnvironmentFault
@@ -45,7 +46,7 @@ class Levers:
 
     layout: str = "stream"  # or rows, padded
     compiled: bool = True
-    autocast: str = "step"  # once for all micro-batches of a step, or for every micro-batch
+    autocast: str = "step"  # weights are cast once for all micro-batches of a step, or for every micro-batch
     precision: str = "bf16"
 
 
@@ -138,6 +139,7 @@ class Subject:
         self.compiled = regions.compile_regions(device if levers.compiled else torch.device("cpu"))
         self.autocast = functools.partial(autocast_for, levers.precision, device)
         self.gradients = GradientBuffer(list(self.model.parameters()))
+        self.cast = CastWeights(self.model, self.gradients, self.autocast())
         self.optimizer = build_optimizer(self.model, backend, self.gradients) if backend else None
         self.batches = [placed(each, levers.layout, device) for each in samples]
 
@@ -156,12 +158,14 @@ class Subject:
         return (mlm_loss + nsp_loss).detach()
 
     def accumulate(self, indices: Sequence[int], key: int = 0) -> list[Tensor]:
-        """Some micro-batches as in one step, with autocast entered once or for each. Returns their losses."""
-        once = self.levers.autocast == "step"
+        """Some micro-batches as in one step, with the weights cast once or for each. Returns their losses."""
         losses = []
-        with self.autocast() if once else contextlib.nullcontext():
+        with contextlib.ExitStack() as around:
+            if self.levers.autocast == "step":
+                around.enter_context(self.autocast())
+                around.enter_context(self.cast)
             for index in indices:
-                with contextlib.nullcontext() if once else self.autocast():
+                with contextlib.nullcontext() if self.levers.autocast == "step" else self.autocast():
                     losses.append(self.micro_batch(index, key))
         return losses
 

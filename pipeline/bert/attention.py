@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from pipeline.bert.config import BertConfig
 from pipeline.bert.dropout import dropout, keep_factors
+from pipeline.bert.linear import Linear
 from pipeline.bert.packing import LONGEST_ROW_BY_ROWS, Batch
 
 Varlen = Callable[[Tensor, Tensor, Tensor, Tensor, int, float], Tensor]
@@ -130,17 +131,17 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.heads, self.head_size = config.num_attention_heads, config.head_size
         self.p = config.attention_probs_dropout_prob
-        self.query = nn.Linear(config.hidden_size, config.hidden_size)
-        self.key = nn.Linear(config.hidden_size, config.hidden_size)
-        self.value = nn.Linear(config.hidden_size, config.hidden_size)
+        self.query = Linear(config.hidden_size, config.hidden_size)
+        self.key = Linear(config.hidden_size, config.hidden_size)
+        self.value = Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, hidden: Tensor, blocks: Blocks) -> Tensor:
         """Context ``[R, S, H]`` of ``hidden [R, S, H]``."""
         linears = (self.query, self.key, self.value)
         if blocks.path == PREDICT:
             return self._predict([linear(hidden).flatten(0, 1) for linear in linears], blocks.runs).view(hidden.shape)
-        weight = torch.cat([linear.weight.to(hidden.dtype) for linear in linears])
-        bias = torch.cat([linear.bias.to(hidden.dtype) for linear in linears])
+        operands = zip(*(linear.operands() for linear in linears), strict=True)
+        weight, bias = (torch.cat([part.to(hidden.dtype) for part in parts]) for parts in operands)
         mixed = functional.linear(hidden, weight, bias)
         if blocks.path == "rows":
             return self._by_rows(mixed, blocks)

@@ -16,6 +16,7 @@ from torch.nn import functional
 from pipeline.bert.attention import Blocks, SelfAttention, blocks_of
 from pipeline.bert.config import BertConfig
 from pipeline.bert.dropout import dropout
+from pipeline.bert.linear import Linear
 from pipeline.bert.packing import Batch
 from pipeline.bert.regions import region
 
@@ -70,7 +71,7 @@ class ResidualOutput(nn.Module):
 
     def __init__(self, config: BertConfig, in_features: int) -> None:
         super().__init__()
-        self.dense = nn.Linear(in_features, config.hidden_size)
+        self.dense = Linear(in_features, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.p = config.hidden_dropout_prob
 
@@ -98,7 +99,7 @@ class DenseGelu(nn.Module):
 
     def __init__(self, config: BertConfig, out_features: int) -> None:
         super().__init__()
-        self.dense = nn.Linear(config.hidden_size, out_features)
+        self.dense = Linear(config.hidden_size, out_features)
         self.approximation = GELU_APPROXIMATION[config.hidden_act]
 
     def forward(self, hidden: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pipeline.batch import BatchPlan
 from pipeline.bert.dropout import keyed
+from pipeline.engine.cast import CastWeights
 from pipeline.engine.feed import Fed, Feed
 from pipeline.engine.metrics import Clock
 from pipeline.engine.ranks import Ranks
@@ -61,6 +62,7 @@ class Accumulator:
     ) -> None:
         self.stage, self.task, self.ranks, self.state = stage, task, ranks, state
         self.reducer, self.gradients, self.autocast, self.clock = reducer, reducer.gradients, autocast, clock
+        self.cast = CastWeights(state.model, reducer.gradients, autocast)
         # Backward keeps to the types of the forward.
         self.plain = torch.autocast(ranks.device.type, enabled=False)
         self.counts = np.zeros(0)  # of the batch that comes next, over all ranks
@@ -83,8 +85,8 @@ class Accumulator:
         digests, counted = np.zeros(plan.micro_batches), counts.tolist()
         scale = 1.0 if self.state.scale is None else self.state.scale.scale
         of_loss = torch.full((), scale, device=ranks.device)  # the gradient that backward begins with
-        # One autocast for all micro-batches: the weights are cast once.
-        with self.autocast:
+        # Around all micro-batches: the weights are cast once.
+        with self.autocast, self.cast:
             for index in plan.range_of(ranks.rank):
                 ranks.alive("working")
                 with clock.spent("data"):

@@ -41,6 +41,7 @@ class GradientBuffer:
             end += -(-parameter.numel() // ALIGN) * ALIGN
         self.flat = torch.zeros(end, device=self.parameters[0].device)
         self.views = [self.flat[a:b].view_as(p) for p, (a, b) in zip(self.parameters, self.spans, strict=True)]
+        self.added: Callable[[Tensor], None] | None = None  # told the parameter by `add`
         self.zero_()
 
     def zero_(self) -> None:
@@ -49,6 +50,13 @@ class GradientBuffer:
         for parameter, view in zip(self.parameters, self.views, strict=True):
             if parameter.grad is not view:
                 parameter.grad = view
+
+    def add(self, parameter: Tensor, gradient: Tensor) -> None:
+        """Add a gradient of any floating-point type, which autograd has not added itself."""
+        assert parameter.grad is not None
+        parameter.grad.add_(gradient)
+        if self.added is not None:
+            self.added(parameter)
 
 
 class Reducer:
@@ -132,13 +140,15 @@ class _Buckets:
         self.group, self.armed = group, False
         self.slices: list[Tensor] = []
         self.sizes: list[int] = []  # parameters in each bucket
+        self.bucket: dict[Tensor, int] = {}  # of each parameter
+        gradients.added = self._filled
         stop, count = gradients.flat.numel(), 0
         for number in reversed(range(len(gradients.parameters))):
             count += 1
             start = gradients.spans[number][0]
             parameter = gradients.parameters[number]
-            hook = self._hook(len(self.slices))
-            parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+            self.bucket[parameter] = len(self.slices)
+            parameter.register_post_accumulate_grad_hook(self._filled)  # type: ignore[no-untyped-call]
             if (stop - start) * 4 >= bucket_mb * 1e6 or number == 0:
                 self.slices.append(gradients.flat[start:stop])
                 self.sizes.append(count)
@@ -158,18 +168,14 @@ class _Buckets:
         for work in self.sent:
             work.wait()
 
-    def _hook(self, bucket: int) -> Callable[[Tensor], None]:
-        def filled(parameter: Tensor) -> None:
-            if self.armed:
-                if self.waiting[bucket] == 0:
-                    raise RuntimeError(
-                        "a second backward in the last micro-batch: its gradients are already on the way"
-                    )
-                self.waiting[bucket] -= 1
-                ready = next((i for i, lacking in enumerate(self.waiting) if lacking > 0), len(self.waiting))
-                self._send_up_to(ready)
-
-        return filled
+    def _filled(self, parameter: Tensor) -> None:
+        if self.armed:
+            bucket = self.bucket[parameter]
+            if self.waiting[bucket] == 0:
+                raise RuntimeError("a second backward in the last micro-batch: its gradients are already on the way")
+            self.waiting[bucket] -= 1
+            ready = next((i for i, lacking in enumerate(self.waiting) if lacking > 0), len(self.waiting))
+            self._send_up_to(ready)
 
     def _send_up_to(self, bucket: int) -> None:
         for part in self.slices[len(self.sent) : bucket]:

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.dumpfile import STREAM_BYTES_PER_H
-from pipeline.config import Recipe
+from pipeline.config import TASKS, Recipe
 from pipeline.errors import ConfigError, StorageError
 from pipeline.launch.request import Request
 from pipeline.run.chain import Chain
 from pipeline.stage import function_of
-from pipeline.stages import TASKS, Command
+from pipeline.stages import Command
 from pipeline.words import absent_model
 
 MARKUP = {".bz2": 4.2, ".gz": 3.3}  # bytes on the disk to bytes of markup

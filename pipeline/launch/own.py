@@ -9,7 +9,7 @@ The rules, in the order in which they are applied:
 * A vocabulary has an entry for every 1,000 bytes of text, a power of two from 1,024 on, at most 30,522.
 * A shard has about 4 MB of text; of fewer than 100 texts a tenth is held out, or about six, at most half.
 * English is lower-cased, other languages keep case and accents; a model to start from decides for its vocabulary.
-* Without a GPU, bf16 only where the CPU has instructions for it.
+* With a GPU bf16; without one only where the CPU has instructions for it.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def write_recipe(
             "test_shards": min(8, max(1, round(size / SHARD_BYTES / 16))),
             **({"test_fraction": round(min(0.5, max(0.1, 6 / count)), 2)} if count < FEW_TEXTS else {}),
         },
-        "train": {} if gpu or computes_bf16() else {"precision": "fp32"},
+        "train": {"precision": "bf16" if gpu else "auto"},
         "phase1": model.get("phase1", {}),
     }
     path = run.path / "recipe.toml"
@@ -176,15 +176,6 @@ MODEL_KEYS = (
     "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act",
     "hidden_dropout_prob", "attention_probs_dropout_prob", "max_position_embeddings", "type_vocab_size",
 )  # fmt: skip
-
-
-def computes_bf16() -> bool:
-    """Whether this CPU multiplies bf16."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return False
-    return any(f" {name}" in flags for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def safe_name(name: str) -> str:

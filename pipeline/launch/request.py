@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from pipeline import batch
-from pipeline.config import Recipe, TaskConfig, load_profile, load_recipe, restore
+from pipeline.config import TASKS, Recipe, TaskConfig, load_profile, load_recipe, restore
 from pipeline.errors import ConfigError
 from pipeline.launch import code
 from pipeline.launch.jobs import Asked, asked_by
 from pipeline.launch.own import write_recipe
 from pipeline.run.files import read_json
 from pipeline.run.rundir import RunDir
-from pipeline.stages import TASKS, Command, recipe_of
+from pipeline.stages import Command, recipe_of
 from pipeline.strict_toml import homes
 from slurm import flags
 from slurm.profile import SECTIONS, Profile

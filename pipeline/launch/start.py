@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from data_prep.publish import publish_json, publish_text
 from pipeline.batch import BatchPlan, better_micro_batch
+from pipeline.config import TASKS
 from pipeline.errors import ConfigError
 from pipeline.launch import code, corpora, scripts
 from pipeline.launch.jobs import equipped, in_one, jobs_of, with_spares
@@ -23,7 +24,7 @@ from pipeline.run.files import read_json
 from pipeline.run.journal import Journal, live_jobs, refuse_running
 from pipeline.run.rundir import RunDir
 from pipeline.run.state import rows_of
-from pipeline.stages import TASKS, Command
+from pipeline.stages import Command
 from pipeline.strict_toml import table_of
 from slurm import flags, queue
 from slurm.errors import Refused, SlurmError

@@ -6,14 +6,13 @@ Nothing here imports torch before a device is asked for, so that `set_defaults` 
 from __future__ import annotations
 
 import os
-import platform
 import socket
 import sys
 from collections.abc import Iterable, MutableMapping
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.errors import ConfigError, DeviceFault, EnvironmentFault, NodeFault, PipelineError
+from pipeline.monitor.cpu import processor
 from pipeline.node.job import Job
 from slurm.environment import this_node
 
@@ -150,13 +149,6 @@ def machine() -> dict[str, str]:
     if torch is not None and torch.cuda.is_initialized():
         return {"device": torch.cuda.get_device_name(), "cuda": str(torch.version.cuda), "driver": driver_version()}
     return {"device": processor()}
-
-
-def processor() -> str:
-    """What people call the CPU."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else ()
-    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    return f"CPU {model or platform.machine()}"
 
 
 def driver_version() -> str:

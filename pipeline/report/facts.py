@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.config import Recipe, restore
+from pipeline.config import TASKS, Recipe, restore
 from pipeline.report.curves import Metrics, Phase
 from pipeline.run import account, gpu_samples
 from pipeline.run.account import RunAccount
@@ -17,7 +17,7 @@ from pipeline.run.files import read_json
 from pipeline.run.gpu_samples import GpuSamples
 from pipeline.run.rundir import RunDir, StageDir
 from pipeline.run.state import Row, events_of, rows_of
-from pipeline.stages import TASKS, training_of
+from pipeline.stages import training_of
 from pipeline.words import is_number
 from slurm.profile import Profile
 

@@ -50,6 +50,7 @@ def bars(traced: dict[str, Any]) -> list[Bar]:
             Bar(f"{what}: other devices touched", len(set(facts["devices"]) - {DEVICE}), 0),
             Bar(f"{what}: kernels outside compiled regions", len(facts["outside"]) - accumulations, 60),
             Bar(f"{what}: accumulations per parameter", accumulations / facts["parameters"], 1),
+            Bar(f"{what}: casts of a weight after the first micro-batch", facts["casts"], 0),
         ]
     optimizer = traced["optimizer"]
     found.append(Bar("LAMB, BERT-large: waits in a step", len(optimizer["waits"]), 1))

@@ -54,6 +54,7 @@ class Operation:
     waits: bool
     nbytes: int
     results: tuple[tuple[tuple[int, ...], str], ...]  # shape and device
+    dtypes: tuple[torch.dtype, ...]  # of the results
     generators: tuple[str, ...]
 
 
@@ -122,6 +123,7 @@ class Trace(TorchDispatchMode):
                 waits,
                 on_gpu(tensors),
                 tuple((tuple(tensor.shape), str(tensor.device)) for tensor in made),
+                tuple(tensor.dtype for tensor in made),
                 tuple(str(leaf.device) for leaf in given if isinstance(leaf, torch.Generator)),
             )
         )

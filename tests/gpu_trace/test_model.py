@@ -33,7 +33,7 @@ def test_attention_is_one_operator_and_no_square_of_slots_exists(traced, what, o
 
 def test_every_bar_holds(traced):
     found = bars(traced)
-    assert len(found) == 14
+    assert len(found) == 17
     assert [bar for bar in found if bar.found > bar.most] == []
 
 

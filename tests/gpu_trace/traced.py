@@ -16,6 +16,7 @@ from pipeline.bert.heads import BertForPreTraining, BertForQuestionAnswering, pr
 from pipeline.bert.packing import Batch, arrangement, layout
 from pipeline.bert.regions import compile_regions
 from pipeline.engine.backend import build
+from pipeline.engine.cast import CastWeights
 from pipeline.engine.reduce import GradientBuffer
 
 SEQ_LEN, LENGTHS = 128, [128] * 20 + [77] * 12
@@ -50,13 +51,19 @@ def inputs(count: int) -> tuple[Batch, list[torch.Tensor]]:
 def micro_batches(trace: Trace, precision: str, model: nn.Module, losses: Any) -> dict[str, Any]:
     """Facts of the second of two micro-batches of one step."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    GradientBuffer(parameters)
-    with torch.autocast(DEVICE.type, torch.bfloat16, enabled=precision == "bf16"):
+    autocast = torch.autocast(DEVICE.type, torch.bfloat16, enabled=precision == "bf16")
+    with autocast, CastWeights(model, GradientBuffer(parameters), autocast):
         for _ in range(2):
             trace.operations.clear()
             batch, indices = inputs(300)
             losses(model, batch, *indices).backward()
-    return facts(trace.operations) | {"parameters": len(parameters)}
+    weights = {tuple(parameter.shape) for parameter in parameters if parameter.dim() == 2}
+    casts = [
+        each
+        for each in trace.operations
+        if each.name == "_to_copy" and each.results[0][0] in weights and each.dtypes[0] == torch.bfloat16
+    ]
+    return facts(trace.operations) | {"parameters": len(parameters), "casts": len(casts)}
 
 
 def pretraining(

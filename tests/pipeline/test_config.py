@@ -8,9 +8,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline import config
 from pipeline.config import (
     RECIPES,
     OptimizerConfig,
@@ -22,6 +24,7 @@ from pipeline.config import (
     science,
 )
 from pipeline.errors import ConfigError
+from pipeline.monitor.cpu import computes_bf16
 from pipeline.stages import table
 from pipeline.strict_toml import table_of
 from slurm.profile import PROFILES
@@ -257,3 +260,18 @@ def test_only_scientific_fields_reach_the_fingerprint():
 def test_no_setting_makes_a_traceback(text):
     with contextlib.suppress(ConfigError):
         load_recipe(TWO_PHASES, [text])
+
+
+@pytest.mark.parametrize(("able", "precision"), [(True, "bf16"), (False, "fp32")])
+def test_auto_is_what_this_cpu_multiplies_in_every_table(monkeypatch, able, precision):
+    monkeypatch.setattr(config, "computes_bf16", lambda: able)
+    monkeypatch.setattr(Path, "exists", lambda path: False)  # no GPU either
+    recipe = load_recipe("tiny")
+    tables = [recipe.train, recipe.squad, recipe.mrpc, recipe.sst2, recipe.inference]
+    assert {table.precision for table in tables} == {precision}
+    asked = load_recipe("tiny", ["train.precision=fp32", "squad.precision=auto"])
+    assert (asked.train.precision, asked.squad.precision) == ("fp32", precision)
+
+
+def test_whether_this_cpu_multiplies_bf16_is_known():
+    assert computes_bf16() == (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

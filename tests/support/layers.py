@@ -10,6 +10,8 @@ from pipeline.bert import encoder, regions
 from pipeline.bert.attention import Blocks
 from pipeline.bert.config import BertConfig
 from pipeline.bert.encoder import Layer, run_layer
+from pipeline.engine.cast import CastWeights
+from pipeline.engine.reduce import GradientBuffer
 
 CONFIG = BertConfig(
     vocab_size=64, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128, hidden_act="tanh"
@@ -59,12 +61,17 @@ def forward_and_backward(stack, hidden, blocks, run):
     return out.detach(), gradients
 
 
-def kernels_of_a_layer():
-    """How many kernels Inductor makes of a layer, forward and backward."""
+def kernels_of_a_layer(cast_once=True):
+    """How many kernels Inductor makes of a layer in bf16, forward and backward, its weights cast as in training."""
     from torch._inductor import metrics
 
+    stack = torch.nn.ModuleList(layers(p=0.0)[:1])
+    autocast = torch.autocast("cpu", torch.bfloat16)
+    cast = (
+        CastWeights(stack, GradientBuffer([*stack.parameters()]), autocast) if cast_once else contextlib.nullcontext()
+    )
     metrics.reset()
-    with compiled_regions():
+    with compiled_regions(), autocast, cast:
         hidden, blocks = stream(80)
-        forward_and_backward(layers(p=0.0), hidden, blocks, run_layer)
+        run_layer(stack[0], hidden.bfloat16().requires_grad_(), blocks).sum().backward()
     return metrics.generated_kernel_count

@@ -1,0 +1,25 @@
+"""What Linux says of this machine's CPU."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+BF16 = {"avx512_bf16", "amx_bf16", "bf16"}  # of x86 and of Arm
+
+
+def processor() -> str:
+    """What people call it."""
+    model = next((value for key, value in _lines() if key == "model name"), "")
+    return f"CPU {model or platform.machine()}"
+
+
+def computes_bf16() -> bool:
+    """Whether it multiplies bf16; one that does not imitates it, many times slower than fp32."""
+    return any(key in ("flags", "Features") and BF16 & {*value.split()} for key, value in _lines())
+
+
+def _lines() -> list[tuple[str, str]]:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    return [(key.strip(), value.strip()) for key, _, value in (line.partition(":") for line in lines)]
