@@ -112,10 +112,10 @@ def rows_of(device: torch.device) -> dict[str, Levers]:
     rows = {"all_on": on}
     if on.compiled:
         rows["not_compiled"] = best(device, compiled=False)
-    rows["autocast_each"] = best(device, autocast="micro")
+    rows["cast_each"] = best(device, cast="micro")
     for layout in layouts(device)[1:]:  # beside not_compiled: other shapes would be compiled anew
         rows[f"layout_{layout}"] = best(device, layout=layout, compiled=False)
-    rows["all_off"] = Levers("padded", compiled=False, autocast="micro", precision=on.precision)
+    rows["all_off"] = Levers("padded", compiled=False, cast="micro", precision=on.precision)
     return rows
 
 

@@ -46,7 +46,7 @@ class Levers:
 
     layout: str = "stream"  # or rows, padded
     compiled: bool = True
-    autocast: str = "step"  # weights are cast once for all micro-batches of a step, or for every micro-batch
+    cast: str = "step"  # weights are cast once for all micro-batches of a step, or for every micro-batch
     precision: str = "bf16"
 
 
@@ -161,11 +161,11 @@ class Subject:
         """Some micro-batches as in one step, with the weights cast once or for each. Returns their losses."""
         losses = []
         with contextlib.ExitStack() as around:
-            if self.levers.autocast == "step":
+            if self.levers.cast == "step":
                 around.enter_context(self.autocast())
                 around.enter_context(self.cast)
             for index in indices:
-                with contextlib.nullcontext() if self.levers.autocast == "step" else self.autocast():
+                with contextlib.nullcontext() if self.levers.cast == "step" else self.autocast():
                     losses.append(self.micro_batch(index, key))
         return losses
 

@@ -110,6 +110,9 @@ def _machine(blocks: Facts) -> Iterator[str]:
     ]
     yield from table(("phase", "what", *map(spoken, columns)), rows)
     yield ""
+    if any("autocast" in row for phase in PHASES for row in blocks.get(phase, {}).values() if isinstance(row, Mapping)):
+        yield "Measured before compiled layers took weights cast once per step: each micro-batch cast them in all rows."
+        yield ""
     for name in ("peak", "lamb", "save", "feed", "kernels", "sweep"):
         if facts := {key: value for key, value in blocks.get(name, {}).items() if key not in ("ok", "seconds")}:
             yield f"* **{name}**: " + "; ".join(f"{spoken(key)} {_said(value)}" for key, value in facts.items())
