@@ -137,11 +137,11 @@ def read_pickled(path: Path) -> Mapping[str, Any]:
 def read_nvidia(path: Path) -> tuple[State, str | None]:
     """Weights of a file of NVIDIA's BERT, wrapped or bare, under our names, and the GELU it shows, if any."""
     content = read_pickled(path)
-    shown = next((act for key, act in GELU_SHOWN_BY.items() if key in content), content.get(GELU_KEY))
+    gelu = next((act for key, act in GELU_SHOWN_BY.items() if key in content), content.get(GELU_KEY))
     model = content.get("model", content)
     if not isinstance(model, dict):
         raise CheckpointError(f"{path}: its entry 'model' is {type(model).__name__}, not named tensors")
-    return renamed(model, origin=str(path)), shown if isinstance(shown, str) else None
+    return renamed(model, origin=str(path)), gelu if isinstance(gelu, str) else None
 
 
 def write_nvidia(path: Path, state: Mapping[str, Tensor], hidden_act: str) -> None:

@@ -69,10 +69,10 @@ def load_start(path: Path, config: BertConfig, vocab: Path | None) -> State:
 
 def _nvidia_start(path: Path, config: BertConfig) -> tuple[BertConfig, State]:
     """An NVIDIA file's weights and its configuration: the one beside it, else what its shapes tell."""
-    state, shown = read_nvidia(path)
+    state, gelu = read_nvidia(path)
     beside = config_beside(path)
     found = read_config(beside) if beside else config_of_shapes(state, config)
-    act = shown or (_told_gelu(found) if beside else None) or config.hidden_act
+    act = gelu or (_told_gelu(found) if beside else None) or config.hidden_act
     return replace(found, hidden_act=act), padded(state, found.vocab_size)
 
 
@@ -119,11 +119,11 @@ def load_nvidia(file: Path, config_file: Path, *, hidden_act: str | None = None)
     one the exact function. A pretraining checkpoint shows which code wrote it (``grad_scaler`` or ``master
     params``); for other files ``hidden_act`` ("tanh" or "erf") must say it.
     """
-    state, shown = read_nvidia(file)
+    state, gelu = read_nvidia(file)
     config = read_config(config_file)
-    shown = shown or _told_gelu(config)
-    if shown is None and hidden_act is None:
+    gelu = gelu or _told_gelu(config)
+    if gelu is None and hidden_act is None:
         raise CheckpointError(f"{file} does not show which GELU it was trained with: say tanh (since 2022) or erf")
-    if shown and hidden_act and shown != hidden_act:
-        raise CheckpointError(f"{file} was trained with the {shown} GELU, not {hidden_act}")
-    return replace(config, hidden_act=shown or hidden_act or ""), padded(state, config.vocab_size)
+    if gelu and hidden_act and gelu != hidden_act:
+        raise CheckpointError(f"{file} was trained with the {gelu} GELU, not {hidden_act}")
+    return replace(config, hidden_act=gelu or hidden_act or ""), padded(state, config.vocab_size)

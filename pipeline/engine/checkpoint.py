@@ -207,16 +207,16 @@ def _newest(
             lines.append(f"{label(folder)} has no manifest (its save was cut short) and is passed over")
             continue
         try:
-            found = read(folder, tensors=tensors)
+            checkpoint = read(folder, tensors=tensors)
         except bad as error:
             if of_server(error):
                 raise
             faults.append((step_of(folder), error))
             continue
         for step, fault in faults:
-            instead = f"using step {found.step} of attempt {found.attempt} instead"
-            lines.append(f"{fault}; {instead} ({step - found.step} steps redone)")
-        return found, lines
+            instead = f"using step {checkpoint.step} of attempt {checkpoint.attempt} instead"
+            lines.append(f"{fault}; {instead} ({step - checkpoint.step} steps redone)")
+        return checkpoint, lines
     if not faults:
         _refuse_orphans(stage_dir)
         return None, lines
@@ -276,7 +276,7 @@ def listing(run_dir: Path, *, check: bool = False) -> list[dict[str, Any]]:
 
     ``verified`` is None unless ``check`` reads and hashes every file; a bad one also has ``"fault"``, a line.
     """
-    found = []
+    rows = []
     stages = run_dir.glob("stages/*")
     for folder in (f for stage in stages for path in _attempts(stage) for f in _step_folders(path)):
         if not (folder / MANIFEST).exists():
@@ -295,8 +295,8 @@ def listing(run_dir: Path, *, check: bool = False) -> list[dict[str, Any]]:
                 row["verified"] = True
         except CheckpointError as error:
             row |= {"verified": False if check else None, "fault": str(error)}
-        found.append(row)
-    return sorted(found, key=lambda row: (row["stage"], row["attempt"], row["step"]))
+        rows.append(row)
+    return sorted(rows, key=lambda row: (row["stage"], row["attempt"], row["step"]))
 
 
 def rotate(attempt_dir: Path, keep: int) -> None:

@@ -91,10 +91,10 @@ def introduced(own: Mapping[str, Any], group: Group, device: torch.device) -> li
     text = json.dumps(own).encode().ljust(RECORD_BYTES)
     if len(text) > RECORD_BYTES:
         raise ValueError(f"a rank's introduction has {len(text)} bytes, {RECORD_BYTES} are allowed")
-    mine = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(device)
-    found = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(found, mine, group=group)
-    return [json.loads(bytes(record.cpu().numpy()).decode()) for record in found]
+    sent = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(device)
+    received = [torch.empty_like(sent) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(received, sent, group=group)
+    return [json.loads(bytes(record.cpu().numpy()).decode()) for record in received]
 
 
 def check_same(ranks: Sequence[Mapping[str, Any]], *, allow_mixed: bool) -> list[str]:
@@ -172,15 +172,15 @@ class SlowRanks:
             return []
         typical: list[float] = np.median(np.array(self._window), axis=0).tolist()
         ordered = sorted(value for value in typical if value > 0)
-        found = []
+        slow = []
         for rank, own in enumerate(typical):
             if rank in self._named or len(ordered) < 2 or own <= 0:
                 continue
             usual = median_without(ordered, own)
             if own > SLOW * usual and (own - usual) * micro_batches[rank] * WINDOW > LEAST_LOSS_S:
                 self._named.add(rank)
-                found.append((rank, own / usual))
-        return found
+                slow.append((rank, own / usual))
+        return slow
 
 
 def median_without(ordered: Sequence[float], value: float) -> float:
@@ -204,9 +204,9 @@ def check_state(state: Iterable[Tensor], step: int, hosts: Sequence[str], group:
     if group is None:
         return
     own = digest(state)
-    found = [torch.empty_like(own) for _ in hosts]
-    dist.all_gather(found, own, group=group)
-    digests = [int(value) for value in found]
+    received = [torch.empty_like(own) for _ in hosts]
+    dist.all_gather(received, own, group=group)
+    digests = [int(value) for value in received]
     if len(set(digests)) == 1:
         return
     usual = statistics.mode(digests)

@@ -57,14 +57,14 @@ class Board:
 
     def add(self, step: int, values: Mapping[str, Any], time: float) -> None:
         """Write the numbers among ``values``, such as a metric line with its ``spent_s``; ``time`` is Unix time."""
-        shown = dict(scalars(values))
-        if self.failed or not shown:
+        numbers = dict(scalars(values))
+        if self.failed or not numbers:
             return
         try:
             if self.file is None:
                 self._begin(time)
             make = self._summaries.Summary
-            summary = make(value=[make.Value(tag=tag, simple_value=value) for tag, value in shown.items()])
+            summary = make(value=[make.Value(tag=tag, simple_value=value) for tag, value in numbers.items()])
             self._write(self._events.Event(wall_time=time, step=step, summary=summary))
         except (OSError, ValueError) as error:
             self._fail(error)
@@ -108,14 +108,14 @@ def _flat(settings: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, 
 
 def scalars(values: Mapping[str, Any]) -> list[tuple[str, float]]:
     """(tag, value) of every number, NaN and infinity included."""
-    found = []
+    tagged = []
     for key, value in values.items():
         if isinstance(value, Mapping):
-            found += [(f"{key}/{part}", float(item)) for part, item in value.items() if _is_scalar(item)]
+            tagged += [(f"{key}/{part}", float(item)) for part, item in value.items() if _is_scalar(item)]
         elif _is_scalar(value) and key not in ("step", "attempt", "time", "since"):
             group = next((name for name, keys in GROUPS.items() if key in keys), "other")
-            found.append((f"{group}/{key.removeprefix('eval_')}", float(value)))
-    return found
+            tagged.append((f"{group}/{key.removeprefix('eval_')}", float(value)))
+    return tagged
 
 
 def _is_scalar(value: object) -> bool:

@@ -190,10 +190,10 @@ def _parser() -> argparse.ArgumentParser:
         "--threads", type=int, metavar="N", help="CPU threads of each process (default: the cores, shared)"
     )
     parser.add_argument("--version-2", action="store_true", help="squad: questions may have no answer")
-    shown = {f.name: f.default for f in fields(FinetuneConfig) if f.default is not MISSING}
+    defaults = {f.name: f.default for f in fields(FinetuneConfig) if f.default is not MISSING}
     for name, text in HELP.items():
         kind = {"int": int, "float": float}[str(FinetuneConfig.__annotations__[name])]
-        values = [shown.get(name)] if name in shown else [f"{t} {v[name]}" for t, v in DEFAULTS.items()]
+        values = [defaults.get(name)] if name in defaults else [f"{t} {v[name]}" for t, v in DEFAULTS.items()]
         listed = ", ".join(map(str, values))
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="N", help=f"{text} (default: {listed})")
     return parser

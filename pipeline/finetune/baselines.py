@@ -30,8 +30,8 @@ def naive_bayes(train: Sequence[str], classes: Classes, texts: Sequence[str]) ->
         counts[label, row] += 1
     log = np.log(counts / counts.sum(axis=1, keepdims=True))
     prior = np.log(np.bincount(classes, minlength=len(counts)) + 1)
-    found = ([numbers[term] for term in set(terms(text)) if term in numbers] for text in texts)
-    return np.array([(prior + log[:, row].sum(axis=1)).argmax() for row in found], np.int64)
+    term_numbers = ([numbers[term] for term in set(terms(text)) if term in numbers] for text in texts)
+    return np.array([(prior + log[:, row].sum(axis=1)).argmax() for row in term_numbers], np.int64)
 
 
 def terms(text: str) -> Iterator[str]:

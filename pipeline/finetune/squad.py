@@ -88,12 +88,12 @@ def read_squad(path: Path, *, version_2: bool = False, answers: bool = True) -> 
                 seen.add(name)
                 spot = f"{path}: question {name!r}"
                 impossible = bool(version_2 and entry.get("is_impossible", False))
-                found = _answers(entry, spot) if "answers" in entry and not impossible else ()
-                if answers and not found and not impossible:
+                spans = _answers(entry, spot) if "answers" in entry and not impossible else ()
+                if answers and not spans and not impossible:
                     hint = "" if version_2 else "; a SQuAD 2.0 file needs --version-2"
                     raise DataError(f"{spot} has no answer{hint}")
                 text = _value(entry, "question", str, spot)
-                questions.append(Question(name, text, len(contexts), found, impossible))
+                questions.append(Question(name, text, len(contexts), spans, impossible))
             contexts.append(context)
     if not questions:
         raise DataError(f"{path}: no question in it; expected SQuAD JSON with data, paragraphs and qas")
@@ -117,8 +117,8 @@ def _load(path: Path) -> Any:
 
 def _value(table: Any, key: str, kind: type[Kind], where: str) -> Kind:
     if not isinstance(table, dict) or key not in table:
-        found = ", ".join(sorted(map(str, table))[:8]) if isinstance(table, dict) else type(table).__name__
-        raise DataError(f"{where}: {key!r} is missing; found {found or 'nothing'}")
+        keys = ", ".join(sorted(map(str, table))[:8]) if isinstance(table, dict) else type(table).__name__
+        raise DataError(f"{where}: {key!r} is missing; found {keys or 'nothing'}")
     value = table[key]
     if not isinstance(value, kind) or isinstance(value, bool):
         raise DataError(f"{where}: {key!r} must be a {kind.__name__}, found {type(value).__name__}")
@@ -193,14 +193,14 @@ def _tokenise(contexts: Sequence[str], encode: Encode) -> list[_Tokenised]:
     split = [split_words(context) for context in contexts]
     number = {word: i for i, word in enumerate(dict.fromkeys(w for words, _ in split for w in words))}
     pieces = _encode_each(encode, list(number))
-    made = []
+    tokenised = []
     for words, char_word in split:
         own = [pieces[number[word]] for word in words]
         lengths = np.array([len(piece) for piece in own], np.int64)
         tokens = np.concatenate([np.zeros(0, np.int64), *own])
         first = np.cumsum(lengths) - lengths
-        made.append(_Tokenised(words, char_word, tokens, np.repeat(np.arange(len(words)), lengths), first))
-    return made
+        tokenised.append(_Tokenised(words, char_word, tokens, np.repeat(np.arange(len(words)), lengths), first))
+    return tokenised
 
 
 def _encode_each(encode: Encode, texts: list[str]) -> list[NDArray[np.int64]]:

@@ -62,17 +62,17 @@ def answer_questions(
     """
     words = [split_words(context)[0] for context in squad.contexts]
     plain = cache(lambda word: " ".join(basic(word)))
-    found: dict[str, list[Candidate]] = defaultdict(list)
+    candidates: dict[str, list[Candidate]] = defaultdict(list)
     nulls: dict[str, Candidate] = {}
     for feature, (start, end) in zip(features, logits, strict=True):
         name = feature.question.id
-        found[name] += _candidates(feature, start, end, config, words[feature.question.context], plain, vocabulary)
+        candidates[name] += _candidates(feature, start, end, config, words[feature.question.context], plain, vocabulary)
         null = Candidate("", float(start[0]), float(end[0]))
         if name not in nulls or null.score < nulls[name].score:
             nulls[name] = null
     answers, n_best = {}, {}
     for question in squad.questions:
-        pool = found[question.id]
+        pool = candidates[question.id]
         null_entry = nulls.get(question.id, Candidate("", 0.0, 0.0)) if config.version_2 else None
         if null_entry:
             pool = [*pool, null_entry]

@@ -55,15 +55,15 @@ def read_table(path: Path, columns: Columns, *, labelled: bool = True) -> Table:
     texts = tuple([cells[index] for _, cells in rows] for index in range(len(columns.text)))
     if not labelled:
         return Table(texts, None, numbers, columns.labels)
-    found = [cells[-1] for _, cells in rows]
-    labels = columns.labels or _distinct(path, columns.label, found)
+    row_labels = [cells[-1] for _, cells in rows]
+    labels = columns.labels or _distinct(path, columns.label, row_labels)
     number_of = {label: number for number, label in enumerate(labels)}
-    for number, label in zip(numbers, found, strict=True):
+    for number, label in zip(numbers, row_labels, strict=True):
         if label not in number_of:
             more = f" and {len(labels) - 20} more" if len(labels) > 20 else ""
             expected = ", ".join(labels[:20])
             raise DataError(f"{path}:{number}: label {label!r} is unknown; expected one of {expected}{more}")
-    return Table(texts, np.array([number_of[label] for label in found], np.int64), numbers, tuple(labels))
+    return Table(texts, np.array([number_of[label] for label in row_labels], np.int64), numbers, tuple(labels))
 
 
 def text_columns(path: Path, label: str) -> tuple[str, ...]:

@@ -332,12 +332,12 @@ class Finetuning:
 
     def _baselines(self) -> dict[str, dict[str, float]]:
         """What the scores are worth: those of no model at all, by name."""
-        found: dict[str, dict[str, float]] = {}
+        baselines: dict[str, dict[str, float]] = {}
         for ending_, (problem, _) in self.evaluations.items():
             assert self.files.train is not None
             for name, scores in problem.baselines(self.files.train).items() if "eval" in self.modes else ():
-                found.setdefault(name, {}).update({ending(key, ending_): value for key, value in scores.items()})
-        return found
+                baselines.setdefault(name, {}).update({ending(key, ending_): value for key, value in scores.items()})
+        return baselines
 
     def predict_only(self, ranks: Ranks) -> Record:
         """Score and predict with the head that the folder has."""

@@ -33,16 +33,16 @@ def permuted(index: Ints, size: Ints | int, keys: NDArray[np.uint64]) -> Ints:
     keys = np.broadcast_to(keys, index.shape)
     bits = np.maximum(1, -(-np.ceil(np.log2(np.maximum(size, 2))).astype(np.int64) // 2)).astype(np.uint64)
     low = (np.uint64(1) << bits) - np.uint64(1)
-    found = index.astype(np.uint64)
+    permuted = index.astype(np.uint64)
     walking = np.ones(index.shape, bool)
     while walking.any():
-        value, shift, mask, own_key = found[walking], bits[walking], low[walking], keys[walking]
+        value, shift, mask, own_key = permuted[walking], bits[walking], low[walking], keys[walking]
         left, right = value >> shift, value & mask
         for number in range(ROUNDS):
             left, right = right, left ^ (mix(right + own_key + np.uint64(number + 1)) & mask)
-        found[walking] = (left << shift) | right
-        walking = found >= size.astype(np.uint64)
-    return found.astype(np.int64)
+        permuted[walking] = (left << shift) | right
+        walking = permuted >= size.astype(np.uint64)
+    return permuted.astype(np.int64)
 
 
 class SampleOrder:
@@ -147,14 +147,14 @@ class PretrainingData:
     def read(self, positions: Ints) -> MaskedSamples:
         """The samples at these positions, masked by (seed, epoch or 0, sample id)."""
         epoch, shard, row = self.order[positions]
-        found = [sample(self.shards[number], place) for number, place in zip(shard, row, strict=True)]
-        lengths = np.array([len(tokens) for tokens, _, _ in found], np.int64)
+        samples = [sample(self.shards[number], place) for number, place in zip(shard, row, strict=True)]
+        lengths = np.array([len(tokens) for tokens, _, _ in samples], np.int64)
         ids = self.first_id[shard] + row
         if self.train.masking == "dynamic":
             ids = ids + epoch * self.order.total  # another epoch masks like another sample
         special = self.manifest.special
         tokens, places, labels = mask_tokens(
-            np.concatenate([tokens for tokens, _, _ in found]).astype(np.int32),
+            np.concatenate([tokens for tokens, _, _ in samples]).astype(np.int32),
             lengths,
             ids,
             seed=self.train.seed,
@@ -170,8 +170,8 @@ class PretrainingData:
             ids=self.first_id[shard] + row,
             tokens=tokens.astype(np.int64),
             lengths=lengths,
-            b_start=np.array([b_start for _, b_start, _ in found], np.int64),
-            nsp=np.array([nsp for _, _, nsp in found], np.int64),
+            b_start=np.array([b_start for _, b_start, _ in samples], np.int64),
+            nsp=np.array([nsp for _, _, nsp in samples], np.int64),
             positions=places.astype(np.int64),
             labels=labels.astype(np.int64),
         )

@@ -57,10 +57,10 @@ def read_middle(path: Path, shapes: Mapping[str, Sequence[int]]) -> tuple[State,
 def _fitted(name: str, tensor: Any, shapes: Mapping[str, Sequence[int]]) -> Tensor:
     """``tensor`` as fp32 in the shape of the parameter, all values finite."""
     wanted = torch.Size(shapes[name])
-    found: Tensor = tensor.float()
-    if name in VOCAB_ROWS and found.shape[1:] == wanted[1:]:
-        missing = max(0, wanted[0] - len(found))
-        found = torch.cat([found[: wanted[0]], found.new_zeros(missing, *wanted[1:])])
-    if found.shape != wanted or not torch.isfinite(found).all():
-        raise ValueError(f"{name} is {list(found.shape)} where {list(wanted)} belongs, or not finite")
-    return found
+    fitted: Tensor = tensor.float()
+    if name in VOCAB_ROWS and fitted.shape[1:] == wanted[1:]:
+        missing = max(0, wanted[0] - len(fitted))
+        fitted = torch.cat([fitted[: wanted[0]], fitted.new_zeros(missing, *wanted[1:])])
+    if fitted.shape != wanted or not torch.isfinite(fitted).all():
+        raise ValueError(f"{name} is {list(fitted.shape)} where {list(wanted)} belongs, or not finite")
+    return fitted

@@ -240,8 +240,10 @@ def check(folder: Path, step: int, stage: str | None = None, index: int | None =
     able = {name: [int(s) for s in record["steps"].get(name, [])] for name in recipe.phases}
     names = [name for name, steps in able.items() if step in steps and stage in (None, name)]
     if len(names) != 1:
-        shown = "; ".join(f"{name}: {', '.join(map(str, steps))}" for name, steps in able.items() if steps)
-        raise ConfigError(f"{folder}: name one of its steps ({shown}), by --step and, where several have it, --stage")
+        available = "; ".join(f"{name}: {', '.join(map(str, steps))}" for name, steps in able.items() if steps)
+        raise ConfigError(
+            f"{folder}: name one of its steps ({available}), by --step and, where several have it, --stage"
+        )
     (name,) = names
     own, phase = folder / name, recipe.phases[name]
     for path in [own / "metrics.jsonl", own / f"samples-{step}.safetensors"]:
@@ -280,8 +282,8 @@ def check(folder: Path, step: int, stage: str | None = None, index: int | None =
         computed_ones = zip(task.losses_named, own_shares, shares_of(task, accumulator, index), strict=True)
         return [row(f"{key} of {index}", logged_one, value, rounding) for key, logged_one, value in computed_ones]
     sums, norm = computed(task, accumulator)
-    found = {"loss": sums.loss, **sums.losses, "grad_norm": norm}
-    rows = [row(key, logged[key], value, rounding) for key, value in found.items()]
+    values = {"loss": sums.loss, **sums.losses, "grad_norm": norm}
+    rows = [row(key, logged[key], value, rounding) for key, value in values.items()]
     rows.append(Row("samples", str(logged["samples"]), sums.samples, float(logged["samples"] != sums.samples)))
     if is_whole(step_folder(own, step)):
         after = checkpoint.read(step_folder(own, step), tensors=("weights",)).weights
