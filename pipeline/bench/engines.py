@@ -136,8 +136,8 @@ def padded(samples: Samples, device: torch.device) -> dict[str, Tensor]:
     ids = np.zeros(real.shape, np.int64)
     ids[real] = samples.tokens
     segments = (np.arange(lengths.max()) >= samples.b_start[:, None]) & real
-    made = {"input_ids": ids, "attention_mask": real.astype(np.int64), "token_type_ids": segments.astype(np.int64)}
-    return {name: torch.from_numpy(values).to(device) for name, values in made.items()}
+    inputs = {"input_ids": ids, "attention_mask": real.astype(np.int64), "token_type_ids": segments.astype(np.int64)}
+    return {name: torch.from_numpy(values).to(device) for name, values in inputs.items()}
 
 
 def of_transformers(ours: nn.Module, config: BertConfig) -> nn.Module:
@@ -199,12 +199,12 @@ Window = tuple[Any, Any, Any, Any]
 
 def best_text(windows: Iterable[Window], context: str) -> str:
     """The n-best answer of transformers' question answering examples: 20 starts, 20 ends, softmax, the best text."""
-    found = []
+    spans = []
     for start, end, offsets, inside in windows:
         ends = [j for j in np.argsort(-end)[:N_BEST].tolist() if inside[j]]
         for i in (i for i in np.argsort(-start)[:N_BEST].tolist() if inside[i]):
-            found += [(start[i] + end[j], offsets[i][0], offsets[j][1]) for j in ends if i <= j < i + LONGEST_ANSWER]
-    best = sorted(found, reverse=True)[:N_BEST]
+            spans += [(start[i] + end[j], offsets[i][0], offsets[j][1]) for j in ends if i <= j < i + LONGEST_ANSWER]
+    best = sorted(spans, reverse=True)[:N_BEST]
     texts = [context[first:last] for _, first, last in best]
     weights = np.exp([score - best[0][0] for score, _, _ in best])
     answers = [{"text": text, "probability": p} for text, p in zip(texts, weights / weights.sum(), strict=True)]

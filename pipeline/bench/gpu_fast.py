@@ -209,10 +209,18 @@ def transformers(bench: Bench) -> Pairs:
             except torch.OutOfMemoryError:
                 continue
             own = bench.results.get(phase, {}).get("all_on", {}).get("sequences_per_s")
-            found = sum(len(each.lengths) for each in samples) / took
-            ratio = round(own / found, 2) if own else None
+            theirs = sum(len(each.lengths) for each in samples) / took
+            ratio = round(own / theirs, 2) if own else None
             memory = memory_gib(device)
-            yield phase, {"micro_batch": size, "sequences_per_s": round(found, 2), "memory_gib": memory, "ours": ratio}
+            yield (
+                phase,
+                {
+                    "micro_batch": size,
+                    "sequences_per_s": round(theirs, 2),
+                    "memory_gib": memory,
+                    "ours": ratio,
+                },
+            )
             break
 
 

@@ -115,9 +115,9 @@ def number_at(log: ElementTree.Element, places: tuple[str, ...]) -> float | None
 
 def reasons_of(log: ElementTree.Element) -> set[str]:
     """The clock reasons that nvidia-smi calls active, by our names; "idle" is none."""
-    found = set()
+    reasons = set()
     for element in log.iter():
         name = element.tag.removeprefix("clocks_event_reason_").removeprefix("clocks_throttle_reason_")
         if name != element.tag and element.text == "Active" and name in REASONS:
-            found.add(REASONS[name])
-    return found
+            reasons.add(REASONS[name])
+    return reasons

@@ -72,8 +72,8 @@ def alive(bench: Bench) -> Pairs:
     """A small model: equal starting weights, a loss that falls, no waiting for the device, save and resume."""
     device = device_for(bench.tiny)
     config = replace(TINY, hidden_size=128)
-    wanted, found = starting_weights(_without_dropout(config)), model_on(device, config).state_dict()
-    yield "weights_differ", check(max(float((found[n].cpu() - w).abs().max()) for n, w in wanted.items()), 0.0)
+    wanted, weights = starting_weights(_without_dropout(config)), model_on(device, config).state_dict()
+    yield "weights_differ", check(max(float((weights[n].cpu() - w).abs().max()) for n, w in wanted.items()), 0.0)
     samples = [invent(16, 64, config.vocab_size, seed) for seed in (1, 2)]
     subject = Subject(device, config, best(device), samples, backend="torch")
     yield "compiled", subject.compiled

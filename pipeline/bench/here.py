@@ -18,10 +18,10 @@ def rates(recipe: Recipe, base: Rates, threads: int) -> Rates:
     """Those of one process: forward and backward of a micro-batch of each phase, on its GPU or ``threads`` threads."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(threads)
-    config, found = config_of(recipe), {}
+    config, rates = config_of(recipe), {}
     for name, phase in recipe.phases.items():
         samples = invent(min(SAMPLES, phase.micro_batch or SAMPLES), phase.seq_len, config.vocab_size, seed=1)
         subject = Subject(device, config, best(device, precision=recipe.train.precision, compiled=False), [samples])
         took_s = seconds_of(lambda number: subject.accumulate([0], number), device, SPEND_S, group=1)  # noqa: B023
-        found[name] = len(samples.lengths) / took_s
-    return replace(base, sequences_per_s=found, source="a micro-batch of each phase timed on this machine", extra_s={})
+        rates[name] = len(samples.lengths) / took_s
+    return replace(base, sequences_per_s=rates, source="a micro-batch of each phase timed on this machine", extra_s={})

@@ -82,12 +82,12 @@ def run(job: Job, *, config: InferenceConfig, model: Path, text: Path | None = N
     compare = config.compare and transformers_is_there()
     if config.compare and not compare:
         job.say("transformers is not installed, so its rows are left out (pip install transformers)")
-    found: list[Row] = []
+    rows: list[Row] = []
     with torch.inference_mode():
         for workload in workloads(config, text, folder.tokenizer):
-            found += rows_of(workload, folder, config, device, compare=compare)
+            rows += rows_of(workload, folder, config, device, compare=compare)
     result = {
-        "rows": found,
+        "rows": rows,
         "device": device_name(device),
         "threads": torch.get_num_threads(),
         "text": text.name if text else "words of the vocabulary",
@@ -196,8 +196,8 @@ def table(result: Mapping[str, Any]) -> Iterator[str]:
         ratio = f"{row['sequences_per_s'] / peers[0]['sequences_per_s']:8.2f}" if peers else ""
         what = f"{row['lengths']} ({row['mean_tokens']:.0f}) {row['part'].replace('_', ' ')}"
         figures = "".join(f"{row['latency_ms'][f'p{p}']:10.2f}" for p in PERCENTILES)
-        shown = ratio if row["engine"] == "pipeline" else ""
-        yield f"{row['batch']:4} {what:22} {row['engine']:12}{row['sequences_per_s']:12.1f}{figures}{shown}"
+        faster = ratio if row["engine"] == "pipeline" else ""
+        yield f"{row['batch']:4} {what:22} {row['engine']:12}{row['sequences_per_s']:12.1f}{figures}{faster}"
 
 
 def main(arguments: list[str]) -> int:
@@ -226,7 +226,7 @@ def main(arguments: list[str]) -> int:
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m pipeline.bench infer", description=__doc__)
-    shown = {field.name: field.default for field in fields(InferenceConfig)}
+    defaults = {field.name: field.default for field in fields(InferenceConfig)}
     add = parser.add_argument
     add(
         "--model",
@@ -237,7 +237,7 @@ def parser() -> argparse.ArgumentParser:
     add("--text", type=Path, metavar="FILE", help="SQuAD-format file to ask (default: invented texts)")
     add("--batches", default="1,8,32", metavar="N,N", help="sequences (default: %(default)s)")
     add("--seq", default="", metavar="TASK=N,…", help="tokens of squad and glue (default: squad=384,glue=128)")
-    add("--seconds", type=float, default=shown["seconds"], help="per row (default: %(default)s)")
+    add("--seconds", type=float, default=defaults["seconds"], help="per row (default: %(default)s)")
     add(
         "--precision",
         default="fp32",

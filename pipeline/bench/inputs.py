@@ -166,10 +166,10 @@ def texts_of(path: Path, task: str, count: int) -> Texts:
     """Texts from all over a task's file, again and again where it has fewer; DataError."""
     if task == SQUAD:
         squad = read_squad(path, version_2=True, answers=False)
-        found: Texts = [(question.text, squad.contexts[question.context]) for question in squad.questions]
+        texts: Texts = [(question.text, squad.contexts[question.context]) for question in squad.questions]
     else:
-        found = list(zip(*read_table(path, TASKS[task], labelled=False).texts, strict=True))
-    return [found[i] for i in np.linspace(0, len(found) - 1, count).round().astype(int).tolist()]
+        texts = list(zip(*read_table(path, TASKS[task], labelled=False).texts, strict=True))
+    return [texts[i] for i in np.linspace(0, len(texts) - 1, count).round().astype(int).tolist()]
 
 
 def write_task(path: Path, task: str, texts: Texts) -> None:

@@ -49,9 +49,9 @@ def main(arguments: list[str]) -> int:
 def read(path: Path) -> Facts:
     """The blocks of one file that is of full size."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        blocks: Facts = found["blocks"]
-        if found["tiny"] or "env" not in blocks:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        blocks: Facts = facts["blocks"]
+        if facts["tiny"] or "env" not in blocks:
             raise ConfigError(f"{path}: measured with --tiny, or without the block env: no figures for the page")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path}: not a JSON file of `python -m pipeline.bench gpu`: {error}") from error

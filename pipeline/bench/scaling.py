@@ -63,8 +63,8 @@ def main(arguments: list[str]) -> int:
     if options.json:
         print(json.dumps(figures, indent=1))
     else:
-        shown = [["" if row[key] is None else str(row[key]) for key in COLUMNS] for row in rows]
-        print("\n".join(columns([list(COLUMNS), *shown], right=range(2, 9))))
+        cells = [["" if row[key] is None else str(row[key]) for key in COLUMNS] for row in rows]
+        print("\n".join(columns([list(COLUMNS), *cells], right=range(2, 9))))
     return code
 
 
@@ -109,10 +109,10 @@ def parser() -> argparse.ArgumentParser:
 
 def counts(text: str) -> list[int]:
     """``1,2,4``, for argparse."""
-    found = [int(part) for part in text.split(",")]
-    if min(found) < 1 or len(set(found)) < len(found):
+    numbers = [int(part) for part in text.split(",")]
+    if min(numbers) < 1 or len(set(numbers)) < len(numbers):
         raise argparse.ArgumentTypeError(f"{text}: each at least 1, and none twice")
-    return sorted(found)
+    return sorted(numbers)
 
 
 # -------------------------------------------------------------------- what to send
@@ -171,10 +171,10 @@ def spelled(settings: Mapping[str, object]) -> list[str]:
 def micro_batch_of(text: str, phase: str, precision: str) -> int | None:
     """Of ``128``, or of ``tf32=128,phase2.tf32=16``; None where nothing is said, which is the profile's."""
     named = {name: value for name, _, value in (part.rpartition("=") for part in text.split(","))} if text else {}
-    found = next((named[key] for key in (f"{phase}.{precision}", precision, "") if key in named), None)
+    micro_batch = next((named[key] for key in (f"{phase}.{precision}", precision, "") if key in named), None)
     if odd := [value for value in named.values() if not value.isdecimal() or int(value) < 1]:
         raise ConfigError(f"--micro-batch {text}: {odd[0]!r} is no number of samples; as in tf32=128,phase2.tf32=16")
-    return None if found is None else int(found)
+    return None if micro_batch is None else int(micro_batch)
 
 
 def budget(asked: Sequence[Request], limit: float) -> str:
@@ -223,22 +223,22 @@ def row_of(run: RunDir) -> Row:
         )
     (phase,) = recipe.phases
     worlds = [event["world_size"] for event in run.events if event.get("event") == "started"]
-    made = row(run, recipe, nodes, worlds[-1] if worlds else nodes)
+    measured = row(run, recipe, nodes, worlds[-1] if worlds else nodes)
     state = next(stage for stage in survey(run, Sent.of(run)) if stage["name"] == phase)
-    made["state"] = state["state"]
+    measured["state"] = state["state"]
     timed = list(timed_lines(run, phase)) if state["state"] == "done" else []
     if timed and len(set(worlds)) == 1:
         seconds = [line["step_s"] for line in timed]
         tokens = sum(line["tokens_per_s"] * line["step_s"] for line in timed)
         mean = statistics.fmean(seconds)
-        made |= {
+        measured |= {
             "sequences_per_s": round(recipe.phases[phase].global_batch / mean, 3),
             "tokens_per_s": round(tokens / sum(seconds), 1),
             "steps": len(seconds),
             "step_s": round(mean, 5),
             "step_deviation_s": round(statistics.stdev(seconds), 5) if len(seconds) > 1 else None,
         }
-    return made
+    return measured
 
 
 def row(run: RunDir, recipe: Recipe, nodes: int, ranks: int) -> Row:
