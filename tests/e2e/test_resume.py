@@ -122,7 +122,8 @@ def test_ctrl_c_saves_and_ends_with_130(small_run, small_data, tmp_path):
 
 def test_cancel_stops_after_the_next_checkpoint(small_data, tmp_path):
     run = tmp_path / "cancelled"
-    background = Background(run, small_data, "--stages", "extract,shard,vocab,samples_64,phase1")
+    stages = ("--stages", "extract,shard,vocab,samples_64,phase1")
+    background = Background(run, small_data, *stages, "--set", "phase1.steps=1000")  # outlasts the start of a command
     metrics = run / "stages" / "phase1" / "attempts" / "0001" / "metrics.jsonl"
     background.wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") >= 2)
     asked = call("cancel", run)

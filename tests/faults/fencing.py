@@ -41,7 +41,7 @@ HOW = ("to its end", "part of the way")
 
 def stopped(folder: Path, pid: int) -> bool:
     """Whether the trial is paused; a trial that has ended counts too."""
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
         state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
         return state == "Z" or "--- stopped by SIGSTOP ---" in (folder / "calls").read_text()
     return True
