@@ -84,7 +84,7 @@ class Accumulator:
         self.reducer.begin(plan)
         digests, counted = np.zeros(plan.micro_batches), counts.tolist()
         scale = 1.0 if self.state.scale is None else self.state.scale.scale
-        of_loss = torch.full((), scale, device=ranks.device)  # the gradient that backward begins with
+        divisors = self.divisors(counted)
         # Around all micro-batches: the weights are cast once.
         with self.autocast, self.cast:
             for index in plan.range_of(ranks.rank):
@@ -92,10 +92,12 @@ class Accumulator:
                 with clock.spent("data"):
                     fed = feed.micro_batch()
                 with clock.spent("compute"), self.reducer.micro_batch(index) as scalars:
-                    parts = self.losses(batch.number, fed, plan, counted)
+                    sums = torch.stack(list(self.sums(batch.number, fed)))
+                    if self.task.settings.loss_mean == "micro":
+                        divisors = self.divisors([count * plan.micro_batches for count in fed.counts])
                     with self.plain:
-                        torch.autograd.backward(parts, [of_loss] * len(parts))
-                    scalars.copy_(torch.stack([part.detach() for part in parts]))
+                        torch.autograd.backward(sums, scale / divisors)
+                    scalars.copy_(sums.detach() / divisors)
                 digests[index] = fed.digest
         with clock.spent("compute"):
             if ranks.device.type == "cuda":
@@ -121,15 +123,23 @@ class Accumulator:
             seconds=seconds,
         )
 
-    def losses(self, batch: int, fed: Fed, plan: BatchPlan, counts: Sequence[float]) -> list[Tensor]:
-        """A micro-batch's share of each loss; its dropout is keyed by (seed, stage, batch, micro-batch).
+    def sums(self, batch: int, fed: Fed) -> Sequence[Tensor]:
+        """A micro-batch's losses as sums; its dropout is keyed by (seed, stage, batch, micro-batch)."""
+        keyed(self.task.settings.seed, self.stage, batch, fed.index)
+        return self.task.losses(self.state.model, fed.inputs)
 
-        With ``loss_mean = "global"`` the sums are divided by the counts of the whole batch; ``"micro"`` averages the
-        means of the micro-batches, as NVIDIA does.
+    def divisors(self, counts: Sequence[float]) -> Tensor:
+        """What divides the sums of losses, fp32 ``[losses]``.
+
+        With ``loss_mean = "global"`` these are the counts of the whole batch, once for all its micro-batches;
+        ``"micro"`` averages the means of the micro-batches, as NVIDIA does.
         """
-        settings = self.task.settings
-        keyed(settings.seed, self.stage, batch, fed.index)
-        sums = self.task.losses(self.state.model, fed.inputs)
-        if settings.loss_mean == "micro":
+        named = zip(counts, self.task.losses_named, strict=False)  # counts beyond the losses divide nothing
+        filled = [torch.full((), float(int(count)), device=self.ranks.device) for count, _ in named]
+        return torch.stack(filled)  # on the device: a copy from the host would wait
+
+    def losses(self, batch: int, fed: Fed, plan: BatchPlan, counts: Sequence[float]) -> list[Tensor]:
+        """A micro-batch's share of each loss."""
+        if self.task.settings.loss_mean == "micro":
             counts = [count * plan.micro_batches for count in fed.counts]
-        return [total / int(count) for total, count in zip(sums, counts, strict=False)]
+        return [total / int(count) for total, count in zip(self.sums(batch, fed), counts, strict=False)]

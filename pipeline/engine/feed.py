@@ -48,9 +48,12 @@ class Feed:
 
     def __init__(self, task: Task, rank: int, world_size: int, device: torch.device, first: int) -> None:
         self.task, self.rank, self.world_size, self.device = task, rank, world_size, device
-        # The loop holds one micro-batch, the queue AHEAD, the thread fills one.
+        # The loop holds one micro-batch, AHEAD are ready, the thread fills one.
         self._slots = [_Slot(device) for _ in range(AHEAD + 2)]
-        self._ready: queue.Queue[Batch | Fed | BaseException] = queue.Queue(AHEAD)
+        self._ready: queue.SimpleQueue[Batch | Fed | BaseException] = queue.SimpleQueue()
+        self._permits: queue.SimpleQueue[None] = queue.SimpleQueue()  # one for each item that may be made
+        for _ in range(AHEAD + 1):
+            self._permits.put(None)
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._work, args=(first,), name="feed", daemon=True)
         self._thread.start()
@@ -76,12 +79,11 @@ class Feed:
     def close(self) -> None:
         """End the thread; what it has read is dropped."""
         self._stopped.set()
-        while self._thread.is_alive():
-            while not self._ready.empty():
-                self._ready.get()
-            self._thread.join(0.01)
+        self._permits.put(None)
+        self._thread.join()
 
     def _take(self) -> Batch | Fed:
+        self._permits.put(None)  # for the item before, which the loop has done with
         item = self._ready.get()
         if isinstance(item, BaseException):
             raise item
@@ -91,11 +93,12 @@ class Feed:
         try:
             if self.device.type == "cuda":
                 torch.cuda.set_device(self.device)  # a thread begins on device 0
-            for number, item in enumerate(self._items(first)):
-                del number
+            items = self._items(first)
+            while True:
+                self._permits.get()
                 if self._stopped.is_set():
                     return
-                self._ready.put(item)
+                self._ready.put(next(items))
         except BaseException as error:  # handed to the loop: a thread has nobody to raise to
             self._ready.put(error)
 
@@ -146,7 +149,7 @@ class _Slot:
 
 
 def _cut(words: Tensor, start: int, array: Array) -> Tensor:
-    part = words[start : start + array.size].view(array.shape)
+    part = words.as_strided(array.shape, [step // words.itemsize for step in array.strides], start)
     return part.view(torch.float32) if array.dtype == np.float32 else part
 
 
