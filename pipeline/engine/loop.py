@@ -33,6 +33,7 @@ from pipeline.engine.storage import preflight
 from pipeline.engine.task import Task
 from pipeline.engine.tensorboard import Board
 from pipeline.errors import NumericalError, StoppedCleanly, StorageError
+from pipeline.monitor.cpu import computes_bf16
 from pipeline.node.device import device_of
 from pipeline.node.distributed import joined, peers_named
 from pipeline.node.job import Job
@@ -210,6 +211,8 @@ class Loop:
             f"{plan.global_batch} samples a step = {plan.world_size} ranks x up to {plan.accumulation} micro-batches "
             f"of {plan.micro_batch}; {self.ranks.device.type}, {self.settings.precision}"
         )
+        if (self.ranks.device.type, self.settings.precision) == ("cpu", "bf16") and not computes_bf16():
+            self.job.say('this CPU imitates bf16, many times slower than fp32: choose fp32, or "auto" in a recipe')
         if plan.world_size > plan.micro_batches:
             self.job.say(
                 f"{plan.world_size - plan.micro_batches} of {plan.world_size} ranks have no micro-batch "

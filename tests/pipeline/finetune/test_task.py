@@ -299,10 +299,18 @@ def test_the_loss_is_the_mean_of_start_and_end(model: Path) -> None:
     assert found == pytest.approx((np.log(4) + np.log(2) + np.log(2) + np.log(1)) / 2)
 
 
-def test_bf16_learns_too(tmp_path: Path, model: Path) -> None:
-    data, config = examples(tmp_path, "sst2"), config_of("sst2", precision="bf16")
+@pytest.mark.parametrize("imitated", [False, True])
+def test_bf16_learns_too_and_a_cpu_that_imitates_it_says_so(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], imitated: bool
+) -> None:
+    monkeypatch.setattr(loop, "computes_bf16", lambda: not imitated)
+    data, config = (
+        examples(tmp_path, "sst2"),
+        config_of("sst2", precision="bf16", **({"epochs": 1} if imitated else {})),
+    )
     result = run(job(tmp_path / "out"), task="sst2", config=config, model=model, train=data, eval=data)
-    assert result["scores"]["accuracy"] > 90
+    assert ("this CPU imitates bf16" in capsys.readouterr().out) == imitated
+    assert imitated or result["scores"]["accuracy"] > 90
 
 
 def test_fp16_scales_its_loss_and_skips_what_overflows(
