@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import platform
 import time
@@ -186,37 +185,40 @@ def verify_share(
 ) -> int:
     """Compare the SHA-256 of this rank's share of the shards; all ranks together verify each file once.
 
-    What was verified is written to ``record/verified-SPLIT-RANK.json``; a later start, with any number of ranks,
-    trusts it for ``trusted_s`` seconds where inode, size and time of change are the same, unless it is to ``force``.
-    Every rank must have returned before any uses the samples. Returns how many files were read. Raises DataError as
-    ``verify_file``.
+    What was verified is written to ``record/SHARD.json``. A later start reads the records of its own share, with any
+    number of ranks, and trusts them for ``trusted_s`` seconds where inode, size and time of change are the same, unless
+    it is to ``force``. Every rank must have returned before any uses the samples. Returns how many files were read.
+    Raises DataError as ``verify_file``.
     """
-    known: dict[str, dict[str, Any]] = {}
-    for path in record.glob(f"verified-{samples.shards[0].split}-*.json") if samples.shards and not force else ():
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            rows = sorted([*known.values(), *json.loads(path.read_bytes())["files"]], key=lambda row: row["when"])
-            known = {row["file"]: row for row in rows}
-    verified, read = [], 0
+    read = 0
+    with suppress(OSError):
+        record.mkdir(exist_ok=True)
     for index in shares([shard.bytes for shard in samples.shards], ranks)[rank]:
         shard = samples.shards[index]
-        status = shard.path.stat()
+        status, on_record = shard.path.stat(), record / f"{shard.path.name}.json"
         now = {
             "sha256": shard.sha256,
             "inode": status.st_ino,
             "bytes": status.st_size,
             "changed_ns": status.st_mtime_ns,
         }
-        row = known.get(shard.path.name, {})
-        age = time.time() - float(row.get("when", -math.inf))
-        if not (0 <= age < trusted_s and now == {key: row.get(key) for key in now}):
+        if force or not _is_trusted(on_record, now, trusted_s):
             verify_file(shard.path, shard.bytes, shard.sha256)
-            row, read = {"file": shard.path.name, **now, "when": time.time()}, read + 1
-        verified.append(row)
-    if read:
-        path = record / f"verified-{samples.shards[0].split}-{rank}.json"
-        with suppress(OSError):  # lost or cut short, the next start verifies again: no reason to end or to wait
-            path.write_text(json.dumps({"files": verified}), encoding="utf-8")
+            read += 1
+            with suppress(OSError):  # lost or cut short, the next start verifies again: no reason to end or to wait
+                if on_record.is_file() or not on_record.exists():
+                    on_record.write_text(json.dumps({**now, "when": time.time()}), encoding="utf-8")
     return read
+
+
+def _is_trusted(on_record: Path, now: Mapping[str, Any], trusted_s: float) -> bool:
+    """Whether the record says ``now``, not too long ago. What is no small file is no record, and not waited for."""
+    try:
+        row = json.loads(on_record.read_bytes()) if on_record.is_file() and on_record.stat().st_size < 4096 else {}
+        age_s = time.time() - float(row.pop("when"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return False
+    return bool(0 <= age_s < trusted_s and row == now)
 
 
 def note(path: Path, identity: str, facts: Mapping[str, Any]) -> None:

@@ -108,7 +108,7 @@ def move_aside(chain: Chain, asked: Request) -> None:
     """What ``--remake`` names goes to RUN/old with all that was made from it; ``--verify`` forgets what is trusted."""
     for name in chain.with_followers(asked.remake):
         chain.run.stage(name).move_aside()
-    for record in chain.run.path.glob("stages/*/attempts/verified-*.json") if asked.verify else ():
+    for record in chain.run.path.glob("stages/*/verified/*.json") if asked.verify else ():
         record.unlink(missing_ok=True)
 
 

@@ -124,7 +124,7 @@ class Pretraining:
             evaluate_first=start is not None and not (start / MANIFEST).exists(),  # a model that others trained
         )
         self.science = {"model": model, "train": train, "optimizer": optimizer, "phase": phase}
-        verified = functools.partial(verified_together, ranks, job.out / "attempts")
+        verified = functools.partial(verified_together, ranks, job.out / "verified")
         continuing = Vocabulary.load(vocab).continuing if train.masking_unit == "word" else None
         self.data = PretrainingData(samples, "train", phase, train, verified, continuing)
         vocab_size = padded_vocab(self.data.manifest.vocab_size)

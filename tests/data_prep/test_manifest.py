@@ -66,7 +66,6 @@ def test_a_changed_file_is_named(tmp_path: Path) -> None:
 def test_each_file_is_verified_once_by_one_rank_and_then_trusted_for_a_time(tmp_path: Path) -> None:
     samples = load(samples_folder(tmp_path), "train")
     record = tmp_path / "record"
-    record.mkdir()
     assert [verify_share(samples, record, rank=rank, ranks=3) for rank in range(3)] == [1, 1, 0]
     assert [verify_share(samples, record, rank=rank, ranks=2) for rank in range(2)] == [0, 0]
     assert verify_share(samples, record) == 0  # a requeue on another number of ranks
@@ -84,10 +83,24 @@ def test_each_file_is_verified_once_by_one_rank_and_then_trusted_for_a_time(tmp_
     path.unlink()
     path.write_bytes(content)  # a copy: another inode
     assert verify_share(samples, record) == 1
-    for text in ("", "[]", '{"files": [7]}', '{"files": [{"file": "train-00000.hdf5", "when": 1e99}]}'):
+    for text in ("", "[]", '{"files": [7]}', '{"when": 1e99}', "[" * 3000, "7" * 5000):
         for file in record.iterdir():
             file.write_text(text)
         assert verify_share(samples, record) == 2
+    for file in [*record.iterdir()]:  # nobody would ever write to these, or read what is written
+        file.unlink()
+        os.mkfifo(file)
+    assert verify_share(samples, record) == 2
+
+
+def test_a_record_is_opened_once_however_many_ranks_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    samples, record = load(samples_folder(tmp_path), "train"), tmp_path / "record"
+    assert verify_share(samples, record) == 2
+    opened: list[Path] = []
+    plain = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: (opened.append(path), plain(path))[1])
+    assert [verify_share(samples, record, rank=rank, ranks=64) for rank in range(64)] == [0] * 64
+    assert sorted(path.name for path in opened) == ["train-00000.hdf5.json", "train-00001.hdf5.json"]
 
 
 @pytest.mark.slow

@@ -676,8 +676,10 @@ def test_submit_alone_imports_neither_submitit_nor_torch() -> None:
 
 @pytest.mark.parametrize("words", [[], ["--verify"]])
 def test_verify_has_all_samples_read_again(tmp_path, words):
-    records = [tmp_path / f"run/stages/phase1/attempts/verified-{split}-0.json" for split in ("train", "test")]
-    (checkpoint := records[0].parent / "0001" / "step-5").mkdir(parents=True)
+    stage = tmp_path / "run/stages/phase1"
+    records = [stage / f"verified/{split}-00000.hdf5.json" for split in ("train", "test")]
+    records[0].parent.mkdir(parents=True)
+    (checkpoint := stage / "attempts/0001/step-5").mkdir(parents=True)
     for record in records:
         record.write_text("{}")
     asked = request.of(["--recipe", "tiny", "--cluster", "local", "--run", str(tmp_path / "run"), *words])
