@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.publish import publish_text
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, StorageError
 from pipeline.node.job import Job
 from pipeline.report import chart, page
 from pipeline.report.card import card
@@ -52,8 +52,11 @@ def main() -> int:
     else:
         text = render(facts[0])
     out = arguments.out or RunDir(arguments.run).report
-    out.parent.mkdir(parents=True, exist_ok=True)
-    publish_text(out, text)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        publish_text(out, text)
+    except OSError as error:
+        raise StorageError(f"{out} cannot be written: {error.strerror or error}; --out FILE elsewhere") from error
     print(out)
     return 0
 

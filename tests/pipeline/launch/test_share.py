@@ -97,6 +97,15 @@ def test_who_may_only_read_can_look(shared: Path, read_only: bool) -> None:
             ):
                 done = as_user(STRANGER, STRANGER, module, *words)
                 assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
+            done = as_user(STRANGER, STRANGER, "report", run)
+            assert done.returncode == 6
+            assert done.stderr.endswith("; --out FILE elsewhere\n")
+            own = Path(name) / "own"
+            own.mkdir()
+            os.chown(own, STRANGER, STRANGER)
+            done = as_user(STRANGER, STRANGER, "report", run, "--out", own / "report.html")
+            assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
+            assert "extract" in (own / "report.html").read_text()
         finally:
             if read_only:
                 subprocess.run(["umount", run], check=True)
