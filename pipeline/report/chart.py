@@ -180,7 +180,7 @@ def strips(
     labels = [tick_label(tick, x.step, max(map(abs, x.ticks))) for tick in x.ticks]
     side = max(8.0, WIDEST * max(map(len, labels)) / 2)
     frame = _Frame(side, width - side, 0.0, height - 44.0, x, x)
-    pieces, said = [], []
+    pieces, words = [], []
     for tick, label in zip(x.ticks, labels, strict=True):
         at = frame.across(tick)
         pieces.append(_segment("grid", at, 0, at, frame.bottom))
@@ -189,21 +189,21 @@ def strips(
     for number, (name, values) in enumerate(rows):
         mean, deviation = statistics.mean(values), statistics.stdev(values)
         y = 46 * number + 32
-        said.append(f"{name}: {len(values)} seeds, mean {mean:.4g}, deviation {deviation:.3g}, from {min(values):.4g} "
+        words.append(f"{name}: {len(values)} seeds, mean {mean:.4g}, deviation {deviation:.3g}, from {min(values):.4g} "
                     f"to {max(values):.4g}.")  # fmt: skip
         pieces.append(tag("text", name, class_="key", x=8, y=y - 16))
         pieces.append(_segment("level", frame.across(mean - deviation), y, frame.across(mean + deviation), y))
         pieces.append(_segment("main", frame.across(mean), y - 9, frame.across(mean), y + 9))
         pieces += [tag("circle", tag("title", f"{value:.4g}"), class_="second", cx=frame.across(value), cy=y, r=3.2)
                    for value in values]  # fmt: skip
-    described = tag("title", title, id=f"{key}-title") + tag("desc", " ".join(said), id=f"{key}-desc")
+    described = tag("title", title, id=f"{key}-title") + tag("desc", " ".join(words), id=f"{key}-desc")
     return tag("svg", Html(described), *pieces, viewBox=f"0 0 {width} {height}", role="img",
                aria_labelledby=f"{key}-title {key}-desc")  # fmt: skip
 
 
 def describe(lines: Sequence[Line], missing: str) -> str:
     """The chart in words, for those who cannot see it."""
-    said = [
+    words = [
         f"{line.name}: {line.points[0][1]:.4g}."
         if line.look == "level"
         else f"{line.name}: from {line.points[0][1]:.4g} at {line.points[0][0]:.6g} to {line.points[-1][1]:.4g} "
@@ -211,7 +211,7 @@ def describe(lines: Sequence[Line], missing: str) -> str:
         f"highest {max(y for _, y in line.points):.4g}."
         for line in lines
     ]
-    return " ".join([*said, *([missing + "."] if missing else [])])
+    return " ".join([*words, *([missing + "."] if missing else [])])
 
 
 @dataclass(frozen=True)

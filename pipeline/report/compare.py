@@ -53,11 +53,11 @@ def sides_of(paths: Sequence[Path]) -> tuple[list[Side], list[str]]:
 
     A single run is compared with what lies in its ``old/``.
     """
-    found = [gather(run, held=run.is_held()) for run in map(RunDir, paths)]
-    if len(found) > 1:
+    every = [gather(run, held=run.is_held()) for run in map(RunDir, paths)]
+    if len(every) > 1:
         names = [str(path) for path in paths]
-        return [of_run(facts, name) for facts, name in zip(found, names, strict=True)], []
-    (facts,) = found
+        return [of_run(facts, name) for facts, name in zip(every, names, strict=True)], []
+    (facts,) = every
     older, changes = of_old(facts.chain)
     if not older:
         raise ConfigError(f"{paths[0]}: nothing to compare: it has no older results (old/); name a second run")
@@ -237,9 +237,9 @@ def curves(sides: Sequence[Side]) -> Html:
     for label, points in drawn.items():
         looks = itertools.cycle(LOOKS)
         lines = [Line(side.name, p, next(looks), dots=True) for side, p in zip(with_curve, points, strict=True)]
-        shown = Chart(f"Held-out MLM loss by {label}", label, "nats per masked token", lines)
-        drawing = chart.draw(shown, key=f"by-{label.replace(' ', '-')}")
-        figures.append(tag("figure", tag("figcaption", shown.title), drawing))
+        charted = Chart(f"Held-out MLM loss by {label}", label, "nats per masked token", lines)
+        drawing = chart.draw(charted, key=f"by-{label.replace(' ', '-')}")
+        figures.append(tag("figure", tag("figcaption", charted.title), drawing))
     return tag("div", *figures, class_="charts")
 
 

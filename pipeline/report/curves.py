@@ -104,16 +104,16 @@ def phase_part(phase: Phase, remark: str) -> Html:
     """Heading, sentence and attempts of a phase; ``remark`` is said first (an older configuration)."""
     config = phase.config
     title = f"Phase {phase.name.removeprefix('phase')}: {config.seq_len} tokens, {config.global_batch:,} samples a step"
-    said = [note(remark)] if remark else []
+    parts = [note(remark)] if remark else []
     if phase.fault:
-        said.append(note(phase.fault))
+        parts.append(note(phase.fault))
     elif not phase.steps and not phase.evaluations:
-        said.append(note("No step has been logged yet." if phase.starts else "This phase has not started."))
+        parts.append(note("No step has been logged yet." if phase.starts else "This phase has not started."))
     else:
-        said.append(tag("p", summary(phase)))
+        parts.append(tag("p", summary(phase)))
     if len(phase.starts) > 1:
-        said.append(attempts_table(phase.starts, config.steps))
-    return join(tag("h3", title), *said)
+        parts.append(attempts_table(phase.starts, config.steps))
+    return join(tag("h3", title), *parts)
 
 
 def summary(phase: Phase) -> str:
@@ -211,7 +211,7 @@ def all_charts(phases: Sequence[Phase]) -> dict[str, Chart]:
     tokens = Ruler.of("real tokens", phases, lambda phase: phase.tokens_per_step or 0.0)
     rates = steps.points("learning_rate")
     peak = max(rates, key=lambda point: point[1], default=(0.0, 0.0))
-    shown = {
+    charts = {
         "loss": loss_chart("Loss", steps),
         "tokens": loss_chart("Loss by tokens", tokens),
         "hidden": steps.chart(
@@ -239,7 +239,7 @@ def all_charts(phases: Sequence[Phase]) -> dict[str, Chart]:
             "Real tokens per second", "1/s", _rate(steps, "tokens/s without padding", "tokens_per_s")
         ),
     }  # fmt: skip
-    return {key: chart for key, chart in shown.items() if any(len(line.points) > 1 for line in chart.lines)}
+    return {key: chart for key, chart in charts.items() if any(len(line.points) > 1 for line in chart.lines)}
 
 
 def _rate(ruler: Ruler, name: str, key: str) -> Line:

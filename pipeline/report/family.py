@@ -20,11 +20,11 @@ SPREAD: Mapping[str, Callable[[Sequence[float]], float]] = {
 
 def seeds_page(name: str, seeds: Sequence[tuple[Facts, str]], now: float) -> str:
     """One HTML file about a family's seeds, each with its state; it links to their own reports beside it."""
-    found = {facts.name: dict(figures_of(facts)) for facts, _ in seeds}
-    names = list(dict.fromkeys(figure for own in found.values() for figure in own))
-    known = {figure: [own[figure] for own in found.values() if figure in own] for figure in names}
+    figures = {facts.name: dict(figures_of(facts)) for facts, _ in seeds}
+    names = list(dict.fromkeys(figure for own in figures.values() for figure in own))
+    known = {figure: [own[figure] for own in figures.values() if figure in own] for figure in names}
     rows: list[list[object]] = [
-        [link(facts), badge(state), *(shown(found[facts.name].get(figure)) for figure in names)]
+        [link(facts), badge(state), *(shown(figures[facts.name].get(figure)) for figure in names)]
         for facts, state in seeds
     ]
     for word, of in SPREAD.items():

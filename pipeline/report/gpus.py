@@ -90,13 +90,13 @@ def gpu_section(facts: Facts) -> Html:
     names = Counter(gpu.name or "unknown GPU" for gpu in samples.gpus)
     nodes = len({gpu.node for gpu in samples.gpus})
     what = ", ".join(f"{count} × {name}" for name, count in names.most_common())
-    said = f"{what} on {nodes} node{'s' if nodes > 1 else ''}, sampled for {duration(samples.length_s)}."
+    summary = f"{what} on {nodes} node{'s' if nodes > 1 else ''}, sampled for {duration(samples.length_s)}."
     if samples.stride > 1:
-        said += f" Every {samples.stride}th sample was read."
+        summary += f" Every {samples.stride}th sample was read."
     if samples.unread:
-        said += f" {number(samples.unread)} lines could not be read."
+        summary += f" {number(samples.unread)} lines could not be read."
     hint = note("Attempts are laid end to end; the time between them is left out.")
-    return section("GPUs", tag("p", said), use_charts(facts, samples), hint, energy_table(facts, samples),
+    return section("GPUs", tag("p", summary), use_charts(facts, samples), hint, energy_table(facts, samples),
                    throttle_table(samples))  # fmt: skip
 
 
@@ -167,8 +167,8 @@ def energy_table(facts: Facts, samples: GpuSamples) -> Html:
             )
         )
     head = ("Stage", "GPUs", "GPU-hours", "kWh", "kWh per million samples", "Mean power, W")
-    said = note("Energy of the GPUs alone, from their counters, steps done again included.")
-    return tag("div", table(head, rows, numeric=range(1, 6)), said)
+    remark = note("Energy of the GPUs alone, from their counters, steps done again included.")
+    return tag("div", table(head, rows, numeric=range(1, 6)), remark)
 
 
 def throttle_table(samples: GpuSamples) -> Html:

@@ -78,9 +78,9 @@ class Section(Html):
 
 def section(title: str, *children: Any) -> Section:
     name = "".join(letter if letter.isalnum() else "-" for letter in title.lower())
-    made = Section(tag("section", tag("h2", title), *children, id=name))
-    made.heading, made.name = title, name
-    return made
+    part = Section(tag("section", tag("h2", title), *children, id=name))
+    part.heading, part.name = title, name
+    return part
 
 
 def contents(parts: Iterable[Html | None]) -> Html:

@@ -127,9 +127,9 @@ def cell_of(row: Mapping[str, str], values: Sequence[Value]) -> Cell:
     theirs, (line, column) = float(row["value"]), place_of(row)
     unit = SECONDS.get(row["unit"], 1.0)
     tried = [chosen_of(row["statistic"], alike) for alike in fitting(row, values)] or [([], "")]
-    chosen, said = next((each for each in tried if each[0]), tried[0])
+    chosen, lacking = next((each for each in tried if each[0]), tried[0])
     if not chosen:
-        return Cell(line, column, None, theirs, notes(row["note"], said or nearest(row, values)))
+        return Cell(line, column, None, theirs, notes(row["note"], lacking or nearest(row, values)))
     figures = [value.value / unit for value in chosen]
     match row["statistic"].split()[0]:
         case "mean":
@@ -143,7 +143,7 @@ def cell_of(row: Mapping[str, str], values: Sequence[Value]) -> Cell:
     on = {value.place for value in chosen}
     own = {value.precision for value in chosen} & set(SIXTEEN_BITS)
     where = f"{row['hardware'] or 'machine not stated'}, {SOFTWARE}"
-    return Cell(line, column, ours, theirs, notes(*own, said, *sorted(on), f"published: {where}", row["note"]))
+    return Cell(line, column, ours, theirs, notes(*own, lacking, *sorted(on), f"published: {where}", row["note"]))
 
 
 def fitting(row: Mapping[str, str], values: Sequence[Value]) -> list[dict[int | None, Value]]:
@@ -180,10 +180,10 @@ def nearest(row: Mapping[str, str], values: Sequence[Value]) -> str:
     same = [value for value in values if (value.measured, value.metric) == (row["measured"], row["metric"])]
     if not same:
         return ""
-    found = min(same, key=lambda value: len(value.differs(row)))
-    how = ", ".join(f"{name} {ours or 'unknown'} for {theirs}" for name, (ours, theirs) in found.differs(row).items())
-    value = number(found.value / SECONDS.get(row["unit"], 1.0))
-    return f"{found.source} has {value}{f' with {how}' if how else ''}"
+    closest = min(same, key=lambda value: len(value.differs(row)))
+    how = ", ".join(f"{name} {ours or 'unknown'} for {theirs}" for name, (ours, theirs) in closest.differs(row).items())
+    value = number(closest.value / SECONDS.get(row["unit"], 1.0))
+    return f"{closest.source} has {value}{f' with {how}' if how else ''}"
 
 
 def notes(*parts: str) -> str:
@@ -272,8 +272,10 @@ def on(value: Value, facts: Facts, stage: str, machine: tuple[int, int, int], mi
     """A whole batch with how it was shared on the nodes, GPUs and ranks of ``machine``."""
     nodes, gpus, ranks = machine
     plan = BatchPlan(int(value.value), micro_batch, ranks)
-    made = facts.made.get(stage, {})
-    place = ", ".join(f"{key} {made[key]}" for key in ("device", "torch", "cuda", "driver") if made.get(key))
+    machine_used = facts.made.get(stage, {})
+    place = ", ".join(
+        f"{key} {machine_used[key]}" for key in ("device", "torch", "cuda", "driver") if machine_used.get(key)
+    )
     return replace(
         value,
         nodes=str(nodes),

@@ -162,7 +162,7 @@ def tiles(facts: Facts) -> Html | None:
     )
     level, name = level_of(figures)
     margin = f"{name}: {level:.3f}" if is_number(level) else f"{name} not known"
-    shown = [
+    tiles = [
         (
             "Better than word counts at [MASK]",
             with_error(gain, error),
@@ -174,10 +174,10 @@ def tiles(facts: Facts) -> Html | None:
         ("Time in all", duration(facts.account.chain.wall_s) if facts.account else "–", "from submission to end"),
     ]
     if "eval_nsp_accuracy" in figures:
-        shown.insert(3, beside("NSP accuracy", figures, "eval_nsp_accuracy", "nsp_majority", "more frequent answer"))
+        tiles.insert(3, beside("NSP accuracy", figures, "eval_nsp_accuracy", "nsp_majority", "more frequent answer"))
     return tag(
         "dl",
-        *[tag("div", tag("dt", name), tag("dd", value), tag("dd", more, class_="more")) for name, value, more in shown],
+        *[tag("div", tag("dt", name), tag("dd", value), tag("dd", more, class_="more")) for name, value, more in tiles],
         class_="tiles",
     )
 
@@ -186,12 +186,12 @@ def beside(title: str, figures: Mapping[str, Any], key: str, baseline: str, name
     """A tile of a share beside that of always saying the same."""
     level = figures.get(baseline)
     share, error = figures.get(key), figures.get(f"{key}_se")
-    shown = (
+    value = (
         f"{with_error(100 * share, 100 * error, 1)}\N{NO-BREAK SPACE}%"
         if is_number(share) and is_number(error)
         else percent(share)
     )
-    return title, shown, f"{name}: {percent(level)}" if is_number(level) else "held out"
+    return title, value, f"{name}: {percent(level)}" if is_number(level) else "held out"
 
 
 def phase_table(facts: Facts) -> Html | None:

@@ -31,9 +31,9 @@ def shown_scores(found: Mapping[str, Any]) -> str:
     spread = (found.get("deviation") or {}) if several else {}
     parts = []
     for key, value in (values or {}).items():
-        shown = f"{value:.2f}" if is_number(value) else number(value)
+        text = f"{value:.2f}" if is_number(value) else number(value)
         deviation = f" ± {spread[key]:.2f}" if is_number(spread.get(key)) else ""
-        parts.append(f"{metric_name(key)} {shown}{deviation}\N{NO-BREAK SPACE}%")
+        parts.append(f"{metric_name(key)} {text}{deviation}\N{NO-BREAK SPACE}%")
     return ", ".join(parts) or "not scored"
 
 
@@ -45,12 +45,12 @@ def baseline(found: Mapping[str, Any], name: str) -> str:
 
 def beside_baselines(facts: Facts, task: str) -> str:
     """A task's scores in a line, with what they have to beat."""
-    found = facts.scores[task]
-    known = [(words, baseline(found, name)) for name, words in BASELINES.items()]
+    scores = facts.scores[task]
+    known = [(words, baseline(scores, name)) for name, words in BASELINES.items()]
     if task in facts.scratch:
         known.append(("without pretraining", shown_scores(facts.scratch[task])))
     beat = "; ".join(f"{words} {value}" for words, value in known if value != "–")
-    return shown_scores(found) + (f" ({beat})" if beat else "")
+    return shown_scores(scores) + (f" ({beat})" if beat else "")
 
 
 def score_section(facts: Facts) -> Html:
@@ -82,10 +82,10 @@ def score_section(facts: Facts) -> Html:
     )
     several = any(len(found.get("seeds") or []) > 1 for found in facts.scores.values())
     more = " With several seeds: mean ± standard deviation (n − 1)." if several else " One seed: no deviation."
-    said = note("Scores on held-out examples." + more)
+    remark = note("Scores on held-out examples." + more)
     worth = [note(worth_in_words(facts.scores[task], scratch)) for task, scratch in facts.scratch.items()
              if task in facts.scores]  # fmt: skip
-    return section("Scores", table(head, rows, numeric=(5, 6, 7, 8)), said, *worth, seed_table(facts), curves)
+    return section("Scores", table(head, rows, numeric=(5, 6, 7, 8)), remark, *worth, seed_table(facts), curves)
 
 
 def seed_table(facts: Facts) -> Html | None:
@@ -103,8 +103,8 @@ def seed_table(facts: Facts) -> Html | None:
             each = ", ".join(f"{number(seed)}: {value:.2f}" for seed, value in known)
             best_seed, best = max(known, key=lambda pair: pair[1])
             deviation = f" ± {spread:.2f}" if is_number(spread) else ""
-            shown = f"{mean:.2f}{deviation}" if is_number(mean) else number(mean)
-            rows.append((dataset(found), metric_name(name), each, shown, f"{best:.2f} (seed {number(best_seed)})"))
+            text = f"{mean:.2f}{deviation}" if is_number(mean) else number(mean)
+            rows.append((dataset(found), metric_name(name), each, text, f"{best:.2f} (seed {number(best_seed)})"))
     head = ("Data set", "Metric", "Seed by seed, %", "Mean, %", "Best, %")
     return join(table(head, rows, numeric=(3, 4)), seed_spread(facts)) if rows else None
 
@@ -124,18 +124,18 @@ def seed_spread(facts: Facts) -> Html | None:
 
 def inference_section(facts: Facts) -> Html | None:
     """How fast the fine-tuned models answer, beside transformers on the same machine; None when it was not measured."""
-    found = facts.results.get("inference") or {}
-    measured = found.get("rows")
+    result = facts.results.get("inference") or {}
+    measured = result.get("rows")
     rows = [row for row in (measured if isinstance(measured, list) else []) if isinstance(row, Mapping)]
     if not rows:
         return None
-    threads = found.get("threads")
-    where = f"On {found.get('device')}" + (f" with {number(threads)} threads" if is_number(threads) else "")
-    said = note(
+    threads = result.get("threads")
+    where = f"On {result.get('device')}" + (f" with {number(threads)} threads" if is_number(threads) else "")
+    remark = note(
         f"{where}; latency of a whole batch. Forward: the model alone; end to end: from text to answer. "
         f"Real lengths are those of text, full ones all of the longest."
     )
-    return section("Inference", pivot(rows), said, folded("All measurements", measurements(rows)))
+    return section("Inference", pivot(rows), remark, folded("All measurements", measurements(rows)))
 
 
 def pivot(rows: Sequence[Mapping[str, Any]]) -> Html | None:
@@ -158,10 +158,10 @@ def pivot(rows: Sequence[Mapping[str, Any]]) -> Html | None:
 
 def measurements(rows: Sequence[Mapping[str, Any]]) -> Html:
     """Everything that was measured."""
-    shown = []
+    cells = []
     for row in rows:
         latency = row["latency_ms"] if isinstance(row.get("latency_ms"), Mapping) else {}
-        shown.append(
+        cells.append(
             (
                 f"{row.get('task')}, {number(row.get('seq_len'))} tokens",
                 number(row.get("batch")),
@@ -174,4 +174,4 @@ def measurements(rows: Sequence[Mapping[str, Any]]) -> Html:
             )
         )
     head = ("Task", "Batch", "Engine", "Part", "Lengths", "Precision", "Sequences/s", "p50, ms", "p90", "p95", "p99")
-    return table(head, shown, numeric=(1, 6, 7, 8, 9, 10))
+    return table(head, cells, numeric=(1, 6, 7, 8, 9, 10))

@@ -40,9 +40,9 @@ def stage_section(facts: Facts) -> Html:
         words = made(facts, row["name"]) if row["state"] == "done" else verdict(row)
         took = duration(row["duration_s"]) if "duration_s" in row else "–"
         rows.append((tag("code", row["name"]), badge(row["state"]), number(row["attempts"]), took, words))
-    shown = table(("Stage", "State", "Attempts", "Duration", "What it made, or why not"), rows, numeric=(2, 3),
+    stages = table(("Stage", "State", "Attempts", "Duration", "What it made, or why not"), rows, numeric=(2, 3),
                   class_="stages")  # fmt: skip
-    return section("Stages", shown, note("Durations are those of the attempt that finished the stage."))
+    return section("Stages", stages, note("Durations are those of the attempt that finished the stage."))
 
 
 MADE = {
@@ -86,27 +86,27 @@ def in_words(value: Any, name: str = "") -> str:
         return f"{spoken(name.removesuffix('bytes'))} {size(value)}".strip()
     if name.endswith("s") and isinstance(value, int) and not isinstance(value, bool):
         return f"{number(value)} {spoken(name)}"
-    shown = value[:12] + "…" if isinstance(value, str) and len(value) > 32 and value.isalnum() else number(value)
-    return f"{spoken(name)} {shown}".strip()
+    text = value[:12] + "…" if isinstance(value, str) and len(value) > 32 and value.isalnum() else number(value)
+    return f"{spoken(name)} {text}".strip()
 
 
 def data_section(facts: Facts) -> Html:
     """From articles to samples, each count from the stage that made it."""
     extract, shard = (facts.results.get(name) or {} for name in ("extract", "shard"))
-    said: list[Html | None] = [note("extract is not done, so there are no counts.")]
+    parts: list[Html | None] = [note("extract is not done, so there are no counts.")]
     if extract:
-        said = [tag("p", accounting(extract)), inputs_table(extract), examples(extract)]
+        parts = [tag("p", accounting(extract)), inputs_table(extract), examples(extract)]
     splits = {name: shard[key] for key, name in SPLITS.items() if isinstance(shard.get(key), Mapping)}
     if splits:
         keys = ("documents", "sentences", "words", "shards")
         rows = [(n, *[number(part.get(k)) for k in keys], size(part.get("bytes"))) for n, part in splits.items()]
         head = ("Text", "Documents", "Sentences", "Words", "Shards", "Size")
-        said.append(table(head, rows, numeric=range(1, 6)))
-    said.append(samples_table(facts))
+        parts.append(table(head, rows, numeric=range(1, 6)))
+    parts.append(samples_table(facts))
     notes = [result.get("notes") for result in facts.results.values()]
     lines = [str(line) for each in notes if isinstance(each, list) for line in each]
-    said += map(note, dict.fromkeys(lines))  # the seeds of a task say the same
-    return section("Data", *said)
+    parts += map(note, dict.fromkeys(lines))  # the seeds of a task say the same
+    return section("Data", *parts)
 
 
 SPLITS = {"train": "training", "test": "held out"}
@@ -151,10 +151,10 @@ def inputs_table(result: Mapping[str, Any]) -> Html | None:
 
 def examples(result: Mapping[str, Any]) -> Html | None:
     """Some of what was skipped, by name."""
-    found = result.get("examples")
-    lists = {why: titles for why, titles in found.items() if titles} if isinstance(found, Mapping) else {}
-    shown = [f"{why}: {', '.join(map(str, titles))}" for why, titles in lists.items() if isinstance(titles, list)]
-    return note(f"Skipped, for example: {'; '.join(shown)}.") if shown else None
+    skipped = result.get("examples")
+    lists = {why: titles for why, titles in skipped.items() if titles} if isinstance(skipped, Mapping) else {}
+    lines = [f"{why}: {', '.join(map(str, titles))}" for why, titles in lists.items() if isinstance(titles, list)]
+    return note(f"Skipped, for example: {'; '.join(lines)}.") if lines else None
 
 
 def samples_table(facts: Facts) -> Html | None:
@@ -205,16 +205,16 @@ def plan_section(facts: Facts) -> Html:
         "Samples",
         "Balance",
     )
-    said = note(
+    remark = note(
         "global_batch = sum of rank_batch over all ranks, whatever their number; rank_batch = micro_batch × "
         "accumulation of the busiest rank; balance = mean ÷ largest rank_batch."
     )
-    return section("Batch plan", table(head_, rows, numeric=range(1, 9)), said)
+    return section("Batch plan", table(head_, rows, numeric=range(1, 9)), remark)
 
 
 def published_section(facts: Facts) -> Html:
     """The published cells that this run has measured with the same definition."""
-    said: list[Html] = [note(other_model(facts.recipe))]
+    parts: list[Html] = [note(other_model(facts.recipe))]
     if shape_of(facts.recipe.model) == LARGE:
         values = list(of_run(facts))
         rows = [
@@ -225,8 +225,8 @@ def published_section(facts: Facts) -> Html:
             if cell.ours is not None and not cell.line.startswith("seed ")
         ]  # fmt: skip
         head_ = ("Table", "Cell", "This run", "NVIDIA published", "Ratio", "On")
-        said = [table(head_, rows, numeric=(2, 3, 4)), note(REAL_LENGTHS)] if rows else [note(NOTHING_EQUAL)]
-    return section("Beside NVIDIA's published results", *said, published_table())
+        parts = [table(head_, rows, numeric=(2, 3, 4)), note(REAL_LENGTHS)] if rows else [note(NOTHING_EQUAL)]
+    return section("Beside NVIDIA's published results", *parts, published_table())
 
 
 REAL_LENGTHS = (
@@ -301,6 +301,6 @@ def values_table(values: Mapping[str, Any]) -> Html:
     for key, value in values.items():
         items = value.items() if isinstance(value, Mapping) else [("", value)]
         for inner, item in items:
-            shown = ", ".join(map(str, item)) if isinstance(item, list | tuple) else "–" if item is None else str(item)
-            rows.append((tag("code", f"{key}.{inner}" if inner else key), shown))
+            text = ", ".join(map(str, item)) if isinstance(item, list | tuple) else "–" if item is None else str(item)
+            rows.append((tag("code", f"{key}.{inner}" if inner else key), text))
     return table(("Key", "Value"), rows)

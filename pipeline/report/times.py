@@ -20,8 +20,8 @@ def time_section(facts: Facts) -> Html:
     accounts = {"The chain": times.chain}
     accounts |= {name: times.stages[name] for name in (p.name for p in facts.phases) if name in times.stages}
     bars = [bar(name, account, f"time-{index}") for index, (name, account) in enumerate(accounts.items())]
-    shown = tag("div", *bars, class_="bars")
-    return section("Where the time went", shown, parts_table(accounts), *remarks(times), trained(facts))
+    drawn = tag("div", *bars, class_="bars")
+    return section("Where the time went", drawn, parts_table(accounts), *remarks(times), trained(facts))
 
 
 def bar(name: str, account: Account, key: str) -> Html:
@@ -33,12 +33,12 @@ def bar(name: str, account: Account, key: str) -> Html:
         width = WIDTH * seconds / account.wall_s if account.wall_s > 0 else 0.0
         if width >= 0.5:
             hover = tag("title", f"{PARTS[part]}: {duration(seconds)}, {percent(seconds / account.wall_s)}")
-            shown = max(0.5, width - 1.5)  # a gap of the page's colour before the next
-            pieces.append(tag("rect", hover, x=round(x, 1), y=0, width=round(shown, 1), height=HEIGHT,
+            drawn_width = max(0.5, width - 1.5)  # a gap of the page's colour before the next
+            pieces.append(tag("rect", hover, x=round(x, 1), y=0, width=round(drawn_width, 1), height=HEIGHT,
                               class_=f"part-{part}"))  # fmt: skip
         x += width
-    said = ", ".join(f"{PARTS[part]} {duration(s)}" for part, s in account.parts.items() if s > 0)
-    title = tag("title", f"Time of {name}", id=f"{key}-title") + tag("desc", said, id=f"{key}-desc")
+    in_words = ", ".join(f"{PARTS[part]} {duration(s)}" for part, s in account.parts.items() if s > 0)
+    title = tag("title", f"Time of {name}", id=f"{key}-title") + tag("desc", in_words, id=f"{key}-desc")
     frame = {"viewBox": f"0 0 {WIDTH} {HEIGHT}", "preserveAspectRatio": "none", "role": "img"}
     svg = tag("svg", Html(title), *pieces, **frame, aria_labelledby=f"{key}-title {key}-desc")
     return join(words, svg)
@@ -76,8 +76,9 @@ def trained(facts: Facts) -> Html | None:
     words = ", ".join(f"{name} {duration(seconds)}" for name, seconds in took.items())
     last = facts.phases[-1]
     loss, held = last.last("loss"), last.last("eval_mlm_loss")
-    said = f" Final training loss {number(loss)}: that of the last step's whole batch" if is_number(loss) else ""
-    said += f"; held-out masked loss {number(held)}" if said and is_number(held) else ""
+    losses = f" Final training loss {number(loss)}: that of the last step's whole batch" if is_number(loss) else ""
+    losses += f"; held-out masked loss {number(held)}" if losses and is_number(held) else ""
     return note(
-        f"Time to train, of steps alone, without start-up, evaluation and checkpoints: {words}.{said}{'.' * bool(said)}"
+        f"Time to train, of steps alone, without start-up, evaluation and checkpoints: {words}."
+        f"{losses}{'.' * bool(losses)}"
     )
