@@ -48,7 +48,7 @@ WAITING = frozenset(["PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPEC
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class QueuedJob:
     """One job as Slurm sees it now. ``start`` is in seconds since 1970; None when Slurm does not say."""
 
     id: str
@@ -107,7 +107,7 @@ def patiently(
             pause_s = min(2 * pause_s, 15.0)
 
 
-def jobs(ids: Iterable[str | int] | None = None) -> dict[str, Job]:
+def jobs(ids: Iterable[str | int] | None = None) -> dict[str, QueuedJob]:
     """Jobs in Slurm's memory by id (also those that ended minutes ago): the named ones, or all of this user.
 
     A job that Slurm has forgotten is simply not in the answer. Raises ControllerDown, SlurmError.
@@ -127,14 +127,14 @@ def jobs(ids: Iterable[str | int] | None = None) -> dict[str, Job]:
     return {job.id: job for job in read if job is not None and (wanted is None or job.id in wanted)}
 
 
-def _job(line: str) -> Job | None:
+def _job(line: str) -> QueuedJob | None:
     fields = line.split(SEPARATOR)
     if len(fields) != len(SQUEUE_FIELDS):
         return None
     values = zip(SQUEUE_FIELDS, fields, strict=True)
     texts = {name: "" if text in ("N/A", "(null)", "None") else text for name, text in values}
     start = texts.pop("start")
-    return Job(**texts, start=_when(start))
+    return QueuedJob(**texts, start=_when(start))
 
 
 def _when(text: str) -> float | None:
@@ -144,7 +144,7 @@ def _when(text: str) -> float | None:
         return None
 
 
-def accounted(ids: Iterable[str | int]) -> dict[str, Job]:
+def accounted(ids: Iterable[str | int]) -> dict[str, QueuedJob]:
     """What the accounting database knows of jobs, by id; {} where there is none. One call for all ids."""
     wanted = ",".join(str(job_id) for job_id in ids)
     if not wanted or which("sacct") is None:
@@ -153,7 +153,7 @@ def accounted(ids: Iterable[str | int]) -> dict[str, Job]:
     answer = run(argv, timeout_s=TIMEOUT_S, env=clean())
     rows = [line.split(SEPARATOR) for line in answer.out.splitlines() if answer.ok]
     # "CANCELLED by 1000"
-    return {row[0]: Job(id=row[0], state=row[1].partition(" ")[0]) for row in rows if len(row) == 2}
+    return {row[0]: QueuedJob(id=row[0], state=row[1].partition(" ")[0]) for row in rows if len(row) == 2}
 
 
 def cancel(ids: Iterable[str | int], *, patience_s: float = PATIENCE_S) -> list[str]:

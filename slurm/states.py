@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from datetime import datetime
 
 from slurm.flags import rows_of
-from slurm.queue import Job
+from slurm.queue import QueuedJob
 
 STATES, REASONS = (
     {row["name"]: row["words"] for row in rows_of("states.csv") if row["kind"] == kind} for kind in ("state", "reason")
@@ -15,7 +15,7 @@ STATES, REASONS = (
 LIMIT = re.compile(r"(?P<whose>QOS|Assoc)(?P<scope>Grp|Max)(?P<what>\w+?)(?P<per>Per\w+|Limit)?$")
 
 
-def in_words(job: Job, names: Mapping[str, str] | None = None) -> str:
+def in_words(job: QueuedJob, names: Mapping[str, str] | None = None) -> str:
     """One short phrase for what a job does or waits for; ``names`` maps job ids to the names people know."""
     state = job.state.split("+")[0]
     if state != "PENDING":
@@ -40,6 +40,6 @@ def _clock(time_s: float) -> str:
     return f"at {when:%H:%M:%S}" if when.date() == now.date() else f"on {when:%d %b at %H:%M}"
 
 
-def _needs(job: Job, names: Mapping[str, str]) -> str:
+def _needs(job: QueuedJob, names: Mapping[str, str]) -> str:
     ids = re.findall(r"(?<=:)(\d+)", job.dependency)
     return " and ".join(dict.fromkeys(names.get(job_id, f"job {job_id}") for job_id in ids))

@@ -97,7 +97,7 @@ class Executor(submitit.SlurmExecutor):
         return SlurmJob(folder=self.folder, job_id=job_id)
 
 
-def finish_interrupted(run: RunDir, *, replace: bool, say: Say) -> list[queue.Job]:
+def finish_interrupted(run: RunDir, *, replace: bool, say: Say) -> list[queue.QueuedJob]:
     """Finish or remove what an interrupted submission left; returns the run's live jobs of an earlier one.
 
     Raises InUseError when one of them is at work and ``replace`` is not set.
@@ -120,7 +120,7 @@ def finish_interrupted(run: RunDir, *, replace: bool, say: Say) -> list[queue.Jo
 def send(
     request: Request,
     jobs: Sequence[JobPlan],
-    old: Sequence[queue.Job],
+    old: Sequence[queue.QueuedJob],
     say: Say,
     after: Sequence[Need] = (),
     any_need: bool = False,

@@ -78,24 +78,24 @@ class Journal:
         """Job names by id, for messages."""
         return {job.id: job.name for job in self.jobs if job.id}
 
-    def job_of(self, stage: str, known: Mapping[str, queue.Job] | None = None) -> SentJob | None:
+    def job_of(self, stage: str, known: Mapping[str, queue.QueuedJob] | None = None) -> SentJob | None:
         """The job that runs a stage: of a job and its spares the first that has not ended, as far as ``known``."""
         homes = [job for job in self.jobs if stage in job.stages]
         live = [job for job in homes if known and job.id in known and not known[job.id].ended]
         return next(iter([*live, *homes]), None)
 
 
-def submission_of(job: queue.Job) -> str:
+def submission_of(job: queue.QueuedJob) -> str:
     """The submission that a job's comment names."""
     return job.comment.split(" ")[0].split("/")[1]
 
 
-def name_of(job: queue.Job) -> str:
+def name_of(job: queue.QueuedJob) -> str:
     """The chain's name of a job, from its comment."""
     return job.comment.split(" ")[0].split("/")[2]
 
 
-def live_jobs(run: RunDir) -> list[queue.Job]:
+def live_jobs(run: RunDir) -> list[queue.QueuedJob]:
     """The run's jobs that wait or run, oldest first. Raises ControllerDown, SlurmError.
 
     Told by the journal's ids, then by their comments, which sites and users rewrite: a job of the journal is given
@@ -108,7 +108,7 @@ def live_jobs(run: RunDir) -> list[queue.Job]:
     return sorted(ours, key=lambda job: int(job.id))
 
 
-def refuse_running(run: RunDir, jobs: list[queue.Job], hint: str) -> None:
+def refuse_running(run: RunDir, jobs: list[queue.QueuedJob], hint: str) -> None:
     """InUseError naming the run's jobs that run now; one that is ending does not count."""
     running = [job for job in jobs if not job.waiting and job.state != "COMPLETING"]
     if running:

@@ -73,7 +73,7 @@ class Sent:
     """
 
     journal: Journal
-    jobs: dict[str, queue.Job]
+    jobs: dict[str, queue.QueuedJob]
     silent: str = ""
 
     @classmethod
@@ -181,7 +181,7 @@ class Look:
         done = self.chain.run.stage(self.name).done or {}
         return attempts[-1].job_id == sent.id and done.get("attempt") == attempts[-1].number
 
-    def holder(self, sent: SentJob | None, job: queue.Job | None) -> Holder:
+    def holder(self, sent: SentJob | None, job: queue.QueuedJob | None) -> Holder:
         """What holds the stage."""
         if self.sent is None or sent is None:
             return "runner" if self.held else "nobody"
@@ -208,7 +208,7 @@ class Look:
         return own or (self.event if self.event.get("event") == "failed" else {})
 
     def left(
-        self, holder: Holder, job: queue.Job | None, attempts: Sequence[Attempt], verdict: Mapping[str, Any]
+        self, holder: Holder, job: queue.QueuedJob | None, attempts: Sequence[Attempt], verdict: Mapping[str, Any]
     ) -> Left:
         """What the last attempt left behind, for whoever holds the stage now."""
         if not verdict:
@@ -242,7 +242,7 @@ def first_error(run: RunDir, job: str) -> str:
     return ""
 
 
-def queued(job: queue.Job, attempts: Sequence[Attempt], names: Mapping[str, str]) -> dict[str, Any]:
+def queued(job: queue.QueuedJob, attempts: Sequence[Attempt], names: Mapping[str, str]) -> dict[str, Any]:
     """Of a job in the queue: how its attempts ended, what it waits for, and when Slurm means to start it."""
     again = f"{history(attempts, job.id)}; " if attempts else ""
     start = {} if job.start is None else {"expected_start": job.start}

@@ -35,7 +35,7 @@ from pipeline.strict_toml import table_of
 from pipeline.watch import follow_log, goes_on, short_line, watch
 from pipeline.words import in_short
 from slurm import queue
-from slurm.queue import Job
+from slurm.queue import QueuedJob
 from support.running import ROOT, TWO_PHASES, call, command
 
 
@@ -187,11 +187,11 @@ def test_what_can_never_start_is_not_waited_for():
 def test_a_job_in_slurm_that_can_never_start_ends_the_watching(run, reason, more):
     sent = SentJob(name="squad", stages=("squad",), needs=(), held_by_us=False, id="7")
     journal = Journal(submission="s", state="released", jobs=(sent,))
-    rows = survey(run, Sent(journal, {"7": Job(id="7", state="PENDING", reason=reason)}))
+    rows = survey(run, Sent(journal, {"7": QueuedJob(id="7", state="PENDING", reason=reason)}))
     assert any(goes_on(row) for row in rows) is more
 
 
-def sent_as(job: Job) -> Sent:
+def sent_as(job: QueuedJob) -> Sent:
     one = SentJob(name="pretrain", stages=("phase1", "phase2"), needs=(), held_by_us=False, id="7")
     return Sent(Journal(submission="s", state="released", jobs=(one,)), {"7": job})
 
@@ -203,7 +203,7 @@ def test_what_became_of_earlier_attempts(run):
         run.stage("phase1").new_attempt(launch).write_verdict(code, line, 0)
     run.stage("phase1").new_attempt("7-3-0", job_id="7").write_verdict(75, "asked", 0, "time_limit")
     start = datetime.now().replace(hour=23, minute=59, second=58, microsecond=0).timestamp()
-    waiting = sent_as(Job(id="7", state="PENDING", reason="Resources", start=start))
+    waiting = sent_as(QueuedJob(id="7", state="PENDING", reason="Resources", start=start))
     row = next(row for row in survey(run, waiting) if row["name"] == "phase1")
     assert row["expected_start"] == start
     assert row["reason"] == (
@@ -212,15 +212,15 @@ def test_what_became_of_earlier_attempts(run):
     )
     attempt = run.stage("phase1").new_attempt("7-4-0")
     (attempt.path / "attempt.json").write_text('{"resumed_from": {"attempt": 5, "step": 1200}}')
-    row = next(row for row in survey(run, sent_as(Job(id="7", state="RUNNING"))) if row["name"] == "phase1")
+    row = next(row for row in survey(run, sent_as(QueuedJob(id="7", state="RUNNING"))) if row["name"] == "phase1")
     assert row["reason"].endswith("stopped, preempted twice, lost a rank, out of time, resumed at step 1200")
 
 
 @pytest.mark.parametrize(("state", "words"), [("OUT_OF_MEMORY", "ran out of memory"), ("TIMEOUT", "its time limit")])
 def test_a_job_that_only_the_accounting_remembers(run, monkeypatch, state, words):
-    sent_as(Job(id="7", state="PENDING")).journal.write(run)
+    sent_as(QueuedJob(id="7", state="PENDING")).journal.write(run)
     monkeypatch.setattr(queue, "jobs", lambda ids: {})
-    monkeypatch.setattr(queue, "accounted", lambda ids: {one: Job(id=one, state=state) for one in ids})
+    monkeypatch.setattr(queue, "accounted", lambda ids: {one: QueuedJob(id=one, state=state) for one in ids})
     row = next(row for row in survey(run, Sent.of(run)) if row["name"] == "phase1")
     assert (row["state"], words in row["reason"]) == ("failed", True)
     log = run.path / "logs" / "pretrain-7.out"
@@ -272,12 +272,12 @@ def test_a_job_that_its_batch_script_ended(run):
     over = run.path / "jobs" / "7.over"
     over.parent.mkdir()
     over.write_text("137 code 76, 2 attempts without progress\n")
-    for job in ({"7": Job(id="7", state="FAILED")}, {}):  # also when Slurm has forgotten it
-        row = next(row for row in survey(run, Sent(sent_as(Job(id="7", state="")).journal, job)) if "job" in row)
+    for job in ({"7": QueuedJob(id="7", state="FAILED")}, {}):  # also when Slurm has forgotten it
+        row = next(row for row in survey(run, Sent(sent_as(QueuedJob(id="7", state="")).journal, job)) if "job" in row)
         assert (row["state"], row["reason"]) == ("failed", "exit 137: code 76, 2 attempts without progress")
     over.unlink()
     os.mkfifo(over)
-    row = next(row for row in survey(run, sent_as(Job(id="7", state="COMPLETED"))) if "job" in row)
+    row = next(row for row in survey(run, sent_as(QueuedJob(id="7", state="COMPLETED"))) if "job" in row)
     assert (row["state"], row["reason"]) == ("todo", "not done yet")  # it ran, and there is more to do since
 
 

@@ -11,7 +11,7 @@ import pytest
 from slurm import queue, states
 from slurm.environment import clean
 from slurm.errors import ControllerDown, SlurmError
-from slurm.queue import Job
+from slurm.queue import QueuedJob
 
 DOWN = 'echo "slurm_load_jobs error: Unable to contact slurm controller (connect failure)" >&2; exit 1\n'
 
@@ -153,7 +153,7 @@ def test_accounting_is_a_bonus(stub) -> None:
     stub("sacct", 'echo "Slurm accounting storage is disabled" >&2; exit 1\n')
     assert queue.accounted([1]) == {}
     stub("sacct", "printf '7\\x1fCANCELLED by 0\\n'")
-    assert queue.accounted([7]) == {"7": Job(id="7", state="CANCELLED")}
+    assert queue.accounted([7]) == {"7": QueuedJob(id="7", state="CANCELLED")}
 
 
 def test_users_habits_do_not_change_the_answers() -> None:
@@ -164,30 +164,33 @@ def test_users_habits_do_not_change_the_answers() -> None:
 @pytest.mark.parametrize(
     ("job", "words"),
     [
-        (Job(id="1", state="RUNNING"), "running"),
+        (QueuedJob(id="1", state="RUNNING"), "running"),
         (
-            Job(id="1", state="PENDING", reason="Dependency", dependency="afterok:7(x),afterany:8(x)"),
+            QueuedJob(id="1", state="PENDING", reason="Dependency", dependency="afterok:7(x),afterany:8(x)"),
             "waits for pretrain and job 8",
         ),
-        (Job(id="1", state="PENDING", reason="Resources"), "next in line, waits for free nodes"),
+        (QueuedJob(id="1", state="PENDING", reason="Resources"), "next in line, waits for free nodes"),
         (
-            Job(id="1", state="PENDING", reason="ReqNodeNotAvail, UnavailableNodes:n1"),
+            QueuedJob(id="1", state="PENDING", reason="ReqNodeNotAvail, UnavailableNodes:n1"),
             "a node that it needs is not available",
         ),
         (
-            Job(id="1", state="PENDING", reason="QOSMaxGRESPerUser"),
+            QueuedJob(id="1", state="PENDING", reason="QOSMaxGRESPerUser"),
             "waits: the QOS's limit is reached (QOSMaxGRESPerUser)",
         ),
         (
-            Job(id="1", state="PENDING", reason="AssocGrpCPUMinutesLimit"),
+            QueuedJob(id="1", state="PENDING", reason="AssocGrpCPUMinutesLimit"),
             "waits: the account's limit is reached (AssocGrpCPUMinutesLimit)",
         ),
-        (Job(id="1", state="PENDING", reason="launch failed requeued held"), "held by Slurm after a failed launch"),
-        (Job(id="1", state="PENDING", reason="SomethingNew"), "waits (SomethingNew)"),
-        (Job(id="1", state="PENDING"), "queued; the scheduler has not looked at it yet"),
-        (Job(id="1", state="SOME_NEW"), "some new"),
+        (
+            QueuedJob(id="1", state="PENDING", reason="launch failed requeued held"),
+            "held by Slurm after a failed launch",
+        ),
+        (QueuedJob(id="1", state="PENDING", reason="SomethingNew"), "waits (SomethingNew)"),
+        (QueuedJob(id="1", state="PENDING"), "queued; the scheduler has not looked at it yet"),
+        (QueuedJob(id="1", state="SOME_NEW"), "some new"),
     ],
 )
-def test_states_in_words(job: Job, words: str) -> None:
+def test_states_in_words(job: QueuedJob, words: str) -> None:
     assert states.in_words(job, {"7": "pretrain"}) == words
     assert re.fullmatch(r"[ -~]+", words)

@@ -241,7 +241,7 @@ def test_the_job_of_a_stage_is_the_spare_that_lives() -> None:
     journal = Journal(
         submission="s", state="released", jobs=(held(101), dataclasses.replace(held(102), name="pretrain-2"))
     )
-    dead, live = queue.Job(id="101", state="PREEMPTED"), queue.Job(id="102", state="RUNNING")
+    dead, live = queue.QueuedJob(id="101", state="PREEMPTED"), queue.QueuedJob(id="102", state="RUNNING")
     assert journal.job_of("phase1", {"101": dead, "102": live}).id == "102"
     assert journal.job_of("phase1", {"101": live, "102": live}).id == "101"
     assert journal.job_of("phase1").id == "101"
@@ -427,10 +427,11 @@ class FakeSlurm:
 
         return self.act(change)
 
-    def jobs(self) -> dict[str, queue.Job]:
+    def jobs(self) -> dict[str, queue.QueuedJob]:
         return self.act(
             lambda: {
-                number: queue.Job(id=number, state=job["state"], comment=job["tag"]) for number, job in self.all.items()
+                number: queue.QueuedJob(id=number, state=job["state"], comment=job["tag"])
+                for number, job in self.all.items()
             }
         )
 
