@@ -195,6 +195,7 @@ def test_a_single_stream_is_resumed_by_pieces_of_its_text(tmp_path: Path, monkey
     assert calls == 9 + pieces - 8
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_parts")
 @pytest.mark.parametrize("tool", ["indexed_bzip2", ""])
 def test_a_damaged_stream_is_named_whatever_unpacks_it(

@@ -310,6 +310,7 @@ def test_a_task_that_was_stopped_while_it_showed_its_life_is_named(
         fanout._read_when_there(tmp_path / "shared-1-1.json", 1)
 
 
+@pytest.mark.slow
 def test_a_stopped_task_of_srun_is_named(tmp_path: Path) -> None:
     (tmp_path / "exchange").mkdir()
     program = (

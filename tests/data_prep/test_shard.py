@@ -103,6 +103,7 @@ def test_documents_are_conserved_and_whole(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_bytes_do_not_depend_on_workers_or_on_what_a_killed_try_left(tmp_path: Path) -> None:
     source = documents_folder(tmp_path / "documents", 100)
     shard.run(FolderJob(tmp_path / "one"), documents=source, **SETTINGS)
@@ -110,6 +111,7 @@ def test_bytes_do_not_depend_on_workers_or_on_what_a_killed_try_left(tmp_path: P
     assert contents(tmp_path / "three") == contents(tmp_path / "one")
 
 
+@pytest.mark.slow
 def test_replayed_text_is_its_share_of_training_and_never_held_out(tmp_path: Path) -> None:
     source = documents_folder(tmp_path / "documents", 2000, files=4)
     for path in sorted(source.glob("*.jsonl"))[1:]:  # three quarters are general text, of a folder
@@ -261,6 +263,7 @@ def repetitive_folder(folder: Path, files: int = 3) -> list[tuple[int, str]]:
     return [(int(shard.held_out(f"doc-{number}", 0.1, 7)), text) for number, text in enumerate(texts)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_what_repeats_is_counted_and_left_out_by_the_first_that_came(
     tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch

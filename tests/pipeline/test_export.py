@@ -454,6 +454,7 @@ def test_the_command_exports_a_trained_folder(tmp_path, carriers):
     assert again.stderr == f"{tmp_path / 'out'} exists already: name a folder that does not\n"
 
 
+@pytest.mark.slow
 def test_the_command_refuses_in_one_line(tmp_path, trained, vocab):
     _, folder = trained
     missing = command(folder, tmp_path / "out")

@@ -67,6 +67,7 @@ def test_what_cannot_be_read_is_said_in_one_line(words, line):
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_the_command_is_run(tmp_path: Path):
     write_model(tmp_path / "model", positions=128)
     data = examples(tmp_path, "sst2")

@@ -102,6 +102,7 @@ def test_the_command_has_a_row_for_each_combination():
         assert row["ratio_vs_transformers"] == pytest.approx(row["sequences_per_s"] / other, rel=0.01, abs=0.001)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "code", "lines"),
     [

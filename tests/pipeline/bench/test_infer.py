@@ -98,6 +98,7 @@ def test_both_engines_compute_the_same_logits(model: Path, text: Path, task: str
         torch.testing.assert_close(own, other, rtol=0, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", [SQUAD, GLUE])
 def test_both_engines_go_the_whole_way_on_the_same_inputs(model: Path, text: Path, task: str) -> None:
     work = {w.task: w for w in workloads(SMALL, text, ModelFolder(model).tokenizer)}[task]

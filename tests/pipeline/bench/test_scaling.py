@@ -23,6 +23,7 @@ def asked_rows(path: Path, *words: str) -> list[scaling.Row]:
     return scaling.with_scaling([scaling.planned_row(one) for one in asked])
 
 
+@pytest.mark.slow
 def test_the_rows_are_those_of_the_published_table(tmp_path: Path) -> None:
     keys = ("phase", "precision", "nodes", "gpus", "micro_batch", "accumulation")
     theirs = ("measured", "precision", "nodes", "gpus_per_node", "micro_batch", "accumulation")

@@ -37,6 +37,7 @@ def test_every_row_has_its_keys_and_a_ratio_that_is_one_of_its_rows():
         assert row["ratio_vs_transformers"] == pytest.approx(row["sequences_per_s"] / other, rel=0.01, abs=0.001)
 
 
+@pytest.mark.slow
 def test_both_train_the_same_samples_from_loss_of_chance_on_down():
     """What is timed learns: after steps on the same samples, both know them better than chance."""
     recipe = load_recipe("tiny")
@@ -52,6 +53,7 @@ def test_both_train_the_same_samples_from_loss_of_chance_on_down():
         assert losses[-1] < losses[0] - 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "code", "line"),
     [

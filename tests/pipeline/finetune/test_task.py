@@ -313,6 +313,7 @@ def test_bf16_learns_too_and_a_cpu_that_imitates_it_says_so(
     assert imitated or result["scores"]["accuracy"] > 90
 
 
+@pytest.mark.slow
 def test_fp16_scales_its_loss_and_skips_what_overflows(
     tmp_path: Path, sober: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

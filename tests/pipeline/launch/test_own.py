@@ -38,6 +38,7 @@ def submit(*words: object):
     return call("submit", *words)
 
 
+@pytest.mark.slow
 def test_a_folder_of_texts_becomes_a_recipe_of_ten_lines(tmp_path, texts):
     done = submit("--text", texts, "--language", "deutsch", "--run", tmp_path / "mine", "--dry-run")
     assert done.returncode == 0, done.stderr
@@ -54,6 +55,7 @@ def test_a_folder_of_texts_becomes_a_recipe_of_ten_lines(tmp_path, texts):
     assert "says something else" in other.stderr
 
 
+@pytest.mark.slow
 def test_general_text_to_replay_is_named_and_time_and_memory_are_told(tmp_path, texts):
     (tmp_path / "general.jsonl").write_text('{"text": "One."}\n' * 9)
     words = ("--text", texts, "--replay", tmp_path / "general.jsonl", "--run", tmp_path / "mine", "--dry-run")

@@ -106,6 +106,7 @@ def test_commands_that_cannot_work(folder, name):
     assert all(part in done.stderr for part in parts), done.stderr
 
 
+@pytest.mark.slow
 def test_what_is_wrong_inside_files_is_said_together_before_anything_runs(folder):
     sizes = "epochs = 1\nbatch = 2\nlearning_rate = 1e-4\nwarmup = 0.1\nmax_seq_len = 64"
     (folder / "recipe.toml").write_text(f"""\
@@ -148,6 +149,7 @@ eval = "labels.tsv"
     assert max(map(len, lines)) < 300
 
 
+@pytest.mark.slow
 def test_weights_to_start_from_are_looked_at_before_the_data_are_made(folder):
     words = ["--recipe", "small", "--cluster", "local", "--data", ".", *RUN, "--set", 'data.books=["text.txt"]']
     words += ["--set", "data.vocab=cut/vocab.txt", "--set", "phase1.start=cut/model.pt"]

@@ -141,6 +141,7 @@ def test_a_stopped_process_without_a_child_goes_on(tmp_path):
     assert "was stopped (SIGSTOP); it goes on" in errors
 
 
+@pytest.mark.slow
 def test_a_stopped_runner_is_named(tmp_path):
     with subprocess.Popen(["sleep", "60"]) as runner:
         runner.send_signal(signal.SIGSTOP)
@@ -249,6 +250,7 @@ def test_work_counts_as_starting_until_the_first_step_is_done():
         assert beat.read().where == told, step
 
 
+@pytest.mark.slow
 def test_a_slow_machine_is_no_hang(tmp_path):
     """Micro-batches of 2.5 s, longer than HANG_S: nothing is known before the first, later five times that is."""
     body = "\n".join(
@@ -273,6 +275,7 @@ def test_the_first_pause_of_work_sets_the_limit_only_while_there_is_no_other():
     assert 0.01 <= beat.read().longest_s < 0.3
 
 
+@pytest.mark.slow
 def test_a_rank_that_nccl_ends_while_it_waits_lost_its_peers(tmp_path):
     code, _, errors = end(start(tmp_path, "os.abort()", "waiting"))
     assert code == 76
@@ -296,6 +299,7 @@ def test_a_heartbeat_is_read_by_the_process_that_forked(tmp_path):
     assert 0.05 <= found.longest_s < 5
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_stopped_while_it_waits_is_found_by_its_pulse(tmp_path):
     code, _, errors = end(start(tmp_path, "os.kill(os.getpid(), 19)\ntime.sleep(60)", "waiting"))
     assert code == 76

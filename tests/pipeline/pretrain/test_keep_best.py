@@ -23,6 +23,7 @@ def ended(run: Path, samples: Path, **changes) -> dict:
     return (RunDir(run).stage(training.STAGE).done or {})["result"]
 
 
+@pytest.mark.slow
 def test_the_best_is_kept_named_in_every_manifest_and_the_result(tmp_path, monkeypatch) -> None:
     samples = training.make_samples(tmp_path / "samples")
     every = ended(tmp_path / "every", samples, checkpoint_every=1, keep_checkpoints=99)

@@ -201,6 +201,7 @@ def test_a_failure_is_said_first_with_its_verdict(tmp_path):
     assert "Not done yet: phase2, export, squad, mrpc, sst2" in top
 
 
+@pytest.mark.slow
 def test_a_failure_is_said_also_while_the_report_stage_holds_the_run(tmp_path):
     chain = failed_run(tmp_path / "run", "boom")
     with chain.run.held():

@@ -101,6 +101,7 @@ DAMAGED = st.dictionaries(st.sampled_from(["step", "since", "time", "seed", "ste
 )
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=200)
 @given(lines=st.lists(DAMAGED, max_size=6), length=st.floats(0, 1e6), step=st.one_of(st.none(), st.integers(0, 9)))
 def test_whatever_the_lines_say_the_parts_are_the_wall_time(lines, length, step):
