@@ -182,13 +182,13 @@ def at_half_speed(victim: int | None) -> Before:
     def before(rank: int) -> None:
         from pipeline.engine.accumulate import Accumulator
 
-        losses = Accumulator.losses
+        sums = Accumulator.sums
 
         def slower(self: Accumulator, *arguments: Any) -> Any:
             time.sleep(MICRO_BATCH_S * (2 if rank == victim else 1))
-            return losses(self, *arguments)
+            return sums(self, *arguments)
 
-        Accumulator.losses = slower  # type: ignore[method-assign]
+        Accumulator.sums = slower  # type: ignore[method-assign]
 
     return before
 
@@ -248,7 +248,7 @@ def poisoning(case: Facts) -> Before:
 
         from pipeline.engine.accumulate import Accumulator
 
-        losses, left = Accumulator.losses, [1 if case["once"] else 10]
+        sums, left = Accumulator.sums, [1 if case["once"] else 10]
 
         class Infinite(torch.autograd.Function):
             @staticmethod
@@ -259,14 +259,14 @@ def poisoning(case: Facts) -> Before:
             def backward(context: Any, gradient: torch.Tensor) -> torch.Tensor:
                 return gradient * torch.inf
 
-        def poison(self: Accumulator, batch: int, fed: Any, *counts: Any) -> Any:
-            mlm_loss, nsp_loss = losses(self, batch, fed, *counts)
+        def poison(self: Accumulator, batch: int, fed: Any) -> Any:
+            mlm_loss, nsp_loss = sums(self, batch, fed)
             if rank == case["rank"] and fed.index == case["index"] and self.state.step + 1 == case["step"] and left[0]:
                 left[0] -= 1
                 mlm_loss = Infinite.apply(mlm_loss) if case["what"] == "gradient" else mlm_loss * torch.nan
             return mlm_loss, nsp_loss
 
-        Accumulator.losses = poison  # type: ignore[method-assign]
+        Accumulator.sums = poison  # type: ignore[method-assign]
 
     return before
 
