@@ -54,7 +54,8 @@ def contents(folder: Path, *left_out: str) -> dict[str, str]:
 def made_by(run: Path, stage: str) -> dict[str, str]:
     """What the stage made: its files, and of a training the tensors of its last checkpoint."""
     folder = run / "stages" / stage
-    found = contents(folder, "attempts", "done.json", "stage.json", "tensorboard")
+    # "verified" holds inodes and times of the shards, which differ between copies of a run.
+    found = contents(folder, "attempts", "done.json", "stage.json", "tensorboard", "verified")
     found = {name: digest for name, digest in found.items() if "tfevents" not in name}
     if stage == "inference":  # timings
         return dict.fromkeys(found, "")
