@@ -84,7 +84,7 @@ class Accumulator:
         self.reducer.begin(plan)
         digests, counted = np.zeros(plan.micro_batches), counts.tolist()
         scale = 1.0 if self.state.scale is None else self.state.scale.scale
-        divisors = self.divisors(counted)
+        of_batch = self.divisors(counted)
         # Around all micro-batches: the weights are cast once.
         with self.autocast, self.cast:
             for index in plan.range_of(ranks.rank):
@@ -93,8 +93,7 @@ class Accumulator:
                     fed = feed.micro_batch()
                 with clock.spent("compute"), self.reducer.micro_batch(index) as scalars:
                     sums = torch.stack(list(self.sums(batch.number, fed)))
-                    if self.task.settings.loss_mean == "micro":
-                        divisors = self.divisors([count * plan.micro_batches for count in fed.counts])
+                    divisors = self.divisors_of(fed, plan, of_batch)
                     with self.plain:
                         torch.autograd.backward(sums, scale / divisors)
                     scalars.copy_(sums.detach() / divisors)
@@ -129,17 +128,21 @@ class Accumulator:
         return self.task.losses(self.state.model, fed.inputs)
 
     def divisors(self, counts: Sequence[float]) -> Tensor:
-        """What divides the sums of losses, fp32 ``[losses]``.
-
-        With ``loss_mean = "global"`` these are the counts of the whole batch, once for all its micro-batches;
-        ``"micro"`` averages the means of the micro-batches, as NVIDIA does.
-        """
+        """The counts that divide sums of losses, fp32 ``[losses]``."""
         named = zip(counts, self.task.losses_named, strict=False)  # counts beyond the losses divide nothing
         filled = [torch.full((), float(int(count)), device=self.ranks.device) for count, _ in named]
         return torch.stack(filled)  # on the device: a copy from the host would wait
 
-    def losses(self, batch: int, fed: Fed, plan: BatchPlan, counts: Sequence[float]) -> list[Tensor]:
-        """A micro-batch's share of each loss."""
-        if self.task.settings.loss_mean == "micro":
-            counts = [count * plan.micro_batches for count in fed.counts]
-        return [total / int(count) for total, count in zip(self.sums(batch, fed), counts, strict=False)]
+    def divisors_of(self, fed: Fed, plan: BatchPlan, of_batch: Tensor) -> Tensor:
+        """Those of one micro-batch.
+
+        With ``loss_mean = "global"`` they are those of the whole batch, made once; ``"micro"`` averages the means of
+        the micro-batches, as NVIDIA does.
+        """
+        if self.task.settings.loss_mean == "global":
+            return of_batch
+        return self.divisors([count * plan.micro_batches for count in fed.counts])
+
+    def losses(self, batch: int, fed: Fed, plan: BatchPlan, counts: Sequence[float]) -> Tensor:
+        """A micro-batch's share of each loss, ``[losses]``; ``counts`` are those of the whole batch."""
+        return torch.stack(list(self.sums(batch, fed))) / self.divisors_of(fed, plan, self.divisors(counts))

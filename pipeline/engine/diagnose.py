@@ -20,8 +20,7 @@ def culprit(accumulator: Accumulator, sums: Sums) -> str | None:
         fed = Fed(index, on_device(micro_batch, ranks.device), micro_batch.counts, digest=0)
         gradients.zero_()
         with accumulator.autocast:
-            parts = accumulator.losses(state.batches, fed, sums.plan, list(sums.counts.values()))
-        loss = sum(parts[1:], parts[0])
+            loss = accumulator.losses(state.batches, fed, sums.plan, list(sums.counts.values())).sum()
         torch.autograd.backward(loss)
         for name, parameter in state.model.named_parameters():
             if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):

@@ -223,8 +223,8 @@ def shares_of(task: Replay, accumulator: Accumulator, index: int) -> list[float]
     fed = Fed(index, on_device(read, device), read.counts, digest48(read))
     plan = BatchPlan(task.size(number), task.settings.micro_batch, 1)
     with accumulator.autocast:
-        parts = accumulator.losses(number, fed, plan, accumulator.counts.tolist())
-    return [rounded(float(part.detach())) for part in parts]
+        shares = accumulator.losses(number, fed, plan, accumulator.counts.tolist())
+    return [rounded(share) for share in shares.tolist()]
 
 
 def check(folder: Path, step: int, stage: str | None = None, index: int | None = None) -> list[Row]:
