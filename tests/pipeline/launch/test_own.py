@@ -44,7 +44,7 @@ def test_a_folder_of_texts_becomes_a_recipe_of_ten_lines(tmp_path, texts):
     assert done.returncode == 0, done.stderr
     written = tmp_path / "mine" / "recipe.toml"
     assert written.read_text() in done.stdout
-    assert len([line for line in written.read_text().splitlines() if line]) <= 13
+    assert len([line for line in written.read_text().splitlines() if line]) <= 12
     recipe = load_recipe(str(written))
     assert (recipe.data.books, recipe.data.language, recipe.data.lowercase) == (("texte",), "de", False)
     assert recipe.model.num_hidden_layers == 2
