@@ -210,17 +210,8 @@ def transformers(bench: Bench) -> Pairs:
                 continue
             own = bench.results.get(phase, {}).get("all_on", {}).get("sequences_per_s")
             theirs = sum(len(each.lengths) for each in samples) / took
-            ratio = round(own / theirs, 2) if own else None
-            memory = memory_gib(device)
-            yield (
-                phase,
-                {
-                    "micro_batch": size,
-                    "sequences_per_s": round(theirs, 2),
-                    "memory_gib": memory,
-                    "ours": ratio,
-                },
-            )
+            row = {"micro_batch": size, "sequences_per_s": round(theirs, 2), "memory_gib": memory_gib(device)}
+            yield phase, {**row, "ours": round(own / theirs, 2) if own else None}
             break
 
 

@@ -275,15 +275,15 @@ def _fence(attempt_dir: Path, owner: Mapping[str, Any] | None) -> None:
     try:
         numbers = [int(path.name) for path in attempt_dir.parent.glob("[0-9]*") if path.name.isdigit()]
         newest = max(numbers, default=0)
-        now_owner = owner_of(attempt_dir) if owner is not None else None
+        holder = owner_of(attempt_dir) if owner is not None else None
         successor = owner_of(attempt_dir.with_name(f"{newest:04d}"))
     except OSError as error:
         raise StorageError(f"{attempt_dir} cannot be read: {error.strerror or error}") from error
     if mine is not None and newest > mine:
         raise InUseError(f"attempt {newest} ({describe_owner(successor)}) has taken over from attempt {mine}")
-    if now_owner != owner:
+    if holder != owner:
         raise InUseError(
-            f"{attempt_dir} was moved aside or belongs to another start ({describe_owner(now_owner)}); this one stops"
+            f"{attempt_dir} was moved aside or belongs to another start ({describe_owner(holder)}); this one stops"
         )
 
 

@@ -235,19 +235,19 @@ class Loop:
             return
         self.feed.close()  # the batch is read again
         line = f"step {state.step + 1}, rank {self.job.rank}, "
-        verdict = culprit(self.accumulator, sums)
-        line += verdict or "not finite in the sum over ranks only"
+        suspect = culprit(self.accumulator, sums)
+        line += suspect or "not finite in the sum over ranks only"
         if state.scale is not None:
             line += f", at the lowest loss scale ({state.scale.scale:g}): the loss itself is beyond fp16"
         if self.rolled_back:
-            if verdict is None:
+            if suspect is None:
                 time.sleep(1.0)  # let a rank that has a culprit write its verdict first
             raise NumericalError(
                 f"{line}; it came again after going back to the last checkpoint, which is untouched; lower "
                 f"{self.job.stage}.learning_rate or look at these samples"
             )
         self.rolled_back = True
-        if verdict is not None or self.job.rank == 0:
+        if suspect is not None or self.job.rank == 0:
             self.job.warn(f"{line}; going back to the last checkpoint, once")
         if self.saver is not None:
             with contextlib.suppress(StorageError):  # then an older checkpoint serves

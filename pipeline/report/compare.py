@@ -53,11 +53,11 @@ def sides_of(paths: Sequence[Path]) -> tuple[list[Side], list[str]]:
 
     A single run is compared with what lies in its ``old/``.
     """
-    every = [gather(run, held=run.is_held()) for run in map(RunDir, paths)]
-    if len(every) > 1:
+    all_facts = [gather(run, held=run.is_held()) for run in map(RunDir, paths)]
+    if len(all_facts) > 1:
         names = [str(path) for path in paths]
-        return [of_run(facts, name) for facts, name in zip(every, names, strict=True)], []
-    (facts,) = every
+        return [of_run(facts, name) for facts, name in zip(all_facts, names, strict=True)], []
+    (facts,) = all_facts
     older, changes = of_old(facts.chain)
     if not older:
         raise ConfigError(f"{paths[0]}: nothing to compare: it has no older results (old/); name a second run")

@@ -127,9 +127,9 @@ def cell_of(row: Mapping[str, str], values: Sequence[Value]) -> Cell:
     theirs, (line, column) = float(row["value"]), place_of(row)
     unit = SECONDS.get(row["unit"], 1.0)
     tried = [chosen_of(row["statistic"], alike) for alike in fitting(row, values)] or [([], "")]
-    chosen, lacking = next((each for each in tried if each[0]), tried[0])
+    chosen, remark = next((each for each in tried if each[0]), tried[0])
     if not chosen:
-        return Cell(line, column, None, theirs, notes(row["note"], lacking or nearest(row, values)))
+        return Cell(line, column, None, theirs, notes(row["note"], remark or nearest(row, values)))
     figures = [value.value / unit for value in chosen]
     match row["statistic"].split()[0]:
         case "mean":
@@ -143,7 +143,7 @@ def cell_of(row: Mapping[str, str], values: Sequence[Value]) -> Cell:
     on = {value.place for value in chosen}
     own = {value.precision for value in chosen} & set(SIXTEEN_BITS)
     where = f"{row['hardware'] or 'machine not stated'}, {SOFTWARE}"
-    return Cell(line, column, ours, theirs, notes(*own, lacking, *sorted(on), f"published: {where}", row["note"]))
+    return Cell(line, column, ours, theirs, notes(*own, remark, *sorted(on), f"published: {where}", row["note"]))
 
 
 def fitting(row: Mapping[str, str], values: Sequence[Value]) -> list[dict[int | None, Value]]:
