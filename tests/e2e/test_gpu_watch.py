@@ -30,7 +30,9 @@ def worker(run: Path, driver: Path, script: str) -> subprocess.CompletedProcess[
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if shutil.which("gcc") is None:
-        pytest.skip("needs gcc to build a library that stands in for the NVIDIA driver's")
+        pytest.skip(
+            "gcc is not installed: the watch over GPUs is not tested, it needs a stand-in for the driver's library"
+        )
     folder = tmp_path_factory.mktemp("nvml")
     source = ROOT / "tests" / "pipeline" / "monitor" / "fake_nvml.c"
     words = ["gcc", "-O1", "-shared", "-fPIC", "-Wl,-soname,libnvidia-ml.so.1"]

@@ -101,7 +101,7 @@ def calls(folder: Path) -> list[tuple[str, int]]:
 def missing() -> str:
     """Why strace cannot be used here; empty where it can."""
     if shutil.which("strace") is None:
-        return "strace is missing: apt-get install strace"
+        return "strace is missing (apt-get install strace): faults at single I/O calls are not tried"
     if subprocess.run(["strace", "-qq", "-o", os.devnull, "true"], capture_output=True, check=False).returncode:
-        return "strace is not allowed to trace here"
+        return "strace is not allowed to trace here: faults at single I/O calls are not tried"
     return ""

@@ -523,11 +523,11 @@ def test_an_attempt_without_a_history_cannot_save(stage_dir):
 
 def test_a_full_disk_names_what_it_needs_and_leaves_no_remains(tmp_path):
     if os.geteuid() != 0:
-        pytest.skip("a small file system of its own needs root")
+        pytest.skip("needs root to mount a small file system: a full disk is not tested here")
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", disk], capture_output=True).returncode:
-        pytest.skip("mounting is not allowed here")
+        pytest.skip("mounting is not allowed here: a full disk is not tested")
     try:
         attempt = new_attempt(disk / "stages" / "phase1", 1)
         save_step(attempt, 1)

@@ -30,7 +30,9 @@ UUIDS = [f"GPU-0000abc{index}-0000-4000-8000-000000000000" for index in range(2)
 def library(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Compile the fake; the folder to put into LD_LIBRARY_PATH."""
     if shutil.which("gcc") is None:
-        pytest.skip("needs gcc to build a library that stands in for the NVIDIA driver's")
+        pytest.skip(
+            "gcc is not installed: the watch over GPUs is not tested, it needs a stand-in for the driver's library"
+        )
 
     def build(*flags: str) -> Path:
         folder = tmp_path_factory.mktemp("nvml")

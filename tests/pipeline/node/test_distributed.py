@@ -80,7 +80,7 @@ def this_address() -> str:
     with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect(("192.0.2.1", 9))  # nothing is sent
         return str(probe.getsockname()[0])
-    pytest.skip("this machine has no address but loopback")
+    pytest.skip("this machine has no address but loopback: that strangers cannot enter is not tried")
 
 
 def test_ranks_of_one_machine_meet_where_nobody_else_can_enter(tmp_path: Path) -> None:
