@@ -30,7 +30,7 @@ from pipeline.config import OptimizerConfig, load_recipe
 from pipeline.engine.accumulate import Accumulator
 from pipeline.engine.feed import Feed
 from pipeline.engine.metrics import Clock
-from pipeline.engine.peers import WINDOW, SlowRanks
+from pipeline.engine.peers import WINDOW, SlowRanks, shares_of
 from pipeline.engine.ranks import Ranks
 from pipeline.engine.reduce import GradientBuffer, Reducer
 from pipeline.engine.task import MicroBatch, Settings
@@ -135,14 +135,14 @@ def steps_of(task: Stub, world: int) -> Generator[float, None, None]:
     autocast = torch.autocast("cpu", enabled=False)
     accumulator = Accumulator("phase1", task, ranks, state, reducer, autocast, Clock())
     accumulator.begin(0)
-    slow = SlowRanks()
+    slow = SlowRanks(world)
     for _ in range(WINDOW):
-        slow.add([1.0] * world, [1] * world)
+        slow.add(np.ones(world), np.ones(world, int))
     with Feed(task, 0, world, ranks.device, 0) as feed:
         while True:
             before, aside_before = time.process_time(), task.aside_s
             sums = accumulator.accumulate(feed, lambda what: False)
-            slow.add(sums.seconds.tolist(), sums.plan.shares)
+            slow.add(sums.seconds, shares_of(sums.plan))
             yield time.process_time() - before - (task.aside_s - aside_before)
 
 
@@ -151,7 +151,7 @@ def host_cost(folder: Path, world: int, micro_batch: int, steps: int) -> Row:
     spent = {}
     for count in (FEW, MANY):
         measured = steps_of(Stub(folder, micro_batch, count * world), world)
-        spent[count] = statistics.mean([next(measured) for _ in range(steps + 5)][5:])  # the queue fills first
+        spent[count] = statistics.median([next(measured) for _ in range(steps + 5)][5:])  # the queue fills first
         measured.close()
     each = (spent[MANY] - spent[FEW]) / (MANY - FEW)
     return {"world": world, "step_ms": 1e3 * (spent[FEW] - FEW * each), "micro_batch_ms": 1e3 * each}

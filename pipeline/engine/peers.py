@@ -5,12 +5,11 @@ and which of them is slow.
 from __future__ import annotations
 
 import ast
-import bisect
+import functools
 import hashlib
 import json
 import platform
 import statistics
-from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -134,7 +133,7 @@ class Peers:
         self.mixed = job.run.exists and bool(job.run.settings.get("allow_mixed"))
         for line in check_same(records, allow_mixed=self.mixed):
             job.say(line)
-        self._slow = SlowRanks()
+        self._slow = SlowRanks(len(self.hosts))
 
     def compare(self, state: Iterable[Tensor], step: int) -> None:
         """Raise NodeFault or PeerLost on every rank when the ranks' ``state`` differs; that of mixed GPUs may."""
@@ -148,46 +147,53 @@ class Peers:
         """
         if self.job.rank != 0:
             return
-        for rank, ratio in self._slow.add(seconds.tolist(), plan.shares):
+        for rank, ratio in self._slow.add(seconds, shares_of(plan)):
             host, attempt = self.hosts[rank], self.job.attempt.number
             self.job.warn(f"rank {rank} on {host} is slow: {ratio:.1f} times the others over {WINDOW} steps")
             facts = {"stage": self.job.stage, "attempt": attempt, "step": step, "rank": rank, "host": host}
             self.job.run.event("slow_rank", **facts, ratio=round(ratio, 3))
 
 
+@functools.lru_cache(maxsize=2)
+def shares_of(plan: BatchPlan) -> NDArray[np.int64]:
+    """Micro-batches of each rank, int64 ``[ranks]``: steps are shared alike, so that one answer serves many."""
+    return np.array(plan.shares)
+
+
 class SlowRanks:
     """Finds ranks that need much longer for a micro-batch than the others (a score below 0.7, as others call it)."""
 
-    def __init__(self) -> None:
-        self._window: deque[Sequence[float]] = deque(maxlen=WINDOW)
-        self._named: set[int] = set()
+    def __init__(self, ranks: int) -> None:
+        self._seconds = np.zeros((ranks, WINDOW))  # of a micro-batch, the oldest step overwritten
+        self._steps = 0
+        self._named = np.zeros(ranks, bool)
 
-    def add(self, seconds: Sequence[float], micro_batches: Sequence[int]) -> list[tuple[int, float]]:
-        """Take one step's compute seconds and micro-batch counts by rank.
+    def add(self, seconds: NDArray[np.float64], micro_batches: NDArray[np.int64]) -> list[tuple[int, float]]:
+        """Take one step's compute ``seconds [ranks]``, float64, and micro-batches ``[ranks]``.
 
         Returns the ``(rank, times the others' median)`` of ranks found slow over the last 20 steps, each once.
         """
-        self._window.append([s / n if n else 0.0 for s, n in zip(seconds, micro_batches, strict=True)])
-        if len(self._window) < WINDOW:
+        each = np.divide(seconds, micro_batches, out=np.zeros(len(seconds)), where=micro_batches > 0)
+        self._seconds[:, self._steps % WINDOW] = each
+        self._steps += 1
+        if self._steps < WINDOW:
             return []
-        typical: list[float] = np.median(np.array(self._window), axis=0).tolist()
-        ordered = sorted(value for value in typical if value > 0)
-        slow = []
-        for rank, own in enumerate(typical):
-            if rank in self._named or len(ordered) < 2 or own <= 0:
-                continue
-            usual = median_without(ordered, own)
-            if own > SLOW * usual and (own - usual) * micro_batches[rank] * WINDOW > LEAST_LOSS_S:
-                self._named.add(rank)
-                slow.append((rank, own / usual))
-        return slow
+        typical = np.median(self._seconds, axis=1)
+        if np.count_nonzero(typical > 0) < 2:
+            return []
+        usual = medians_without(typical)
+        slow = (typical > SLOW * usual) & ((typical - usual) * micro_batches * WINDOW > LEAST_LOSS_S) & ~self._named
+        self._named |= slow
+        return [(rank, float(typical[rank] / usual[rank])) for rank in np.flatnonzero(slow).tolist()]
 
 
-def median_without(ordered: Sequence[float], value: float) -> float:
-    """Median of the sorted values without one ``value`` that is among them."""
-    left_out, count = bisect.bisect_left(ordered, value), len(ordered) - 1
+def medians_without(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """For each value ``[n]`` the median of the others that are above 0, of which there must be one; 0 for one of 0."""
+    ordered = np.sort(values[values > 0])
+    # One that is left out moves all after it a place down.
+    left_out, count = np.searchsorted(ordered, values), len(ordered) - 1
     low, high = (index + (index >= left_out) for index in ((count - 1) // 2, count // 2))
-    return (ordered[low] + ordered[high]) / 2
+    return np.where(values > 0, (ordered[low] + ordered[high]) / 2, 0.0)
 
 
 def digest(tensors: Iterable[Tensor]) -> Tensor:

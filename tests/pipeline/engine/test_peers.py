@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import statistics
 import struct
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
 from torch.nn import Parameter
 
 from pipeline.engine import peers
@@ -55,8 +59,8 @@ def test_every_single_flipped_bit_of_a_parameter_changes_the_digest():
 
 
 def test_a_rank_at_half_speed_is_named_once_within_twenty_steps():
-    watch = peers.SlowRanks()
-    found = [watch.add([0.2, 0.4, 0.2], [2, 2, 2]) for _ in range(60)]
+    watch = peers.SlowRanks(3)
+    found = [watch.add(np.array([0.2, 0.4, 0.2]), np.array([2, 2, 2])) for _ in range(60)]
     assert [index for index, names in enumerate(found) if names] == [peers.WINDOW - 1]
     ((rank, ratio),) = found[peers.WINDOW - 1]
     assert (rank, ratio) == (1, pytest.approx(2.0))
@@ -69,17 +73,26 @@ def test_a_rank_at_half_speed_is_named_once_within_twenty_steps():
         ([0.2, 0.3, 0.2], [2, 3, 2]),  # more work, not less speed
         ([0.002, 0.004, 0.002], [1, 1, 1]),  # half speed of next to nothing
         ([0.2, 0.0, 0.2], [1, 0, 1]),  # a rank without work
+        ([0.2, 0.9, 0.2], [1, 0, 1]),  # the same, which waited for its device
         ([0.4], [2]),
     ],
 )
 def test_no_false_alarm(seconds, shares):
-    watch = peers.SlowRanks()
-    assert not any(watch.add(seconds, shares) for _ in range(60))
+    watch = peers.SlowRanks(len(seconds))
+    assert not any(watch.add(np.array(seconds), np.array(shares)) for _ in range(60))
 
 
 def test_a_single_stall_is_not_slowness():
-    watch = peers.SlowRanks()
-    assert not any(watch.add([0.2, 30.0 if step == 10 else 0.2], [1, 1]) for step in range(60))
+    watch = peers.SlowRanks(2)
+    assert not any(watch.add(np.array([0.2, 30.0 if step == 10 else 0.2]), np.array([1, 1])) for step in range(60))
+
+
+@given(st.lists(st.floats(0, 9), min_size=2, max_size=40))
+def test_medians_without_are_medians_of_the_others_that_work(values):
+    assume(sum(value > 0 for value in values) >= 2)
+    for index, median in enumerate(peers.medians_without(np.array(values))):
+        others = [value for at, value in enumerate(values) if value > 0 and at != index]
+        assert median == (statistics.median(others) if values[index] > 0 else 0)
 
 
 PROGRAM = {
