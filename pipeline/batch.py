@@ -79,10 +79,10 @@ def plan(global_batch: int, micro_batch: int, world_size: int) -> BatchPlan:
         raise ConfigError(
             f"{world_size} ranks cannot share a global_batch of {global_batch}: use at most {global_batch} ranks"
         )
-    found = BatchPlan(global_batch, min(micro_batch, global_batch), world_size)
-    while found.micro_batches < world_size:
-        found = BatchPlan(global_batch, max(1, found.micro_batch // 2), world_size)
-    return found
+    shared = BatchPlan(global_batch, min(micro_batch, global_batch), world_size)
+    while shared.micro_batches < world_size:
+        shared = BatchPlan(global_batch, max(1, shared.micro_batch // 2), world_size)
+    return shared
 
 
 def better_micro_batch(current: BatchPlan, wanted: float = 0.9) -> int | None:

@@ -256,12 +256,12 @@ def restore(cls: type[T], values: dict[str, Any], origin: str, settings: Iterabl
     errors: list[str] = []
     unknown: list[str] = []
     table, where = apply_settings(values, settings, errors)
-    made = build(cls, table, Source(origin, "", where, unknown), "", errors)
+    restored = build(cls, table, Source(origin, "", where, unknown), "", errors)
     raise_all(errors)
     if unknown:
         _warn_once(f"{origin}: {', '.join(unknown)} means nothing to this version and is left out")
-    assert made is not None
-    return _sound(made, origin)
+    assert restored is not None
+    return _sound(restored, origin)
 
 
 @functools.cache
@@ -269,18 +269,18 @@ def _warn_once(line: str) -> None:
     print(line, file=sys.stderr)
 
 
-def _sound(made: T, origin: str) -> T:
+def _sound(loaded: T, origin: str) -> T:
     """A recipe without contradictions, without the phases that a later one's ``start`` makes useless, without auto."""
-    if not isinstance(made, Recipe):
-        return made
-    raise_all(f"{origin}: {line}" for line in _contradictions(made))
-    names = list(made.phases)
-    first = max((names.index(name) for name, phase in made.phases.items() if phase.start), default=0)
-    tables = {name: getattr(made, name) for name in ("train", *TASKS, "inference")}
+    if not isinstance(loaded, Recipe):
+        return loaded
+    raise_all(f"{origin}: {line}" for line in _contradictions(loaded))
+    names = list(loaded.phases)
+    first = max((names.index(name) for name, phase in loaded.phases.items() if phase.start), default=0)
+    tables = {name: getattr(loaded, name) for name in ("train", *TASKS, "inference")}
     precision = "bf16" if Path("/dev/nvidia0").exists() or computes_bf16() else "fp32"
     chosen = {name: dataclasses.replace(table, precision=precision) for name, table in tables.items()
               if table is not None and table.precision == "auto"}  # fmt: skip
-    return dataclasses.replace(made, phases={name: made.phases[name] for name in names[first:]}, **chosen)
+    return dataclasses.replace(loaded, phases={name: loaded.phases[name] for name in names[first:]}, **chosen)
 
 
 def defaults_of(cls: type) -> dict[str, Any]:
@@ -330,12 +330,12 @@ ABSENT = "(absent)"
 
 def _scientific(value: Any) -> dict[str, Any]:
     """The fields of a dataclass that change results."""
-    found = {}
+    scientific = {}
     for spec in dataclasses.fields(value):
         counts = spec.metadata.get("science", True)
         if getattr(value, counts) if isinstance(counts, str) else counts:
-            found[spec.name] = getattr(value, spec.name)
-    return found
+            scientific[spec.name] = getattr(value, spec.name)
+    return scientific
 
 
 def _contradictions(recipe: Recipe) -> list[str]:

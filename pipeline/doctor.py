@@ -101,23 +101,23 @@ def examine(asked: Request, folder: Path) -> tuple[dict[str, list[dict[str, Any]
 
 def judge(asked: Request, notes: Mapping[str, Sequence[Mapping[str, Any]]], log: str) -> Iterator[Row]:
     """The table."""
-    profile, resources, found = asked.profile, asked.asked["pretrain"].resources, notes["found"]
+    profile, resources, began = asked.profile, asked.asked["pretrain"].resources, notes["found"]
     ranks = resources.most_tasks
-    if len(found) < ranks:
+    if len(began) < ranks:
         change = "python, modules, setup, container of the profile say how nodes find the interpreter"
-        yield Row("no", "ranks", f"{len(found)} of {ranks} answered{first_error(asked.run, '*')}", change)
+        yield Row("no", "ranks", f"{len(began)} of {ranks} answered{first_error(asked.run, '*')}", change)
         return
     by_node: dict[str, list[Mapping[str, Any]]] = {}
-    for note in found:
+    for note in began:
         by_node.setdefault(note["node"], []).append(note)
     even = {len(own) for own in by_node.values()} == {resources.tasks_per_node}
     yield Row("yes" if even else "no", "ranks", f"{ranks} on {', '.join(sorted(by_node))}", "" if even else "srun_args")
-    yield from judge_software(found)
-    yield from judge_gpus(asked, found)
-    yield from judge_errors(found, "network", "GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME in [env]: " + interfaces(found))
-    yield from judge_errors(found, "files", "put --run on a file system that all nodes share and that has room")
-    yield from judge_network(asked, [note["network"] for note in found if "network" in note])
-    yield from judge_files([note["files"] for note in found if note.get("files")], notes["term"])
+    yield from judge_software(began)
+    yield from judge_gpus(asked, began)
+    yield from judge_errors(began, "network", "GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME in [env]: " + interfaces(began))
+    yield from judge_errors(began, "files", "put --run on a file system that all nodes share and that has room")
+    yield from judge_network(asked, [note["network"] for note in began if "network" in note])
+    yield from judge_files([note["files"] for note in began if note.get("files")], notes["term"])
     stopped, again, lived = (notes[kind] for kind in ("signal", "again", "term"))
     yield Row("yes" if len(stopped) == ranks else "no", "signal", f"USR2 reached {len(stopped)} of {ranks} ranks")
     if not profile.requeue:
@@ -131,64 +131,64 @@ def judge(asked: Request, notes: Mapping[str, Sequence[Mapping[str, Any]]], log:
         yield Row("yes", "grace", f"{min(note['lived_s'] for note in lived):.1f} s from TERM to KILL")
 
 
-def judge_errors(found: Sequence[Mapping[str, Any]], what: str, change: str) -> Iterator[Row]:
+def judge_errors(notes: Sequence[Mapping[str, Any]], what: str, change: str) -> Iterator[Row]:
     """A row for what a rank could not do."""
-    if failed := [note for note in found if what in note["errors"]]:
+    if failed := [note for note in notes if what in note["errors"]]:
         first = failed[0]
         where = f"rank {first['rank']} on {first['node']}"
         yield Row("no", what, f"{len(failed)} ranks; {where}: {first['errors'][what]}", change)
 
 
-def judge_software(found: Sequence[Mapping[str, Any]]) -> Iterator[Row]:
+def judge_software(notes: Sequence[Mapping[str, Any]]) -> Iterator[Row]:
     """Interpreter, packages and Slurm's commands on every node."""
-    yield from judge_errors(found, "versions", "install the same environment on every node, or name it with python")
+    yield from judge_errors(notes, "versions", "install the same environment on every node, or name it with python")
     here = made_with()
     other = {
         f"{name} {theirs.get(name, 'missing')} on {note['node']}, here {here.get(name, 'missing')}"
-        for note in found
+        for note in notes
         if (theirs := note.get("versions"))
         for name in here | made_of(theirs)
         if theirs.get(name) != here.get(name)
     }
     if other:
         yield Row("no", "packages", "; ".join(sorted(other)[:3]), "one environment for all: python in the profile")
-    elif all("versions" in note for note in found):
-        yield Row("yes", "packages", f"Python {here['python']}, torch {here.get('torch')}: {found[0]['python']}")
+    elif all("versions" in note for note in notes):
+        yield Row("yes", "packages", f"Python {here['python']}, torch {here.get('torch')}: {notes[0]['python']}")
     needed = {"scontrol", "squeue", "srun"}
-    lacking = sorted({name for note in found for name in needed - set(note["commands"])})
-    said = f"{', '.join(lacking)} missing on nodes" if lacking else "scontrol, squeue, srun are on the nodes"
+    lacking = sorted({name for note in notes for name in needed - set(note["commands"])})
+    there = f"{', '.join(lacking)} missing on nodes" if lacking else "scontrol, squeue, srun are on the nodes"
     change = "PATH in setup, or bind them into the container" if lacking else ""
-    yield Row("no" if lacking else "yes", "Slurm there", said, change)
+    yield Row("no" if lacking else "yes", "Slurm there", there, change)
 
 
 def made_of(versions: Mapping[str, str]) -> dict[str, str]:
     return {name: version for name, version in versions.items() if name != "cuda"}
 
 
-def judge_gpus(asked: Request, found: Sequence[Mapping[str, Any]]) -> Iterator[Row]:
+def judge_gpus(asked: Request, notes: Sequence[Mapping[str, Any]]) -> Iterator[Row]:
     """As many as the profile says, all of one kind."""
-    yield from judge_errors(found, "gpus", "a driver that fits torch (docs/how_long.md), or leave the node out with -x")
-    count, shown = asked.asked["pretrain"].resources.gpus_per_node, [note["gpus"] for note in found if "gpus" in note]
-    kinds = sorted({f"{name} {gb:.0f} GB" for gpus in shown for name, gb in gpus})
+    yield from judge_errors(notes, "gpus", "a driver that fits torch (docs/how_long.md), or leave the node out with -x")
+    count, seen = asked.asked["pretrain"].resources.gpus_per_node, [note["gpus"] for note in notes if "gpus" in note]
+    kinds = sorted({f"{name} {gb:.0f} GB" for gpus in seen for name, gb in gpus})
     if not count and not kinds:
         return
-    numbers = sorted({len(gpus) for gpus in shown})
+    numbers = sorted({len(gpus) for gpus in seen})
     holds = numbers == [count] and (len(kinds) <= 1 or asked.allow_mixed)
-    said = f"{'-'.join(map(str, numbers))} visible to each rank, {count} asked: {', '.join(kinds) or 'none'}"
-    yield Row("yes" if holds else "no", "GPUs", said, "" if holds else "gpus_per_node, gpu_type, constraint, container")
+    text = f"{'-'.join(map(str, numbers))} visible to each rank, {count} asked: {', '.join(kinds) or 'none'}"
+    yield Row("yes" if holds else "no", "GPUs", text, "" if holds else "gpus_per_node, gpu_type, constraint, container")
 
 
 def judge_network(asked: Request, nets: Sequence[Mapping[str, Any]]) -> Iterator[Row]:
     if not nets or len(nets) == 1:
         return
     slowest = min(net["gb_s"] for net in nets)
-    said = f"all-reduce {slowest:.2f} GB/s ({nets[0]['backend']}), formed in {nets[0]['formed_s']:.1f} s"
+    rate = f"all-reduce {slowest:.2f} GB/s ({nets[0]['backend']}), formed in {nets[0]['formed_s']:.1f} s"
     declared = asked.profile.rates.get("reduce_gb_s")
     if declared and slowest < SLOW * declared:
-        yield Row("no", "network", f"{said}; [rates] says {declared:g}", "*_SOCKET_IFNAME, or reduce_gb_s by this")
+        yield Row("no", "network", f"{rate}; [rates] says {declared:g}", "*_SOCKET_IFNAME, or reduce_gb_s by this")
     else:
         note = "" if declared else f"[rates] reduce_gb_s = {slowest:.3g} lets plan count with it"
-        yield Row("yes", "network", said, note)
+        yield Row("yes", "network", rate, note)
     late_s = max(net["seen_s"] for net in nets)
     yield Row("yes" if late_s < SKEW_S else "?", "shared files", f"a peer's new file is seen within {late_s:.1f} s")
 
@@ -200,18 +200,17 @@ def judge_files(disks: Sequence[Mapping[str, float]], term: Sequence[Mapping[str
     slow = min(disk["mb_s"] for disk in disks)
     ahead = max((disk["ahead_s"] for disk in disks), key=abs)
     free = min(disk["free_gb"] for disk in disks)
-    said = f"{slow:.0f} MB/s written, synced and renamed; {free:.0f} GB free (a quota does not show)"
-    yield Row("yes", "files", said)
+    yield Row("yes", "files", f"{slow:.0f} MB/s written, synced and renamed; {free:.0f} GB free (no quota shows)")
     if abs(ahead) > SKEW_S:
         yield Row("?", "clocks", f"the file server's is {ahead:+.0f} s off a node's", "NTP; only shown times suffer")
     lived_s, save_s = min((note["lived_s"] for note in term), default=0.0), 1000 * SAVE_GB / slow
     if term and lived_s < save_s:
-        said = f"{lived_s:.0f} s from TERM to KILL, and BERT-large takes {save_s:.0f} s to save"
-        yield Row("?", "time to save", said, "checkpoint_every bounds what a preemption costs; ask for a GraceTime")
+        text = f"{lived_s:.0f} s from TERM to KILL, and BERT-large takes {save_s:.0f} s to save"
+        yield Row("?", "time to save", text, "checkpoint_every bounds what a preemption costs; ask for a GraceTime")
 
 
-def interfaces(found: Sequence[Mapping[str, Any]]) -> str:
-    common = set.intersection(*(set(note["interfaces"]) for note in found))
+def interfaces(notes: Sequence[Mapping[str, Any]]) -> str:
+    common = set.intersection(*(set(note["interfaces"]) for note in notes))
     return f"all nodes have {', '.join(sorted(common)) or 'none in common'}"
 
 

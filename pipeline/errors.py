@@ -124,8 +124,8 @@ def of_server(error: BaseException | None) -> bool:
     """Whether a file server that went away is the reason of an OSError, or of what is said of a file because of one."""
     if isinstance(error, OSError):
         return error.errno in SERVER_ERRNOS
-    said = getattr(error, "exit_code", None) in (3, CheckpointError.exit_code, StorageError.exit_code)
-    return error is not None and said and of_server(error.__cause__ or error.__context__)
+    of_ours = getattr(error, "exit_code", None) in (3, CheckpointError.exit_code, StorageError.exit_code)
+    return error is not None and of_ours and of_server(error.__cause__ or error.__context__)
 
 
 OURS = ("pipeline", "data_prep", "slurm")

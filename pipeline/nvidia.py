@@ -123,71 +123,71 @@ def arguments_of(script: str, given: Sequence[str]) -> dict[str, str]:
         at -= 1
     if len(given) > len(names):
         raise ConfigError(f"{script} takes {len(names)} arguments ({', '.join(names)}), not {len(given)}")
-    found = defaults | dict(zip(names, given, strict=False))
-    if found["precision"] not in PRECISIONS:
+    arguments = defaults | dict(zip(names, given, strict=False))
+    if arguments["precision"] not in PRECISIONS:
         raise ConfigError(
-            f"{script}: argument {at + 1} is the precision, {' or '.join(PRECISIONS)}, not {found['precision']!r}"
+            f"{script}: argument {at + 1} is the precision, {' or '.join(PRECISIONS)}, not {arguments['precision']!r}"
         )
-    return found
+    return arguments
 
 
-def finetune_command(script: str, found: dict[str, str]) -> list[str]:
+def finetune_command(script: str, arguments: dict[str, str]) -> list[str]:
     """``python -m pipeline.finetune …`` for a call of run_squad.sh or run_glue.sh."""
     squad = script == "run_squad.sh"
-    task, data = "squad" if squad else found["task"].lower().replace("-", ""), Path(found["data"])
+    task, data = "squad" if squad else arguments["task"].lower().replace("-", ""), Path(arguments["data"])
     dev = "dev_matched.tsv" if task == "mnli" else "dev.tsv"
     files = (data / "train-v1.1.json", data / "dev-v1.1.json") if squad else (data / "train.tsv", data / dev)
-    modes = {"prediction" if word == "predict" else word for word in found["mode"].split()}
+    modes = {"prediction" if word == "predict" else word for word in arguments["mode"].split()}
     mode = ",".join(word for word in ("train", "eval", "prediction") if word in modes) or "train,eval"
-    gpus, batch = whole(found, "gpus"), whole(found, "batch")
-    micro_batch = batch // whole(found, "accumulation") if not squad else batch
+    gpus, batch = whole(arguments, "gpus"), whole(arguments, "batch")
+    micro_batch = batch // whole(arguments, "accumulation") if not squad else batch
     options: dict[str, object] = {
-        "model": found["init_checkpoint"],
-        "config": found["config"],
-        "vocab": found["vocab"],
+        "model": arguments["init_checkpoint"],
+        "config": arguments["config"],
+        "vocab": arguments["vocab"],
         "train": files[0] if "train" in mode else None,
         "eval": files[1] if mode != "train" else None,
-        "out": found["out"],
+        "out": arguments["out"],
         "mode": mode,
-        "precision": PRECISIONS[found["precision"]],
+        "precision": PRECISIONS[arguments["precision"]],
         "processes": gpus,
-        "seed": whole(found, "seed"),
+        "seed": whole(arguments, "seed"),
     }
     if "train" in mode:
-        steps = whole(found, "max_steps")
+        steps = whole(arguments, "max_steps")
         options |= {
-            "epochs": whole(found, "epochs"),
+            "epochs": whole(arguments, "epochs"),
             "batch": batch * gpus,
-            "learning-rate": number(found, "learning_rate"),
-            "warmup": number(found, "warmup"),
+            "learning-rate": number(arguments, "learning_rate"),
+            "warmup": number(arguments, "warmup"),
             "max-steps": steps if steps > 0 else None,
         }
     options["micro-batch"] = micro_batch
-    if Path(found["init_checkpoint"]).is_dir():  # a Hugging Face folder knows its own
+    if Path(arguments["init_checkpoint"]).is_dir():  # a Hugging Face folder knows its own
         options |= {"config": None, "vocab": None}
     return ["pipeline.finetune", task, *flags_of(options)]
 
 
-def pretraining_command(found: dict[str, str], run: Path, data: Path | None, recipe: str) -> list[str]:
+def pretraining_command(arguments: dict[str, str], run: Path, data: Path | None, recipe: str) -> list[str]:
     """``python -m pipeline.submit …`` for a call of run_pretraining.sh."""
-    gpus = whole(found, "gpus")
+    gpus = whole(arguments, "gpus")
     settings: dict[str, object] = {
-        "train.precision": PRECISIONS[found["precision"]],
-        "train.seed": whole(found, "seed"),
-        "train.masking": found["masking"],
-        "train.checkpoint_every": whole(found, "checkpoint_every"),
+        "train.precision": PRECISIONS[arguments["precision"]],
+        "train.seed": whole(arguments, "seed"),
+        "train.masking": arguments["masking"],
+        "train.checkpoint_every": whole(arguments, "checkpoint_every"),
     }
     for phase in ("phase1", "phase2"):
-        rank_batch = whole(found, f"{phase}_batch")
+        rank_batch = whole(arguments, f"{phase}_batch")
         settings |= {
             f"{phase}.global_batch": rank_batch * gpus,
-            f"{phase}.micro_batch": max(1, rank_batch // whole(found, f"{phase}_accumulation")),
-            f"{phase}.learning_rate": number(found, f"{phase}_learning_rate"),
-            f"{phase}.warmup": number(found, f"{phase}_warmup"),
-            f"{phase}.steps": whole(found, f"{phase}_steps"),
+            f"{phase}.micro_batch": max(1, rank_batch // whole(arguments, f"{phase}_accumulation")),
+            f"{phase}.learning_rate": number(arguments, f"{phase}_learning_rate"),
+            f"{phase}.warmup": number(arguments, f"{phase}_warmup"),
+            f"{phase}.steps": whole(arguments, f"{phase}_steps"),
         }
-    if found["init_checkpoint"] not in ("None", ""):
-        settings["phase1.start"] = found["init_checkpoint"]
+    if arguments["init_checkpoint"] not in ("None", ""):
+        settings["phase1.start"] = arguments["init_checkpoint"]
     options = {"recipe": recipe, "cluster": "local", "processes": gpus, "run": run, "data": data}
     sets = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
     return ["pipeline.submit", *flags_of(options), *sets]
@@ -197,17 +197,17 @@ def flags_of(options: Mapping[str, object]) -> list[str]:
     return [word for name, value in options.items() if value is not None for word in (f"--{name}", str(value))]
 
 
-def number(found: dict[str, str], name: str) -> float:
+def number(arguments: dict[str, str], name: str) -> float:
     try:
-        return float(found[name])
+        return float(arguments[name])
     except ValueError:
-        raise ConfigError(f"{name} = {found[name]!r} is no number") from None
+        raise ConfigError(f"{name} = {arguments[name]!r} is no number") from None
 
 
-def whole(found: dict[str, str], name: str) -> int:
-    value = number(found, name)
+def whole(arguments: dict[str, str], name: str) -> int:
+    value = number(arguments, name)
     if value != int(value):
-        raise ConfigError(f"{name} = {found[name]}: a whole number is needed here")
+        raise ConfigError(f"{name} = {arguments[name]}: a whole number is needed here")
     return int(value)
 
 

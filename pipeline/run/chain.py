@@ -45,8 +45,8 @@ class Chain:
 
     def is_current(self, name: str) -> bool:
         """Whether what lies in the stage's folder, finished or not, was begun with the current fingerprint."""
-        found = self.run.stage(name).begun
-        return found is None or found.get("fingerprint") == self.prints[name]
+        begun = self.run.stage(name).begun
+        return begun is None or begun.get("fingerprint") == self.prints[name]
 
     def record(self, name: str) -> dict[str, Any]:
         """What a stage's folder says about its making: compared later to tell what changed."""

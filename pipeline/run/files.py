@@ -156,6 +156,6 @@ def patiently(work: Callable[[], T], say: Callable[[str], None], asked: Callable
 def appeared(look: Callable[[], T | None], timeout_s: float) -> T | None:
     """What ``look`` finds once it is there, for one that waits alone; None after ``timeout_s``."""
     deadline = time.monotonic() + timeout_s
-    while (found := look()) is None and time.monotonic() < deadline:
+    while (value := look()) is None and time.monotonic() < deadline:
         time.sleep(0.02)
-    return found
+    return value

@@ -34,10 +34,10 @@ def _slow(events: list[Event]) -> str:
     worst = max((event["ratio"] for event in events if is_number(event.get("ratio"))), default=None)
     often = len(events) > 1
     took = f"took {'at worst ' if often else ''}{number(worst, 2)} times as long as the others"
-    said = took if worst is not None else "was slow"
+    slowness = took if worst is not None else "was slow"
     more = f", in {len(events)} reports" if often else ""
     host = short_host(first.get("host", "?"))
-    return f"{first.get('stage', '?')}, {steps}: rank {first.get('rank', '?')} on {host} {said}{more}"
+    return f"{first.get('stage', '?')}, {steps}: rank {first.get('rank', '?')} on {host} {slowness}{more}"
 
 
 def _span(events: list[Event]) -> str:

@@ -184,13 +184,13 @@ class StageDir:
     def attempts(self) -> list[Attempt]:
         """All attempts, oldest first."""
         folder = self.path / "attempts"
-        found = []
+        numbered = []
         if folder.is_dir():
             with os.scandir(folder) as entries:
-                found = sorted((e.name, e.inode()) for e in entries if re.fullmatch("[0-9]{4,9}", e.name))
+                numbered = sorted((e.name, e.inode()) for e in entries if re.fullmatch("[0-9]{4,9}", e.name))
         return [
-            *(_past(folder / name, inode) for name, inode in found[:-1]),
-            *(Attempt(folder / n) for n, _ in found[-1:]),
+            *(_past(folder / name, inode) for name, inode in numbered[:-1]),
+            *(Attempt(folder / n) for n, _ in numbered[-1:]),
         ]
 
     def new_attempt(self, launch: str, **place: str | int) -> Attempt:
@@ -272,24 +272,24 @@ class RunDir:
     @property
     def settings(self) -> dict[str, Any]:
         """run.json: resolved recipe and profile, versions, commit, data files. ConfigError when it is not a run."""
-        found = read_json(self.path / "run.json")
-        if found is None:
+        settings = read_json(self.path / "run.json")
+        if settings is None:
             raise ConfigError(
                 f"{self.path}: not a run (no readable run.json); start one with "
                 f"python -m pipeline.submit --recipe R --cluster C --run {self.path}"
             )
-        odd = [key for key, kind in SETTINGS.items() if key in found and not isinstance(found[key], kind)]
+        odd = [key for key, kind in SETTINGS.items() if key in settings and not isinstance(settings[key], kind)]
         odd += (
             [
                 f"corpora.{name}"
-                for name, facts in dict(found.get("corpora") or {}).items()
+                for name, facts in dict(settings.get("corpora") or {}).items()
                 if not isinstance(facts, dict)
             ]
             if not odd
             else []
         )
         self._refuse(odd)
-        return found
+        return settings
 
     @property
     def whole_settings(self) -> dict[str, Any]:
