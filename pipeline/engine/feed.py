@@ -44,7 +44,7 @@ class Batch:
 
 
 class Feed:
-    """The batches of one rank from ``first`` on. ``with Feed(…) as feed: for fed in feed.micro_batches(batch): …``."""
+    """The batches of one rank from ``first`` on: each `batch`, then its micro-batches one by one."""
 
     def __init__(self, task: Task, rank: int, world_size: int, device: torch.device, first: int) -> None:
         self.task, self.rank, self.world_size, self.device = task, rank, world_size, device

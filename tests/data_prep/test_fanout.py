@@ -27,6 +27,8 @@ from data_prep import fanout, liveness
 from data_prep.errors import DataError
 from data_prep.fanout import EXCHANGE, by_mpi, run_all, tasks
 
+pytestmark = pytest.mark.slow  # it starts workers
+
 REPOSITORY = Path(__file__).parents[2]
 
 
@@ -310,7 +312,6 @@ def test_a_task_that_was_stopped_while_it_showed_its_life_is_named(
         fanout._read_when_there(tmp_path / "shared-1-1.json", 1)
 
 
-@pytest.mark.slow
 def test_a_stopped_task_of_srun_is_named(tmp_path: Path) -> None:
     (tmp_path / "exchange").mkdir()
     program = (

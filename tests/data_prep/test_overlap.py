@@ -64,6 +64,7 @@ def evaluation(folder: Path, train: list[str], test: list[str]) -> list[Path]:
     return [squad, table]
 
 
+@pytest.mark.slow
 def test_what_is_trained_on_is_found_whatever_its_form(
     corpus: tuple[Path, list[str], list[str]], tmp_path: Path
 ) -> None:

@@ -109,6 +109,7 @@ def test_second_run_needs_no_network(sample_dir: Path, monkeypatch: pytest.Monke
     assert lines == [f"{sample_dir}: already there and whole"]
 
 
+@pytest.mark.slow
 def test_without_a_network_nothing_is_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -121,6 +122,7 @@ def test_without_a_network_nothing_is_left(
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
+@pytest.mark.slow
 def test_another_archive_of_that_name_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -156,6 +158,7 @@ def tar(files: dict[str, bytes]) -> bytes:
     return buffer.getvalue()
 
 
+@pytest.mark.slow
 def test_members_come_out_of_wheels_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wheel = tmp_path / "mirror" / "gensim-4.4.0-py3-none-any.whl"
     make_wheel(wheel, {"gensim/x": b"text"})

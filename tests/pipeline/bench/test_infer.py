@@ -119,6 +119,7 @@ def test_both_engines_go_the_whole_way_on_the_same_inputs(model: Path, text: Pat
         assert all(a in context for a, (_, context) in zip(first, work.pairs, strict=True) if a != "empty")
 
 
+@pytest.mark.slow
 def test_every_row_says_what_was_measured(model: Path, text: Path) -> None:
     job = Lines()
     result = run(job, config=SMALL, model=model, text=text)

@@ -118,6 +118,7 @@ AMOUNTING = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", AMOUNTING)
 @settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=TEXT)

@@ -54,6 +54,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_scores_stand_beside_their_baselines(tmp_path: Path, model: Path) -> None:
     data, config = examples(tmp_path, "mrpc"), replace(config_of("mrpc"), epochs=1)
     given = {"task": "mrpc", "config": config, "model": model, "train": data, "eval": data}

@@ -28,6 +28,8 @@ from pipeline.run.files import read_jsonl
 from pipeline.run.rundir import RunDir
 from support.toys import NOUNS, config_of, examples, write_model
 
+pytestmark = pytest.mark.slow  # small trainings
+
 ALONE = Ranks(0, 1, None, torch.device("cpu"))
 
 
@@ -313,7 +315,6 @@ def test_bf16_learns_too_and_a_cpu_that_imitates_it_says_so(
     assert imitated or result["scores"]["accuracy"] > 90
 
 
-@pytest.mark.slow
 def test_fp16_scales_its_loss_and_skips_what_overflows(
     tmp_path: Path, sober: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -184,6 +184,7 @@ def test_attempts_are_laid_end_to_end(tmp_path):
     assert (first[0], first[-1], second[0], second[-1]) == (0, 100, 100, 159)
 
 
+@pytest.mark.slow
 def test_much_is_read_in_strides_that_meet_every_gpu(tmp_path):
     chain = begin(tmp_path / "run")
     attempt = start(chain, "phase1")
