@@ -26,7 +26,7 @@ RECIPES = Path(__file__).parent / "recipes"
 T = TypeVar("T")
 TASKS = ("squad", "mrpc", "sst2")
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
-# auto: bf16 where this machine has a GPU or a CPU that multiplies it, else fp32; a loaded recipe says which.
+# auto: bf16 with GPUs, there or here, or a CPU here that multiplies it, else fp32; a loaded recipe says which.
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
 
 
@@ -235,12 +235,12 @@ class Recipe:
     inference: InferenceConfig | None = None
 
 
-def load_recipe(name: str, settings: Iterable[str] = ()) -> Recipe:
+def load_recipe(name: str, settings: Iterable[str] = (), *, gpus: bool = False) -> Recipe:
     """Recipe from a TOML file (a path, or a name in pipeline/recipes) with ``--set key=value`` settings applied.
 
-    Raises ConfigError with one line for each error.
+    ``gpus``: it is for machines that have some. Raises ConfigError with one line for each error.
     """
-    return _sound(read_toml(Recipe, name, RECIPES, "recipe", settings), name)
+    return _sound(read_toml(Recipe, name, RECIPES, "recipe", settings), name, gpus=gpus)
 
 
 def load_profile(name: str) -> Profile:
@@ -269,7 +269,7 @@ def _warn_once(line: str) -> None:
     print(line, file=sys.stderr)
 
 
-def _sound(loaded: T, origin: str) -> T:
+def _sound(loaded: T, origin: str, *, gpus: bool = False) -> T:
     """A recipe without contradictions, without the phases that a later one's ``start`` makes useless, without auto."""
     if not isinstance(loaded, Recipe):
         return loaded
@@ -277,7 +277,7 @@ def _sound(loaded: T, origin: str) -> T:
     names = list(loaded.phases)
     first = max((names.index(name) for name, phase in loaded.phases.items() if phase.start), default=0)
     tables = {name: getattr(loaded, name) for name in ("train", *TASKS, "inference")}
-    precision = "bf16" if Path("/dev/nvidia0").exists() or computes_bf16() else "fp32"
+    precision = "bf16" if gpus or Path("/dev/nvidia0").exists() or computes_bf16() else "fp32"
     chosen = {name: dataclasses.replace(table, precision=precision) for name, table in tables.items()
               if table is not None and table.precision == "auto"}  # fmt: skip
     return dataclasses.replace(loaded, phases={name: loaded.phases[name] for name in names[first:]}, **chosen)

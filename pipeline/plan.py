@@ -62,7 +62,8 @@ def main() -> int:
     parser.add_argument("--ranks", action="store_true", help="with --json: the batch of every rank")
     arguments = parser.parse_args()
     settings = arguments.settings + ([f'train.precision="{arguments.precision}"'] if arguments.precision else [])
-    recipe, profile = load_recipe(arguments.recipe, settings), load_profile(arguments.cluster)
+    profile = load_profile(arguments.cluster)
+    recipe = load_recipe(arguments.recipe, settings, gpus=profile.gpus_per_node > 0)
     counts = node_counts(arguments.nodes)
     rates = estimate.declared(recipe, profile)
     if arguments.rates:

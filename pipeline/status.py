@@ -66,7 +66,7 @@ def show_family(runs: Sequence[RunDir], parser: argparse.ArgumentParser, given: 
 
     def lines() -> tuple[list[str], bool]:
         looks = [look(run, short=True) for run in runs]
-        return [line for found, _ in looks for line in found], any(more for _, more in looks)
+        return [line for own, _ in looks for line in own], any(more for _, more in looks)
 
     if given.watch:
         watch(lines)
@@ -82,21 +82,16 @@ def look(run: RunDir, short: bool) -> tuple[list[str], bool]:
     more = any(goes_on(row) for row in rows)
     if short:
         return [short_line(run.path.resolve().name, rows, silent)], more
+    times = [f"{row['duration_s']:.1f} s" if "duration_s" in row else "" for row in rows]
     cells = [
-        (
-            row["name"],
-            row["state"],
-            row.get("job", ""),
-            f"{row['duration_s']:.1f} s" if "duration_s" in row else "",
-            row.get("reason", ""),
-        )
-        for row in rows
+        (row["name"], row["state"], row.get("job", ""), took, row.get("reason", ""))
+        for row, took in zip(rows, times, strict=True)
     ]
     lines = columns([cell if sent else (*cell[:2], *cell[3:]) for cell in cells], right=(2, 3) if sent else (2,))
     lines += [f"! {line}" for line in incidents(events_of(run))[-MOST_INCIDENTS:]]
     stages = Chain.of(run).stages
-    if times := account_of(run, rows):
-        lines.append(time_line(times, trained=any(stages[name].has_steps for name in times.stages)))
+    if spent := account_of(run, rows):
+        lines.append(time_line(spent, trained=any(stages[name].has_steps for name in spent.stages)))
     ended = {row["state"] for row in rows} & {"failed", "cancelled"}
     if ended and not more:
         lines.append(f"{'mend what failed, then ' if 'failed' in ended else ''}go on:  {again(run)}")

@@ -71,7 +71,6 @@ def write_recipe(
     count = sum(len(files_in(text)) if text.is_dir() else FEW_TEXTS for text in texts)
     gpu = bool(profile.gpus_per_node) or Path("/dev/nvidia0").exists()
     base = "further" if start else "standard" if gpu and size >= STANDARD_BYTES else "small"
-    precision = {("small", True): "bf16", ("further", False): "auto"}.get((base, gpu))  # else as the base says
     english = code.partition("-")[0] == "en"
     tables: dict[str, dict[str, Any]] = {
         "model": model.get("model", {}),
@@ -84,7 +83,6 @@ def write_recipe(
             "test_shards": min(8, max(1, round(size / SHARD_BYTES / 16))),
             **({"test_fraction": round(min(0.5, max(0.1, 6 / count)), 2)} if count < FEW_TEXTS else {}),
         },
-        "train": {"precision": precision} if precision else {},
         "phase1": model.get("phase1", {}),
     }
     path = run.path / "recipe.toml"

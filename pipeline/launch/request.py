@@ -105,11 +105,12 @@ def of(words: Sequence[str], command: Sequence[str] | None = None) -> Request:
     if not stored and (not (given.recipe or command) or given.cluster is None):
         raise ConfigError(f"{run.path} is not a run yet: name {options.needed}")
     origin = str(run.path / "run.json")
+    profile = load_profile(given.cluster) if given.cluster is not None else restore(Profile, stored["profile"], origin)
     recipe: Recipe | Command
     if command:
         recipe = Command(command=tuple(command), saves=_saves(run, stored, given.saves))
     elif given.recipe is not None:
-        recipe = load_recipe(given.recipe, given.settings)
+        recipe = load_recipe(given.recipe, given.settings, gpus=profile.gpus_per_node > 0)
     else:
         recipe = recipe_of(stored, origin, given.settings)
     if not given.replace:
@@ -118,7 +119,6 @@ def of(words: Sequence[str], command: Sequence[str] | None = None) -> Request:
         given.data = run.data_dir if command is None else Path.cwd()
     elif command is not None:
         raise ConfigError(f"{run.path} is a run of recipe {recipe.name!r}: go on with python -m pipeline.submit")
-    profile = load_profile(given.cluster) if given.cluster is not None else restore(Profile, stored["profile"], origin)
     if given.processes is not None:
         if given.processes < 1:
             raise ConfigError(f"--processes {given.processes}: must be at least 1")

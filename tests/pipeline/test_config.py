@@ -271,6 +271,7 @@ def test_auto_is_what_this_cpu_multiplies_in_every_table(monkeypatch, able, prec
     assert {table.precision for table in tables} == {precision}
     asked = load_recipe("tiny", ["train.precision=fp32", "squad.precision=auto"])
     assert (asked.train.precision, asked.squad.precision) == ("fp32", precision)
+    assert load_recipe("tiny", gpus=True).train.precision == "bf16"
 
 
 def test_whether_this_cpu_multiplies_bf16_is_known():
