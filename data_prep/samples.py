@@ -30,7 +30,7 @@ from data_prep.wordpiece import Encoder, Vocabulary, unknown_note
 SPLITS = ("train", "test")
 BLOCK_BYTES = 12_000_000  # of text: with its samples a worker stays below 600 MB
 BLOCK_DUPLICATES = 10
-FEW_BYTES = 1_000_000_000  # are verified before as many processes as there are workers have begun
+CHUNK_BYTES = 1 << 18  # of text
 
 
 @dataclass(frozen=True)
@@ -114,12 +114,12 @@ def run(
     vocabulary = Vocabulary.load(vocab)
     vocabulary.check_case(lowercase, vocab)
     source = manifest.read_manifest(shards)
-    readers = job.workers if sum(entry["bytes"] for entry in source["shards"]) > FEW_BYTES else 1
     blocks = [
         Block(**block)
-        for row in run_all(functools.partial(_blocks, shards, settings), source["shards"], readers)
+        for row in run_all(functools.partial(_blocks, shards, settings), source["shards"], job.workers)
         for block in row
     ]
+    _encoder(vocab, vocabulary.sha256, lowercase, strip_accents)  # once, for all workers that begin as forks
     made = run_all(
         functools.partial(_make, shards, job.out, settings, vocabulary.sha256),
         blocks,
