@@ -245,14 +245,9 @@ def _read_when_there(path: Path, rank: int) -> Any:
 
 
 def _over_processes(
-    function: Callable[[Item], Any],
-    items: Sequence[Item],
-    order: list[int],
-    workers: int,
-    progress: Progress | None,
+    function: Callable[[Item], Any], items: Sequence[Item], order: list[int], workers: int, progress: Progress | None
 ) -> list[Outcome]:
-    # spawn: safe whatever threads this process runs (progress bars, Rust pools)
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork") if _is_one_thread() else multiprocessing.get_context("spawn")
     outcomes: list[Outcome] = [[] for _ in items]
     waiting = order[::-1]
     busy: dict[Connection, tuple[BaseProcess, int]] = {}
@@ -297,6 +292,16 @@ def _over_processes(
             process.kill()  # they hold nothing: every file is published whole or not at all
         for process in processes:
             process.join()
+
+
+def _is_one_thread() -> bool:
+    """Whether workers may begin as forks, with all that is imported and read: no other thread holds a lock."""
+    if sys.platform != "linux" or threading.active_count() > 1:
+        return False
+    if (first := os.fork()) == 0:  # before any fork OpenBLAS ends its threads
+        os._exit(0)
+    os.waitpid(first, 0)
+    return len(os.listdir("/proc/self/task")) == 1
 
 
 def _who(process: BaseProcess, index: int, items: Sequence[Any]) -> str:

@@ -150,16 +150,8 @@ def load(folder: Path, split: str) -> SampleSet:
             ShardFile(path, split, entry["rows"], entry["tokens"], entry["bytes"], entry["sha256"])
             for path, entry in zip(verify(folder, entries, digests=False), entries, strict=True)
         )
-        return SampleSet(
-            folder,
-            manifest["seq_len"],
-            manifest["vocab_size"],
-            manifest["vocab_sha256"],
-            manifest["seed"],
-            manifest["special"],
-            shards,
-            data_sha256(manifest),
-        )
+        facts = {key: manifest[key] for key in ("seq_len", "vocab_size", "vocab_sha256", "seed", "special")}
+        return SampleSet(folder=folder, **facts, shards=shards, sha256=data_sha256(manifest))
     except KeyError as error:
         raise DataError(f"{folder / NAME} lacks {error}: it is not the manifest of a samples folder") from None
     except (TypeError, ValueError) as error:

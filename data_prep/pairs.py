@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from data_prep.splitmix import Ints, Keys, below, bits, derived, mix, uniform
 
 SPECIAL_TOKENS = 3  # [CLS], [SEP], [SEP]
-BLOCK = 2048
+BLOCK = 2048  # parts
+AHEAD = 1 << 14  # draws that are made together, for some steps
 PURPOSES = np.arange(4)[:, None]
 """the draws of one step of one document: where A ends, whether B is random, its document, its first sentence"""
 HALF = np.uint64(1 << 63)
@@ -57,20 +58,29 @@ def draw_pairs(sentence_offsets: Ints, document_offsets: Ints, limit: int, short
     streams = derived(np.repeat(keys, count), documents + 1)
     for_short, for_target = bits(mix(streams), PURPOSES[:2])
     targets = np.where(uniform(for_short) < short_seq_prob, 2 + below(for_target, limit - 1), np.int64(limit))
-    active = np.arange(len(streams))
-    at = document_offsets[documents]
+    # reached[place] is np.searchsorted(sentence_offsets, place)
+    gaps = np.diff(sentence_offsets, prepend=-1, append=sentence_offsets[-1] + limit)
+    reached = np.repeat(np.arange(len(gaps)), gaps)
+    active, at, last = np.arange(len(streams)), document_offsets[documents], document_offsets[documents + 1]
     steps: list[tuple[NDArray[Any], ...]] = []
+    known = 0  # steps whose bits are drawn
     while len(active):  # many steps of few documents, so nothing is done here that the next step does not ask for
-        last = document_offsets[documents[active] + 1]
-        stop = np.minimum(np.searchsorted(sentence_offsets, sentence_offsets[at] + targets[active]), last)
+        if len(steps) == known:
+            known += max(1, AHEAD // len(active))
+            counters = 4 * np.arange(len(steps), known)[:, None, None] + PURPOSES[:2]
+            for_cut, for_next = bits(streams[active], counters).swapaxes(0, 1)
+            ahead = zip((for_cut >> np.uint64(32)).astype(np.int64), for_next < HALF, strict=True)
+            target, place = targets[active], np.arange(len(active))
+        for_cut, is_random = next(ahead)
+        stop = np.minimum(reached[sentence_offsets[at] + target], last)
         last_cut = stop - at - 1
-        for_cut, for_next = bits(streams[active], 4 * len(steps) + PURPOSES[:2])
-        cut = at + 1 + below(for_cut, np.maximum(last_cut, 1))
-        random_next = (last_cut == 0) | (for_next < HALF)
+        cut = at + 1 + (for_cut[place] * last_cut >> 32)  # as `below` has it
+        random_next = (last_cut == 0) | is_random[place]
         steps.append((active, at, cut, stop, random_next))
         at = np.where(random_next, cut, stop)
         unfinished = at < last
-        active, at = active[unfinished], at[unfinished]
+        if not unfinished.all():
+            active, at, last, target, place = (row[unfinished] for row in (active, at, last, target, place))
     numbers = np.repeat(np.arange(len(steps)), [len(step[0]) for step in steps])
     columns = [numbers, *(np.concatenate(column) for column in zip(*steps, strict=True))]
     order = np.argsort(columns[1], kind="stable")
@@ -87,7 +97,7 @@ def draw_pairs(sentence_offsets: Ints, document_offsets: Ints, limit: int, short
     begin = first + below(for_start, last - first)
     need = np.maximum(1, targets[active[drawn]] - a_length[drawn])
     b_first[drawn] = begin
-    b_last[drawn] = np.minimum(np.searchsorted(sentence_offsets, sentence_offsets[begin] + need), last)
+    b_last[drawn] = np.minimum(reached[sentence_offsets[begin] + need], last)
     b_start = sentence_offsets[b_first]
     return Pairs(
         a_start,
@@ -180,21 +190,26 @@ def assemble(
     Returns the tokens ``[T]`` in the dtype of ``tokens``, ``offsets [N + 1]``, and where B begins inside each
     sample, ``[N]``: at its end, where there is none.
     """
-    count = len(pairs.a_start)
-    source = np.concatenate([tokens, np.array([cls_id, sep_id], tokens.dtype)])
-    has_b = (pairs.b_length > 0).astype(np.int64)
-    ends = np.cumsum(pairs.a_length + pairs.b_length + SPECIAL_TOKENS - 1 + has_b)
+    ends = np.cumsum(pairs.a_length + pairs.b_length + SPECIAL_TOKENS - (pairs.b_length == 0))
     offsets = np.concatenate([np.zeros(1, np.int64), ends])
-    made = np.empty(int(offsets[-1]), tokens.dtype)
-    ramp = np.arange(BLOCK * int(np.diff(offsets).max(initial=0)))
-    for first in range(0, count, BLOCK):  # the index of one block stays in the cache
-        block = slice(first, first + BLOCK)
-        one = np.ones(len(pairs.a_start[block]), np.int64)
-        cls_at, sep_at = one * len(tokens), one * (len(tokens) + 1)
-        starts = np.stack([cls_at, pairs.a_start[block], sep_at, pairs.b_start[block], sep_at], axis=1).ravel()
-        lengths = np.stack([one, pairs.a_length[block], one, pairs.b_length[block], has_b[block]], axis=1).ravel()
-        piece_ends = np.cumsum(lengths)
-        index = np.repeat(starts - (piece_ends - lengths), lengths)
-        index += ramp[: len(index)]
-        np.take(source, index, out=made[offsets[first] : offsets[first] + len(index)], mode="clip")
-    return made, offsets, pairs.a_length + 2
+    sep_at = offsets[:-1] + 1 + pairs.a_length
+    source = np.stack([pairs.a_start, pairs.b_start], axis=1).ravel()
+    target = np.stack([offsets[:-1] + 1, sep_at + 1], axis=1).ravel()
+    # not token by token but in words of several: words[i] is tokens[i : i + wide]
+    wide = 8 // tokens.itemsize
+    padded = np.append(tokens, np.zeros(wide, tokens.dtype))
+    words = np.ndarray(len(tokens), np.uint64, padded.data, 0, padded.strides).copy()
+    # a word goes on with the part that its first token belongs to; parts that begin inside of it are mended below
+    first = np.concatenate([np.zeros(1, np.int64), -(-target[1:] // wide), -(-offsets[-1:] // wide)])
+    made = np.empty(first[-1] + 2, np.uint64)
+    for part in range(0, len(target), BLOCK):  # the index of some parts stays in the cache
+        block = slice(part, part + BLOCK)
+        begin, *_, end = first[part : part + BLOCK + 1].tolist()
+        index = np.repeat(source[block] - target[block], np.diff(first[part : part + BLOCK + 1]))
+        index += np.arange(wide * begin, wide * end, wide)
+        np.take(words, index, out=made[begin:end], mode="clip")
+    tokens = made.view(tokens.dtype)
+    for place in reversed(range(wide - 1)):
+        tokens[target + place] = padded[source + place]
+    tokens[offsets[:-1]], tokens[sep_at], tokens[ends - 1] = cls_id, sep_id, sep_id
+    return tokens[: offsets[-1]], offsets, pairs.a_length + 2

@@ -30,7 +30,7 @@ from data_prep.wordpiece import Encoder, Vocabulary, unknown_note
 SPLITS = ("train", "test")
 BLOCK_BYTES = 12_000_000  # of text: with its samples a worker stays below 600 MB
 BLOCK_DUPLICATES = 10
-FEW_BYTES = 1_000_000_000  # are verified before as many processes as there are workers have begun
+CHUNK_BYTES = 1 << 18  # of text
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Text:
     """A tokenised text shard: sentences end to end in ``tokens``, cut by ``sentence_offsets [n + 1]``; document d
     begins with sentence ``document_offsets[d]`` and is block ``document_numbers[d]`` of the file."""
 
-    tokens: NDArray[np.uint32]
+    tokens: NDArray[np.unsignedinteger]
     sentence_offsets: Ints
     document_offsets: Ints
     document_numbers: Ints
@@ -114,12 +114,12 @@ def run(
     vocabulary = Vocabulary.load(vocab)
     vocabulary.check_case(lowercase, vocab)
     source = manifest.read_manifest(shards)
-    readers = job.workers if sum(entry["bytes"] for entry in source["shards"]) > FEW_BYTES else 1
     blocks = [
         Block(**block)
-        for row in run_all(functools.partial(_blocks, shards, settings), source["shards"], readers)
+        for row in run_all(functools.partial(_blocks, shards, settings), source["shards"], job.workers)
         for block in row
     ]
+    _encoder(vocab, vocabulary.sha256, lowercase, strip_accents)  # once, for all workers that begin as forks
     made = run_all(
         functools.partial(_make, shards, job.out, settings, vocabulary.sha256),
         blocks,
@@ -178,7 +178,7 @@ def make_samples(
     draw = draw_pairs if settings.pairs else draw_singles
     pairs = draw(text.sentence_offsets, text.document_offsets, limit, settings.short_seq_prob, np.concatenate(keys))
     tokens, offsets, b_start = assemble(
-        text.tokens.astype(token_dtype(vocabulary.size)),
+        text.tokens,
         truncate(pairs, limit) if settings.pairs else pairs,
         vocabulary.special["cls"],
         vocabulary.special["sep"],
@@ -203,18 +203,24 @@ def tokenise(content: bytes, encoder: Encoder, limit: int, first_document: int =
     become [UNK], so that every sample has exactly the three special tokens of its form. A sentence over ``limit``
     tokens is cut into several, so that none of its words is lost to truncation.
     """
-    special = encoder.vocabulary.special
-    lines = content.removesuffix(b"\n\n").split(b"\n")
-    tokens, line_offsets = encoder.encode(lines)
-    forged = (tokens == special["cls"]) | (tokens == special["sep"])
-    tokens = np.where(forged, np.uint32(special["unk"]), tokens)
-    blank = ~np.fromiter(map(bool, lines), bool, len(lines))
-    lengths = np.diff(line_offsets)
+    special, dtype = encoder.vocabulary.special, token_dtype(encoder.vocabulary.size)
+    parts, at, size = [], 0, len(content.removesuffix(b"\n\n"))
+    while at <= size:  # some lines at a time: their objects and tokens stay in the cache
+        end = content.find(b"\n", at + CHUNK_BYTES, size)
+        end = size if end < 0 else end
+        lines = content[at:end].split(b"\n")
+        ids, ends = encoder.encode(lines)
+        blank = np.diff(ends) == 0
+        blank[blank] = [not lines[number] for number in np.flatnonzero(blank).tolist()]
+        parts.append((ids.astype(dtype), np.diff(ends), blank))
+        at = end + 1
+    tokens, lengths, blank = map(np.concatenate, zip(*parts, strict=True))
+    tokens[(tokens == special["cls"]) | (tokens == special["sep"])] = special["unk"]
     document_of_line = np.cumsum(blank)
     sentences = np.flatnonzero(lengths)
     document_numbers, first = np.unique(document_of_line[sentences], return_index=True)
     documents = int(blank.sum()) + 1
-    offsets = np.append(line_offsets[sentences], len(tokens))
+    offsets = np.append((np.cumsum(lengths) - lengths)[sentences], len(tokens))
     document_offsets = np.append(first, len(sentences))
     cuts = cut_places(tokens, offsets, limit, encoder.vocabulary.continuing)
     return Text(
@@ -234,7 +240,7 @@ def tokenise(content: bytes, encoder: Encoder, limit: int, first_document: int =
     )
 
 
-def cut_places(tokens: NDArray[np.uint32], offsets: Ints, limit: int, continuing: NDArray[np.bool_]) -> Ints:
+def cut_places(tokens: NDArray[np.unsignedinteger], offsets: Ints, limit: int, continuing: NDArray[np.bool_]) -> Ints:
     """Where sentences over ``limit`` tokens are cut, ascending places in ``tokens``; before a word where there is one.
 
     Two pieces together have ``limit`` tokens, so they fill one sample, and one with a random next sentence is kept

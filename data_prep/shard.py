@@ -112,7 +112,7 @@ def run(
         + f"; {repeated['test_lines_in_train']} of {repeated['test_lines']} long lines held out are in training, too"
     )
     job.say(said)
-    indexes = {name: np.load(_index_path(job.out, name, chosen=True)) for name in names}
+    indexes = {name: np.load(_path(job.out, name, "chosen")) for name in names}
     if replay:
         unused = sum(int((index["split"] == UNUSED).sum()) for index in indexes.values())
         full = "" if unused else f": there is no more, data.replay_share = {replay_share:g} may not be reached"
@@ -201,18 +201,11 @@ def plan(indexes: dict[str, NDArray[Any]], split: Split, shards: int) -> list[Sh
     ]
 
 
-def _index_path(out: Path, name: str, *, chosen: bool = False) -> Path:
-    """INDEX of a documents file: of all its documents, or of those ``chosen`` after repetitions were left out."""
-    return out / f".{name}.{'chosen' if chosen else 'index'}.npy"
-
-
-def _rows_path(out: Path, name: str) -> Path:
-    return out / f".{name}.rows.npy"
-
-
-def _lines_path(out: Path, name: str) -> Path:
-    """Numbers of the long lines of a documents file that are left out, ascending."""
-    return out / f".{name}.repeated.npy"
+def _path(out: Path, name: str, what: str) -> Path:
+    """What is kept of a documents file: the INDEX ("index") of all its documents, of those "chosen" after repetitions
+    were left out, the "rows" of `repeats`, the numbers of its long lines left out as "repeated", ascending.
+    """
+    return out / f".{name}.{what}.npy"
 
 
 def _index(
@@ -220,7 +213,7 @@ def _index(
 ) -> dict[str, int]:
     """First pass over one documents file: where each document starts, its bytes of text, its split."""
     name = str(entry["file"])
-    path = _index_path(out, name)
+    path = _path(out, name, "index")
     if (facts := manifest.noted(path, identity)) is not None:
         return facts
     manifest.verify(documents, [entry])
@@ -246,7 +239,7 @@ def _index(
     index = np.empty(len(offsets), INDEX)
     index["offset"], index["bytes"], index["split"], index["lines"] = offsets, sizes, splits, lines
     index["draw"] = draws
-    _publish(_rows_path(out, name), repeats.rows(whole + long, sizes + long_sizes))
+    _publish(_path(out, name, "rows"), repeats.rows(whole + long, sizes + long_sizes))
     _publish(path, index)
     facts = {"documents": len(index), "skipped_empty": int((index["split"] == EMPTY).sum())}
     manifest.note(path, identity, facts)
@@ -264,10 +257,10 @@ def _select(out: Path, deduplicate: bool, share: float, names: Sequence[str]) ->
 
     Writes for each file its index with those marked that are left out, and the numbers of its lines that are.
     """
-    loaded = {name: np.load(_index_path(out, name)) for name in names}
+    loaded = {name: np.load(_path(out, name, "index")) for name in names}
     names = sorted(names, key=lambda name: bool((loaded[name]["split"] == REPLAY).any()))  # one's own text is kept
     indexes = [loaded[name] for name in names]
-    rows = [np.load(_rows_path(out, name), mmap_mode="r") for name in names]
+    rows = [np.load(_path(out, name, "rows"), mmap_mode="r") for name in names]
     splits = [np.where(index["split"] == REPLAY, 0, index["split"]) for index in indexes]
     found, documents, lines = repeats.find(splits, [index["lines"] for index in indexes], rows)
     if not deduplicate:
@@ -279,13 +272,13 @@ def _select(out: Path, deduplicate: bool, share: float, names: Sequence[str]) ->
         np.subtract.at(index["bytes"], owner, row["bytes"][len(index) + again].astype(np.int64) + 1)
         nothing_left = (index["split"] != EMPTY) & (index["bytes"] <= 0)
         index["split"][documents[document : (document := document + len(index))] | nothing_left] = REPEATED
-        _publish(_lines_path(out, name), again)
+        _publish(_path(out, name, "repeated"), again)
     bound = replay_bound(indexes, share)
     for name, index in zip(names, indexes, strict=True):
         general = index["split"] == REPLAY
         taken = general & (index["draw"].astype(np.int64) < bound)
         index["split"][general], index["split"][taken] = UNUSED, 0
-        _publish(_index_path(out, name, chosen=True), index)
+        _publish(_path(out, name, "chosen"), index)
     return found
 
 
@@ -307,8 +300,8 @@ def _documents(folder: Path, out: Path, split: Split, spans: Sequence[Span]) -> 
     """Texts of the spans' documents that belong to ``split``, without lines that are left out; one at a time."""
     wanted = SPLITS.index(split)
     for span in spans:
-        index = np.load(_index_path(out, span.file, chosen=True), mmap_mode="r")
-        repeated = set(np.load(_lines_path(out, span.file)).tolist())
+        index = np.load(_path(out, span.file, "chosen"), mmap_mode="r")
+        repeated = set(np.load(_path(out, span.file, "repeated")).tolist())
         first_line = np.cumsum(index["lines"], dtype=np.int64) - index["lines"]
         numbers = span.first + np.flatnonzero(index["split"][span.first : span.last] == wanted)
         origin, position = folder / span.file, -1

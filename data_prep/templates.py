@@ -180,7 +180,4 @@ _PATTERNS = [
 ]
 _ENDS_TABLE = frozenset(_names(_DATA["ends_table"]))
 _SPOKEN = tuple(name.rstrip("*") for name in _names(_DATA["spoken"]))
-_UNITS = {
-    **{unit: unit for unit in _names(_DATA["units"].pop("as_written"))},
-    **_DATA["units"],
-}
+_UNITS = {**{unit: unit for unit in _names(_DATA["units"].pop("as_written"))}, **_DATA["units"]}

@@ -123,13 +123,7 @@ def _bare(ids: NDArray[np.int64], lengths: Ints, vocabulary: Vocabulary) -> tupl
 
 
 def _shard(
-    ids: NDArray[np.int64],
-    starts: Ints,
-    lengths: Ints,
-    numbers: Ints,
-    seq_len: int,
-    vocabulary: Vocabulary,
-    seed: int,
+    ids: NDArray[np.int64], starts: Ints, lengths: Ints, numbers: Ints, seq_len: int, vocabulary: Vocabulary, seed: int
 ) -> tuple[Shard, int]:
     """Samples of the sequences ``numbers`` of a file, and how many of these are too short for one."""
     begin, end = ([vocabulary.special[name]] if name in vocabulary.special else [] for name in ("cls", "sep"))

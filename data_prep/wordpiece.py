@@ -159,10 +159,9 @@ class Encoder:
         return [self.vocabulary.tokens[number] for number in ids.tolist()]
 
     def _encode_slowly(self, texts: Sequence[str]) -> Ragged:
-        rows = [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
-        offsets = np.zeros(len(rows) + 1, np.int64)
-        np.cumsum([len(row) for row in rows], out=offsets[1:])
-        return np.fromiter((number for row in rows for number in row), np.uint32, offsets[-1]), offsets
+        # not encode_batch, which leaves threads behind: workers begin as forks only where there are none
+        rows = [self._tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
+        return np.fromiter(itertools.chain.from_iterable(rows), np.uint32), np.cumsum([0, *map(len, rows)])
 
     def _encode_by_words(self, texts: Texts) -> Ragged:
         """As ``_encode_slowly``; each word between blanks (U+0020, which BERT never joins over) is encoded once."""

@@ -56,7 +56,6 @@ ALLOWED = {  # file: (fault, why it is none)
     "data_prep/fanout.py": ("Pipe", "between a process and its own child, no name that others could open"),
     "pipeline/bench/gpu.py": ("Pipe", "between a process and its own child, no name that others could open"),
     "pipeline/bench/turns.py": ("Pipe", "between a process and its own child, no name that others could open"),
-    "pipeline/bench/data.py": ("Pool", "between a process and its own child, no name that others could open"),
     "data_prep/sentences.py": ("a computed import_module", "one of two constants of the same file"),
     "pipeline/stage.py": ("a computed import_module", "a function of the table in pipeline/stages.py"),
     "pipeline/node/command.py": ("preexec_fn=", "a function of the same file that calls prctl and signal alone"),

@@ -1,7 +1,8 @@
 """``python -m pipeline.bench data``: speed and memory of each data stage on one core, beside what others use.
 
 Prints the page docs/data.md, or with ``--json`` its figures. The text is the sample corpus, its export repeated to
-``--mb`` of XML. Speeds are by processor time, so that a busy machine disturbs them little.
+``--mb`` of XML. Speeds are by processor time, so that a busy machine disturbs them little. Stages that share their work
+run with one and with two workers by turns, and must make the same data; of ``--turns`` the least time of each counts.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import bz2
 import json
 import multiprocessing
 import resource
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -20,7 +22,7 @@ from typing import Any
 
 from data_prep import extract, samples, shard, wordpiece
 from data_prep.dumpfile import Seam
-from data_prep.manifest import read_manifest
+from data_prep.manifest import data_sha256, read_manifest
 from data_prep.wikipedia import pages
 from data_prep.wikitext import clean
 
@@ -31,7 +33,7 @@ INTRODUCTION = """\
 # Data preparation: speed, memory, and what the English Wikipedia takes
 
 Written by `python -m pipeline.bench data --mb {xml_mb} > docs/data.md`. One process, its processor time (user and
-system), peak of its memory.
+system), peak of its memory; what two workers and their parent take together, beside it.
 """
 
 WHOLE = """
@@ -50,16 +52,17 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--data", type=Path, default=Path("data/sample"), help="the sample corpus (data/sample)")
     parser.add_argument("--mb", type=int, default=60, help="XML to make and read (60)")
     parser.add_argument("--json", action="store_true", help="figures instead of the page")
+    parser.add_argument("--turns", type=int, default=1, help="of one and of two workers (1)")
     chosen = parser.parse_args(arguments)
     dump = chosen.data / "enwiki-sample.xml.bz2"
     with tempfile.TemporaryDirectory(prefix="bench-data-") as folder:
-        rows = [*stages(dump, Path(folder), chosen.mb)]
+        rows = [*stages(dump, Path(folder), chosen.mb, chosen.turns)]
         figures = {"xml_mb": chosen.mb, "stages": rows, "beside": beside(dump, Path(folder) / "vocab" / "vocab.txt")}
     print(json.dumps(figures) if chosen.json else "\n".join(page(figures)).removesuffix("\n"))
     return 0
 
 
-def stages(dump: Path, folder: Path, mb: int) -> Iterator[Row]:
+def stages(dump: Path, folder: Path, mb: int, turns: int) -> Iterator[Row]:
     """One row for each stage, in the order of the chain."""
     grow(dump, folder / "grown.xml", mb)
     vocab = {"vocab": folder / "vocab" / "vocab.txt", **LANGUAGE, "dupe_factor": 5, "short_seq_prob": 0.1, "seed": 1}
@@ -73,7 +76,14 @@ def stages(dump: Path, folder: Path, mb: int) -> Iterator[Row]:
         ("samples 512", samples.run, folder / "shard", {"shards": folder / "shard", "seq_len": 512, **vocab}),
     )
     for name, run, source, settings in chain:
-        yield {"stage": name, "mb": size_mb(source), **alone(run, folder / name.replace(" ", "_"), settings)}
+        row = {"stage": name, "mb": size_mb(source), **alone(run, folder / name.replace(" ", "_"), settings, 1)}
+        if run is not wordpiece.run:  # training uses all processors with any number of workers
+            again = [alone(run, folder / "again", settings, workers) for workers in [2, *[1, 2] * (turns - 1)]]
+            row["cpu_s"] = min([row["cpu_s"], *(one["cpu_s"] for one in again[1::2])])
+            row["two_workers_cpu_s"] = min(two["cpu_s"] for two in again[::2])
+            if {other["data"] for other in again} != {row["data"]}:
+                raise SystemExit(f"{name}: not the same data each time")
+        yield row
 
 
 def grow(dump: Path, path: Path, mb: int) -> None:
@@ -93,18 +103,25 @@ def size_mb(path: Path) -> float:
     return sum(file.stat().st_size for file in files) / 1e6
 
 
-def alone(run: Callable[..., Any], out: Path, settings: Mapping[str, Any]) -> Row:
-    """Run a stage in a process of its own: seconds of its processor, MB at its peak, rows of samples."""
+def alone(run: Callable[..., Any], out: Path, settings: Mapping[str, Any], workers: int) -> Row:
+    """Run a stage in a process of its own: its processor time and its workers', MB at its peak, rows of samples."""
+    shutil.rmtree(out, ignore_errors=True)
     out.mkdir()
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        cpu_s, peak_mb = pool.apply(_measure, (run, out, dict(settings)))
-    made = read_manifest(out).get("train", {}).get("rows", 0) if (out / "manifest.json").exists() else 0
-    return {"cpu_s": cpu_s, "peak_mb": peak_mb, "samples": made}
+    process = multiprocessing.get_context("spawn").Process(target=_measure, args=(run, out, dict(settings), workers))
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise SystemExit(process.exitcode)
+    made = read_manifest(out) if (out / "manifest.json").exists() else {}
+    figures = json.loads(out.with_suffix(".json").read_text())
+    return {**figures, "samples": made.get("train", {}).get("rows", 0), "data": data_sha256(made)}
 
 
-def _measure(run: Callable[..., Any], out: Path, settings: dict[str, Any]) -> tuple[float, float]:
-    run(SimpleNamespace(out=out, workers=1, say=lambda line, share=None: None), **settings)
-    return time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def _measure(run: Callable[..., Any], out: Path, settings: dict[str, Any], workers: int) -> None:
+    run(SimpleNamespace(out=out, workers=workers, say=lambda line, share=None: None), **settings)
+    own, children = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    cpu_s = own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime
+    out.with_suffix(".json").write_text(json.dumps({"cpu_s": cpu_s, "peak_mb": own.ru_maxrss / 1024}))
 
 
 def beside(dump: Path, vocab: Path) -> list[Row]:
@@ -138,12 +155,13 @@ def page(figures: Mapping[str, Any]) -> Iterator[str]:
     """The lines of docs/data.md."""
     yield INTRODUCTION.format(**figures)
     yield f"The sample export repeated to {figures['xml_mb']} MB of XML, samples with dupe_factor 5.\n"
-    yield "| stage | reads, MB | s | MB/s | samples/s | peak, MB |\n|---|---|---|---|---|---|"
+    yield "| stage | reads, MB | s | MB/s | samples/s | peak, MB | 2 workers |\n|---|---|---|---|---|---|---|"
     total_h, text = 0.0, next(row["mb"] for row in figures["stages"] if row["stage"] == "shard")
     for row in figures["stages"]:
         rate, cpu_s = row["mb"] / row["cpu_s"], row["cpu_s"]
         made = f"{row['samples'] / cpu_s:,.0f}" if row["samples"] > 0 else ""
-        yield f"| {row['stage']} | {row['mb']:.0f} | {cpu_s:.1f} | {rate:.1f} | {made} | {row['peak_mb']:.0f} |"
+        two = f"{row['two_workers_cpu_s'] / cpu_s:.2f}" if "two_workers_cpu_s" in row else ""
+        yield f"| {row['stage']} | {row['mb']:.0f} | {cpu_s:.1f} | {rate:.1f} | {made} | {row['peak_mb']:.0f} | {two} |"
         whole = WIKIPEDIA["xml"] if row["stage"] == "extract" else WIKIPEDIA["text"]
         total_h += (min(whole, 200) if row["stage"] == "vocab" else whole) / rate / 3600
     yield "\n| beside each other | MB | MB/s |\n|---|---|---|"

@@ -79,6 +79,20 @@ def test_work_is_spread_over_processes() -> None:
     assert set(run_all(own_pid, range(3), 1)) == {os.getpid()}
 
 
+def test_workers_begin_as_forks_but_not_under_other_threads(tmp_path: Path) -> None:
+    (tmp_path / "kind.py").write_text(
+        "import multiprocessing\ndef of(item):\n    return type(multiprocessing.current_process()).__name__\n"
+    )
+    program = (
+        "import kind, numpy, threading\nfrom data_prep.fanout import run_all\nprint(run_all(kind.of, [1, 2], 2))\n"
+        "threading.Thread(target=threading.Event().wait, daemon=True).start()\nprint(run_all(kind.of, [1, 2], 2))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{REPOSITORY}", "OPENBLAS_NUM_THREADS": "2"}
+    words = [sys.executable, "-c", program]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.splitlines() == [str(["ForkProcess"] * 2), str(["SpawnProcess"] * 2)]
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_errors_come_back_as_they_were(workers: int) -> None:
     with pytest.raises(DataError, match=r"^page 7: broken$"):
