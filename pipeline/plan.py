@@ -26,16 +26,7 @@ from pipeline.run.interruptions import advise, chance_of_none, expected_restarts
 from pipeline.words import columns, number
 from slurm.profile import Profile
 
-COLUMNS = (
-    "phase",
-    "nodes",
-    "world_size",
-    "global_batch",
-    "rank_batch",
-    "micro_batch",
-    "accumulation",
-    "balance",
-)
+COLUMNS = ("phase", "nodes", "world_size", "global_batch", "rank_batch", "micro_batch", "accumulation", "balance")
 PARTS = {"compute_s": "computing", "reduce_s": "the sum of gradients", "lamb_s": "LAMB", "host_s": "the host"}
 MOSTLY, MANY_RANKS = 0.9, 1000  # share of a step; ranks whose looks at a file system add up
 ESTIMATES = ("step_s", "sequences_per_s", "hours", "gpu_hours", "memory_gb", "fitting_micro")

@@ -204,13 +204,7 @@ def _tables(
 
 
 def _value(
-    kind: Any,
-    value: Any,
-    source: Source,
-    section: str,
-    spec: dataclasses.Field[Any],
-    inner: str,
-    errors: list[str],
+    kind: Any, value: Any, source: Source, section: str, spec: dataclasses.Field[Any], inner: str, errors: list[str]
 ) -> Any:
     where = source.at(section, spec.name)
     options = [kind]

@@ -188,13 +188,15 @@ def joined_attempt(chain: Chain, name: str, topology: Topology) -> Attempt:
 
 def execute(chain: Chain, stage: Stage, job: Job) -> None:
     """Do a stage's work and mark it done; raises what stopped it, after the attempt's verdict is written."""
-    name, attempt, started, changed = stage.name, job.attempt, now(), time.time()
+    name, attempt, started = stage.name, job.attempt, now()
+    changed = job.patiently(lambda: (attempt.path / "owner.json").stat().st_mtime)  # by the file server's clock
     try:
         result = function_of(stage.run)(job, **stage.config, **resolve(chain, stage))
         if job.rank == 0:
             finished = now()
             record = {
                 **chain.record(name),
+                **({"saw": chain.finished(name)} if stage.always else {}),
                 "attempt": attempt.number,
                 "started": started,
                 "finished": finished,
@@ -224,7 +226,7 @@ def execute(chain: Chain, stage: Stage, job: Job) -> None:
 
 
 def newer_than(folder: Path, started: float) -> bool:
-    """Whether the stage has finished any file since ``started`` (Unix s); what it says of itself does not count."""
+    """Whether the stage finished any file after ``started``, by the files' clock; what it says of itself is none."""
     own = (path for path in folder.rglob("*") if folder / "attempts" not in path.parents and path.is_file())
     return any(path.stat().st_mtime > started for path in own)
 
@@ -289,11 +291,9 @@ def path_of(chain: Chain, source: str) -> Path:
         need, _, relative = source.partition(":")
         path = chain.run.stage(need).path / relative
     if not path.exists():
-        raise DataError(
-            f"{path} is missing; name its folder with --data DIR"
-            if source.startswith("data:")
-            else f"{path} is missing although its stage is done; remove {need}'s done.json and submit again"
-        )
+        if source.startswith("data:"):
+            raise DataError(f"{path} is missing; name its folder with --data DIR")
+        raise DataError(f"{path} is missing although its stage is done; remove {need}'s done.json and submit again")
     return path
 
 

@@ -120,6 +120,38 @@ again() {
   exit "$last"
 }
 
+# Killed alone (kill -9, the kernel short of memory), this shell asks for nothing, and Slurm fails the job for good. A step
+# beside it lives on for Slurm's KillWait, in which an ending job may still be queued again, before what waits for it is
+# judged. TERM while the shell lives is Slurm ending the job, or somebody stopping it: then there is nothing to ask.
+# shellcheck disable=SC2329
+stand_in() { # the shell's process; runs in a bash of its own, with the variables that are handed to it
+  local job tries=0
+  trap '' USR1 USR2
+  trap 'if kill -0 "$1"; then exit; fi' TERM
+  kill -0 "$1" || exit # cannot be seen from here
+  while kill -0 "$1"; do
+    sleep 1 &
+    wait $!
+  done
+  for _ in {1..60}; do
+    job=$(timeout 60 scontrol --oneliner show job "$SLURM_JOB_ID")
+    if [ -n "$job" ] && [[ $job != *JobState=RUNNING* ]]; then break; fi
+    sleep 1
+  done
+  # 9: killed; 125: out of memory; anything else is how the shell ended by itself
+  if ! [[ $job =~ \ ExitCode=0:(9|125)\  ]] || [[ $job != *" Restarts=$attempt "* ]]; then exit; fi
+  echo killed >"$state/$this.killed"
+  if [ -s "$JOB_TRIES" ]; then tries=$(wc -l <"$JOB_TRIES"); fi
+  if [ "$tries" -ge "$most_tries" ]; then
+    echo "137 its batch script was killed, $most_tries attempts without progress" >"$series.over"
+  elif [ "$requeue" = yes ]; then
+    for _ in {1..60}; do
+      timeout 60 scontrol requeue "$SLURM_JOB_ID" && exit
+      sleep 1
+    done
+  fi
+}
+
 at_work=
 attempt=${SLURM_RESTART_COUNT:-0}
 this=$SLURM_JOB_ID.$attempt
@@ -136,7 +168,7 @@ done
 mkdir -p "$state" || fail "$state: cannot be made" 6
 series=$state/${stands_in_for:-$SLURM_JOB_ID}
 # whoever may write into the run folder could plant a pipe, which would be waited for, or a device
-for file in "$state/$this".{verdict,gpu_s.new} "$series".{over,tries,bad_nodes}; do
+for file in "$state/$this".{verdict,killed,gpu_s.new} "$series".{over,tries,bad_nodes}; do
   if [ -e "$file" ] && [ ! -f "$file" ]; then fail "$file: not a plain file; take it away" 6; fi
 done
 if [ -s "$series.over" ]; then
@@ -229,6 +261,9 @@ if [ "${#spared[@]}" -gt 0 ]; then
   without=(--exclude="${list%,}")
   echo "attempt $attempt: without ${spared[*]}, found bad before"
 fi
+if [ -f "$state/$SLURM_JOB_ID.$((attempt - 1)).killed" ]; then
+  echo "attempt $attempt: the batch script of the attempt before was killed; queued again by the step beside it"
+fi
 echo "$this" >>"$JOB_TRIES"
 
 site
@@ -239,10 +274,16 @@ fi
 # "16,4(x2)": srun takes one number for all nodes, so the smallest share
 least=$(tr , '\n' <<<"${SLURM_JOB_CPUS_PER_NODE:-${SLURM_CPUS_ON_NODE:-1}}" | sed 's/(.*//' | sort -n | head -n 1)
 # Slurm numbers a job's steps from 0 in each attempt, and an srun that outlived its attempt ends its step by number:
-# empty steps give neighbouring attempts different numbers
-for ((step = 0; step < attempt % 8; step++)); do
+# empty steps give neighbouring attempts, of two steps at a time, different numbers
+for ((step = 0; step < attempt % 4 * 2; step++)); do
   timeout 60 srun --nodes=1 --ntasks=1 --export=ALL true </dev/null >/dev/null 2>&1
 done
+if [ -n "$SLURMD_NODENAME" ]; then
+  given=$(declare -p attempt most_tries requeue series state this && declare -f stand_in)
+  srun --nodes=1 --ntasks=1 --nodelist="$SLURMD_NODENAME" --overlap --mem=0 --mpi=none --export=ALL \
+    bash -c "$given; stand_in $$" </dev/null >/dev/null 2>&1 &
+  disown
+fi
 start_ranks() {
   local nodes=${width:-$usable} share=$((least > tasks ? least / tasks : 1))
   if [ "$nodes" -gt "$usable" ]; then nodes=$usable; fi

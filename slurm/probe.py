@@ -222,11 +222,7 @@ def _micro_batches(gpus: Gpus) -> list[str]:
 
 
 def _sections(
-    chosen: dict[str, str],
-    gpus: Gpus,
-    own: list[dict[str, str]],
-    nodes: list[dict[str, str]],
-    facts: Facts,
+    chosen: dict[str, str], gpus: Gpus, own: list[dict[str, str]], nodes: list[dict[str, str]], facts: Facts
 ) -> Iterator[str]:
     name, cpus, memory_gb = chosen["PartitionName"], _least(own, "CPUTot"), _least(own, "RealMemory") // 1024
     rows = [line.split("|") for line in facts.states.splitlines() if line.startswith(f"{name}|")]

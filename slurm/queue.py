@@ -30,20 +30,8 @@ DOWN = re.compile(
     r"|Slurm backup controller in standby|temporarily unable to (?:accept|connect)|Communication connection failure",
     re.IGNORECASE,
 )
-ENDED = frozenset(
-    [
-        "BOOT_FAIL",
-        "CANCELLED",
-        "COMPLETED",
-        "DEADLINE",
-        "FAILED",
-        "NODE_FAIL",
-        "OUT_OF_MEMORY",
-        "PREEMPTED",
-        "TIMEOUT",
-        "REVOKED",
-    ]
-)
+ENDED = frozenset(["BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY"])
+ENDED |= {"PREEMPTED", "TIMEOUT", "REVOKED"}
 WAITING = frozenset(["PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD"])
 
 
@@ -190,14 +178,21 @@ def records(text: str, key: str) -> Iterator[dict[str, str]]:
             yield dict(reversed(pairs))
 
 
-def beyond_limits(partition: str, asked: Resources) -> str:
-    """What of a request its partition does not allow, with the option; "" where one of those named allows all of it.
+def partitions(say: Callable[[str], None]) -> str:
+    """What Slurm tells of all partitions, one a line; "", with a word to ``say``, where no scontrol does."""
+    argv = ("scontrol", "--oneliner", "show", "partition")
+    answer = ask(argv) if which(argv[0]) else Answer(argv=argv, code=127, out="", err="no scontrol on PATH")
+    if not answer.ok:
+        say(f"the limits of the partitions were not looked at ({answer.said})")
+    return answer.out if answer.ok else ""
 
-    Most sites let sbatch take such a job, which then waits for ever.
+
+def beyond_limits(known: str, partition: str, asked: Resources) -> str:
+    """What of a request its partition, of those ``known``, does not allow, with the option; "" where one of those that
+    are named allows all of it. Most sites let sbatch take such a job, which then waits for ever.
     """
-    answer = ask(["scontrol", "--oneliner", "show", "partition"])
     faults = []
-    for record in records(answer.out, "PartitionName"):
+    for record in records(known, "PartitionName"):
         name = record["PartitionName"]
         if name in partition.split(",") if partition else record.get("Default") == "YES":
             most, time_min = parse_time(record.get("MaxTime", "UNLIMITED")), asked.time_min

@@ -186,13 +186,13 @@ def try_out(asked: Request, jobs: list[JobPlan]) -> dict[str, str]:
 
     sbatch checks less of a job that is held or waits: it would be accepted and stay in the queue for ever.
     """
-    estimates = {}
+    estimates, known = {}, queue.patiently(lambda: queue.partitions(print), say=print)
     with tempfile.TemporaryDirectory() as folder:
         for job in (job for job in jobs if not job.stands_in_for):
             file = Path(folder) / job.file
             file.write_text(scripts.script_text(asked, job), encoding="utf-8")
             partition = job.left["partition"].value if "partition" in job.left else ""
-            beyond = queue.patiently(lambda: queue.beyond_limits(partition, job.resources), say=print)  # noqa: B023
+            beyond = queue.beyond_limits(known, partition, job.resources)
             if beyond and "qos" not in job.left:  # which may have limits of its own
                 raise Refused(f"{job.name}: {beyond}")
             try:

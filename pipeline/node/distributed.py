@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import fcntl
 import hmac
 import os
 import secrets
 import socket
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +27,8 @@ from pipeline.node.job import LOOPBACK, Job, rendezvous_host
 from pipeline.run.files import read_json
 
 PEER_TIMEOUT_S = 120.0  # longer than any honest wait between two collectives
+HERE = ("127.", "::1")  # how addresses of loopback begin
+SIOCGIFADDR = 0x8915  # of an interface its IPv4 address
 BACKLOG = 4096  # ranks that connect at once
 Group = dist.ProcessGroup | None
 
@@ -111,6 +115,8 @@ def _meet(job: Job, host: str, at_the_end: contextlib.ExitStack) -> Store:
     store.set_timeout(timeout)
     store = PrefixStore(_proof(place["token"], "keys"), store)
     _recognise(store, place["token"], job)
+    if "host" in place:
+        _name_interface(store, place["host"], job)
     return store
 
 
@@ -120,10 +126,49 @@ def listening(host: str) -> socket.socket:
     Where the name means loopback here (as Debian has it), or an address of another machine, it listens on all.
     """
     family, _, _, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
-    if host == LOOPBACK or not str(address[0]).startswith(("127.", "::1")):
+    if host == LOOPBACK or not str(address[0]).startswith(HERE):
         with contextlib.suppress(OSError):
             return socket.create_server((str(address[0]), 0), family=family, backlog=BACKLOG)
-    return socket.create_server(("", 0), backlog=BACKLOG)
+    both = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
+    return socket.create_server(("", 0), family=family, backlog=BACKLOG, dualstack_ipv6=both)
+
+
+def _name_interface(store: Store, host: str, job: Job) -> None:
+    """Have gloo use the network that leads to the other nodes, where it would go by a name that means loopback here.
+
+    The last rank, on another node than rank 0 if there are several, tells its address to those that are beside rank 0.
+    """
+    mine = local_address(host)
+    if job.rank == job.world_size - 1:
+        store.set("last", mine)
+    with contextlib.suppress(OSError):  # a name that means nothing here is no better
+        if not local_address(socket.gethostname()).startswith(HERE):
+            return
+    mine = local_address(store.get("last").decode()) if mine.startswith(HERE) else mine
+    if interface := interface_of(mine):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+
+
+def local_address(host: str) -> str:
+    """This machine's address on the way to ``host``; nothing is sent. Raises OSError."""
+    family, kind, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(address)
+        return str(probe.getsockname()[0])
+
+
+def interface_of(address: str) -> str:
+    """The network interface that has an address; "" where none is seen to."""
+    if ":" in address:
+        rows = [line.split() for line in Path("/proc/net/if_inet6").read_text().splitlines()]
+        return next((row[5] for row in rows if bytes.fromhex(row[0]) == socket.inet_pton(socket.AF_INET6, address)), "")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):  # it has none
+                if fcntl.ioctl(probe, SIOCGIFADDR, name.encode().ljust(256, b"\0"))[20:24] == socket.inet_aton(address):
+                    return name
+    return ""
 
 
 def _recognise(store: Store, token: str, job: Job) -> None:

@@ -36,10 +36,7 @@ class Topology:
     @classmethod
     def of(cls, environment: Mapping[str, str]) -> Topology:
         """RANK, WORLD_SIZE, LOCAL_RANK first (the local runner, torchrun), then srun's variables, else one process."""
-        for names in (
-            ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
-            ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
-        ):
+        for names in (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")):
             if all(name in environment for name in names):
                 rank, world_size, local_rank = (int(environment[name]) for name in names)
                 break

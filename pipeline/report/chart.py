@@ -160,12 +160,7 @@ def draw(chart: Chart, *, key: str, width: int = 460, height: int = 250) -> Html
             "text", f"no values{': ' + missing if missing else ''}", x=width / 2, y=height / 2, text_anchor="middle"
         )
     return tag(
-        "svg",
-        Html(frame),
-        body,
-        viewBox=f"0 0 {width} {height}",
-        role="img",
-        aria_labelledby=f"{key}-title {key}-desc",
+        "svg", Html(frame), body, viewBox=f"0 0 {width} {height}", role="img", aria_labelledby=f"{key}-title {key}-desc"
     )
 
 

@@ -11,15 +11,7 @@ from pipeline.batch import BatchPlan
 from pipeline.bert.config import shape_of
 from pipeline.report.facts import Facts
 from pipeline.report.page import Html, folded, join, note, section, table, tag
-from pipeline.report.published import (
-    LARGE,
-    cells_of,
-    definitions,
-    is_ratio,
-    of_run,
-    other_model,
-    published,
-)
+from pipeline.report.published import LARGE, cells_of, definitions, is_ratio, of_run, other_model, published
 from pipeline.report.scores import dataset, shown_scores
 from pipeline.strict_toml import table_of
 from pipeline.words import duration, is_number, number, percent, size, spoken

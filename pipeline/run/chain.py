@@ -106,9 +106,13 @@ class Chain:
             yield from (need for need in self.stages[name].needs if self.stages[need].is_seed)
             yield name
 
+    def finished(self, name: str) -> dict[str, Any]:
+        """When each need of a stage was finished, by the clock of the machine that did it."""
+        return {need: (self.run.stage(need).done or {}).get("finished", 0) for need in self.stages[name].needs}
+
     def _older_than_a_need(self, name: str) -> bool:
-        mine = (self.run.stage(name).done or {}).get("finished", 0)
-        return any((self.run.stage(n).done or {}).get("finished", 0) > mine for n in self.stages[name].needs)
+        done, needs = self.run.stage(name).done or {}, self.finished(name)
+        return bool(done["saw"] != needs if "saw" in done else max(needs.values(), default=0) > done.get("finished", 0))
 
 
 def made_with() -> dict[str, str]:

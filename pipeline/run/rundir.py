@@ -64,6 +64,11 @@ class Attempt:
         return str(owner["job_id"] if "job_id" in owner else owner.get("launch", "")).partition("-")[0]  # 0.1.0: launch
 
     @property
+    def lost_script(self) -> bool:
+        """Whether the batch script was killed under this attempt, as the step beside it noted (``slurm/job.sh``)."""
+        return (self.path.parents[3] / "jobs" / f"{self.job_id}.{self.owner.get('restart', 0)}.killed").is_file()
+
+    @property
     def verdict(self) -> dict[str, Any] | None:
         """``code``, ``cause``, ``line``, ``rank``, ``host``, ``time``; None while nobody has judged."""
         record = self._record("verdict.json")
@@ -188,10 +193,8 @@ class StageDir:
         if folder.is_dir():
             with os.scandir(folder) as entries:
                 numbered = sorted((e.name, e.inode()) for e in entries if re.fullmatch("[0-9]{4,9}", e.name))
-        return [
-            *(_past(folder / name, inode) for name, inode in numbered[:-1]),
-            *(Attempt(folder / n) for n, _ in numbered[-1:]),
-        ]
+        past = [_past(folder / name, inode) for name, inode in numbered[:-1]]
+        return [*past, *(Attempt(folder / name) for name, _ in numbered[-1:])]
 
     def new_attempt(self, launch: str, **place: str | int) -> Attempt:
         """Take the next attempt number by creating its folder, which only one process can.
@@ -279,15 +282,8 @@ class RunDir:
                 f"python -m pipeline.submit --recipe R --cluster C --run {self.path}"
             )
         odd = [key for key, kind in SETTINGS.items() if key in settings and not isinstance(settings[key], kind)]
-        odd += (
-            [
-                f"corpora.{name}"
-                for name, facts in dict(settings.get("corpora") or {}).items()
-                if not isinstance(facts, dict)
-            ]
-            if not odd
-            else []
-        )
+        corpora = {} if odd else dict(settings.get("corpora") or {})
+        odd += [f"corpora.{name}" for name, facts in corpora.items() if not isinstance(facts, dict)]
         self._refuse(odd)
         return settings
 
@@ -341,11 +337,8 @@ class RunDir:
                     f"python -m pipeline.cancel {self.path}"
                 ) from None
             os.ftruncate(descriptor, 0)
-            os.pwrite(
-                descriptor,
-                json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}).encode(),
-                0,
-            )
+            holder = {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
+            os.pwrite(descriptor, json.dumps(holder).encode(), 0)
             yield
         finally:
             os.close(descriptor)

@@ -167,6 +167,7 @@ class Look:
             row["reason"] = f"waits for {self.at_work(sent)} in the same job"
         elif sent and reason == "job":
             row["reason"] = over(self.chain.run, sent.id) or (in_words(job) if job else "")
+            row["reason"] += ": its batch script was killed" if attempts and attempts[-1].lost_script else ""
             row["reason"] += "" if attempts else first_error(self.chain.run, sent.id)
         elif job and reason == "start":
             row["reason"] = "starts" if job.state == "RUNNING" else in_words(job)
@@ -220,6 +221,8 @@ class Look:
             return "nothing"  # before this runner began
         if self.event.get("event") == "failed":
             return "failed"
+        if holder == "ended" and attempts and attempts[-1].lost_script:
+            return "open"  # its ranks were asked to stop, but nobody asked for that
         if verdict.get("code") in (75, 130):
             return "stopped"
         return "restart" if verdict.get("code") in RESTART_CODES else "failed"
@@ -285,14 +288,10 @@ def history(attempts: Sequence[Attempt], job: str) -> str:
         ended = attempt.verdict or {"code": None, "cause": None}
         out_of = {"time_limit": "out of time", "gpu_hours": "out of GPU-hours"}
         asked = out_of.get(ended["cause"], "preempted" if attempt.job_id == job else "stopped")
-        words = {
-            75: asked,
-            76: "ran out of memory" if ended["cause"] == "memory" else "lost a rank",
-            77: "met a bad node",
-            130: "interrupted",
-            None: "killed",
-        }
+        lost = "ran out of memory" if ended["cause"] == "memory" else "lost a rank"
+        words = {75: asked, 76: lost, 77: "met a bad node", 130: "interrupted", None: "killed"}
         word = words.get(ended["code"], f"failed with code {ended['code']}")
+        word = "lost its batch script" if attempt.lost_script else word
         counts[word] = counts.get(word, 0) + 1
     often = {1: "", 2: " twice"}
     return ", ".join(f"{word}{often.get(count, f' {count} times')}" for word, count in counts.items())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -13,7 +14,19 @@ import pytest
 from slurm import queue
 from slurm.devcluster import cluster, processes
 from support.running import digests, states
-from support.sent_runs import LAST, call, metrics, rank_pid, resumed_at, said, send, sent, site, wait_done
+from support.sent_runs import (
+    LAST,
+    call,
+    metrics,
+    rank_pid,
+    resumed_at,
+    said,
+    script_pid,
+    send,
+    sent,
+    site,
+    wait_done,
+)
 
 pytestmark = [pytest.mark.cluster, pytest.mark.chaos, pytest.mark.timeout(400)]
 
@@ -45,6 +58,21 @@ def test_stops_before_the_time_limit_and_goes_on(slurm, prepared, limit) -> None
     assert re.search(said_why, said(prepared)), said(prepared)
     assert resumed_at(prepared, 2) == metrics(prepared, 1)[-1]["step"]
     assert slurm.state(job) == "RUNNING"
+
+
+def test_a_batch_script_killed_again_and_again_ends_the_chain_with_the_reason(slurm, prepared) -> None:
+    """Before any progress; what waits for it leaves the queue, and the report tells."""
+    jobs = sent(prepared, "--nodes", 2, "--set", "train.checkpoint_every=400")
+    for attempt in (1, 2):
+        slurm.wait(lambda: (prepared / f"stages/phase1/attempts/000{attempt}").exists(), "it has begun", 60)  # noqa: B023
+        for rank in (0, 1):
+            os.kill(rank_pid(prepared, rank), signal.SIGSTOP)  # it saves nothing when it is told to stop
+        os.kill(script_pid(jobs["pretrain"]), signal.SIGKILL)
+    slurm.wait(lambda: slurm.state(jobs["report"]) == "COMPLETED", "the report is made", 90)
+    rows = {row["name"]: row for row in json.loads(call("status", prepared, "--json").stdout)["stages"]}
+    why = "exit 137: its batch script was killed, 2 attempts without progress"
+    assert (rows["phase1"]["state"], rows["phase1"]["reason"].startswith(why)) == ("failed", True), rows["phase1"]
+    assert not slurm.call("squeue", "-h")
 
 
 def test_a_node_that_is_cut_off_writes_nothing_that_counts(slurm, prepared, reference) -> None:

@@ -129,6 +129,23 @@ def test_an_answer_that_got_lost_never_makes_two_jobs(slurm, run, tmp_path, time
         slurm.clear()
 
 
+def test_limits_that_scontrol_does_not_tell_are_said_not_to_be_looked_at(slurm, run, tmp_path) -> None:
+    """Where a site keeps them from users; and where a machine has sbatch alone, as far as that goes: --test-only."""
+    refuse = f'[ "$3" = partition ] && {{ echo "denied here" >&2; exit 1; }}; exec {shutil.which("scontrol")} "$@"'
+    done = call("submit", *run, env=with_stub(tmp_path, "scontrol", refuse))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("the limits of the partitions were not looked at (denied here)\n") == 1
+    assert len(live(slurm)) == 4
+    slurm.clear()
+    (tmp_path / "few").mkdir()
+    for name in ("sbatch", "squeue", "sinfo", "scancel", "srun", "git"):
+        (tmp_path / "few" / name).symlink_to(str(shutil.which(name)))
+    done = call("submit", *run, "--test-only", env={**os.environ, "PATH": str(tmp_path / "few")})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "the limits of the partitions were not looked at (no scontrol on PATH)" in done.stdout
+    assert done.stdout.count("to start at") == 4
+
+
 REJECTED = [
     (["-p", "nowhere"], "Invalid partition name", "--partition=nowhere from flag"),
     (["-w", "nowhere"], "Invalid node name", "--nodelist=nowhere from flag"),

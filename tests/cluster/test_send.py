@@ -22,6 +22,7 @@ from support.sent_runs import (
     rank_pid,
     resumed_at,
     said,
+    script_pid,
     send,
     sent,
     site,
@@ -73,6 +74,32 @@ def test_a_killed_rank_is_started_again_by_itself(slurm, prepared, reference) ->
     wait_done(slurm, prepared, job)
     assert digests(prepared)[LAST] == digests(reference)[LAST]
     assert "requeued" in said(prepared)
+
+
+def test_a_killed_batch_script_does_not_end_the_chain(slurm, prepared, reference) -> None:
+    """The step beside it has the job queued again while Slurm ends it; the whole chain follows, and nothing is left."""
+    jobs = sent(prepared, "--nodes", 2)
+    slurm.wait(lambda: len(metrics(prepared, 1)) >= 30, "phase 1 trains past a checkpoint", 60)
+    os.kill(script_pid(jobs["pretrain"]), signal.SIGKILL)
+    slurm.wait(lambda: len(metrics(prepared, 2)) >= 1, "the second attempt trains", 60)
+    rows = {row["name"]: row for row in json.loads(call("status", prepared, "--json").stdout)["stages"]}
+    assert (rows["phase1"]["state"], rows["phase1"]["job"]) == ("running", jobs["pretrain"])
+    assert f"lost its batch script, resumed at step {resumed_at(prepared, 2)}" in rows["phase1"]["reason"]
+    assert resumed_at(prepared, 2) >= 20
+    slurm.wait(lambda: slurm.state(jobs["report"]) in ("COMPLETED", "FAILED", "CANCELLED"), "the report is made", 150)
+    assert set(states(prepared).values()) == {"done"}, said(prepared)
+    assert digests(prepared)[LAST] == digests(reference)[LAST]
+    assert "attempt 1: the batch script of the attempt before was killed; queued again" in said(prepared)
+    assert not slurm.call("squeue", "-h")
+
+
+def test_a_killed_batch_script_that_may_not_be_requeued_is_told(slurm, prepared, user) -> None:
+    job = sent(prepared, "--nodes", 2, "--stages", "phase1", cluster=site(user, "requeue = false"))["pretrain"]
+    slurm.wait(lambda: len(metrics(prepared, 1)) >= 5, "phase 1 trains", 60)
+    os.kill(script_pid(job), signal.SIGKILL)
+    slurm.wait_state(job, "FAILED")
+    rows = {row["name"]: row for row in json.loads(call("status", prepared, "--json").stdout)["stages"]}
+    assert (rows["phase1"]["state"], rows["phase1"]["reason"]) == ("failed", "failed: its batch script was killed")
 
 
 def test_four_nodes_then_three_while_the_old_job_is_pending(slurm, prepared, reference) -> None:

@@ -79,3 +79,17 @@ def rank_pid(run: Path, rank: int) -> int:
             found.append(int(entry.name))
     assert found, f"no rank {rank} of {run}"
     return max(found)
+
+
+def script_pid(job: str) -> int:
+    """Process id of a job's batch script: the child of slurmstepd, not what it has started itself."""
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            words, environ = (entry / "cmdline").read_bytes(), (entry / "environ").read_bytes().split(b"\0")
+            parent = (entry / "stat").read_text().rpartition(")")[2].split()[1]
+            above = Path("/proc", parent, "comm").read_text()
+        except OSError:
+            continue
+        if b"slurm_script" in words and f"SLURM_JOB_ID={job}".encode() in environ and above.startswith("slurmstepd"):
+            return int(entry.name)
+    raise AssertionError(f"no batch script of job {job}")

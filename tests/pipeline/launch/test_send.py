@@ -557,7 +557,7 @@ def test_running_jobs_are_refused_or_replaced(fake, tmp_path) -> None:
 @pytest.fixture
 def family(fake, tmp_path, monkeypatch) -> Callable[[str], None]:
     """Sends data and two seeds to the list; the data are not there yet, and nobody looks into the texts."""
-    for asked_of_slurm in ("estimate_start", "beyond_limits"):
+    for asked_of_slurm in ("estimate_start", "partitions"):
         monkeypatch.setattr(queue, asked_of_slurm, lambda *_: "")
     monkeypatch.setattr("pipeline.launch.code.keep", lambda *_: None)
     for name in ("enwiki-table-markup.xml.bz2", "boolq.jsonl", "qa.json", "pairs.tsv", "sentiment.tsv"):
