@@ -179,7 +179,7 @@ def judge_gpus(asked: Request, notes: Sequence[Mapping[str, Any]]) -> Iterator[R
 
 
 def judge_network(asked: Request, nets: Sequence[Mapping[str, Any]]) -> Iterator[Row]:
-    if not nets or len(nets) == 1:
+    if len(nets) < 2:
         return
     slowest = min(net["gb_s"] for net in nets)
     rate = f"all-reduce {slowest:.2f} GB/s ({nets[0]['backend']}), formed in {nets[0]['formed_s']:.1f} s"
@@ -197,9 +197,8 @@ def judge_files(disks: Sequence[Mapping[str, float]], term: Sequence[Mapping[str
     """Write, sync and rename in the run's folder; and whether a checkpoint fits between TERM and KILL."""
     if not disks:
         return
-    slow = min(disk["mb_s"] for disk in disks)
+    slow, free = (min(disk[key] for disk in disks) for key in ("mb_s", "free_gb"))
     ahead = max((disk["ahead_s"] for disk in disks), key=abs)
-    free = min(disk["free_gb"] for disk in disks)
     yield Row("yes", "files", f"{slow:.0f} MB/s written, synced and renamed; {free:.0f} GB free (no quota shows)")
     if abs(ahead) > SKEW_S:
         yield Row("?", "clocks", f"the file server's is {ahead:+.0f} s off a node's", "NTP; only shown times suffer")
