@@ -177,12 +177,8 @@ def make_samples(
     keys = [splitmix.key(settings.seed, *key, number) for number in duplicates or range(settings.dupe_factor)]
     draw = draw_pairs if settings.pairs else draw_singles
     pairs = draw(text.sentence_offsets, text.document_offsets, limit, settings.short_seq_prob, np.concatenate(keys))
-    tokens, offsets, b_start = assemble(
-        text.tokens,
-        truncate(pairs, limit) if settings.pairs else pairs,
-        vocabulary.special["cls"],
-        vocabulary.special["sep"],
-    )
+    truncated = truncate(pairs, limit) if settings.pairs else pairs
+    tokens, offsets, b_start = assemble(text.tokens, truncated, vocabulary.special["cls"], vocabulary.special["sep"])
     return Shard(
         tokens=tokens,
         offsets=offsets,
@@ -204,7 +200,7 @@ def tokenise(content: bytes, encoder: Encoder, limit: int, first_document: int =
     tokens is cut into several, so that none of its words is lost to truncation.
     """
     special, dtype = encoder.vocabulary.special, token_dtype(encoder.vocabulary.size)
-    parts, at, size = [], 0, len(content.removesuffix(b"\n\n"))
+    parts, at, size = [], 0, len(content) - 2 * content.endswith(b"\n\n")
     while at <= size:  # some lines at a time: their objects and tokens stay in the cache
         end = content.find(b"\n", at + CHUNK_BYTES, size)
         end = size if end < 0 else end
