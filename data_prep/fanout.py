@@ -218,8 +218,9 @@ def _over_files(
 def _show_life(path: Path) -> None:
     """Say every few seconds, in a file, that this task is not stopped."""
     for number in itertools.count():
-        with suppress(OSError):
-            path.write_text(f"{number} process {os.getpid()} on {socket.gethostname()}")
+        with suppress(OSError):  # by rename: whoever is stopped just then has still said who it is
+            path.with_suffix(".new").write_text(f"{number} process {os.getpid()} on {socket.gethostname()}")
+            path.with_suffix(".new").replace(path)
         time.sleep(liveness.WATCH_S)
 
 
@@ -235,10 +236,10 @@ def _read_when_there(path: Path, rank: int) -> Any:
         pause_s = min(2 * pause_s, 2.0)
         with suppress(OSError):
             alive = (path.parent / f"alive-{rank}").read_text()
-            if seen is None or alive not in ("", seen):  # empty while it is written, or stopped just then
+            if alive != seen:
                 seen, since = alive, time.monotonic()
         if seen is not None and time.monotonic() - since > liveness.STOPPED_S:
-            who = seen.partition(" ")[2] or "a process"
+            who = seen.partition(" ")[2]
             raise DataError(
                 f"task {rank} of the stage ({who}) has stood still for {liveness.STOPPED_S} s: start it again"
             )

@@ -13,7 +13,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -311,19 +310,6 @@ def test_tasks_of_srun_share_the_work_over_files(tmp_path: Path) -> None:
     ]
     check_shared("".join(process.communicate(timeout=60)[0] for process in started))
     assert len(list((tmp_path / "exchange").glob("shared-*"))) == 3  # one for each call, whatever the number of tasks
-
-
-@pytest.mark.parametrize("before", ["", "7 process 4711 on node3"])
-def test_a_task_that_was_stopped_while_it_showed_its_life_is_named(
-    before: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its file is empty then, from the first or from a later look on."""
-    monkeypatch.setattr(liveness, "STOPPED_S", 0.3)
-    (tmp_path / "alive-1").write_text(before)
-    threading.Timer(0.1, (tmp_path / "alive-1").write_text, [""]).start()
-    named = "process 4711 on node3" if before else "a process"
-    with pytest.raises(DataError, match=rf"task 1 of the stage \({named}\) has stood still"):
-        fanout._read_when_there(tmp_path / "shared-1-1.json", 1)
 
 
 def test_a_stopped_task_of_srun_is_named(tmp_path: Path) -> None:
