@@ -280,7 +280,8 @@ for ((step = 0; step < attempt % 4 * 2; step++)); do
 done
 if [ -n "$SLURMD_NODENAME" ]; then
   given=$(declare -p attempt most_tries requeue series state this && declare -f stand_in)
-  srun --nodes=1 --ntasks=1 --nodelist="$SLURMD_NODENAME" --overlap --mem=0 --mpi=none --export=ALL \
+  env -u SLURM_GPUS -u SLURM_GPUS_PER_NODE -u SLURM_GPUS_PER_TASK \
+    srun --nodes=1 --ntasks=1 --nodelist="$SLURMD_NODENAME" --overlap --mem=0 --gres=none --mpi=none --export=ALL \
     bash -c "$given; stand_in $$" </dev/null >/dev/null 2>&1 &
   disown
 fi

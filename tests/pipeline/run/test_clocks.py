@@ -16,6 +16,7 @@ from support.running import ROOT
 
 from .test_chain import chain_of, finish
 
+pytestmark = pytest.mark.slow
 SOURCE = ROOT / "tests/support/clock.c"
 HOUR = 3600
 STAGE = """\
