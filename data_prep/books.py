@@ -138,8 +138,8 @@ def line_documents(path: Path, start: int, end: int, *, max_document_mb: float, 
             where = f"{path.name} at byte {number * LINES_BYTES}"
             data = b"".join(piece for _, pieces in group for piece in pieces)
             text = counted(decode(data, path, number * LINES_BYTES, tally), tally)
-            if made := document("", path.name, "", text, tally, where=where):
-                yield made
+            if paragraph := document("", path.name, "", text, tally, where=where):
+                yield paragraph
 
 
 def extracted_documents(
@@ -160,14 +160,14 @@ def extracted_documents(
                 title = attributes.get("title", "")
                 if total > limit:
                     too_large(tally, title, max_document_mb)
-                elif made := document(
+                elif article := document(
                     title,
                     source or path.name,
                     f"{name or path.stem}-{attributes.get('id', offset)}",
                     counted(html.unescape("\n".join(rows[rows[:1] == [title] :])), tally),
                     tally,
                 ):
-                    yield made
+                    yield article
                 rows = None
             elif rows is not None:
                 total += size
@@ -191,9 +191,9 @@ def text_documents(path: Path, start: int, end: int, *, max_document_mb: float, 
                 too_large(tally, f"{path.name} at byte {offset}", max_document_mb)
                 continue
             text = " ".join(counted(decode(b"".join(pieces), path, offset, tally), tally).split())
-            made = document("", path.name, "", text, tally, where=f"{path.name} at byte {offset}")
-            if made:
-                yield made
+            book = document("", path.name, "", text, tally, where=f"{path.name} at byte {offset}")
+            if book:
+                yield book
 
 
 def document(title: str, source: str, key: str, text: str, tally: Tally, *, where: str = "") -> Document | None:
@@ -211,9 +211,9 @@ def too_large(tally: Tally, title: str, max_document_mb: float) -> None:
 
 def counted(text: str, tally: Tally) -> str:
     """`text` as it is; what `plain` takes out of it is counted."""
-    for key, found in zip(REPAIRS[1:3], (text.count("\r"), len(CONTROL.findall(text))), strict=True):
-        if found:
-            tally.counts[key] += found
+    for key, count in zip(REPAIRS[1:3], (text.count("\r"), len(CONTROL.findall(text))), strict=True):
+        if count:
+            tally.counts[key] += count
     return text
 
 

@@ -92,7 +92,7 @@ def fetch(url: str, path: Path, algorithm: str, digest: str, say: Say = print) -
             _complete(url, file, path, say)
             file.flush()
             os.fsync(file.fileno())
-            if (found := _digest(part, algorithm)) == digest:
+            if (actual := _digest(part, algorithm)) == digest:
                 os.replace(part, path)
                 sync_folder(path.parent)
                 say(f"{path}: {path.stat().st_size / 1e6:.1f} MB, {algorithm} as published")
@@ -103,7 +103,7 @@ def fetch(url: str, path: Path, algorithm: str, digest: str, say: Say = print) -
                 say(f"{path}: {size} bytes with another {algorithm} than published, fetched once more")
     part.unlink()
     raise DataError(
-        f"{url} gave {size} bytes with {algorithm} {found[:12]}.., published is {digest[:12]}..: it was changed or a "
+        f"{url} gave {size} bytes with {algorithm} {actual[:12]}.., published is {digest[:12]}..: it was changed or a "
         "proxy answers; try another --mirror"
     )
 
@@ -120,10 +120,10 @@ def _complete(url: str, file: IO[bytes], path: Path, say: Say) -> None:
             with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
                 if before and not str(answer.headers["Content-Range"]).startswith(f"bytes {before}-"):
                     file.truncate(before := 0)  # it gives the whole file, from its beginning
-                said = answer.headers["Content-Length"]
-                if _copy(answer, file, int(said) if said else None, path, say):
+                promised = answer.headers["Content-Length"]
+                if _copy(answer, file, int(promised) if promised else None, path, say):
                     return
-            problem = f"it ended after {file.tell()} bytes and promised {before + int(said)}"
+            problem = f"it ended after {file.tell()} bytes and promised {before + int(promised)}"
         except urllib.error.HTTPError as error:
             if error.code == 416:  # nothing is lacking, or what is here is longer than what it has
                 return
@@ -146,14 +146,14 @@ def _copy(answer: IO[bytes], file: IO[bytes], size: int | None, path: Path, say:
     """Append ``answer``; whether it was whole. Raises DataError before the disk is full."""
     if size and size > (free := shutil.disk_usage(path.parent).free):
         raise DataError(f"{path}: {size / 1e6:.0f} MB are to come and {free / 1e6:.0f} MB are free")
-    got, told = 0, 0
+    copied, last_share = 0, 0
     while chunk := answer.read(CHUNK):
         file.write(chunk)
-        got += len(chunk)
-        if size and (share := 20 * got // size) > told and size > 100 * CHUNK:
-            told = share
-            say(f"{path}: {got / 1e6:.0f} of {size / 1e6:.0f} MB")
-    return size is None or got >= size
+        copied += len(chunk)
+        if size and (share := 20 * copied // size) > last_share and size > 100 * CHUNK:
+            last_share = share
+            say(f"{path}: {copied / 1e6:.0f} of {size / 1e6:.0f} MB")
+    return size is None or copied >= size
 
 
 def _listed(url: str, name: str) -> str:

@@ -154,8 +154,8 @@ def _find(file: BinaryIO, mark: re.Pattern[bytes], start: int, end: int) -> int 
     while position - len(tail) < end and (data := file.read(CHUNK)):
         window = tail + data
         if match := mark.search(window):
-            found = position - len(tail) + match.start()
-            return found if found < end else None
+            offset = position - len(tail) + match.start()
+            return offset if offset < end else None
         tail = window[-9:]  # a mark has at most ten bytes
         position += len(data)
     return None
@@ -167,7 +167,7 @@ def _streams(path: Path, file: BinaryIO, position: int, end: int, seam: Seam) ->
     file.seek(position)
     pending, first, given = b"", position, 0
     while position < min(end, size):
-        decompressor, taken = bz2.BZ2Decompressor(), 0
+        decompressor, fed = bz2.BZ2Decompressor(), 0
         while not decompressor.eof:
             data = b""
             if decompressor.needs_input:
@@ -178,22 +178,22 @@ def _streams(path: Path, file: BinaryIO, position: int, end: int, seam: Seam) ->
                         f"{path} is truncated: the bz2 stream at byte {position} has no end, the file has {size} "
                         "bytes: fetch it again"
                     )
-                taken += len(data)
+                fed += len(data)
             try:
                 out = decompressor.decompress(data, CHUNK)
             except OSError:
                 raise DataError(
                     f"{path}: damaged data, or junk, in the bz2 stream at byte {position} (before byte "
-                    f"{position + taken} of {size}): fetch it again"
+                    f"{position + fed} of {size}): fetch it again"
                 ) from None
             given += len(out)
-            read = position + taken - first  # over all streams: a bomb may be many small ones
+            read = position + fed - first  # over all streams: a bomb may be many small ones
             if given > BOMB_BYTES and given > BOMB_RATIO * read:
                 raise DataError(f"{path}: {read} bytes at byte {first} unpack to over {given >> 20} MB: a bomb")
             if out:
                 yield out
         pending = decompressor.unused_data
-        position += taken - len(pending)
+        position += fed - len(pending)
     seam.stop = position
 
 

@@ -183,10 +183,10 @@ def _read_stream(
         job.say(f"{path.name} is one bz2 stream: {alone}; {advice}")
     _streams.pop(path, None)  # of an earlier try in this process
     cut = functools.partial(_cut, job.out, path, 2 * job.workers * tasks(os.environ), job.workers)
-    while found := run_all(cut, [number], 1)[0]:
+    while pieces := run_all(cut, [number], 1)[0]:
         parts = [
             Part("wikipedia", path, number + place, start, end, site=site, sha256=sha256, piece=Path(piece))
-            for place, (piece, start, end) in enumerate(found)
+            for place, (piece, start, end) in enumerate(pieces)
         ]
         number += len(parts)
         yield from zip(parts, run_all(read, parts, job.workers, None, [_size(part) for part in parts]), strict=True)
@@ -199,10 +199,10 @@ _streams: dict[Path, Iterator[tuple[Path, int, int]]] = {}  # being cut by this 
 def _cut(out: Path, path: Path, count: int, processes: int, _number: int) -> list[tuple[str, int, int]]:
     """The next pieces of a stream; none: it is read whole."""
     stream = _streams.setdefault(path, dumpfile.pieces(path, out, PART_BYTES, processes))
-    found = [(str(piece), start, end) for piece, start, end in itertools.islice(stream, count)]
-    if not found:
+    pieces = [(str(piece), start, end) for piece, start, end in itertools.islice(stream, count)]
+    if not pieces:
         del _streams[path]
-    return found
+    return pieces
 
 
 def _size(part: Part) -> int:
@@ -288,20 +288,20 @@ Work = tuple[Path, list[tuple[str, Path]], list[dict[str, Any]], list[Part], lis
 def _finish(work: Work) -> dict[str, Any]:
     """Check that nothing was lost between parts, clean up and publish the manifest."""
     out, inputs, described, parts, results = work
-    total, said, notes = Tally(), [], []
+    total, remarks, notes = Tally(), [], []
     for (kind, path), facts in zip(inputs, described, strict=True):
-        mine = [result for part, result in zip(parts, results, strict=True) if part.path == path]
+        own = [result for part, result in zip(parts, results, strict=True) if part.path == path]
         tally = Tally()
-        for result in mine:
+        for result in own:
             tally.add(result)
         if kind == "wikipedia":
             if not dumpfile.is_one_stream(path):
-                check_seams(path, [(first, stop) for first, stop in (result["seam"] for result in mine)])
+                check_seams(path, [(first, stop) for first, stop in (result["seam"] for result in own)])
             if not tally.counts["pages"]:
                 raise DataError(f"{path} holds no page: take a pages-articles export")
         total.add(tally.facts())
         facts["counts"], facts["skipped"] = tally.facts()["counts"], tally.facts()["skipped"]
-        said += _remarks(facts, tally)
+        remarks += _remarks(facts, tally)
         notes += _notes(facts, tally)
     if not total.counts["documents"]:
         names = ", ".join(path.name for _, path in inputs)
@@ -316,7 +316,7 @@ def _finish(work: Work) -> dict[str, Any]:
     manifest.publish_manifest(out, value)
     manifest.remove_notes(out)
     remove_leftovers(out)
-    return {"inputs": described, **counted, "notes": notes, "said": said + notes}
+    return {"inputs": described, **counted, "notes": notes, "said": remarks + notes}
 
 
 def _reasons(tally: Tally) -> str:

@@ -77,12 +77,12 @@ def run_all(
 def shares(sizes: Sequence[int], tasks: int) -> list[list[int]]:
     """Which items each task does: the longest first, each to the task that has least (Graham 1969)."""
     lightest = [(0, task) for task in range(tasks)]
-    found: list[list[int]] = [[] for _ in range(tasks)]
+    dealt: list[list[int]] = [[] for _ in range(tasks)]
     for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
         weight, task = heapq.heappop(lightest)
-        found[task].append(index)
+        dealt[task].append(index)
         heapq.heappush(lightest, (weight + sizes[index], task))
-    return found
+    return dealt
 
 
 def _here(
@@ -150,15 +150,15 @@ def _over_mpi(
             f"MPI sees {world.size} rank(s) where {size} were launched, each would do the whole work: mpi4py in "
             f"{sys.prefix} uses another MPI than the launcher; try srun --mpi=pmix or --mpi=pmi2, or its own mpirun"
         )
-    mine: list[Outcome] = []
+    own: list[Outcome] = []
     for index in dealt[world.rank]:
-        mine.append(_attempt(function, items[index]))
-        if mine[-1][0] != "ok":
+        own.append(_attempt(function, items[index]))
+        if own[-1][0] != "ok":
             break  # the other ranks learn of it when they have finished theirs
         if progress and world.rank == 0:
-            progress(min(len(mine) * world.size, len(items)), len(items))
+            progress(min(len(own) * world.size, len(items)), len(items))
     # JSON bytes, not objects: nothing that comes over the network is unpickled
-    packed = np.frombuffer(json.dumps(mine).encode(), np.uint8)
+    packed = np.frombuffer(json.dumps(own).encode(), np.uint8)
     sizes = np.empty(world.size, np.int64)
     world.Allgather(np.array([len(packed)], np.int64), sizes)
     gathered = np.empty(int(sizes.sum()), np.uint8)
@@ -195,7 +195,7 @@ def _over_files(
         threading.Thread(target=_show_life, args=(folder / f"alive-{rank}",), daemon=True).start()
     dealt = shares(sizes, size)
     share = dealt[rank]
-    mine = _here(
+    own = _here(
         function,
         [items[index] for index in share],
         [sizes[index] for index in share],
@@ -204,11 +204,11 @@ def _over_files(
     )
     whole = folder / f"shared-{call}.json"
     if rank > 0:
-        publish_json(folder / f"shared-{call}-{rank}.json", {"outcomes": mine})
+        publish_json(folder / f"shared-{call}-{rank}.json", {"outcomes": own})
         by_rank = _read_when_there(whole, 0)["by_rank"]
     else:
         parts = {other: folder / f"shared-{call}-{other}.json" for other in range(1, size)}
-        by_rank = [mine, *(_read_when_there(part, other)["outcomes"] for other, part in parts.items())]
+        by_rank = [own, *(_read_when_there(part, other)["outcomes"] for other, part in parts.items())]
         publish_json(whole, {"by_rank": by_rank})
         for part in parts.values():
             part.unlink()

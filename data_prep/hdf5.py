@@ -117,12 +117,12 @@ def read_listed(samples: SampleSet, file: ShardFile) -> Shard:
     embeddings.
     """
     shard = read_shard(file.path)
-    said = (file.rows, file.tokens, samples.seq_len, samples.vocab_sha256, samples.seed)
-    found = (len(shard.b_start), len(shard.tokens), shard.seq_len, shard.vocab_sha256, shard.seed)
-    for name, mine, theirs in zip(("rows", "tokens", "seq_len", "vocab_sha256", "seed"), found, said, strict=True):
-        if mine != theirs:
+    listed = (file.rows, file.tokens, samples.seq_len, samples.vocab_sha256, samples.seed)
+    actual = (len(shard.b_start), len(shard.tokens), shard.seq_len, shard.vocab_sha256, shard.seed)
+    for name, own, theirs in zip(("rows", "tokens", "seq_len", "vocab_sha256", "seed"), actual, listed, strict=True):
+        if own != theirs:
             raise DataError(
-                f"{file.path} has {name} {str(mine)[:12]}, its manifest says {str(theirs)[:12]}: it is a shard of "
+                f"{file.path} has {name} {str(own)[:12]}, its manifest says {str(theirs)[:12]}: it is a shard of "
                 "another run; run the samples stage again"
             )
     highest = int(shard.tokens.max(initial=0))

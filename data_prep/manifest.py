@@ -81,11 +81,11 @@ def data_sha256(value: Mapping[str, Any]) -> str:
 
 def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
     """Of Python and of what is installed of ``packages``."""
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for name in packages:
         with suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
+            installed[name] = metadata.version(name)
+    return installed
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -127,11 +127,11 @@ def verify_file(path: Path, size: int, sha256: str | None) -> None:
     """Raise DataError unless ``path`` has ``size`` bytes and (unless None) this digest."""
     advice = "copy it again or run the stage that makes it again"
     try:
-        found = path.stat().st_size
+        actual = path.stat().st_size
     except FileNotFoundError:
         raise DataError(f"{path} is missing though its manifest lists it: {advice}") from None
-    if found != size:
-        raise DataError(f"{path} has {found} bytes, its manifest says {size}: {advice}")
+    if actual != size:
+        raise DataError(f"{path} has {actual} bytes, its manifest says {size}: {advice}")
     if sha256 is not None and (digest := file_sha256(path)) != sha256:
         raise DataError(f"{path} has SHA-256 {digest[:12]}.., its manifest says {sha256[:12]}..: {advice}")
 
@@ -221,9 +221,9 @@ def note(path: Path, identity: str, facts: Mapping[str, Any]) -> None:
 def noted(path: Path, identity: str) -> dict[str, Any] | None:
     """Facts of ``path`` if an earlier, killed try finished it from the same ``identity``; else None."""
     try:
-        found = json.loads(_note_path(path).read_bytes())
-        whole = found["identity"] == identity and found["bytes"] == path.stat().st_size
-        return dict(found["facts"]) if whole else None
+        note = json.loads(_note_path(path).read_bytes())
+        whole = note["identity"] == identity and note["bytes"] == path.stat().st_size
+        return dict(note["facts"]) if whole else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -55,18 +55,18 @@ def run(job: Job, *, source: Path, vocab: Path, seq_len: int, pairs: bool = True
         raise DataError(f"{source} was made with another vocabulary than {vocab}")
     if pairs and not value.get("pairs", True):
         raise DataError(f'{source} holds single texts and no pairs: train.objective = "mlm" trains on them')
-    found = {split: [row for row in value["shards"] if row["split"] == split] for split in ("train", "test")}
-    for split, rows in found.items():
+    parts = {split: [row for row in value["shards"] if row["split"] == split] for split in ("train", "test")}
+    for split, rows in parts.items():
         if not rows:
             raise DataError(
                 f"{source} holds no {split} shard; of NVIDIA's files those with `test` in their name are held out"
             )
     if ours:
-        made = [manifest.load_verified(source, split) for split in ("train", "test")]
-        for shard in (shard for samples in made for shard in samples.shards):
+        splits = [manifest.load_verified(source, split) for split in ("train", "test")]
+        for shard in (shard for samples in splits for shard in samples.shards):
             _take(shard.path, job.out / shard.path.name)
         publish_bytes(job.out / manifest.NAME, (source / manifest.NAME).read_bytes())
-    counts = {split: {"shards": len(rows), "rows": sum(row["rows"] for row in rows)} for split, rows in found.items()}
+    counts = {split: {"shards": len(rows), "rows": sum(row["rows"] for row in rows)} for split, rows in parts.items()}
     return {**counts, "seq_len": seq_len, "vocab_size": value["vocab_size"]}
 
 

@@ -29,12 +29,12 @@ MIN_LIST_WORDS = 6
 
 def paragraphs(text: str, unknown: list[str], lost: Counter[str]) -> str:
     """Join the lines of each paragraph; headings, lists but for whole sentences, table rows and marks go."""
-    found: list[str] = []
+    finished: list[str] = []
     current: list[str] = []
 
     def end() -> None:
         if current:
-            found.append(" ".join(current))
+            finished.append(" ".join(current))
             current.clear()
 
     for line in _CONTROL.sub("", text).split("\n"):
@@ -49,13 +49,13 @@ def paragraphs(text: str, unknown: list[str], lost: Counter[str]) -> str:
         if not line or first in "*#;|!" or (first == "=" and line[-1] == "=") or line.startswith("----"):
             end()
             if first in ("*", "#") and _is_sentence(item := line.lstrip(":*# ")):
-                found.append(item)
+                finished.append(item)
         else:
             current.append(line)
     end()
     if unknown:
-        found = [_without_marks(paragraph, unknown, lost) for paragraph in _with_formulas(found)]
-    return "\n".join(line for line in map(_punctuation, found) if any(map(str.isalpha, line)))
+        finished = [_without_marks(paragraph, unknown, lost) for paragraph in _with_formulas(finished)]
+    return "\n".join(line for line in map(_punctuation, finished) if any(map(str.isalpha, line)))
 
 
 def _is_sentence(item: str) -> bool:

@@ -138,5 +138,5 @@ def _record(
         too_large(tally, title or where, max_document_mb)
         return
     key = "" if row.get("id") is None else f"{path.stem}-{row['id']}"
-    if made := document(title, path.name, key, counted(text, tally), tally, where=title or where):
-        yield made
+    if parsed := document(title, path.name, key, counted(text, tally), tally, where=title or where):
+        yield parsed

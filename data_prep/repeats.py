@@ -34,9 +34,9 @@ def rows_of(data: bytes) -> tuple[list[bytes], list[int]]:
 
 def rows(digests: list[bytes], sizes: Sequence[int]) -> Array:
     """What `rows_of` found, as an array of ROW."""
-    made = np.empty(len(digests), ROW)
-    made["hash"], made["bytes"] = np.frombuffer(b"".join(digests), "<u8"), sizes
-    return made
+    array = np.empty(len(digests), ROW)
+    array["hash"], array["bytes"] = np.frombuffer(b"".join(digests), "<u8"), sizes
+    return array
 
 
 def without(text: str, repeated: set[int], first: int) -> str:
@@ -76,10 +76,10 @@ def find(splits: Sequence[Array], lines: Sequence[Array], rows: Sequence[Array])
         owners: list[Ints] = []
         for number, (count, row) in enumerate(zip(lines, rows, strict=True)):
             own = row[len(count) :]
-            found = np.flatnonzero(own["hash"] % np.uint64(turns) == turn)
-            places.append(file_starts[number] + found)
-            chosen.append(own[found])
-            owners.append(first_document[number] + np.repeat(np.arange(len(count)), count)[found])
+            in_turn = np.flatnonzero(own["hash"] % np.uint64(turns) == turn)
+            places.append(file_starts[number] + in_turn)
+            chosen.append(own[in_turn])
+            owners.append(first_document[number] + np.repeat(np.arange(len(count)), count)[in_turn])
         line, place, owner = np.concatenate(chosen), np.concatenate(places), np.concatenate(owners)
         test = split[owner] == 1
         counts["test_lines"] += int(test.sum())

@@ -120,16 +120,16 @@ def run(
         for block in row
     ]
     _encoder(vocab, vocabulary.sha256, lowercase, strip_accents)  # once, for all workers that begin as forks
-    made = run_all(
+    written = run_all(
         functools.partial(_make, shards, job.out, settings, vocabulary.sha256),
         blocks,
         job.workers,
         lambda done, total: job.say(f"{done} of {total} shards of samples written", done / total),
         [(block.end - block.start) * (2 + block.duplicates) for block in blocks],
     )
-    rows = [row for row in made if row["rows"]]
+    rows = [row for row in written if row["rows"]]
     for name in sorted({block.file for block in blocks}):
-        if not any(row["rows"] for block, row in zip(blocks, made, strict=True) if block.file == name):
+        if not any(row["rows"] for block, row in zip(blocks, written, strict=True) if block.file == name):
             raise DataError(f"{shards / name} holds no text that the vocabulary {vocab} can encode")
     return publish_samples(job, vocabulary, rows, manifest.data_sha256(source), seq_len=seq_len, seed=seed, pairs=pairs)
 
@@ -272,8 +272,8 @@ def _blocks(shards: Path, settings: Settings, entry: dict[str, Any]) -> list[dic
     copies = settings.dupe_factor if entry["split"] == "train" else 1
     groups = [(first, min(BLOCK_DUPLICATES, copies - first)) for first in range(0, copies, BLOCK_DUPLICATES)]
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        found = [content.find(b"\n\n", number * size // count) for number in range(1, count)]
-        starts = sorted({0, size, *(place + 2 for place in found if place >= 0)})
+        ends = [content.find(b"\n\n", number * size // count) for number in range(1, count)]
+        starts = sorted({0, size, *(place + 2 for place in ends if place >= 0)})
         before = (content[a:b].count(b"\n\n") for a, b in itertools.pairwise(starts[:-1]))
         documents = np.cumsum([0, *before]).tolist()
     places = itertools.product(enumerate(itertools.pairwise(starts)), groups)
@@ -300,16 +300,16 @@ def _make(shards: Path, out: Path, settings: Settings, vocab_sha256: str, block:
         return {"rows": 0}
     key = (SPLITS.index(block.split), block.shard, *([block.number] if block.number else []))
     copies = range(block.first_duplicate, block.first_duplicate + block.duplicates)
-    made = make_samples(text, settings, encoder.vocabulary, block.sha256, *key, duplicates=copies)
-    written = write_shard(path, made)
+    samples = make_samples(text, settings, encoder.vocabulary, block.sha256, *key, duplicates=copies)
+    written = write_shard(path, samples)
     facts = {
         "file": path.name,
         "split": block.split,
         **written,
         # a text that is paired for several files is counted once
         **(text.facts if not block.first_duplicate else dict.fromkeys(text.facts, 0)),
-        "random_next": int(made.is_random_next.sum()),
-        "full_rows": int((np.diff(made.offsets) == settings.seq_len).sum()),
+        "random_next": int(samples.is_random_next.sum()),
+        "full_rows": int((np.diff(samples.offsets) == settings.seq_len).sum()),
     }
     manifest.note(path, identity, facts)
     return facts

@@ -106,12 +106,12 @@ def run(
     job.say(f"{sum(row['documents'] for row in counts)} documents in {len(files)} files indexed")
     names = [str(entry["file"]) for entry in files]
     repeated = run_all(functools.partial(_select, job.out, deduplicate, replay_share), [names], 1)[0]
-    said = (
+    repetitions = (
         f"{repeated['documents']} documents and {repeated['lines']} long lines repeat an earlier one: "
         + ("left out" if deduplicate else "kept, data.deduplicate = true leaves them out")
         + f"; {repeated['test_lines_in_train']} of {repeated['test_lines']} long lines held out are in training, too"
     )
-    job.say(said)
+    job.say(repetitions)
     indexes = {name: np.load(_path(job.out, name, "chosen")) for name in names}
     if replay:
         unused = sum(int((index["split"] == UNUSED).sum()) for index in indexes.values())
@@ -121,9 +121,9 @@ def run(
     if test_fraction > 0:
         plans += plan(indexes, "test", test_shards)
     for split, wanted in (("train", train_shards), ("test", test_shards)):
-        made = sum(shard.split == split for shard in plans)
-        if 0 < made < wanted:
-            job.say(f"{made} {split} shards instead of {wanted}: there are not enough documents for more")
+        count = sum(shard.split == split for shard in plans)
+        if 0 < count < wanted:
+            job.say(f"{count} {split} shards instead of {wanted}: there are not enough documents for more")
     shards = run_all(
         functools.partial(_write, documents, job.out, language, splitter, tuple(evaluation), identity),
         plans,
@@ -133,7 +133,7 @@ def run(
     )
     met = {number for shard in shards for number in shard.pop("evaluation")}
     totals = _totals(counts, shards, indexes.values())
-    totals |= {"repeated": {**repeated, "left_out": deduplicate}, "notes": [said]}
+    totals |= {"repeated": {**repeated, "left_out": deduplicate}, "notes": [repetitions]}
     totals = dict(run_all(functools.partial(_finish, job.out, shards, totals, source), [language], 1)[0])
     for row, line in overlap.told(sought, met):  # not in the manifest, which says which data these are
         job.say(line)
@@ -262,7 +262,7 @@ def _select(out: Path, deduplicate: bool, share: float, names: Sequence[str]) ->
     indexes = [loaded[name] for name in names]
     rows = [np.load(_path(out, name, "rows"), mmap_mode="r") for name in names]
     splits = [np.where(index["split"] == REPLAY, 0, index["split"]) for index in indexes]
-    found, documents, lines = repeats.find(splits, [index["lines"] for index in indexes], rows)
+    counts, documents, lines = repeats.find(splits, [index["lines"] for index in indexes], rows)
     if not deduplicate:
         documents[:], lines[:] = False, False
     document = line = 0
@@ -276,10 +276,10 @@ def _select(out: Path, deduplicate: bool, share: float, names: Sequence[str]) ->
     bound = replay_bound(indexes, share)
     for name, index in zip(names, indexes, strict=True):
         general = index["split"] == REPLAY
-        taken = general & (index["draw"].astype(np.int64) < bound)
-        index["split"][general], index["split"][taken] = UNUSED, 0
+        drawn = general & (index["draw"].astype(np.int64) < bound)
+        index["split"][general], index["split"][drawn] = UNUSED, 0
         _publish(_path(out, name, "chosen"), index)
-    return found
+    return counts
 
 
 def _parse(line: bytes, path: Path, number: int) -> tuple[str, str, str]:
@@ -369,10 +369,10 @@ def _totals(
     skipped |= {LEFT_OUT[split]: left_out[split] for split in LEFT_OUT if left_out[split]}
     totals: dict[str, Any] = {"documents_in": sum(row["documents"] for row in counts), "skipped": skipped}
     for split in SPLITS:
-        mine = [shard for shard in shards if shard["split"] == split]
+        own = [shard for shard in shards if shard["split"] == split]
         totals[split] = {
-            key: sum(shard[key] for shard in mine) for key in ("documents", "sentences", "words", "bytes")
-        } | {"shards": len(mine)}
+            key: sum(shard[key] for shard in own) for key in ("documents", "sentences", "words", "bytes")
+        } | {"shards": len(own)}
     lost = totals["documents_in"] - sum(totals["skipped"].values())
     lost -= totals["train"]["documents"] + totals["test"]["documents"]
     assert lost == 0, f"{lost} documents lost"

@@ -20,10 +20,10 @@ def mix(values: Keys) -> Keys:
 
 def key(*parts: int) -> Keys:
     """One 64-bit key, ``[1]``, out of any integers, in their order."""
-    found = np.zeros(1, np.uint64)
+    state = np.zeros(1, np.uint64)
     for part in parts:
-        found = mix(found + GOLDEN + np.array([part % (1 << 64)], np.uint64))
-    return found
+        state = mix(state + GOLDEN + np.array([part % (1 << 64)], np.uint64))
+    return state
 
 
 def derived(keys: Keys, numbers: Ints | Keys) -> Keys:

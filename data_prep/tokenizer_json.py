@@ -32,7 +32,7 @@ def tokens_of(path: Path) -> list[str]:
 
 def special_of(path: Path, ids: Mapping[str, int]) -> dict[str, int]:
     """The ids of pad and mask, and of unk, cls and sep where they are there; DataError without the first two."""
-    found = {name: next((ids[s] for s in spelled if s in ids), None) for name, spelled in SPELLINGS.items()}
-    if missing := [" or ".join(SPELLINGS[name]) for name in ("pad", "mask") if found[name] is None]:
+    special = {name: next((ids[s] for s in spelled if s in ids), None) for name, spelled in SPELLINGS.items()}
+    if missing := [" or ".join(SPELLINGS[name]) for name in ("pad", "mask") if special[name] is None]:
         raise DataError(f"{path} ({len(ids)} tokens) lacks {', '.join(missing)}: add it to the tokenizer")
-    return {name: number for name, number in found.items() if number is not None}
+    return {name: number for name, number in special.items() if number is not None}

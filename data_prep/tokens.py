@@ -48,23 +48,23 @@ def run(job: Job, *, source: Path, vocab: Path, seq_len: int, test_fraction: flo
     vocabulary = Vocabulary.load(vocab, any_kind=True)
     files = files_of(source)
     settings = (vocab, seq_len, test_fraction, seed)
-    made = run_all(
+    read = run_all(
         functools.partial(_make, job.out, settings),
         list(enumerate(map(str, files))),
         job.workers,
         lambda done, total: job.say(f"{done} of {total} files of sequences read", done / total),
         [path.stat().st_size for path in files],
     )
-    rows = [row for file in made for row in file["shards"]]
+    rows = [row for file in read for row in file["shards"]]
     for split in SPLITS:
         if not any(row["split"] == split for row in rows):
-            count = sum(file["sequences"] for file in made)
+            count = sum(file["sequences"] for file in read)
             raise DataError(
                 f"{source}: none of {count} sequences is left for {split} with data.test_fraction = {test_fraction:g}"
             )
-    if short := sum(file["short"] for file in made):
-        job.say(f"{short} of {sum(file['sequences'] for file in made)} sequences are too short to be masked: left out")
-    digest = hashlib.sha256("".join(file["sha256"] for file in made).encode()).hexdigest()
+    if short := sum(file["short"] for file in read):
+        job.say(f"{short} of {sum(file['sequences'] for file in read)} sequences are too short to be masked: left out")
+    digest = hashlib.sha256("".join(file["sha256"] for file in read).encode()).hexdigest()
     return publish_samples(job, vocabulary, rows, digest, seq_len=seq_len, seed=seed, pairs=False)
 
 

@@ -228,8 +228,8 @@ class _Scanner:
             return end
         for known, pattern in ((self.next_close, _CLOSING[name]), (self.next_open, _OPENING[name])):
             if known.get(name, 0) < end:
-                found = pattern.search(self.text, end)
-                known[name] = found.start() if found else length + 1
+                place = pattern.search(self.text, end)
+                known[name] = place.start() if place else length + 1
         close = self.next_close[name]
         if close > length or self.next_open[name] < close:  # this one has no end of its own
             return end
@@ -265,8 +265,8 @@ def _variant(content: str) -> str:
     flags, bar, rules = content.partition("|")
     if not bar:
         flags, rules = "", content
-    shown = not set("HTDN-+") & set(flags) or "A" in flags or "S" in flags
-    if not shown:
+    is_text = not set("HTDN-+") & set(flags) or "A" in flags or "S" in flags
+    if not is_text:
         return ""
     variant = None if "R" in flags else _VARIANT.match(rules)
     return variant[1].strip() if variant else rules

@@ -371,10 +371,10 @@ def _count(
 
     normalizer = BertNormalizer(lowercase=lowercase, strip_accents=strip_accents)
     codes = np.frombuffer(normalizer.normalize_str(block).encode("utf-32-le"), np.uint32)
-    found = np.bincount(codes)
-    counts[: len(found)] += found
-    splits = np.zeros(len(found), bool)
-    for code in np.flatnonzero(found).tolist():
+    in_block = np.bincount(codes)
+    counts[: len(in_block)] += in_block
+    splits = np.zeros(len(in_block), bool)
+    for code in np.flatnonzero(in_block).tolist():
         splits[code] = _splits_words(chr(code))
     inside[codes[1:][~splits[codes[1:]] & ~splits[codes[:-1]]]] = True
 

@@ -37,8 +37,8 @@ class BatchPlan:
 
     def rank_batch(self, rank: int) -> int:
         """Samples of one rank per optimizer step (NVIDIA's ``--train_batch_size``)."""
-        mine = self.range_of(rank)
-        return min(mine.stop * self.micro_batch, self.global_batch) - mine.start * self.micro_batch if mine else 0
+        own = self.range_of(rank)
+        return min(own.stop * self.micro_batch, self.global_batch) - own.start * self.micro_batch if own else 0
 
     @property
     def rank_batches(self) -> list[int]:

@@ -226,15 +226,15 @@ def main() -> int:
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="as that script takes them, by position")
     options = parser.parse_args()
     script = Path(options.script).name
-    found = arguments_of(script, options.arguments)
+    arguments = arguments_of(script, options.arguments)
     if script == "run_pretraining.sh":
-        command = pretraining_command(found, options.run, options.data, options.recipe)
+        command = pretraining_command(arguments, options.run, options.data, options.recipe)
     else:
-        command = finetune_command(script, found)
+        command = finetune_command(script, arguments)
     given = dict(list(POSITIONS[script].items())[: len(options.arguments)])
     for name in given:
-        if name in WITHOUT_COUNTERPART and found[name] not in ("", POSITIONS[script][name]):
-            print(f"{name} = {found[name]} has no counterpart: {WITHOUT_COUNTERPART[name]}", file=sys.stderr)
+        if name in WITHOUT_COUNTERPART and arguments[name] not in ("", POSITIONS[script][name]):
+            print(f"{name} = {arguments[name]} has no counterpart: {WITHOUT_COUNTERPART[name]}", file=sys.stderr)
     print(f"python -m {shlex.join(command)}", flush=True)
     return 0 if options.dry_run else subprocess.run([sys.executable, "-m", *command], check=False).returncode
 

@@ -61,18 +61,18 @@ def main() -> int:
         rates = estimate.measured(arguments.rates, recipe, rates)
     elif arguments.fit:
         rates = estimate.fitted(arguments.fit, recipe, rates)
-    found = [
+    planned = [
         {**row, **estimates(recipe, profile, rates, row)} for row in rows(recipe, profile, counts, arguments.ranks)
     ]
-    runs = totals(found, recipe, arguments.price_per_gpu_hour)
+    runs = totals(planned, recipe, arguments.price_per_gpu_hour)
     asked = arguments.rate or arguments.preempt_hours
-    saving = [checkpoint_row(recipe, found, count, arguments) for count in counts] if asked else []
+    saving = [checkpoint_row(recipe, planned, count, arguments) for count in counts] if asked else []
     if arguments.json:
-        print(json.dumps({"rows": found, "runs": runs, **({"checkpoints": saving} if asked else {})}))
+        print(json.dumps({"rows": planned, "runs": runs, **({"checkpoints": saving} if asked else {})}))
     else:
-        show(found)
-        show_estimates(found, runs, rates, profile)
-        show_limits(found, recipe)
+        show(planned)
+        show_estimates(planned, runs, rates, profile)
+        show_limits(planned, recipe)
         if arguments.data:
             print(preparation(recipe, arguments.data, arguments.workers))
         if asked:
@@ -103,7 +103,7 @@ def node_counts(text: str) -> list[int]:
 
 def rows(recipe: Recipe, profile: Profile, nodes: list[int], with_ranks: bool = False) -> list[dict[str, Any]]:
     """One row for each phase and node count; ``rank_batch`` and ``accumulation`` are those of the busiest rank."""
-    found = []
+    planned = []
     for name, phase in recipe.phases.items():
         limit = micro_batch_limit(recipe, profile, name)
         for count in nodes:
@@ -122,8 +122,8 @@ def rows(recipe: Recipe, profile: Profile, nodes: list[int], with_ranks: bool = 
                 row["better_micro_batch"] = better
             if with_ranks:
                 row["rank_batches"] = plan.rank_batches
-            found.append(row)
-    return found
+            planned.append(row)
+    return planned
 
 
 def estimates(recipe: Recipe, profile: Profile, rates: Rates, row: dict[str, Any]) -> dict[str, Any]:
@@ -142,11 +142,11 @@ def estimates(recipe: Recipe, profile: Profile, rates: Rates, row: dict[str, Any
     return known
 
 
-def totals(found: list[dict[str, Any]], recipe: Recipe, price: float | None) -> list[dict[str, Any]]:
+def totals(planned: list[dict[str, Any]], recipe: Recipe, price: float | None) -> list[dict[str, Any]]:
     """Both phases together by node count: disk, and hours, GPU-hours and cost where they are known."""
     runs = []
-    for nodes in dict.fromkeys(row["nodes"] for row in found):
-        own = [row for row in found if row["nodes"] == nodes]
+    for nodes in dict.fromkeys(row["nodes"] for row in planned):
+        own = [row for row in planned if row["nodes"] == nodes]
         run: dict[str, Any] = {"nodes": nodes, "disk_gb": round(estimate.disk_gb(recipe), 1)}
         if all("hours" in row for row in own):
             run |= {key: sum(row[key] for row in own) for key in ("hours", "gpu_hours")}
@@ -157,7 +157,7 @@ def totals(found: list[dict[str, Any]], recipe: Recipe, price: float | None) -> 
 
 
 def checkpoint_row(
-    recipe: Recipe, found: list[dict[str, Any]], nodes: int, asked: argparse.Namespace
+    recipe: Recipe, planned: list[dict[str, Any]], nodes: int, asked: argparse.Namespace
 ) -> dict[str, Any]:
     """How often to save on ``nodes`` nodes, and what is lost; steps, restarts and chances where the hours are known."""
     preempt_s = asked.preempt_hours * 3600 if asked.preempt_hours else math.inf
@@ -172,7 +172,7 @@ def checkpoint_row(
         "restart_lost": advice.restart_lost,
     }
     steps = {name: phase.steps for name, phase in recipe.phases.items()}
-    step_s = {each["phase"]: each["step_s"] for each in found if each["nodes"] == nodes and "step_s" in each}
+    step_s = {each["phase"]: each["step_s"] for each in planned if each["nodes"] == nodes and "step_s" in each}
     if asked.hours:
         step_s = dict.fromkeys(steps, asked.hours * 3600 / sum(steps.values()))
     if step_s.keys() == steps.keys():
@@ -184,7 +184,7 @@ def checkpoint_row(
     return row
 
 
-def show_saving(found: list[dict[str, Any]], asked: argparse.Namespace) -> None:
+def show_saving(saving: list[dict[str, Any]], asked: argparse.Namespace) -> None:
     """The checkpoint advice as a table, and in words what it rests on."""
     causes = [f"{asked.rate:g} failures per 1,000 node-days"] if asked.rate else []
     causes += [f"an unwarned preemption every {asked.preempt_hours:g} h"] if asked.preempt_hours else []
@@ -193,7 +193,7 @@ def show_saving(found: list[dict[str, Any]], asked: argparse.Namespace) -> None:
         f"a restart takes {asked.restart_seconds:g} s:"
     )
     cells = [("nodes", "mean between", "save every", "in steps", "time lost", "hours", "restarts", "none at all")]
-    for row in found:
+    for row in saving:
         known = "hours" in row
         cells.append(
             (
@@ -213,7 +213,7 @@ def show_saving(found: list[dict[str, Any]], asked: argparse.Namespace) -> None:
         "--set train.checkpoint_every takes steps\n"
         "a job that is warned before it is stopped (the profile's signal_s) saves first and loses only the restart"
     )
-    last = found[-1]
+    last = saving[-1]
     if "hours" not in last:
         print("give --hours, --rates or --fit to see steps, restarts and chances")
     elif last["chance_of_none"] > 0.95:
@@ -223,10 +223,10 @@ def show_saving(found: list[dict[str, Any]], asked: argparse.Namespace) -> None:
         )
 
 
-def show_estimates(found: list[dict[str, Any]], runs: list[dict[str, Any]], rates: Rates, profile: Profile) -> None:
+def show_estimates(planned: list[dict[str, Any]], runs: list[dict[str, Any]], rates: Rates, profile: Profile) -> None:
     """What a step takes and a GPU holds, and the whole training by node count."""
     table: list[Sequence[str]] = [("phase", "nodes", *ESTIMATES)]
-    for row in found:
+    for row in planned:
         table.append((row["phase"], str(row["nodes"]), *(number(row.get(key, "-")) for key in ESTIMATES)))
     print("\n" + "\n".join(columns(table, right=range(len(table[0])))))
     holds = "" if profile.gpu_memory_gb is None else f", a GPU has {profile.gpu_memory_gb:g}"
@@ -251,9 +251,9 @@ def preparation(recipe: Recipe, data_dir: Path, workers: float) -> str:
     )
 
 
-def show_limits(found: list[dict[str, Any]], recipe: Recipe) -> None:
+def show_limits(planned: list[dict[str, Any]], recipe: Recipe) -> None:
     """What fails first at a size where computing is no longer most of a step, and what the ranks do together."""
-    for row in found:
+    for row in planned:
         parts, step_s = row.get("parts_s"), row.get("step_s")
         if not parts or not step_s or parts["compute_s"] > MOSTLY * step_s:
             continue
@@ -261,7 +261,7 @@ def show_limits(found: list[dict[str, Any]], recipe: Recipe) -> None:
         first = max((words for words in shares if words != "computing"), key=shares.__getitem__)
         listed = ", ".join(f"{words} {100 * share:.0f} %" for words, share in shares.items())
         print(f"{row['phase']} on {row['nodes']:,} nodes: a step is {listed}; first to fail is {first}")
-    ranks = max(row["world_size"] for row in found)
+    ranks = max(row["world_size"] for row in planned)
     if ranks >= MANY_RANKS:
         gb = 12 * costs.parameters(estimate.config_of(recipe)) / 1e9
         print(
@@ -270,9 +270,9 @@ def show_limits(found: list[dict[str, Any]], recipe: Recipe) -> None:
         )
 
 
-def show(found: list[dict[str, Any]]) -> None:
-    table = columns([COLUMNS, *([str(row[name]) for name in COLUMNS] for row in found)], right=range(len(COLUMNS)))
-    for line, row in zip(table, [{}, *found], strict=True):
+def show(planned: list[dict[str, Any]]) -> None:
+    table = columns([COLUMNS, *([str(row[name]) for name in COLUMNS] for row in planned)], right=range(len(COLUMNS)))
+    for line, row in zip(table, [{}, *planned], strict=True):
         better = row.get("better_micro_batch")
         print(line + (f"  --set {row['phase']}.micro_batch={better} would balance the ranks" if better else ""))
     print(

@@ -29,8 +29,8 @@ def main() -> int:
 
     if options.run:
         steps = proof.bundle(RunDir(options.run), options.to)
-        for name, found in steps.items():
-            print(f"{options.to}: {name}, steps to check: {', '.join(map(str, found))}")
+        for name, numbers in steps.items():
+            print(f"{options.to}: {name}, steps to check: {', '.join(map(str, numbers))}")
         return 0
     rows = proof.check(options.check, options.step, options.stage, options.index)
     words = [(row.figure, row.logged, row.computed, f"{row.apart:.1e} apart" if row.apart else "equal") for row in rows]

@@ -34,13 +34,13 @@ def values_of(source: Path, shape: Mapping[str, int]) -> list[Value]:
         rows, device, model = figures["rows"], figures["environment"], figures["model"]
         place = ", ".join(f"{device[key]}" if key == "device" else f"{key} {device[key]}"
                           for key in ("device", "torch", "cuda", "driver") if device.get(key))  # fmt: skip
-        found = [value for row in rows for value in of_bench(row, place, source.name)]
-        found += of_inference(rows, place, source.name)
+        values = [value for row in rows for value in of_bench(row, place, source.name)]
+        values += of_inference(rows, place, source.name)
     except OSError as error:
         raise ConfigError(f"{source}: {error.strerror}; name a run, a family or the JSON of a benchmark") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{source}: neither a run nor the JSON of a benchmark ({error!r})") from None
-    return found if model == shape else []
+    return values if model == shape else []
 
 
 # -------------------------------------------------------------------- the command
@@ -57,28 +57,28 @@ def main() -> int:
     shape = shape_of(load_recipe(options.recipe).model)
     values = [value for source in options.sources for value in values_of(source, shape)]
     names = [options.name] if options.name else list(tables)
-    found = {name: cells_of(name, values) for name in names}
+    filled = {name: cells_of(name, values) for name in names}
     if options.csv:
-        publish_text(options.csv, csv_of(found))
+        publish_text(options.csv, csv_of(filled))
     if options.html:
-        publish_text(options.html, html_of(found))
+        publish_text(options.html, html_of(filled))
     if options.name:
-        print("\n".join([tables[options.name]["title"], *for_terminal(found[options.name]), ""]))
-        print("\n".join([*remarks(found[options.name]), *(f"measure it: {command}" for command in lacking(found))]))
+        print("\n".join([tables[options.name]["title"], *for_terminal(filled[options.name]), ""]))
+        print("\n".join([*remarks(filled[options.name]), *(f"measure it: {command}" for command in lacking(filled))]))
         return 0
     lines = [
         (name, tables[name]["title"], f"{sum(c.ours is not None for c in cells)} of {len(cells)}")
-        for name, cells in found.items()
+        for name, cells in filled.items()
     ]
     print("\n".join(columns([("table", "what", "measured"), *lines])))
-    print("\n".join(("to measure the rest:", *lacking(found)) if lacking(found) else ()))
+    print("\n".join(("to measure the rest:", *lacking(filled)) if lacking(filled) else ()))
     return 0
 
 
-def lacking(found: Mapping[str, Sequence[Cell]]) -> list[str]:
+def lacking(tables: Mapping[str, Sequence[Cell]]) -> list[str]:
     """The commands that measure what is still empty, each once."""
     commands: dict[str, None] = {}
-    for name, cells in found.items():
+    for name, cells in tables.items():
         empty = [f"{cell.line} {cell.column}" for cell in cells if cell.ours is None]
         for expression, command in definitions()[name]["measure"].items():
             if any(re.search(expression, place) for place in empty):
@@ -97,8 +97,8 @@ def grid(cells: Sequence[Cell]) -> tuple[list[str], list[tuple[str, list[list[st
 
 
 def figures(cell: Cell | None) -> list[str]:
-    found = ((cell.ours, 4), (cell.theirs, 5), (cell.ratio, 4)) if cell else ((None, 0),) * 3
-    return ["" if figure is None else number(figure, digits) for figure, digits in found]
+    rounded = ((cell.ours, 4), (cell.theirs, 5), (cell.ratio, 4)) if cell else ((None, 0),) * 3
+    return ["" if figure is None else number(figure, digits) for figure, digits in rounded]
 
 
 def for_terminal(cells: Sequence[Cell]) -> list[str]:
@@ -120,23 +120,23 @@ def remarks(cells: Sequence[Cell]) -> Iterator[str]:
         yield f"* {', '.join(places[:3])}{more}: {note}"
 
 
-def csv_of(found: Mapping[str, Sequence[Cell]]) -> str:
+def csv_of(tables: Mapping[str, Sequence[Cell]]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("table", "line", "column", "measured", "published", "ratio", "note"))
-    for name, cells in found.items():
+    for name, cells in tables.items():
         writer.writerows((name, c.line, c.column, c.ours, c.theirs, c.ratio, c.note) for c in cells)
     return text.getvalue()
 
 
-def html_of(found: Mapping[str, Sequence[Cell]]) -> str:
+def html_of(tables: Mapping[str, Sequence[Cell]]) -> str:
     sections = []
-    for name, cells in found.items():
+    for name, cells in tables.items():
         names, lines = grid(cells)
         rows = [[line, *(in_one(*cell) for cell in row)] for line, row in lines]
-        said = [page.note(line.removeprefix("* ")) for line in remarks(cells)]
-        shown = page.table(["", *names], rows, numeric=range(1, len(names) + 1))
-        sections.append(page.section(definitions()[name]["title"], shown, *said))
+        notes = [page.note(line.removeprefix("* ")) for line in remarks(cells)]
+        table = page.table(["", *names], rows, numeric=range(1, len(names) + 1))
+        sections.append(page.section(definitions()[name]["title"], table, *notes))
     title = page.tag("h1", "Published tables, measured again")
     how = page.note("measured / published = ratio; – where nothing was measured")
     return page.document("Published tables", page.STYLE, title, how, *sections)

@@ -47,8 +47,8 @@ def main() -> int:
         if not going:
             break
         time.sleep(INTERVAL_S)
-    shown = ", ".join(f"{stage} to step {step}" for stage, step in sent.items() if step >= 0)
-    print(f"{options.wandb}: {shown or 'no stage has figures yet'}")
+    stages = ", ".join(f"{stage} to step {step}" for stage, step in sent.items() if step >= 0)
+    print(f"{options.wandb}: {stages or 'no stage has figures yet'}")
     return 0
 
 

@@ -76,13 +76,13 @@ def ask(partition: str = "") -> Facts:
 
 def interfaces(nets: Path) -> tuple[str, ...]:
     """Network interfaces of hardware that are up, InfiniBand first and then by speed."""
-    found = []
+    speeds = []
     for net in nets.glob("*"):
         with contextlib.suppress(OSError, ValueError):  # one that is down has no speed
             if (net / "device").exists() and (net / "operstate").read_text().strip() == "up":
                 infiniband = (net / "type").read_text().strip() == "32"
-                found.append((infiniband, int((net / "speed").read_text()), net.name))
-    return tuple(name for *_, name in sorted(found, reverse=True))
+                speeds.append((infiniband, int((net / "speed").read_text()), net.name))
+    return tuple(name for *_, name in sorted(speeds, reverse=True))
 
 
 def draft(facts: Facts) -> str:
@@ -191,14 +191,14 @@ def _ending(config: dict[str, str], chosen: dict[str, str]) -> Iterator[str]:
     else:
         yield f"signal_s = {SIGNAL_S}  # our choice: time to save before the limit; GraceTime={grace_s}"
         if mode != "OFF":
-            said = "preempt_send_user_signal is not set" if not sends else "GraceTime is 0"
-            yield f"# check: {said}, so a preempted job may end without a last checkpoint"
+            reason = "preempt_send_user_signal is not set" if not sends else "GraceTime is 0"
+            yield f"# check: {reason}, so a preempted job may end without a last checkpoint"
 
 
 def _gpu_gb(kind: str) -> int:
     """Memory of a type of GPU; 0 where its name does not tell."""
-    if said := re.search(r"(?<!\d)(\d{2,3})gb?(?![a-z])", kind.lower()):
-        return int(said[1])
+    if size := re.search(r"(?<!\d)(\d{2,3})gb?(?![a-z])", kind.lower()):
+        return int(size[1])
     words = re.split(r"[-.]|nvidia_|tesla_", kind.lower())
     return next((GPU_GB[word] for word in words if word in GPU_GB), 0)
 

@@ -197,8 +197,8 @@ def beyond_limits(known: str, partition: str, asked: Resources) -> str:
         if name in partition.split(",") if partition else record.get("Default") == "YES":
             most, time_min = parse_time(record.get("MaxTime", "UNLIMITED")), asked.time_min
             if time_min is not None and most != UNLIMITED and (time_min == UNLIMITED or time_min > most):
-                told = f"{format_time(most)} of time and not {format_time(time_min)}; -t {format_time(most)}"
-                faults.append(f"partition {name} allows {told} has a stage go on in as many jobs as it needs")
+                most_time = f"{format_time(most)} of time and not {format_time(time_min)}; -t {format_time(most)}"
+                faults.append(f"partition {name} allows {most_time} has a stage go on in as many jobs as it needs")
             elif record.get("MaxNodes", "").isdigit() and asked.nodes[0] > int(record["MaxNodes"]):
                 faults.append(f"partition {name} allows {record['MaxNodes']} nodes and not {asked.nodes[0]} (--nodes)")
             else:
@@ -248,8 +248,8 @@ def submit(
     def once() -> Answer:
         nonlocal unsure
         # raises ControllerDown itself while there is no answer, so nothing is sent twice
-        if unsure and (found := tagged()):
-            return Answer(argv=("squeue",), code=0, out=found, err="")
+        if unsure and (job_id := tagged()):
+            return Answer(argv=("squeue",), code=0, out=job_id, err="")
         unsure = True
         return ask(["sbatch", "--parsable", *extra, str(script), *arguments], timeout_s=60)
 

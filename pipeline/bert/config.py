@@ -150,13 +150,13 @@ class BertConfig:
             wrong.append(f"config.json: vocab_size is {values.get('vocab_size')!r}, needed is a whole number")
         if wrong:
             raise ConfigError("\n".join(wrong))
-        taken = {field.name: values[field.name] for field in fields(cls) if field.name in values}
-        taken |= {
+        known = {field.name: values[field.name] for field in fields(cls) if field.name in values}
+        known |= {
             "vocab_size": padded_vocab(values["vocab_size"]),
             "hidden_act": HUGGING_FACE_ACTIVATIONS[activation],
         }
-        taken.pop("init", None)
-        return cls(**taken)
+        known.pop("init", None)
+        return cls(**known)
 
 
 def read_object(path: Path, error: type[Exception]) -> dict[str, Any]:

@@ -37,30 +37,30 @@ def load_start(path: Path, config: BertConfig, vocab: Path | None) -> State:
     configuration that differs and every key that is missing or surplus; both pretraining heads must be there.
     """
     if path.is_dir():
-        found, state = load_hugging_face(path)
+        saved, state = load_hugging_face(path)
         beside = any((path / name).is_file() for name in (WHOLE, PLAIN))
         if vocab and vocab.name == WHOLE and (path / WHOLE).is_file():  # of any kind, if it is the same
             beside = (path / WHOLE).read_bytes() != vocab.read_bytes()
         if vocab and beside and (line := difference(read_tokenizer(path).vocab, vocab)):
             raise CheckpointError(f"{line}; name the vocabulary that belongs to these weights as data.vocab")
     elif path.is_file():
-        found, state = _nvidia_start(path, config)
+        saved, state = _nvidia_start(path, config)
     else:
         raise CheckpointError(f"{path}: no such Hugging Face folder or NVIDIA checkpoint to start from")
     if vocab:
-        found, state = cut(found, state, Vocabulary.load(vocab, any_kind=True).size)
+        saved, state = cut(saved, state, Vocabulary.load(vocab, any_kind=True).size)
     if not any(name.startswith("cls.") for name in state):
         raise CheckpointError(
             f"{path} holds an encoder without pretraining heads (no cls.*): pretraining goes on only from a model "
             "that has both; for a task, fine-tune it with python -m pipeline.finetune"
         )
     faults = [
-        f"{name} is {getattr(found, name)}, the recipe's is {getattr(config, name)}"
-        for name in found.to_dict()
-        if name not in FREE and getattr(found, name) != getattr(config, name)
+        f"{name} is {getattr(saved, name)}, the recipe's is {getattr(config, name)}"
+        for name in saved.to_dict()
+        if name not in FREE and getattr(saved, name) != getattr(config, name)
     ]
     with torch.device("meta"):
-        own = BertForPreTraining(found).state_dict()
+        own = BertForPreTraining(saved).state_dict()
     faults += misfits({name: tuple(tensor.shape) for name, tensor in state.items()}, own)
     if faults:
         raise CheckpointError(f"{path} does not fit the recipe's model: {'; '.join(faults)}")
@@ -71,9 +71,9 @@ def _nvidia_start(path: Path, config: BertConfig) -> tuple[BertConfig, State]:
     """An NVIDIA file's weights and its configuration: the one beside it, else what its shapes tell."""
     state, gelu = read_nvidia(path)
     beside = config_beside(path)
-    found = read_config(beside) if beside else config_of_shapes(state, config)
-    act = gelu or (_told_gelu(found) if beside else None) or config.hidden_act
-    return replace(found, hidden_act=act), padded(state, found.vocab_size)
+    saved = read_config(beside) if beside else config_of_shapes(state, config)
+    act = gelu or (_told_gelu(saved) if beside else None) or config.hidden_act
+    return replace(saved, hidden_act=act), padded(state, saved.vocab_size)
 
 
 def _told_gelu(config: BertConfig) -> str | None:
@@ -99,17 +99,17 @@ def config_beside(file: Path) -> Path | None:
 
 def config_of_shapes(state: State, like: BertConfig) -> BertConfig:
     """``like`` with the sizes that the tensors of ``state`` show (their heads, GELU and eps they do not)."""
-    shown = {
+    sizes = {
         name: state[tensor].shape[dimension]
         for name, (tensor, dimension) in SHOWN_BY.items()
         if tensor in state and state[tensor].dim() > dimension
     }
-    shown["vocab_size"] = padded_vocab(shown.get("vocab_size", like.vocab_size))
+    sizes["vocab_size"] = padded_vocab(sizes.get("vocab_size", like.vocab_size))
     layers = {name.split(".")[3] for name in state if name.startswith("bert.encoder.layer.")}
-    shown["num_hidden_layers"] = len(layers) or like.num_hidden_layers
-    if shown.get("hidden_size", like.hidden_size) % like.num_attention_heads:
-        shown["num_attention_heads"] = 1
-    return BertConfig.from_dict(like.to_dict() | shown)
+    sizes["num_hidden_layers"] = len(layers) or like.num_hidden_layers
+    if sizes.get("hidden_size", like.hidden_size) % like.num_attention_heads:
+        sizes["num_attention_heads"] = 1
+    return BertConfig.from_dict(like.to_dict() | sizes)
 
 
 def load_nvidia(file: Path, config_file: Path, *, hidden_act: str | None = None) -> tuple[BertConfig, State]:

@@ -105,14 +105,14 @@ class Accumulator:
                 torch.cuda.current_stream(ranks.device).synchronize()  # what is left is waiting for others
         seconds = np.zeros(ranks.world_size)
         seconds[ranks.rank] = clock.so_far("compute") - computed_before
-        told = {"asked": np.array([float(asks(what)) for what in ASKED]), "counts": np.array(batch.next_counts, float)}
+        sent = {"asked": np.array([float(asks(what)) for what in ASKED]), "counts": np.array(batch.next_counts, float)}
         ranks.alive("waiting")
         with clock.spent("communication"):
-            losses, together = self.reducer.finish(np.concatenate([*told.values(), seconds, digests]))
+            losses, together = self.reducer.finish(np.concatenate([*sent.values(), seconds, digests]))
         ranks.alive("working")
         if self.state.scale is not None:
             self.gradients.flat.mul_(1 / scale)
-        ends = np.cumsum([len(part) for part in (*told.values(), seconds)])
+        ends = np.cumsum([len(part) for part in (*sent.values(), seconds)])
         asked, self.counts, seconds, digests = np.split(together, ends)
         return Sums(
             plan=plan,

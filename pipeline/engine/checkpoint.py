@@ -182,18 +182,18 @@ def newest_verified(
     """
     tensors = tuple(tensors)
     try:
-        found, lines = _newest(stage_dir, tensors, bad=CheckpointError)
+        saved, lines = _newest(stage_dir, tensors, bad=CheckpointError)
     except (StorageError, OSError) as error:
         if of_server(error):
             raise
         time.sleep(RETRY_S)
         try:
-            found, lines = _newest(stage_dir, tensors, bad=(CheckpointError, StorageError))
+            saved, lines = _newest(stage_dir, tensors, bad=(CheckpointError, StorageError))
         except OSError as error:
             raise StorageError(f"{stage_dir}: its checkpoints cannot be read: {error}") from error
     for line in lines:
         say(line)
-    return found
+    return saved
 
 
 def _newest(
@@ -306,10 +306,10 @@ def rotate(attempt_dir: Path, keep: int) -> None:
     Raises StorageError, before anything is deleted, where the file system does not say what is whole.
     """
     stage_dir = attempt_dir.parent.parent
-    mine = int(attempt_dir.name)
+    number = int(attempt_dir.name)
     attempts = _attempts(stage_dir)  # listed once: a newer attempt may begin while this goes on, and is not ours
     history = [folder for folder in lineage(stage_dir) if is_whole(folder)]
-    succeeded = any(int(path.name) > mine for path in attempts)
+    succeeded = any(int(path.name) > number for path in attempts)
     if succeeded or not history or history[0].parent != attempt_dir:
         return
     try:

@@ -271,7 +271,7 @@ def _fence(attempt_dir: Path, owner: Mapping[str, Any] | None) -> None:
 
     The second happens when the stage's folder was moved aside and begun anew.
     """
-    mine = int(attempt_dir.name) if attempt_dir.name.isdigit() else None
+    number = int(attempt_dir.name) if attempt_dir.name.isdigit() else None
     try:
         numbers = [int(path.name) for path in attempt_dir.parent.glob("[0-9]*") if path.name.isdigit()]
         newest = max(numbers, default=0)
@@ -279,8 +279,8 @@ def _fence(attempt_dir: Path, owner: Mapping[str, Any] | None) -> None:
         successor = owner_of(attempt_dir.with_name(f"{newest:04d}"))
     except OSError as error:
         raise StorageError(f"{attempt_dir} cannot be read: {error.strerror or error}") from error
-    if mine is not None and newest > mine:
-        raise InUseError(f"attempt {newest} ({describe_owner(successor)}) has taken over from attempt {mine}")
+    if number is not None and newest > number:
+        raise InUseError(f"attempt {newest} ({describe_owner(successor)}) has taken over from attempt {number}")
     if holder != owner:
         raise InUseError(
             f"{attempt_dir} was moved aside or belongs to another start ({describe_owner(holder)}); this one stops"

@@ -51,9 +51,9 @@ class Clock:
         until = now()
         spent = {**self._spent, "other": until - self.since - sum(self._spent.values())}
         shares = {part: round(seconds, 6) for part, seconds in spent.items()}
-        taken = {"since": self.since, "time": until, "spent_s": shares}
+        window = {"since": self.since, "time": until, "spent_s": shares}
         self.since, self._spent = until, dict.fromkeys(PARTS, 0.0)
-        return taken
+        return window
 
 
 def write_line(job: Job, clock: Clock, step: int, **figures: Any) -> dict[str, Any]:

@@ -56,7 +56,7 @@ class Ranks:
         dist.all_gather(records, padded, group=self.group)
         self.alive("working")
         lengths = sizes.tolist()
-        return [json.loads(bytes(found.cpu().numpy())[:length]) for found, length in zip(records, lengths, strict=True)]
+        return [json.loads(bytes(sent.cpu().numpy())[:length]) for sent, length in zip(records, lengths, strict=True)]
 
     def meet(self, name: str, timeout_s: float = START_S) -> None:
         """Return when every rank has come to the place ``name``, over the store and not by a collective.

@@ -101,19 +101,19 @@ class TrainingState:
         """CheckpointError where a checkpoint's identity is that of another training."""
         checkpoint.check_identity(self._fixed(identity), self._fixed(self.identity))
 
-    def changes(self, found: checkpoint.Checkpoint) -> list[str]:
+    def changes(self, saved: checkpoint.Checkpoint) -> list[str]:
         """Lines about differences that a checkpoint may have: the same science, other bits."""
         return [
-            f"{key} was {found.identity.get(key)}, is {self.identity.get(key)} from step {found.step} on: "
+            f"{key} was {saved.identity.get(key)}, is {self.identity.get(key)} from step {saved.step} on: "
             f"results are no longer the same bit for bit"
             for key in CHANGEABLE
-            if found.identity.get(key) != self.identity.get(key)
+            if saved.identity.get(key) != self.identity.get(key)
         ]
 
-    def load_weights(self, found: checkpoint.Checkpoint) -> None:
+    def load_weights(self, saved: checkpoint.Checkpoint) -> None:
         """Take over the weights alone, of this training or of the phase before."""
-        checkpoint.check_identity({"model": found.model}, {"model": self.model.config})
-        self.model.load_state_dict({key: torch.from_numpy(value) for key, value in found.weights.items()})
+        checkpoint.check_identity({"model": saved.model}, {"model": self.model.config})
+        self.model.load_state_dict({key: torch.from_numpy(value) for key, value in saved.weights.items()})
 
     @staticmethod
     def _fixed(identity: Mapping[str, Any]) -> dict[str, Any]:

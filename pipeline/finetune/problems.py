@@ -225,7 +225,7 @@ class GlueProblem:
             "majority": majority(table.classes, len(asked)),
             "bag_of_words": naive_bayes(known, table.classes, asked),
         }
-        return {name: self._scores(found) for name, found in predicted.items()}
+        return {name: self._scores(labels) for name, labels in predicted.items()}
 
 
 def problem_of(

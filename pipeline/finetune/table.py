@@ -76,9 +76,9 @@ def text_columns(path: Path, label: str) -> tuple[str, ...]:
     return ((usual or others)[0],)
 
 
-def _distinct(path: Path, column: str, found: list[str]) -> tuple[str, ...]:
+def _distinct(path: Path, column: str, labels: list[str]) -> tuple[str, ...]:
     """The classes of a file, numbers by their size."""
-    distinct = set(found)
+    distinct = set(labels)
     if not 2 <= len(distinct) <= MOST_LABELS:
         raise DataError(
             f"{path}: column {column!r} holds {len(distinct)} different labels; expected 2 to {MOST_LABELS}"

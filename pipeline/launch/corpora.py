@@ -113,9 +113,9 @@ def text_bytes(recipe: Recipe, data_dir: Path) -> float:
 
 def core_hours(recipe: Recipe, data_dir: Path) -> float:
     """Of the data stages, from the files under ``data_dir`` to the samples of every length."""
-    found = {Path(name): size_of(data_dir / name) for name in recipe.data.corpora}
-    packed = sum(size for path, size in found.items() if path.suffix == ".bz2")
-    markup = sum(size * MARKUP.get(path.suffix, 1.0) for path, size in found.items())
+    sizes = {Path(name): size_of(data_dir / name) for name in recipe.data.corpora}
+    packed = sum(size for path, size in sizes.items() if path.suffix == ".bz2")
+    markup = sum(size * MARKUP.get(path.suffix, 1.0) for path, size in sizes.items())
     lengths = len({phase.seq_len for phase in recipe.phases.values()})
     a_byte = 1 / SHARD + lengths * (2 + recipe.data.dupe_factor) / 7 / SAMPLES
     seconds = markup / EXTRACT + text_bytes(recipe, data_dir) * a_byte + (0 if recipe.data.vocabulary else VOCAB_S)

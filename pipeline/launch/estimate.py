@@ -81,28 +81,28 @@ def measured(path: Path, recipe: Recipe, base: Rates) -> Rates:
         raise ConfigError(f"--rates {path}: not a JSON file of `python -m pipeline.bench gpu`: {error}") from error
     large = shape_of(recipe.model) == LARGE
     config = config_of(recipe)
-    found = {}
+    rates = {}
     for name, row in rows.items():
         length = round(row["mean_tokens"])
         own = costs.training_flops(config, [length], round(0.15 * length))
-        found[name] = row["sequences_per_s"] if large else 1e12 * row["tflops"] / own
+        rates[name] = row["sequences_per_s"] if large else 1e12 * row["tflops"] / own
     lamb_s = lamb_ms / 1e3 * costs.parameters(config) / costs.parameters(large_config()) if lamb_ms else None
-    return replace(base, sequences_per_s=found, source=f"measured on {gpu} ({path.name})", extra_s={}, lamb_s=lamb_s)
+    return replace(base, sequences_per_s=rates, source=f"measured on {gpu} ({path.name})", extra_s={}, lamb_s=lamb_s)
 
 
 def fitted(folder: Path, recipe: Recipe, base: Rates) -> Rates:
     """From the median step of a run's phases, on as many GPUs as it had: what a step takes once is taken off."""
-    run, found = RunDir(folder), {}
+    run, rates = RunDir(folder), {}
     starts = {e["stage"]: int(e["world_size"]) for e in run.events if e.get("event") == "started" and "world_size" in e}
     for name, phase in recipe.phases.items():
         steps = [line["step_s"] for line in run.stage(name).metrics() if "step_s" in line]
         micro_batch = run.settings["recipe"].get(name, {}).get("micro_batch") if steps else None
         if micro_batch and name in starts:
             plan = BatchPlan(phase.global_batch, micro_batch, starts[name])
-            found[name] = fit({plan: statistics.median(steps)}, base, recipe)
-    if not found:
+            rates[name] = fit({plan: statistics.median(steps)}, base, recipe)
+    if not rates:
         raise ConfigError(f"--fit {folder}: no step of {' or '.join(recipe.phases)} is on record there")
-    return replace(base, sequences_per_s=found, source=f"fitted to {folder.name}", extra_s={})
+    return replace(base, sequences_per_s=rates, source=f"fitted to {folder.name}", extra_s={})
 
 
 def fit(seconds: Mapping[BatchPlan, float], base: Rates, recipe: Recipe, extra_s: float = 0.0) -> float:

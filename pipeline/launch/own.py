@@ -104,7 +104,7 @@ def write_recipe(
 
 def corpora_of(texts: Sequence[Path], data: Path) -> Iterator[tuple[str, list[str]]]:
     """``wikipedia``, ``books`` and ``jsonl`` of a recipe, below ``data``."""
-    found: dict[str, list[str]] = {"wikipedia": [], "books": [], "jsonl": []}
+    corpora: dict[str, list[str]] = {"wikipedia": [], "books": [], "jsonl": []}
     for text in texts:
         inner = files_in(text) if text.is_dir() else [text]
         kinds = {kind_of(path) for path in inner}
@@ -115,8 +115,8 @@ def corpora_of(texts: Sequence[Path], data: Path) -> Iterator[tuple[str, list[st
         elif len(kinds) > 1:
             raise ConfigError(f"--text {text} holds {' and '.join(sorted(kinds))}: name its files one by one, by kind")
         for path in inner:
-            found[kind_of(path)].append(path.relative_to(data).as_posix())
-    yield from ((kind, names) for kind, names in found.items() if names)
+            corpora[kind_of(path)].append(path.relative_to(data).as_posix())
+    yield from ((kind, names) for kind, names in corpora.items() if names)
 
 
 def files_in(folder: Path) -> list[Path]:

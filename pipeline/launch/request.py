@@ -163,15 +163,15 @@ def of(words: Sequence[str], command: Sequence[str] | None = None) -> Request:
 def seeds_of(text: str) -> tuple[str, list[int]]:
     """``mrpc=0-4,7``: what to repeat, and the seeds, for argparse."""
     what, _, numbers = text.partition("=")
-    found: list[int] = []
+    seeds: list[int] = []
     for part in numbers.split(","):
         ends = part.split("-")
         if what not in ("pretrain", *TASKS) or not all(end.isdecimal() for end in ends) or len(ends) > 2:
             raise argparse.ArgumentTypeError(f"{text}: as in pretrain=0-4 or mrpc=0-9,20")
-        found += range(int(ends[0]), int(ends[-1]) + 1)
-    if not found or len(set(found)) < len(found):
+        seeds += range(int(ends[0]), int(ends[-1]) + 1)
+    if not seeds or len(set(seeds)) < len(seeds):
         raise argparse.ArgumentTypeError(f"{text}: the smaller seed first, and none twice")
-    return what, found
+    return what, seeds
 
 
 SWITCHES = {

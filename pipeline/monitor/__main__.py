@@ -49,10 +49,10 @@ def read_all(node: str) -> list[dict[str, Any]]:
             gpu |= {"uuid": handle.uuid, "name": handle.name, **reading}
         except nvml.NvmlFault as fault:
             reading, codes = {}, {fault.code}
-        found = [finding for code in sorted(codes) for finding in health.of_code(code)]
+        troubles = [finding for code in sorted(codes) for finding in health.of_code(code)]
         gpu["findings"] = [
             {"verdict": each.verdict, "line": health.line(node, index, gpu.get("uuid", ""), each.meaning)}
-            for each in found + health.of_reading(reading, {})
+            for each in troubles + health.of_reading(reading, {})
         ]
         gpus.append(gpu)
     return gpus

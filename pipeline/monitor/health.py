@@ -115,10 +115,10 @@ def of_code(code: int) -> list[Finding]:
 
 def of_xids(numbers: Iterable[int]) -> list[Finding]:
     """What Xid events say about the GPU that raised them."""
-    found = {number: XIDS.get(number, ("warn", "see NVIDIA's Xid catalog")) for number in numbers}
+    meanings = {number: XIDS.get(number, ("warn", "see NVIDIA's Xid catalog")) for number in numbers}
     return [
         Finding(f"xid {number}", verdict, f"Xid {number}: {meaning}")
-        for number, (verdict, meaning) in found.items()
+        for number, (verdict, meaning) in meanings.items()
         if verdict != "ignore"
     ]
 
@@ -128,20 +128,20 @@ def of_reading(reading: Mapping[str, Any], before: Mapping[str, Any]) -> list[Fi
 
     A state that was there before training began only warns: the node was given as it is, and it works.
     """
-    found = [Finding(reason, "warn", reason) for reason in reading.get("throttle", ()) if reason in SLOWDOWNS]
+    findings = [Finding(reason, "warn", reason) for reason in reading.get("throttle", ()) if reason in SLOWDOWNS]
     new = reading.get("ecc_uncorrected", 0) - before.get("ecc_uncorrected", 0)
     if new > 0:
         when = "while training" if "ecc_uncorrected" in before else "since the driver was loaded"
-        found.append(Finding(f"ecc {when}", "warn", f"{new} uncorrectable memory errors {when}"))
+        findings.append(Finding(f"ecc {when}", "warn", f"{new} uncorrectable memory errors {when}"))
     if reading.get("remap_pending"):
-        found.append(Finding("remap pending", "warn", "bad memory rows will be replaced at the next reset"))
+        findings.append(Finding("remap pending", "warn", "bad memory rows will be replaced at the next reset"))
     if reading.get("remap_failed"):
         verdict = "fatal" if before.get("remap_failed") is False else "warn"
-        found.append(Finding("remap failed", verdict, "bad memory rows could not be replaced; have the GPU tested"))
+        findings.append(Finding("remap failed", verdict, "bad memory rows could not be replaced; have the GPU tested"))
     if (action := reading.get("recovery_action", 0)) and action != before.get("recovery_action"):
         verdict, meaning = RECOVERY_ACTIONS.get(action, ("warn", f"the driver asks for recovery action {action}"))
-        found.append(Finding(f"recovery {action}", verdict if "recovery_action" in before else "warn", meaning))
-    return found
+        findings.append(Finding(f"recovery {action}", verdict if "recovery_action" in before else "warn", meaning))
+    return findings
 
 
 def line(node: str, gpu: int, uuid: str, meaning: str) -> str:

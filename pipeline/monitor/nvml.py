@@ -68,9 +68,9 @@ def visible(environment: Mapping[str, str], count: int) -> list[int]:
         words = [word.strip() for word in environment[variable].split(",")]
         if words[0] in ("", "-1", "NoDevFiles"):
             return []
-        found = [_index(word, count) for word in words]
-        if None not in found:
-            return [index for index in found if index is not None]
+        indices = [_index(word, count) for word in words]
+        if None not in indices:
+            return [index for index in indices if index is not None]
     return list(range(count))
 
 
@@ -182,11 +182,11 @@ class Gpu:
 
     def _xids(self, codes: set[int]) -> list[int]:
         """The Xid numbers since the last call."""
-        found: list[int] = []
-        while len(found) < 100:  # a GPU in trouble may raise them faster than they are read
+        numbers: list[int] = []
+        while len(numbers) < 100:  # a GPU in trouble may raise them faster than they are read
             try:
-                found.append(int(ask("nvmlEventSetWait_v2", self._events, 1).eventData))
+                numbers.append(int(ask("nvmlEventSetWait_v2", self._events, 1).eventData))
             except NvmlFault as fault:  # mostly "timeout", which stands for no event
                 codes.add(fault.code)
                 break
-        return found
+        return numbers

@@ -135,8 +135,8 @@ class Sampler:
             if reading:
                 sampled = {key: value for key, value in reading.items() if key not in NOT_SAMPLED}
                 self._keep(now, gpu.index, gpu.uuid, gpu.name, fold.add(started, sampled))
-            found = [finding for code in sorted(codes) for finding in health.of_code(code)]
-            self._judge(index, health.of_xids(reading.get("xid", ())) + found + health.of_reading(reading, before))
+            findings = [finding for code in sorted(codes) for finding in health.of_code(code)]
+            self._judge(index, health.of_xids(reading.get("xid", ())) + findings + health.of_reading(reading, before))
             before |= reading
             self._stopping.wait(max(0.0, started + self._interval_s - time.monotonic()))
         self._keep(now, gpu.index, gpu.uuid, gpu.name, fold.close())

@@ -91,15 +91,15 @@ def until(
     """
     with contextlib.closing(Bell(topology, what, opens)) as bell:
         left_s = timeout_s
-        while (found := patiently(look, lambda line: None, asked)) is None:
+        while (value := patiently(look, lambda line: None, asked)) is None:
             if left_s <= 0 or asked():
                 return None
             left_s -= bell.wait(left_s, asked)
     if topology.local_rank == 0:
         ring(topology, what)
-    return found
+    return value
 
 
 def _name(topology: Topology, what: str, local_rank: int) -> bytes:
-    said = f"{topology.launch} {what} {local_rank}".encode()
-    return b"\0ranks-" + hashlib.blake2b(said, digest_size=16).hexdigest().encode()
+    text = f"{topology.launch} {what} {local_rank}".encode()
+    return b"\0ranks-" + hashlib.blake2b(text, digest_size=16).hexdigest().encode()

@@ -52,7 +52,7 @@ def main() -> int:
 
 def look(folder: Path, place: Topology) -> dict[str, Any]:
     """All that one rank can tell; what fails is told as ``errors``, by name."""
-    found: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "rank": place.rank,
         "local_rank": place.local_rank,
         "node": this_node(),
@@ -64,10 +64,10 @@ def look(folder: Path, place: Topology) -> dict[str, Any]:
     }
     for name, measure in {"versions": versions, "gpus": gpus, "files": files, "network": network}.items():
         try:
-            found[name] = measure(folder, place)
+            facts[name] = measure(folder, place)
         except Exception as error:
-            found["errors"][name] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"[:300]
-    return found
+            facts["errors"][name] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"[:300]
+    return facts
 
 
 def versions(folder: Path, place: Topology) -> dict[str, str]:
@@ -83,13 +83,13 @@ def gpus(folder: Path, place: Topology) -> list[list[Any]]:
     """Name and GB of each GPU that is visible, each of which has multiplied."""
     import torch
 
-    found = []
+    seen = []
     for index in range(torch.cuda.device_count()):
         one = torch.ones(1024, 1024, device=f"cuda:{index}")
         if float((one @ one).sum()) != 1024**3:
             raise ValueError(f"GPU {index} multiplies wrongly")
-        found.append([torch.cuda.get_device_name(index), torch.cuda.get_device_properties(index).total_memory / 1e9])
-    return found
+        seen.append([torch.cuda.get_device_name(index), torch.cuda.get_device_properties(index).total_memory / 1e9])
+    return seen
 
 
 def files(folder: Path, place: Topology) -> dict[str, float]:

@@ -39,12 +39,12 @@ def run(job: Job, *, command: Sequence[str], saves: str) -> dict[str, Any]:
     job.heartbeat.beat("waiting", 0)  # how often a stranger's loop shows life is not known
     path = job.run.path / saves
     counted = seen = newest(path)
-    looked, told = time.monotonic(), False
+    looked, is_told = time.monotonic(), False
     with started(job, command) as process:
         while (code := process.poll()) is None:
             time.sleep(LOOK_S)
-            if job.stop.reason and not told:
-                told = True
+            if job.stop.reason and not is_told:
+                is_told = True
                 process.terminate()
             if job.rank == 0 and time.monotonic() - looked > SETTLE_S:
                 looked, before, seen = time.monotonic(), seen, newest(path)
@@ -150,7 +150,7 @@ def newest(path: Path) -> tuple[float, int] | None:
     None while it changes, or cannot be read.
     """
     try:
-        times = [found.lstat().st_mtime for found in [path, *path.rglob("*")] if found.is_file()]
+        times = [file.lstat().st_mtime for file in [path, *path.rglob("*")] if file.is_file()]
     except OSError:
         return None
     return max(times, default=0.0), len(times)

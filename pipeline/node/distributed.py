@@ -72,9 +72,9 @@ def _forming(job: Job) -> Iterator[None]:
     except Exception as error:
         if (fault := fault_of(error, job, None)) is not None:
             raise fault from error
-        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        text = (str(error).strip() or type(error).__name__).splitlines()[0]
         where = f"rank {job.rank} on {socket.gethostname()}"
-        raise PeerLost(f"{where}: the {job.world_size} ranks did not come together: {escaped(said)[:300]}") from error
+        raise PeerLost(f"{where}: the {job.world_size} ranks did not come together: {escaped(text)[:300]}") from error
 
 
 def _meet(job: Job, host: str, at_the_end: contextlib.ExitStack) -> Store:
@@ -139,14 +139,14 @@ def _name_interface(store: Store, host: str, job: Job) -> None:
 
     The last rank, on another node than rank 0 if there are several, tells its address to those that are beside rank 0.
     """
-    mine = local_address(host)
+    own = local_address(host)
     if job.rank == job.world_size - 1:
-        store.set("last", mine)
+        store.set("last", own)
     with contextlib.suppress(OSError):  # a name that means nothing here is no better
         if not local_address(socket.gethostname()).startswith(HERE):
             return
-    mine = local_address(store.get("last").decode()) if mine.startswith(HERE) else mine
-    if interface := interface_of(mine):
+    own = local_address(store.get("last").decode()) if own.startswith(HERE) else own
+    if interface := interface_of(own):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
 
 
@@ -208,5 +208,5 @@ def peers_named(job: Job, micro_batch: int | None = None) -> Iterator[None]:
 
 def of_peer(error: BaseException) -> bool:
     """Whether torch says that another process of the group is gone."""
-    told = any(word in str(error) for word in ("gloo", "NCCL", "Connection", "peer"))
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and told)
+    named = any(word in str(error) for word in ("gloo", "NCCL", "Connection", "peer"))
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and named)

@@ -296,10 +296,10 @@ class Watch:
         os.kill(self.pid, signal.SIGCONT)  # a stopped process answers only when it goes on
         os.kill(self.pid, STACKS)
         time.sleep(0.5)
-        found = os.pread(self.stacks.fileno(), 1 << 20, 0)
+        stacks = os.pread(self.stacks.fileno(), 1 << 20, 0)
         head = f"=== rank {self.job.rank} on {self.host}, process {self.pid}\n".encode()
         with contextlib.suppress(OSError), open(self.job.attempt.path / "stacks.txt", "ab", buffering=0) as file:
-            file.write(head + found + b"\n")
+            file.write(head + stacks + b"\n")
 
 
 def kernel_kills() -> int:
@@ -313,8 +313,8 @@ def kernel_kills() -> int:
                 "memory": f"/sys/fs/cgroup/memory{group}/memory.oom_control",
             }
             with contextlib.suppress(OSError):
-                found = re.search(r"^oom_kill (\d+)$", Path(files.get(kind, "")).read_text(), re.MULTILINE)
-                kills += int(found[1]) if found else 0
+                match = re.search(r"^oom_kill (\d+)$", Path(files.get(kind, "")).read_text(), re.MULTILINE)
+                kills += int(match[1]) if match else 0
     return kills
 
 

@@ -98,7 +98,7 @@ def bundle(run: RunDir, out: Path) -> dict[str, list[int]]:
     record = {"format": FORMAT, **{key: settings.get(key) for key in keys}, "code": wanted}
     publish_sealed(temporary / PROOF, {**record, "data": data, "steps": steps, "files": files})
     temporary.rename(out)
-    return {name: found for name, found in steps.items() if found}
+    return {name: numbers for name, numbers in steps.items() if numbers}
 
 
 def _add(run: RunDir, to: Path, recipe: Recipe, name: str, steps: dict[str, list[int]]) -> dict[str, Any]:
@@ -143,21 +143,21 @@ def _excerpt(shards: list[Shard], shard: NDArray[np.int64], row: NDArray[np.int6
 class Excerpt(PretrainingData):
     """The data of a bundle: the order over all rows of all shards, of which only some are there."""
 
-    def __init__(self, facts: Mapping[str, Any], found: Arrays, phase: PhaseConfig, train: TrainConfig) -> None:
+    def __init__(self, facts: Mapping[str, Any], arrays: Arrays, phase: PhaseConfig, train: TrainConfig) -> None:
         own = {field.name: facts[field.name] for field in dataclasses.fields(SampleSet) if field.name in facts}
-        self.phase, self.train, self.continuing = phase, train, found.get("continuing")
+        self.phase, self.train, self.continuing = phase, train, arrays.get("continuing")
         self.manifest = SampleSet(folder=Path(), **{**own, "shards": ()})
         rows = [int(shard["rows"]) for shard in facts["shards"]]
         self.first_id = np.append(0, np.cumsum(rows))[:-1].astype(np.int64)
         self.order = SampleOrder(rows, train.seed)
-        ends = np.cumsum(found["lengths"])
+        ends = np.cumsum(arrays["lengths"])
         self.shards = []
         for number, count in enumerate(rows):
-            own_rows = np.flatnonzero(found["places"][:, 0] == number)
-            at, full = found["places"][own_rows, 1], np.zeros((3, count), np.int64)
+            own_rows = np.flatnonzero(arrays["places"][:, 0] == number)
+            at, full = arrays["places"][own_rows, 1], np.zeros((3, count), np.int64)
             for values, key in zip(full, ("lengths", "b_start", "is_random_next"), strict=True):
-                values[at] = found[key][own_rows]
-            parts = [found["tokens"][ends[i] - found["lengths"][i] : ends[i]] for i in own_rows]
+                values[at] = arrays[key][own_rows]
+            parts = [arrays["tokens"][ends[i] - arrays["lengths"][i] : ends[i]] for i in own_rows]
             tokens = np.concatenate(parts) if parts else np.zeros(0, np.uint16)
             offsets = np.append(0, np.cumsum(full[0]))
             self.shards.append(Shard(tokens, offsets, full[1], full[2], full[1], self.manifest.seq_len, "", 0, ""))

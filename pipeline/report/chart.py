@@ -303,8 +303,8 @@ def _line(frame: _Frame, line: Line) -> list[Html]:
     pieces = [tag("path", hover, d=path, class_=line.look)]
     if len(spots) == 1 or (line.dots and len(spots) <= MOST_DOTS):
         for (x, y), (at, value) in zip(spots, kept, strict=True):
-            shown = tag("title", f"{at:,.6g}: {value:.4g}")
-            pieces.append(tag("circle", shown, class_=line.look, cx=x, cy=y, r=2.8))
+            title = tag("title", f"{at:,.6g}: {value:.4g}")
+            pieces.append(tag("circle", title, class_=line.look, cx=x, cy=y, r=2.8))
     return pieces
 
 

@@ -90,12 +90,12 @@ def of_old(chain: Chain) -> tuple[list[Side], list[str]]:
         config, own = record.get("config", {}), []
         if "phase" in config:
             own = [Phase.read(name, restore(PhaseConfig, config["phase"], str(path)), folder)]
-        if found := {**dict(phase_measures(own)), **score_measures(read_json(path / "scores.json") or {})}:
-            measures.setdefault(number, {}).update(found)
+        if figures := {**dict(phase_measures(own)), **score_measures(read_json(path / "scores.json") or {})}:
+            measures.setdefault(number, {}).update(figures)
             phases.setdefault(number, []).extend(own)
             lines = chain.stages[name].changes(record, chain.prints, chain.corpora)
             changes += [f"since old/{path.name}: {line}" for line in lines]
-    return [Side(f"old/*-{number}", {}, phases[number], found) for number, found in measures.items()], changes
+    return [Side(f"old/*-{number}", {}, phases[number], figures) for number, figures in measures.items()], changes
 
 
 def flat(prefix: str, value: Any) -> dict[str, str]:
@@ -113,13 +113,13 @@ def phase_measures(phases: Iterable[Phase]) -> Iterator[tuple[str, list[float]]]
                 yield f"{phase.name} {name}", [float(value)]
 
 
-def score_measures(found: Mapping[str, Any]) -> dict[str, list[float]]:
+def score_measures(result: Mapping[str, Any]) -> dict[str, list[float]]:
     """The metrics of a scores.json by name of the data, in percent, seed by seed."""
-    seeds = found.get("seeds") or [found]
+    seeds = result.get("seeds") or [result]
     values = [seed.get("scores") or {} for seed in seeds if isinstance(seed, Mapping)]
     names = dict.fromkeys(key for scores in values for key in scores)
     every = {key: [float(s[key]) for s in values if is_number(s.get(key))] for key in names}
-    return {f"{dataset(found)} {metric_name(key)}": known for key, known in every.items() if known}
+    return {f"{dataset(result)} {metric_name(key)}": known for key, known in every.items() if known}
 
 
 # -------------------------------------------------------------------- what differs, and whether that is more than noise

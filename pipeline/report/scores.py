@@ -15,20 +15,20 @@ from pipeline.words import is_number, number, spoken
 BASELINES = {"majority": "most frequent class", "bag_of_words": "bag of words"}
 
 
-def dataset(found: Mapping[str, Any]) -> str:
+def dataset(scores: Mapping[str, Any]) -> str:
     """The name that a task's data go by; the stage's name says nothing about them."""
-    return str(found.get("dataset") or "data set without a name")
+    return str(scores.get("dataset") or "data set without a name")
 
 
 def metric_name(key: str) -> str:
     return "F1" if key == "f1" else spoken(key)
 
 
-def shown_scores(found: Mapping[str, Any]) -> str:
+def shown_scores(scores: Mapping[str, Any]) -> str:
     """``accuracy 71.2, F1 70.4`` of a scores.json: means over the seeds where there are several."""
-    several = len(found.get("seeds") or []) > 1
-    values = found.get("mean") if several else found["scores"]
-    spread = (found.get("deviation") or {}) if several else {}
+    several = len(scores.get("seeds") or []) > 1
+    values = scores.get("mean") if several else scores["scores"]
+    spread = (scores.get("deviation") or {}) if several else {}
     parts = []
     for key, value in (values or {}).items():
         text = f"{value:.2f}" if is_number(value) else number(value)
@@ -37,10 +37,10 @@ def shown_scores(found: Mapping[str, Any]) -> str:
     return ", ".join(parts) or "not scored"
 
 
-def baseline(found: Mapping[str, Any], name: str) -> str:
+def baseline(scores: Mapping[str, Any], name: str) -> str:
     """The score of something that is no model, in the metric that ranks; a dash where there is none."""
-    value = ((found.get("baselines") or {}).get(name) or {}).get(found.get("ranked_by"))
-    return f"{metric_name(str(found['ranked_by']))} {value:.2f}\N{NO-BREAK SPACE}%" if is_number(value) else "–"
+    value = ((scores.get("baselines") or {}).get(name) or {}).get(scores.get("ranked_by"))
+    return f"{metric_name(str(scores['ranked_by']))} {value:.2f}\N{NO-BREAK SPACE}%" if is_number(value) else "–"
 
 
 def beside_baselines(facts: Facts, task: str) -> str:
