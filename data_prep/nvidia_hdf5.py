@@ -311,9 +311,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
             print(f"{len(names)} files written to {given.target}")
         else:
-            made = from_nvidia(given.source, given.target, vocab=given.vocab, workers=given.workers)
-            rows = sum(shard["rows"] for shard in made["shards"])
-            print(f"{rows} samples of up to {made['seq_len']} tokens written to {given.target}")
+            published = from_nvidia(given.source, given.target, vocab=given.vocab, workers=given.workers)
+            rows = sum(shard["rows"] for shard in published["shards"])
+            print(f"{rows} samples of up to {published['seq_len']} tokens written to {given.target}")
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

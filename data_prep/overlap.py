@@ -47,20 +47,20 @@ def letters(lines: bytes) -> list[bytes]:
 def wanted(files: tuple[Path, ...], language: str, splitter: str) -> Wanted:
     """What to look for of evaluation files."""
     split = make_splitter(language, splitter)
-    found = Wanted({}, {}, {})
+    sought = Wanted({}, {}, {})
     for path in files:
         try:
             texts = list(itertools.islice(_texts(path), MOST_TEXTS))
         except (OSError, DataError) as error:
-            found.unread[path] = str(error)
+            sought.unread[path] = str(error)
             continue
-        found.texts[path] = []
+        sought.texts[path] = []
         for text in texts:
             lines = "\n".join(sentence for paragraph in text.splitlines() for sentence in split(paragraph))
             long = [key for key in letters(lines.encode(errors="replace")) if len(key) >= SHORTEST]
             if long:
-                found.texts[path].append([found.numbers.setdefault(key, len(found.numbers)) for key in long])
-    return found
+                sought.texts[path].append([sought.numbers.setdefault(key, len(sought.numbers)) for key in long])
+    return sought
 
 
 def sentences_in(data: bytes, sought: Wanted) -> set[int]:

@@ -178,8 +178,8 @@ def _heads(tosses: Ints, keys: Keys) -> Ints:
     coins[ends[tossed] - 1] &= FIRST_COINS[tosses[tossed] - 64 * (words[tossed] - 1)]
     heads = np.zeros(4 * len(coins) + 1, np.int64)
     np.cumsum(HEADS[coins.astype("<u8", copy=False).view("<u2")], out=heads[1:])
-    found: Ints = heads[4 * ends] - heads[4 * starts]
-    return found
+    heads_in: Ints = heads[4 * ends] - heads[4 * starts]
+    return heads_in
 
 
 def assemble(
@@ -201,14 +201,14 @@ def assemble(
     words = np.ndarray(len(tokens), np.uint64, padded.data, 0, padded.strides).copy()
     # a word goes on with the part that its first token belongs to; parts that begin inside of it are mended below
     first = np.concatenate([np.zeros(1, np.int64), -(-target[1:] // wide), -(-offsets[-1:] // wide)])
-    made = np.empty(first[-1] + 2, np.uint64)
+    packed = np.empty(first[-1] + 2, np.uint64)
     for part in range(0, len(target), BLOCK):  # the index of some parts stays in the cache
         block = slice(part, part + BLOCK)
         begin, *_, end = first[part : part + BLOCK + 1].tolist()
         index = np.repeat(source[block] - target[block], np.diff(first[part : part + BLOCK + 1]))
         index += np.arange(wide * begin, wide * end, wide)
-        np.take(words, index, out=made[begin:end], mode="clip")
-    tokens = made.view(tokens.dtype)
+        np.take(words, index, out=packed[begin:end], mode="clip")
+    tokens = packed.view(tokens.dtype)
     for place in reversed(range(wide - 1)):
         tokens[target + place] = padded[source + place]
     tokens[offsets[:-1]], tokens[sep_at], tokens[ends - 1] = cls_id, sep_id, sep_id

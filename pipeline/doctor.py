@@ -45,18 +45,18 @@ def main() -> int:
     new = Path("runs") / f"doctor-{time.strftime('%Y%m%d-%H%M%S')}"
     options.add_argument("--run", type=Path, default=new, help="a new folder, where runs are to lie (default: in runs)")
     given, words = options.parse_known_args()
-    profile, found = load_profile(given.cluster), given.run.resolve() / "found"
+    profile, answers = load_profile(given.cluster), given.run.resolve() / "found"
     if profile.runner == "local":
         raise ConfigError(f"cluster profile {profile.name!r} has no Slurm: there is nothing to prove")
     if given.run.exists():
         raise ConfigError(f"--run {given.run}: is there already; name a new folder")
     asked = request.of(
-        ["--run", str(given.run), "--cluster", given.cluster, "--saves", str(found), *DEFAULTS, *words],
-        command=[profile.python or sys.executable, "-m", "pipeline.node.checkup", str(found)],
+        ["--run", str(given.run), "--cluster", given.cluster, "--saves", str(answers), *DEFAULTS, *words],
+        command=[profile.python or sys.executable, "-m", "pipeline.node.checkup", str(answers)],
     )
     asked = dataclasses.replace(asked, profile=dataclasses.replace(asked.profile, spares=0))
-    found.mkdir(parents=True)
-    rows = list(judge(asked, *examine(asked, found)))
+    answers.mkdir(parents=True)
+    rows = list(judge(asked, *examine(asked, answers)))
     print("\n".join(columns([("", "what", "found", "to change"), *rows])))
     wrong = [row.what for row in rows if row.holds == "no"]
     print(f"{profile.name}: {'does not hold: ' + ', '.join(wrong) if wrong else 'holds'}; {asked.run.path}")

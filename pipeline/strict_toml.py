@@ -74,10 +74,10 @@ def read_toml(cls: type[T], name: str, folder: Path, kind: str, settings: Iterab
         table = _laid_over(values, table)
     errors: list[str] = []
     table, keys = apply_settings(table, settings, errors)
-    made = build(cls, table, Source(str(path), text, keys), "", errors)
+    loaded = build(cls, table, Source(str(path), text, keys), "", errors)
     raise_all(errors)
-    assert made is not None
-    return made
+    assert loaded is not None
+    return loaded
 
 
 def _read(name: str, folder: Path, kind: str) -> tuple[Path, str, dict[str, Any]]:
@@ -193,14 +193,14 @@ def _tables(
 ) -> dict[str, T | None]:
     """The tables of a field by name, in the order that the list under the field's own name gives."""
     names, where = _named(spec, table), source.at("", spec.name)
-    made = {name: build(kind, table[name], source, name, errors) for name in names if isinstance(table[name], dict)}
-    errors += [f"{source.at('', name)}: expected a table, found {_show(table[name])}" for name in {*names} - {*made}]
+    built = {name: build(kind, table[name], source, name, errors) for name in names if isinstance(table[name], dict)}
+    errors += [f"{source.at('', name)}: expected a table, found {_show(table[name])}" for name in {*names} - {*built}]
     chosen = table.get(spec.name, names)
     if not isinstance(chosen, list) or not chosen or any(chosen.count(name) != 1 for name in chosen):
         errors.append(f"{where}: expected a list of different tables of this file, at least one, found {_show(chosen)}")
         return {}
     errors += [f"{where}: no table [{name}]; {_hint(str(name), names)}" for name in chosen if name not in names]
-    return {name: made.get(name) for name in chosen if name in names}
+    return {name: built.get(name) for name in chosen if name in names}
 
 
 def _value(

@@ -103,10 +103,10 @@ def _meet(job: Job, host: str, at_the_end: contextlib.ExitStack) -> Store:
             os.umask(previous)
         ring(job.topology, "rendezvous")
     else:
-        found = until(job.topology, "rendezvous", lambda: read_json(meeting), PEER_TIMEOUT_S)
-        if found is None:
+        answer = until(job.topology, "rendezvous", lambda: read_json(meeting), PEER_TIMEOUT_S)
+        if answer is None:
             raise PeerLost(f"rank {job.rank} waited {PEER_TIMEOUT_S:.0f} s for rank 0 to say where the ranks meet")
-        place = found
+        place = answer
         if "file" in place:
             os.stat(os.path.dirname(place["file"]))  # else torch waits for it
             store = FileStore(place["file"], job.world_size)

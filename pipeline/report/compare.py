@@ -72,8 +72,8 @@ def of_run(facts: Facts, name: str) -> Side:
     site = {"site nodes": str(facts.nodes), **flat("site", settings["profile"])}
     values = {**flat("recipe", table_of(facts.recipe)), **corpora, **code, **versions, **site}
     measures = dict(phase_measures(facts.phases))
-    for found in facts.scores.values():
-        measures |= score_measures(found)
+    for result in facts.scores.values():
+        measures |= score_measures(result)
     return Side(name, values, facts.phases, measures)
 
 

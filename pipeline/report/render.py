@@ -213,8 +213,8 @@ def phase_table(facts: Facts) -> Html | None:
 def score_list(facts: Facts) -> Html | None:
     """The scores, by the names of the data sets, beside what they have to beat."""
     lines = [
-        tag("li", tag("strong", dataset(found)), ": ", beside_baselines(facts, task))
-        for task, found in facts.scores.items()
+        tag("li", tag("strong", dataset(result)), ": ", beside_baselines(facts, task))
+        for task, result in facts.scores.items()
     ]
     return tag("ul", *lines, class_="scores") if lines else None
 

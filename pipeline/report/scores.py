@@ -59,16 +59,16 @@ def score_section(facts: Facts) -> Html:
         return section("Scores", note("No fine-tuning task has been scored yet."), curves)
     rows = [
         (
-            dataset(found),
-            shown_scores(found),
-            *(baseline(found, name) for name in BASELINES),
+            dataset(result),
+            shown_scores(result),
+            *(baseline(result, name) for name in BASELINES),
             shown_scores(facts.scratch[task]) if task in facts.scratch else "–",
-            number(found.get("examples")),
-            number(found.get("train_examples")),
-            ", ".join(number(s.get("seed")) for s in found.get("seeds") or [found] if isinstance(s, Mapping)),
-            number(found.get("epochs")),
+            number(result.get("examples")),
+            number(result.get("train_examples")),
+            ", ".join(number(s.get("seed")) for s in result.get("seeds") or [result] if isinstance(s, Mapping)),
+            number(result.get("epochs")),
         )
-        for task, found in facts.scores.items()
+        for task, result in facts.scores.items()
     ]
     head = (
         "Data set",
@@ -80,7 +80,7 @@ def score_section(facts: Facts) -> Html:
         "Seeds",
         "Epochs",
     )
-    several = any(len(found.get("seeds") or []) > 1 for found in facts.scores.values())
+    several = any(len(result.get("seeds") or []) > 1 for result in facts.scores.values())
     more = " With several seeds: mean ± standard deviation (n − 1)." if several else " One seed: no deviation."
     remark = note("Scores on held-out examples." + more)
     worth = [note(worth_in_words(facts.scores[task], scratch)) for task, scratch in facts.scratch.items()
@@ -91,20 +91,20 @@ def score_section(facts: Facts) -> Html:
 def seed_table(facts: Facts) -> Html | None:
     """Every seed's score where a task was trained with several: the best alone would flatter."""
     rows = []
-    for found in facts.scores.values():
-        seeds = [seed for seed in found.get("seeds") or [] if isinstance(seed, Mapping)]
-        means: Any = found.get("mean")
+    for result in facts.scores.values():
+        seeds = [seed for seed in result.get("seeds") or [] if isinstance(seed, Mapping)]
+        means: Any = result.get("mean")
         for name, mean in means.items() if len(seeds) > 1 and isinstance(means, Mapping) else ():
             scores = [(seed.get("seed"), (seed.get("scores") or {}).get(name)) for seed in seeds]
             known = [(seed, value) for seed, value in scores if is_number(value)]
             if not known:
                 continue
-            spread = (found.get("deviation") or {}).get(name)
+            spread = (result.get("deviation") or {}).get(name)
             each = ", ".join(f"{number(seed)}: {value:.2f}" for seed, value in known)
             best_seed, best = max(known, key=lambda pair: pair[1])
             deviation = f" ± {spread:.2f}" if is_number(spread) else ""
             text = f"{mean:.2f}{deviation}" if is_number(mean) else number(mean)
-            rows.append((dataset(found), metric_name(name), each, text, f"{best:.2f} (seed {number(best_seed)})"))
+            rows.append((dataset(result), metric_name(name), each, text, f"{best:.2f} (seed {number(best_seed)})"))
     head = ("Data set", "Metric", "Seed by seed, %", "Mean, %", "Best, %")
     return join(table(head, rows, numeric=(3, 4)), seed_spread(facts)) if rows else None
 
@@ -112,10 +112,10 @@ def seed_table(facts: Facts) -> Html | None:
 def seed_spread(facts: Facts) -> Html | None:
     """The seeds of each task as dots, in the metric that ranks them."""
     drawn = []
-    for found in facts.scores.values():
-        key = str(found.get("ranked_by"))
-        scores = [(s.get("scores") or {}).get(key) for s in found.get("seeds") or [] if isinstance(s, Mapping)]
-        drawn.append((f"{dataset(found)}, {metric_name(key)}", [float(value) for value in scores if is_number(value)]))
+    for result in facts.scores.values():
+        key = str(result.get("ranked_by"))
+        scores = [(s.get("scores") or {}).get(key) for s in result.get("seeds") or [] if isinstance(s, Mapping)]
+        drawn.append((f"{dataset(result)}, {metric_name(key)}", [float(value) for value in scores if is_number(value)]))
     title = "Spread over seeds"
     if not any(len(values) > 1 for _, values in drawn):
         return None

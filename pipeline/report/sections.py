@@ -128,14 +128,14 @@ def inputs_table(result: Mapping[str, Any]) -> Html | None:
     inputs = result.get("inputs")
     rows = [
         (
-            str(found.get("name")),
-            *[number(at(found, f"counts.{key}")) for key in ("articles", "documents")],
-            reasons_in_words(found.get("skipped")) or "none",
-            number(at(found, "counts.words")),
-            size(at(found, "counts.text_bytes")),
+            str(corpus.get("name")),
+            *[number(at(corpus, f"counts.{key}")) for key in ("articles", "documents")],
+            reasons_in_words(corpus.get("skipped")) or "none",
+            number(at(corpus, "counts.words")),
+            size(at(corpus, "counts.text_bytes")),
         )
-        for found in (inputs if isinstance(inputs, list) else [])
-        if isinstance(found, Mapping)
+        for corpus in (inputs if isinstance(inputs, list) else [])
+        if isinstance(corpus, Mapping)
     ]
     head = ("Corpus", "Articles", "Documents", "Skipped", "Words", "Text")
     return table(head, rows, numeric=(1, 2, 4, 5)) if rows else None
