@@ -41,7 +41,7 @@ def test_a_loop_through_preemption_and_a_killed_node(slurm, folder: Path, user, 
     slurm.wait_state(job, "PENDING", limit_s=40)
     assert "preempted" in call("status", run).stdout
     slurm.wait(lambda: len(attempts()) == 2, "the loop goes on", 60)
-    assert int(attempts()[1]) % 10, "it saved where it was stopped"
+    assert f"rank 0 of 2 stopped at {attempts()[1]}\n" in said(run), "it saved where it was stopped"
     node = slurm.words("job", job)["BatchHost"]
     cluster.kill(slurm.layout, node)
     try:

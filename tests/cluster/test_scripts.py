@@ -207,7 +207,8 @@ def test_after_the_end_of_a_rank(slurm, tmp_path: Path) -> None:
 
     A node that a rank found to be bad takes no part in the next attempt. A TERM that no kill follows ends no chain.
     """
-    stops = 'if [ "$SLURM_RESTART_COUNT" = 1 ]; then exit; fi; trap "exit 75" TERM; echo ready; sleep 300 & wait'
+    waits = "sleep 300 & wait; exit 137"  # where the sleep is killed first, that is no good end
+    stops = f'if [ "$SLURM_RESTART_COUNT" = 1 ]; then exit; fi; trap "exit 75" TERM; echo ready; {waits}'
     hurt = send(tmp_path, ["bash", "-c", stops])
 
     first_75 = 'if [ "$SLURM_RESTART_COUNT" = 1 ]; then echo again; else echo 75 >"$JOB_VERDICT"; exit 143; fi'
@@ -219,7 +220,7 @@ def test_after_the_end_of_a_rank(slurm, tmp_path: Path) -> None:
     killed = send(tmp_path, ["bash", "-c", "kill -9 $$"])
     wrong = send(tmp_path, ["bash", "-c", 'echo 2 >"$JOB_VERDICT"; exit 76'])
     orphan = send(tmp_path, ["true"], f"--dependency=afterok:{wrong}")
-    dying = send(tmp_path, ["bash", "-c", 'trap "exit 75" TERM; echo up; sleep 300 & wait'])
+    dying = send(tmp_path, ["bash", "-c", f'trap "exit 75" TERM; echo up; {waits}'])
     slurm.wait(lambda: "up" in log(tmp_path, dying), "the job to cancel runs")
     queue.cancel([dying])
     slurm.wait(lambda: "ready" in log(tmp_path, hurt), "the job to hurt runs")
