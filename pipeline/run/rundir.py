@@ -66,7 +66,8 @@ class Attempt:
     @property
     def lost_script(self) -> bool:
         """Whether the batch script was killed under this attempt, as the step beside it noted (``slurm/job.sh``)."""
-        return (self.path.parents[3] / "jobs" / f"{self.job_id}.{self.owner.get('restart', 0)}.killed").is_file()
+        # not Path.is_file, which raises where the name that stands in owner.json is too long for one
+        return os.path.isfile(self.path.parents[3] / "jobs" / f"{self.job_id}.{self.owner.get('restart', 0)}.killed")
 
     @property
     def verdict(self) -> dict[str, Any] | None:

@@ -189,3 +189,10 @@ def test_the_files_of_past_attempts_are_opened_once_in_a_process(tmp_path, monke
     for number in range(2):
         stage.new_attempt(f"other {number}")
     assert stage.attempts[0].owner["launch"] == "other 0"
+
+
+@pytest.mark.parametrize("odd", [{"job_id": "x" * 5000}, {"restart": ["x"] * 5000}, {"job_id": "\0"}, {"restart": {}}])
+def test_an_owner_that_somebody_planted_has_lost_no_script(tmp_path, odd):
+    attempt = RunDir(tmp_path).stage("phase1").new_attempt("launch")
+    (attempt.path / "owner.json").write_text(json.dumps(odd))
+    assert not RunDir(tmp_path).stage("phase1").attempts[0].lost_script
