@@ -27,7 +27,7 @@ from pipeline.node.job import LOOPBACK, Job, rendezvous_host
 from pipeline.run.files import read_json
 
 PEER_TIMEOUT_S = 120.0  # longer than any honest wait between two collectives
-HERE = ("127.", "::1")  # how addresses of loopback begin
+LOOPBACKS = ("127.", "::1")  # how its addresses begin
 SIOCGIFADDR = 0x8915  # of an interface its IPv4 address
 BACKLOG = 4096  # ranks that connect at once
 Group = dist.ProcessGroup | None
@@ -116,7 +116,8 @@ def _meet(job: Job, host: str, at_the_end: contextlib.ExitStack) -> Store:
     store = PrefixStore(_proof(place["token"], "keys"), store)
     _recognise(store, place["token"], job)
     if "host" in place:
-        _name_interface(store, place["host"], job)
+        with contextlib.suppress(OSError):  # what has no route here gloo need not know of
+            _name_interface(store, place["host"], job)
     return store
 
 
@@ -126,7 +127,7 @@ def listening(host: str) -> socket.socket:
     Where the name means loopback here (as Debian has it), or an address of another machine, it listens on all.
     """
     family, _, _, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
-    if host == LOOPBACK or not str(address[0]).startswith(HERE):
+    if host == LOOPBACK or not str(address[0]).startswith(LOOPBACKS):
         with contextlib.suppress(OSError):
             return socket.create_server((str(address[0]), 0), family=family, backlog=BACKLOG)
     both = socket.has_dualstack_ipv6()
@@ -143,9 +144,9 @@ def _name_interface(store: Store, host: str, job: Job) -> None:
     if job.rank == job.world_size - 1:
         store.set("last", own)
     with contextlib.suppress(OSError):  # a name that means nothing here is no better
-        if not local_address(socket.gethostname()).startswith(HERE):
+        if not local_address(socket.gethostname()).startswith(LOOPBACKS):
             return
-    own = local_address(store.get("last").decode()) if own.startswith(HERE) else own
+    own = local_address(store.get("last").decode()) if own.startswith(LOOPBACKS) else own
     if interface := interface_of(own):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
 
@@ -160,6 +161,7 @@ def local_address(host: str) -> str:
 
 def interface_of(address: str) -> str:
     """The network interface that has an address; "" where none is seen to."""
+    address = address.partition("%")[0]  # of an address of the link alone, without its scope
     if ":" in address:
         rows = [line.split() for line in Path("/proc/net/if_inet6").read_text().splitlines()]
         return next((row[5] for row in rows if bytes.fromhex(row[0]) == socket.inet_pton(socket.AF_INET6, address)), "")
