@@ -15,6 +15,7 @@ import pytest
 from faults.starts import SAMPLES, begun
 from faults.training import STAGE
 from pipeline.run.rundir import RunDir
+from support.compiled import shared_library
 from support.running import ROOT, command, digests, one_line
 
 pytestmark = [pytest.mark.slow]
@@ -24,11 +25,7 @@ WAITS = "waiting up to 600 s for the file server"
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if shutil.which("cc") is None:
-        pytest.skip("needs a C compiler for a file server that goes away: cc is missing")
-    made = tmp_path_factory.mktemp("library") / "file_server.so"
-    subprocess.run(["cc", "-shared", "-fPIC", "-o", made, SOURCE, "-ldl"], check=True)
-    return made
+    return shared_library(SOURCE, tmp_path_factory.mktemp("library"), "a file server that goes away")
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.run.chain import Chain
+from support.compiled import shared_library
 from support.running import ROOT
 
 from .test_chain import chain_of, finish
@@ -52,11 +52,7 @@ worker.execute(chain, stage, job)
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if shutil.which("cc") is None:
-        pytest.skip("NO CLOCKS THAT DIFFER: cc is missing")
-    built = tmp_path_factory.mktemp("clock") / "clock.so"
-    subprocess.run(["cc", "-shared", "-fPIC", "-o", built, SOURCE, "-ldl"], check=True)
-    return built
+    return shared_library(SOURCE, tmp_path_factory.mktemp("clock"), "a clock that differs")
 
 
 def execute(library: Path, ahead_s: int, *words: object) -> int:
