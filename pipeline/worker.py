@@ -196,7 +196,7 @@ def execute(chain: Chain, stage: Stage, job: Job) -> None:
             finished = now()
             record = {
                 **chain.record(name),
-                **({"saw": chain.finished(name)} if stage.always else {}),
+                **({"saw": chain.needs_finished(name)} if stage.always else {}),
                 "attempt": attempt.number,
                 "started": started,
                 "finished": finished,

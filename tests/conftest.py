@@ -58,7 +58,7 @@ def _is_unit(item: pytest.Item) -> bool:
 
 def _starts_processes(item: pytest.Item) -> bool:
     """Whether the test, a fixture of it or a function of ours that they name names what starts a process."""
-    fixtures = [each.func for found in item._fixtureinfo.name2fixturedefs.values() for each in found]
+    fixtures = [each.func for definitions in item._fixtureinfo.name2fixturedefs.values() for each in definitions]
     left, seen = [item.function, *fixtures], set()
     while left:
         function = left.pop()

@@ -85,7 +85,7 @@ class Accumulator:
         digests, counted = np.zeros(plan.micro_batches), counts.tolist()
         scale = 1.0 if self.state.scale is None else self.state.scale.scale
         of_batch = self.divisors(counted)
-        batch_seed = scale / of_batch
+        gradient_of_batch = scale / of_batch  # of its sums of losses
         # Around all micro-batches: the weights are cast once.
         with self.autocast, self.cast:
             for index in plan.range_of(ranks.rank):
@@ -95,9 +95,9 @@ class Accumulator:
                 with clock.spent("compute"), self.reducer.micro_batch(index) as scalars:
                     sums = torch.stack(list(self.sums(batch.number, fed)))
                     divisors = self.divisors_of(fed, plan, of_batch)
-                    seed = batch_seed if divisors is of_batch else scale / divisors
+                    gradient = gradient_of_batch if divisors is of_batch else scale / divisors
                     with self.plain:
-                        torch.autograd.backward(sums, seed)
+                        torch.autograd.backward(sums, gradient)
                     torch.div(sums.detach(), divisors, out=scalars)
                 digests[index] = fed.digest
         with clock.spent("compute"):

@@ -106,12 +106,12 @@ class Chain:
             yield from (need for need in self.stages[name].needs if self.stages[need].is_seed)
             yield name
 
-    def finished(self, name: str) -> dict[str, Any]:
+    def needs_finished(self, name: str) -> dict[str, Any]:
         """When each need of a stage was finished, by the clock of the machine that did it."""
         return {need: (self.run.stage(need).done or {}).get("finished", 0) for need in self.stages[name].needs}
 
     def _older_than_a_need(self, name: str) -> bool:
-        done, needs = self.run.stage(name).done or {}, self.finished(name)
+        done, needs = self.run.stage(name).done or {}, self.needs_finished(name)
         return bool(done["saw"] != needs if "saw" in done else max(needs.values(), default=0) > done.get("finished", 0))
 
 
