@@ -7,7 +7,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -120,7 +120,7 @@ def _add(run: RunDir, to: Path, recipe: Recipe, name: str, steps: dict[str, list
         if step + 1 in steps[name]:
             first = checkpoint.read(folder, tensors=()).sample_position
             _, shard, row = data.order[np.arange(first, first + phase.global_batch)]
-            publish_bytes(to / f"samples-{step + 1}.safetensors", save(_excerpt(data.shards, shard, row) | words))
+            publish_bytes(_samples_file(to, step + 1), save(_excerpt(data.shards, shard, row) | words))
     set_ = data.manifest
     hashes = [{"rows": file.rows, "sha256": file.sha256} for file in set_.shards]
     facts = {key: getattr(set_, key) for key in ("seq_len", "vocab_size", "vocab_sha256", "seed", "special", "sha256")}
@@ -237,64 +237,93 @@ def check(folder: Path, step: int, stage: str | None = None, index: int | None =
     """
     record = _record(folder)
     recipe = restore(Recipe, record["recipe"], str(folder / PROOF))
-    able = {name: [int(s) for s in record["steps"].get(name, [])] for name in recipe.phases}
-    names = [name for name, steps in able.items() if step in steps and stage in (None, name)]
-    if len(names) != 1:
-        available = "; ".join(f"{name}: {', '.join(map(str, steps))}" for name, steps in able.items() if steps)
-        raise ConfigError(
-            f"{folder}: name one of its steps ({available}), by --step and, where several have it, --stage"
-        )
-    (name,) = names
-    own, phase = folder / name, recipe.phases[name]
-    for path in [own / "metrics.jsonl", own / f"samples-{step}.safetensors"]:
+    name = _phase_with(folder, record["steps"], recipe, step, stage)
+    own, phase, device = folder / name, recipe.phases[name], chosen_device()
+    for path in (own / "metrics.jsonl", _samples_file(own, step)):
         if file_sha256(path) != record["files"].get(str(path.relative_to(folder))):
             raise DataError(f"{path} is not the file that {PROOF} lists: the bundle was changed")
     saved = checkpoint.read(step_folder(own, step - 1))
-    logged = next((line for line in read_jsonl(own / "metrics.jsonl") if line.get("step") == step), {})
-    try:
-        data = Excerpt(record["data"][name], load((own / f"samples-{step}.safetensors").read_bytes()), phase,
-                       recipe.train)  # fmt: skip
-        positions = np.arange(phase.global_batch) + saved.sample_position
-        if not data.lengths(positions).all() or max(s.tokens.max(initial=0) for s in data.shards) >= (
-            data.manifest.vocab_size
-        ):
-            raise ValueError("it lacks samples of the step, or holds tokens outside the vocabulary")
-        going_on = data.continuing
-        if going_on is not None and (going_on.dtype != bool or going_on.shape != (data.manifest.vocab_size,)):
-            raise ValueError("it does not say of every token whether it goes on with a word")
-    except (KeyError, ValueError, IndexError, TypeError, SafetensorError) as error:
-        raise DataError(f"{own / f'samples-{step}.safetensors'}: not the samples of step {step}: {error}") from None
-    device = chosen_device()
+    data = _samples(own, step, record["data"][name], recipe, phase, saved.sample_position)
     task = Replay(recipe, phase, data, device)
-    if not all(is_number(logged.get(key)) for key in ("loss", *task.losses_named, "grad_norm")) or (
-        "samples" not in logged
-    ):
-        raise DataError(f"{own / 'metrics.jsonl'}: step {step} has no whole record")
+    logged = _logged(own, step, task.losses_named)
     accumulator = restored(task, saved, device)
     rounding = ROUNDING.get(recipe.train.precision, 1e-3)
     if index is not None:
-        shares = logged.get("shares") or []
-        if not 0 <= index < len(shares):
-            raise ConfigError(f"{folder}: step {step} has the shares of {len(shares)} micro-batches on record")
-        own_shares = shares[index] if isinstance(shares[index], list) else []
-        if len(own_shares) != len(task.losses_named) or not all(map(is_number, own_shares)):
-            raise DataError(f"{own / 'metrics.jsonl'}: step {step} has no whole record of micro-batch {index}")
-        computed_ones = zip(task.losses_named, own_shares, shares_of(task, accumulator, index), strict=True)
-        return [row(f"{key} of {index}", logged_one, value, rounding) for key, logged_one, value in computed_ones]
+        logged_ones = _logged_shares(own, logged, index, task.losses_named)
+        both = zip(task.losses_named, logged_ones, shares_of(task, accumulator, index), strict=True)
+        return [row(f"{key} of {index}", logged_one, value, rounding) for key, logged_one, value in both]
     sums, norm = computed(task, accumulator)
     values = {"loss": sums.loss, **sums.losses, "grad_norm": norm}
     rows = [row(key, logged[key], value, rounding) for key, value in values.items()]
     rows.append(Row("samples", str(logged["samples"]), sums.samples, float(logged["samples"] != sums.samples)))
     if is_whole(step_folder(own, step)):
         after = checkpoint.read(step_folder(own, step), tensors=("weights",)).weights
-        ours = {key: value.cpu().numpy() for key, value in accumulator.state.model.state_dict().items()}
-        apart, update = (
-            sum(float(np.square(there[key] - after[key]).sum()) for key in after) ** 0.5
-            for there in (ours, saved.weights)
-        )
-        words = ("update's length " + repr(update), "difference " + repr(apart))
-        rows.append(Row("weights", *words, apart / max(update, 1e-30), ROUNDED_UPDATE))
+        rows.append(_weights_row(accumulator.state.model, saved.weights, after))
     return rows
+
+
+def _phase_with(folder: Path, steps: Mapping[str, list[Any]], recipe: Recipe, step: int, stage: str | None) -> str:
+    """The one phase of which the bundle can prove ``step``."""
+    able = {name: [int(s) for s in steps.get(name, [])] for name in recipe.phases}
+    names = [name for name, numbers in able.items() if step in numbers and stage in (None, name)]
+    if len(names) != 1:
+        available = "; ".join(f"{name}: {', '.join(map(str, numbers))}" for name, numbers in able.items() if numbers)
+        raise ConfigError(
+            f"{folder}: name one of its steps ({available}), by --step and, where several have it, --stage"
+        )
+    return names[0]
+
+
+def _samples(
+    own: Path, step: int, facts: Mapping[str, Any], recipe: Recipe, phase: PhaseConfig, position: int
+) -> Excerpt:
+    """The samples of a step, whose batch begins at ``position``; DataError where they are not all there."""
+    file = _samples_file(own, step)
+    try:
+        data = Excerpt(facts, load(file.read_bytes()), phase, recipe.train)
+        vocab_size, continuing = data.manifest.vocab_size, data.continuing
+        there = data.lengths(np.arange(phase.global_batch) + position).all()
+        if not there or max(shard.tokens.max(initial=0) for shard in data.shards) >= vocab_size:
+            raise ValueError("it lacks samples of the step, or holds tokens outside the vocabulary")
+        if continuing is not None and (continuing.dtype != bool or continuing.shape != (vocab_size,)):
+            raise ValueError("it does not say of every token whether it goes on with a word")
+    except (KeyError, ValueError, IndexError, TypeError, SafetensorError) as error:
+        raise DataError(f"{file}: not the samples of step {step}: {error}") from None
+    return data
+
+
+def _logged(own: Path, step: int, losses: Sequence[str]) -> Mapping[str, Any]:
+    """The line of metrics that a step left; DataError where it lacks what is compared."""
+    line = next((line for line in read_jsonl(own / "metrics.jsonl") if line.get("step") == step), {})
+    if not all(is_number(line.get(key)) for key in ("loss", *losses, "grad_norm")) or "samples" not in line:
+        raise DataError(f"{own / 'metrics.jsonl'}: step {step} has no whole record")
+    return line
+
+
+def _logged_shares(own: Path, line: Mapping[str, Any], index: int, losses: Sequence[str]) -> list[float]:
+    """What a micro-batch added to each loss, as logged."""
+    shares, step = line.get("shares") or [], line["step"]
+    if not 0 <= index < len(shares):
+        raise ConfigError(f"{own.parent}: step {step} has the shares of {len(shares)} micro-batches on record")
+    share = shares[index]
+    if not isinstance(share, list) or len(share) != len(losses) or not all(map(is_number, share)):
+        raise DataError(f"{own / 'metrics.jsonl'}: step {step} has no whole record of micro-batch {index}")
+    return cast(list[float], share)
+
+
+def _weights_row(model: torch.nn.Module, before: Arrays, after: Arrays) -> Row:
+    """How far the weights are from those of the checkpoint ``after`` the step, by the length of the update."""
+    ours = {key: value.cpu().numpy() for key, value in model.state_dict().items()}
+    apart, update = (
+        sum(float(np.square(there[key] - after[key]).sum()) for key in after) ** 0.5 for there in (ours, before)
+    )
+    words = ("update's length " + repr(update), "difference " + repr(apart))
+    return Row("weights", *words, apart / max(update, 1e-30), ROUNDED_UPDATE)
+
+
+def _samples_file(own: Path, step: int) -> Path:
+    """Where a phase's folder of a bundle keeps the samples of a step."""
+    return own / f"samples-{step}.safetensors"
 
 
 def _record(folder: Path) -> dict[str, Any]:
