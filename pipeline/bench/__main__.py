@@ -5,7 +5,7 @@ import sys
 
 from pipeline.errors import ConfigError, run_command
 
-COMMANDS = ("data", "feed", "finetune", "gpu", "infer", "performance", "scaling", "train")
+COMMANDS = ("data", "feed", "finetune", "gpu", "infer", "performance", "records", "scaling", "train")
 
 
 def main() -> int:
