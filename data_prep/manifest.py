@@ -9,12 +9,10 @@ import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from data_prep.errors import DataError
-from data_prep.fanout import shares
 from data_prep.publish import SEAL, file_sha256, is_sealed, json_sha256, publish_json, publish_sealed
 
 NAME = "manifest.json"
@@ -81,6 +79,8 @@ def data_sha256(value: Mapping[str, Any]) -> str:
 
 def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
     """Of Python and of what is installed of ``packages``."""
+    from importlib import metadata  # not for everybody who reads a manifest: it brings e-mail and zip files with it
+
     installed = {"python": platform.python_version()}
     for name in packages:
         with suppress(metadata.PackageNotFoundError):
@@ -182,6 +182,8 @@ def verify_share(
     it is to ``force``. Every rank must have returned before any uses the samples. Returns how many files were read.
     Raises DataError as ``verify_file``.
     """
+    from data_prep.fanout import shares  # here for those who only read a manifest: it brings multiprocessing with it
+
     read = 0
     with suppress(OSError):
         record.mkdir(exist_ok=True)

@@ -9,6 +9,8 @@ from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
+LARGEST = sys.float_info.max
+
 
 def visible(words: str) -> str:
     """A text whose control characters are written out, fit for a page and for a terminal."""
@@ -25,7 +27,7 @@ def _visible(character: str) -> str:
 
 def is_number(value: Any) -> TypeGuard[int | float]:
     """Whether a value out of a JSON file is a finite number."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -LARGEST <= value <= LARGEST
 
 
 def number(value: Any, digits: int = 4) -> str:

@@ -71,7 +71,7 @@ def measured(folder: Path, attempts: int) -> Iterator[Row]:
     seconds, fewer = (min(costs("pipeline.plan", *words, each)[0] for _ in range(3)) for each in numbers)
     yield {"what": f"plan of {PLANNED:,} numbers of nodes", "unit": "s", "value": seconds, "bar": PLAN_S,
            "control": fewer}  # fmt: skip
-    size = sum(file.stat().st_size for file in large.glob("stages/*/attempts/*/gpu/*")) / 1e6
+    size = sum(file.stat().st_size for file in large.glob("stages/*/gpu/*")) / 1e6
     unfolded = len(json.dumps(reading(random.Random(0), 0.0))) * WEEK_S * NODES * GPUS / 1e6
     yield {"what": "GPU samples of a week", "unit": "MB", "value": size, "bar": SAMPLES_MB, "control": unfolded}
 
@@ -117,11 +117,11 @@ def invent(path: Path, attempts: int) -> None:
         (folder.path / "stage.json").write_text(json.dumps(chain.record(name)))
         ends = [round(number * steps / count) for number in range(count + 1)]
         step_s = WEEK_S / len(recipe.phases) / steps
-        fold = Gpus(name)
+        gpus = Gpus(folder.path)
         for first, last in itertools.pairwise(ends):
             attempt = folder.new_attempt(f"123456.{first}")
             began = fill(chain, attempt, name, (first, last), began, step_s, stopped=last < steps)
-            fold.sample(attempt, began - (last - first) * step_s, began)
+            gpus.sample(attempt.number, began - (last - first) * step_s, began)
         record = {"started": BEGAN, "finished": began, "duration_s": WEEK_S / len(recipe.phases)}
         result = {"checkpoint": f"attempts/{count:04d}/step-{steps:08d}", "step": steps, "samples": steps * 65_536}
         folder.mark_done({**chain.record(name), "attempt": count, **record, "result": result})
@@ -156,27 +156,28 @@ def fill(
 class Gpus:
     """The samples of all GPUs of a stage: the windows of one, written for each under its own name."""
 
-    def __init__(self, stage: str) -> None:
-        self.stage, self.began, self.draw = stage, 0.0, random.Random(0)
+    def __init__(self, stage: Path) -> None:
+        self.folder, self.began, self.draw = stage / "gpu", 0.0, random.Random(0)
+        self.folder.mkdir()
 
-    def sample(self, attempt: Attempt, began: float, ended: float) -> None:
-        """Write ``gpu/NODE.jsonl`` of an attempt, read once a second from ``began`` to ``ended``."""
+    def sample(self, attempt: int, began: float, ended: float) -> None:
+        """What an attempt adds to ``gpu/NODE.jsonl``, read once a second from ``began`` to ``ended``."""
         self.began = self.began or began
         fold, windows = Fold(age_s=began - self.began), []
         for second in range(int(ended - began)):
             if (window := fold.add(float(second), reading(self.draw, float(second)))) is not None:
-                windows.append({"time": began + second, **window})
+                windows.append({"time": round(began + second, 3), "attempt": attempt, **window})
         if (window := fold.close()) is not None:
-            windows.append({"time": ended, **window})
-        (attempt.path / "gpu").mkdir()
+            windows.append({"time": round(ended, 3), "attempt": attempt, **window})
         for node in range(NODES):
-            head = {"job": "123456", "stage": self.stage, "attempt": attempt.number, "node": f"node{node:03d}"}
             own = [
-                {**head, "gpu": gpu, "uuid": f"GPU-{node:08x}-{gpu:023x}", "name": "NVIDIA A100-SXM4-80GB"}
+                {"gpu": gpu, "uuid": f"GPU-{node:08x}-1234-5678-9abc-{gpu:012x}", "name": "NVIDIA A100-SXM4-80GB"}
                 for gpu in range(GPUS)
             ]
-            lines = [json.dumps({**gpu, **window}) + "\n" for window in windows for gpu in own]
-            (attempt.path / "gpu" / f"node{node:03d}.jsonl").write_text("".join(lines))
+            with (self.folder / f"node{node:03d}.jsonl").open("a") as file:
+                file.writelines(
+                    json.dumps(window | gpu, separators=(",", ":")) + "\n" for window in windows for gpu in own
+                )
 
 
 def reading(draw: random.Random, second: float) -> Row:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-PARTS = 50  # a window is this part of the age: T seconds make about 50 · (1 + ln(T / 50)) lines, a week 520
+PARTS = 32  # a window is this part of the age: T seconds make about 32 · (1 + ln(T / 32)) lines, a week 350
 LEAST_S = 1.0  # shorter windows are single readings
 COUNTERS = ("energy_j", "ecc_corrected", "ecc_uncorrected", "memory_total_mb")  # the last value is the one that counts
 

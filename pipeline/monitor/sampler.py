@@ -10,11 +10,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.monitor import health
 from pipeline.monitor.fold import Fold
 from pipeline.monitor.health import Finding
+
+if TYPE_CHECKING:
+    from pipeline.monitor import nvml
 
 FLUSH_S = 10.0  # one write for all GPUs, so that many nodes do not trouble a shared file system
 SILENT_S = 10.0  # without an answer of the driver
@@ -26,11 +29,11 @@ class Sampler:
     """Writes one line per GPU and window to ``folder/NODE.jsonl`` and judges what it reads, in daemon threads.
 
     A GPU is read every ``interval_s``; the windows (`Fold`) grow with the age of the stage, ``age_s`` at the start.
-    ``labels`` (job, stage, attempt, node) go into every line. ``say`` gets a line about the monitoring itself (no
-    driver), each at most once. ``on_warning(line, facts)`` gets each new finding once, ``on_fatal(line)`` the first
-    fatal one, whose facts are then in ``fatal``; facts are stage, attempt, node, gpu, uuid, verdict and line. All
-    are called from the sampler's threads. Nothing here raises, and no call into the driver, however long it
-    blocks, delays ``start`` or ``stop``: each GPU has a thread of its own.
+    The file is the stage's: each line has the number of the attempt, one of ``labels`` (stage, attempt, node).
+    ``say`` gets a line about the monitoring itself (no driver), each at most once. ``on_warning(line, facts)`` gets
+    each new finding once, ``on_fatal(line)`` the first fatal one, whose facts are then in ``fatal``; facts are stage,
+    attempt, node, gpu, uuid, verdict and line. All are called from the sampler's threads. Nothing here raises, and no
+    call into the driver, however long it blocks, delays ``start`` or ``stop``: each GPU has a thread of its own.
     """
 
     def __init__(
@@ -55,7 +58,7 @@ class Sampler:
         self._asked: dict[int, float] = {}  # when the driver was asked about a GPU and has not answered yet
         self._uuids: dict[int, str] = {}
         self._main = self._thread(self._run)
-        self._writable = True
+        self._writable, self._begun = True, False
 
     def __enter__(self) -> Sampler:
         self.start()
@@ -134,18 +137,19 @@ class Sampler:
             self._asked.pop(index)
             if reading:
                 sampled = {key: value for key, value in reading.items() if key not in NOT_SAMPLED}
-                self._keep(now, gpu.index, gpu.uuid, gpu.name, fold.add(started, sampled))
+                self._keep(now, gpu, fold.add(started, sampled))
             findings = [finding for code in sorted(codes) for finding in health.of_code(code)]
             self._judge(index, health.of_xids(reading.get("xid", ())) + findings + health.of_reading(reading, before))
             before |= reading
             self._stopping.wait(max(0.0, started + self._interval_s - time.monotonic()))
-        self._keep(now, gpu.index, gpu.uuid, gpu.name, fold.close())
+        self._keep(now, gpu, fold.close())
 
-    def _keep(self, now: float, index: int, uuid: str, name: str, window: dict[str, Any] | None) -> None:
+    def _keep(self, now: float, gpu: nvml.Gpu, window: dict[str, Any] | None) -> None:
         """Have a window written, where there is one."""
         if window is not None:
-            which = {"gpu": index, **({"uuid": uuid} if uuid else {}), **({"name": name} if name else {})}
-            self._lines.append(json.dumps({"time": round(now, 3), **self._labels, **which, **window}) + "\n")
+            head = {"time": round(now, 3), "attempt": self._labels["attempt"], "gpu": gpu.index}
+            which = {key: text for key, text in (("uuid", gpu.uuid), ("name", gpu.name)) if text}
+            self._lines.append(json.dumps({**head, **which, **window}, separators=(",", ":")) + "\n")
 
     def _judge(self, index: int, findings: list[Finding]) -> None:
         """Tell what is new."""
@@ -192,8 +196,12 @@ class Sampler:
         path = self._folder / f"{self._node}.jsonl"
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            with open(path, "a", encoding="utf-8") as file:
-                file.write("".join(lines))
+            with open(path, "ab+") as file:
+                end = file.seek(0, os.SEEK_END)
+                file.seek(max(0, end - 1))
+                cut = not self._begun and file.read(1) not in (b"", b"\n")  # an attempt before ended within a line
+                file.write(("\n" * cut + "".join(lines)).encode())
+                self._begun = True
         except OSError as error:
             self._writable = False
             self._say_once(f"GPU samples of {self._node} end here: {error.strerror}: {path}")

@@ -158,7 +158,6 @@ def _gpus_watched(job: Job) -> Iterator[list[Facts]]:
         yield unfit
         return
     labels: dict[str, str | int] = {
-        "job": os.environ.get("SLURM_JOB_ID", "local"),
         "stage": job.stage,
         "attempt": job.attempt.number,
         "node": socket.gethostname(),
@@ -171,9 +170,10 @@ def _gpus_watched(job: Job) -> Iterator[list[Facts]]:
     def end(line: str) -> None:
         unfit.append(sampler.fatal or {"line": line})
 
-    first = job.patiently(lambda: job.run.stage(job.stage).attempts[0].owner)
+    stage = job.run.stage(job.stage)
+    first = job.patiently(lambda: stage.attempts[0].owner)
     age_s = max(0.0, time.time() - first.get("time", time.time()))
-    sampler = Sampler(job.attempt.path / "gpu", labels, say=job.say, on_warning=warn, on_fatal=end, age_s=age_s)
+    sampler = Sampler(stage.path / "gpu", labels, say=job.say, on_warning=warn, on_fatal=end, age_s=age_s)
     with sampler:
         yield unfit
 

@@ -174,7 +174,7 @@ def attempt_parts(attempt: Times, later: Sequence[Times], began: float, ended: f
         until = min(max(piece.until, since), ended)
         parts[before] += since - cursor
         for part, share in piece.shares.items():
-            parts[part if part in PARTS else "other"] += (until - since) * share * (1 - again)
+            parts[part if part in parts else "other"] += (until - since) * share * (1 - again)
         parts["rework"] += (until - since) * again
         cursor, before = until, "other"
     parts["evaluation" if attempt.finished and not attempt.pieces[0].measured else "other"] += ended - cursor
@@ -222,7 +222,9 @@ def run_account(
     began = ended = stages[path[0]].began
     parts = dict.fromkeys(PARTS, 0.0)
     for name in path:  # each from where the one before it ended: until then, that one was at work
-        account = stage_account(histories[name], ended, submissions)
+        account = stages[name]
+        if min(ended, histories[name][0].began) != account.began:
+            account = stage_account(histories[name], ended, submissions)
         parts = {part: parts[part] + account.parts[part] for part in PARTS}
         ended = account.ended
     return RunAccount(Account(began, ended, parts), path, stages)

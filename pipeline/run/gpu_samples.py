@@ -1,6 +1,7 @@
-"""The GPU samples of a run (``attempts/NNNN/gpu/NODE.jsonl``) brought down to what a page can show.
+"""The GPU samples of a run (``stages/STAGE/gpu/NODE.jsonl``) brought down to what a page can show.
 
-Read line by line: up to version 0.1 a day of 256 GPUs was gigabytes. Above ``MOST_BYTES`` only every k-th line is read.
+Read line by line: up to version 0.1, whose attempts had each a folder of their own for them, a day of 256 GPUs was
+gigabytes. Above ``MOST_BYTES`` only every k-th line is read.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ METRICS = ("utilization_pct", "memory_used_mb", "power_w", "temperature_c", "sm_
 MOST_BINS = 240  # points of time that a chart shows
 MOST_BYTES = 50_000_000
 STRIDES = (1, 11, 101, 1009, 10007)  # primes, so that the GPUs of a node, which take turns, are all met
-END_BYTES = 65536
 MOST_FILE_BYTES = 1 << 32
 PAUSE_S = 60.0  # power between two samples further apart is not counted where the energy counter is missing
 
@@ -131,69 +131,70 @@ class GpuSamples:
 
 def read(run: RunDir, stages: Iterable[str], most_bytes: int = MOST_BYTES) -> GpuSamples | None:
     """The samples of the run's stages, in order; None when there are none."""
-    files = _sampled(run, stages)
-    size = sum(path.stat().st_size for _, paths in files for path in paths)
+    files = [(stage, path) for stage in stages for path in _files(run.stage(stage).path)]
+    size = sum(path.stat().st_size for _, path in files if path.exists())
     stride = next((step for step in STRIDES if size / step <= most_bytes), STRIDES[-1])
-    return _folded(files, stride) if files else None
+    spans = _spans(files, stride)
+    return _folded(files, spans, stride) if spans else None
 
 
-def _sampled(run: RunDir, stages: Iterable[str]) -> list[tuple[Span, list[Path]]]:
-    """Each attempt that was sampled, laid behind the one before it, with its files."""
-    files: list[tuple[Span, list[Path]]] = []
+def _files(stage: Path) -> list[Path]:
+    return [*sorted(stage.glob("attempts/*/gpu/*.jsonl")), *sorted(stage.glob("gpu/*.jsonl"))]
+
+
+def _spans(files: list[tuple[str, Path]], stride: int) -> dict[tuple[str, int], Span]:
+    """Each attempt that was sampled, by stage and number, laid behind the one before it."""
+    ends: dict[str, dict[int, tuple[float, float]]] = {stage: {} for stage, _ in files}
+    for number, (stage, path) in enumerate(files):
+        for line in filter(None, _lines(path, number % stride, stride)):
+            began, ended = ends[stage].get(line["attempt"], (line["time"], line["time"]))
+            ends[stage][line["attempt"]] = min(began, line["time"]), max(ended, line["time"])
+    spans: dict[tuple[str, int], Span] = {}
     offset = 0.0
-    for stage in stages:
-        for attempt in run.stage(stage).attempts:
-            paths = sorted((attempt.path / "gpu").glob("*.jsonl"))
-            ends = [time for path in paths for time in _ends(path)]
-            if ends:
-                files.append((Span(stage, attempt.number, min(ends), max(ends), offset), paths))
-                offset += max(ends) - min(ends)
-    return files
+    for stage, attempts in ends.items():
+        for attempt, (began, ended) in sorted(attempts.items()):
+            spans[stage, attempt] = Span(stage, attempt, began, ended, offset)
+            offset += ended - began
+    return spans
 
 
-def _folded(files: list[tuple[Span, list[Path]]], stride: int) -> GpuSamples | None:
+def _folded(files: list[tuple[str, Path]], spans: dict[tuple[str, int], Span], stride: int) -> GpuSamples:
     """Every ``stride``-th line of the files, folded into the GPUs that they tell of."""
-    spans = [span for span, _ in files]
-    length = spans[-1].offset + spans[-1].ended - spans[-1].began
+    length = sum(span.ended - span.began for span in spans.values())
     bins = max(1, min(MOST_BINS, int(length / stride)))
     gpus: dict[tuple[str, int], Gpu] = {}
     unread = 0
-    for span, line, node in ((span, line, path.stem) for span, paths in files for path in paths
-                             for line in _lines(path, stride)):  # fmt: skip
-        if line is None or not is_number(line.get("time")) or not isinstance(line.get("gpu"), int):
-            unread += 1
-            continue
-        at = span.offset + min(max(line["time"], span.began), span.ended) - span.began
-        key = (short_host(line.get("node", node)), line["gpu"])
-        line |= {"stage": span.stage, "attempt": span.attempt}
-        gpu = gpus.setdefault(key, Gpu(*key, pause_s=max(PAUSE_S, 2.0 * stride)))
-        gpu.add(line, span.stage, min(int(at / (length or 1) * bins), bins - 1))
-    return GpuSamples(spans, [gpus[key] for key in sorted(gpus)], bins, unread, stride) if gpus else None
+    for number, (stage, path) in enumerate(files):
+        for line in _lines(path, number % stride, stride):
+            if line is None:
+                unread += 1
+                continue
+            span = spans.get((stage, line["attempt"]))
+            if span is None:  # written since
+                continue
+            key = (short_host(line.get("node", path.stem)), line["gpu"])
+            gpu = gpus.setdefault(key, Gpu(*key, pause_s=max(PAUSE_S, 2.0 * stride)))
+            at = span.offset + min(max(line["time"], span.began), span.ended) - span.began
+            gpu.add({**line, "stage": stage}, stage, min(int(at / (length or 1) * bins), bins - 1))
+    return GpuSamples([*spans.values()], [gpus[key] for key in sorted(gpus)], bins, unread, stride)
 
 
-def _lines(path: Path, stride: int) -> Iterator[dict[str, Any] | None]:
-    """The objects of every ``stride``-th line, None for a damaged one."""
+def _lines(path: Path, first: int, stride: int) -> Iterator[dict[str, Any] | None]:
+    """The objects of every ``stride``-th line from ``first`` on, all with time, GPU and attempt; None: a damaged one.
+
+    Each file begins elsewhere: those of nodes at the same work are alike line by line.
+    """
+    folder = path.parent.parent.name  # of an attempt, up to version 0.1
+    number = int(folder) if folder.isdecimal() else None
     try:
         with open_plain(path, MOST_FILE_BYTES) as file:
-            yield from map(parsed, itertools.islice(lines_of(file), 0, None, stride))
+            for raw in itertools.islice(lines_of(file), first, None, stride):
+                line = parsed(raw) or {}
+                attempt = number if number is not None else line.get("attempt")
+                whole = is_number(line.get("time")) and type(line.get("gpu")) is type(attempt) is int
+                yield {**line, "attempt": attempt} if whole else None
     except OSError:
         yield None
-
-
-def _ends(path: Path) -> list[float]:
-    """The times of a file's first and last samples; empty when it has none."""
-    try:
-        with open_plain(path, MOST_FILE_BYTES) as file:
-            first = file.read(END_BYTES).splitlines()
-            file.seek(max(0, path.stat().st_size - END_BYTES))
-            last = file.read().splitlines()
-    except OSError:
-        return []
-    ends = []
-    for lines in (first, reversed(last)):
-        times = ((parsed(raw) or {}).get("time") for raw in lines)
-        ends += [next((float(time) for time in times if is_number(time)), None)]
-    return [time for time in ends if time is not None]
 
 
 def _list(value: Any) -> list[Any]:

@@ -34,7 +34,7 @@ class Watched:
             "on_warning": lambda line, facts: self.warned.append({**facts, "told": line}),
             "on_fatal": self.fatal.append,
         }
-        labels: dict[str, str | int] = {"job": "77", "stage": "phase1", "attempt": 3, "node": "n01"}
+        labels: dict[str, str | int] = {"stage": "phase1", "attempt": 3, "node": "n01"}
         self.sampler = Sampler(folder, labels, **(told | callbacks), interval_s=interval_s)
 
     def lines(self, gpu: int = 0) -> list[dict[str, Any]]:
@@ -71,6 +71,16 @@ def contract(folder: Path) -> Any:
     with watching(folder, "", interval_s=0.02) as watched:
         until(lambda: len(watched.lines(1)) > 3)
     return {**watched.told(), "lines": watched.lines(0) + watched.lines(1), "torch": "torch" in sys.modules}
+
+
+def after_a_cut(folder: Path) -> Any:
+    """An attempt before was killed within a line."""
+    folder.mkdir()
+    file = folder / "n01.jsonl"
+    file.write_text('{"time":1,"attempt":2,"gp')
+    with watching(folder, "", interval_s=0.02):
+        until(lambda: file.read_text().count("\n") > 3)
+    return file.read_text().splitlines()
 
 
 def codes(folder: Path) -> Any:

@@ -19,7 +19,7 @@ import pytest
 from pipeline.monitor import health
 
 FIELDS = {
-    "time", "job", "stage", "attempt", "node", "gpu", "uuid", "name", "utilization_pct", "memory_used_mb",
+    "time", "attempt", "gpu", "uuid", "name", "utilization_pct", "memory_used_mb",
     "memory_total_mb", "power_w", "energy_j", "temperature_c", "sm_clock_mhz", "memory_clock_mhz", "throttle",
     "ecc_corrected", "ecc_uncorrected", "xid",
 }  # fmt: skip
@@ -82,7 +82,7 @@ def test_a_line_has_the_fields_of_the_contract(driver: Path, tmp_path: Path) -> 
         assert set(line) == FIELDS
     first = {key: value for key, value in found["lines"][0].items() if key != "time"}
     assert first == {
-        "job": "77", "stage": "phase1", "attempt": 3, "node": "n01", "gpu": 0, "uuid": UUIDS[0],
+        "attempt": 3, "gpu": 0, "uuid": UUIDS[0],
         "name": "NVIDIA Fake 100", "utilization_pct": 97, "memory_used_mb": 40960, "memory_total_mb": 81920,
         "power_w": 412.5, "energy_j": 1234567.0, "temperature_c": 61, "sm_clock_mhz": 1980, "memory_clock_mhz": 2619,
         "throttle": ["power cap"], "ecc_corrected": 3, "ecc_uncorrected": 0, "xid": [],
@@ -90,6 +90,12 @@ def test_a_line_has_the_fields_of_the_contract(driver: Path, tmp_path: Path) -> 
     times = [line["time"] for line in found["lines"] if line["gpu"] == 0]
     assert abs(times[0] - time.time()) < 60
     assert all(later - earlier > 0.015 for earlier, later in itertools.pairwise(times))
+
+
+def test_a_line_that_an_attempt_before_left_half_costs_itself_only(driver: Path, tmp_path: Path) -> None:
+    half, *lines = child(driver, "after_a_cut", tmp_path)
+    assert half == '{"time":1,"attempt":2,"gp'
+    assert all(json.loads(line)["attempt"] == 3 for line in lines)
 
 
 def test_every_return_code_at_every_moment(driver: Path, tmp_path: Path) -> None:

@@ -94,11 +94,13 @@ def test_a_run_that_has_not_begun_says_so(tmp_path):
 
 def sample(attempt: Attempt, node: str, gpus: int, seconds: int, began: float = BEGAN, **more: object) -> None:
     """GPU i of a node at 300 + i watts, one line a second; ``more`` for GPU 1."""
-    (attempt.path / "gpu").mkdir(exist_ok=True)
-    with (attempt.path / "gpu" / f"{node.replace('/', '')[:40]}.jsonl").open("w") as file:
+    folder = attempt.path.parents[1] / "gpu"
+    folder.mkdir(exist_ok=True)
+    with (folder / f"{node.replace('/', '')[:40]}.jsonl").open("a") as file:
         for second in range(seconds + 1):
             for gpu in range(gpus):
                 line = {"time": began + second, "node": node, "gpu": gpu, "uuid": f"GPU-{gpu}", "name": "Example 80GB"}
+                line |= {"attempt": attempt.number}
                 line |= {"utilization_pct": 90 + gpu, "memory_used_mb": 40_000, "power_w": 300 + gpu}
                 line |= {"energy_j": 5e6 + second * (300 + gpu), "temperature_c": 60, "sm_clock_mhz": 1410}
                 line |= {"throttle": ["software power cap"] if second % 2 else [], "xid": []}
@@ -125,7 +127,7 @@ def test_energy_without_a_counter_comes_from_power_and_a_new_driver_counts_anew(
     chain = begin(tmp_path / "run")
     attempt = start(chain, "phase1")
     sample(attempt, "node1", 2, 60, energy_j=None)
-    path = attempt.path / "gpu" / "node1.jsonl"
+    path = attempt.path.parents[1] / "gpu" / "node1.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     for line in lines:
         if line["gpu"] == 0 and line["time"] >= BEGAN + 30:
@@ -172,10 +174,16 @@ def test_up_to_eight_gpus_have_a_line_each_and_more_a_band():
     assert flagged.points == series["node1 GPU 3"]
 
 
-def test_attempts_are_laid_end_to_end(tmp_path):
+@pytest.mark.parametrize("where", ["the stage", "each attempt"])
+def test_attempts_are_laid_end_to_end(tmp_path, where):
     chain = begin(tmp_path / "run")
     sample(start(chain, "phase1"), "node1", 1, 100)
     sample(start(chain, "phase1"), "node2", 1, 60, began=BEGAN + 90_000)
+    if where == "each attempt":  # as up to version 0.1
+        for path, attempt in zip(sorted((chain.run.stage("phase1").path / "gpu").iterdir()), (1, 2), strict=True):
+            folder = chain.run.stage("phase1").path / "attempts" / f"{attempt:04d}" / "gpu"
+            folder.mkdir()
+            path.rename(folder / path.name)
     found = gpu_samples.read(chain.run, ["extract", "phase1"])
     assert found is not None
     assert [(span.attempt, span.offset) for span in found.spans] == [(1, 0.0), (2, 100.0)]
@@ -189,7 +197,7 @@ def test_much_is_read_in_strides_that_meet_every_gpu(tmp_path):
     chain = begin(tmp_path / "run")
     attempt = start(chain, "phase1")
     sample(attempt, "node1", 8, 3000)
-    size = (attempt.path / "gpu" / "node1.jsonl").stat().st_size
+    size = (attempt.path.parents[1] / "gpu" / "node1.jsonl").stat().st_size
     whole, part = (gpu_samples.read(chain.run, ["phase1"], most_bytes=limit) for limit in (size, size // 10))
     assert whole is not None
     assert part is not None
@@ -207,15 +215,17 @@ def test_much_is_read_in_strides_that_meet_every_gpu(tmp_path):
         b"not json\n",
         b"[1]\n",
         b'{"time": "x"}\n{"gpu": 1}\n',
-        b'{"time": 1, "gpu": 0, "xid": "x", "throttle": 7, "power_w": "hot", "energy_j": null}\n',
-        b'{"time": 1' + b"0" * 400 + b', "gpu": 0}\n{"time": 5, "gpu": 0}\n\xff\n{"time": 6, "gpu": 0, "ut',
+        b'{"time": 1, "gpu": 0, "attempt": 1, "xid": "x", "throttle": 7, "power_w": "hot", "energy_j": null}\n',
+        b'{"time": 1'
+        + b"0" * 400
+        + b', "gpu": 0}\n{"time": 5, "gpu": 0, "attempt": 1}\n\xff\n{"time": 6, "gpu": 0, "ut',
     ],
 )
 def test_damaged_samples_cost_themselves_only(tmp_path, content):
     chain = finished_run(tmp_path / "run")
-    attempt = chain.run.stage("phase1").attempts[0]
-    (attempt.path / "gpu").mkdir()
-    (attempt.path / "gpu" / "node1.jsonl").write_bytes(content)
+    folder = chain.run.stage("phase1").path / "gpu"
+    folder.mkdir()
+    (folder / "node1.jsonl").write_bytes(content)
     page_of(chain)
 
 

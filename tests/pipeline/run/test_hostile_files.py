@@ -27,7 +27,7 @@ PHASE = "stages/phase1"
 FILES = (
     *("run.json", "events.jsonl", "jobs.json", "lock", f"{PHASE}/stage.json", f"{PHASE}/done.json"),
     *(f"{PHASE}/attempts/0001/{name}" for name in ("owner.json", "attempt.json", "verdict.json", "metrics.jsonl")),
-    *(f"{PHASE}/attempts/0001/gpu/n1.jsonl", "stages/phase2/attempts/0001/verdict.json", "stages/squad/scores.json"),
+    *(f"{PHASE}/gpu/n1.jsonl", "stages/phase2/attempts/0001/verdict.json", "stages/squad/scores.json"),
     *("stages/squad/done.json", "stages/phase2/attempts/0001/metrics.jsonl", "cancel"),
 )
 TALL = 200_000
@@ -105,11 +105,12 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     first = start(chain, "phase1")
     train(first, "phase1", 1, 50, None, 400)
     first.write_verdict(75, "asked to stop", 0)
-    (first.path / "gpu").mkdir()
+    samples = chain.run.stage("phase1").path / "gpu"
+    samples.mkdir()
     sample = {"job": "1", "stage": "phase1", "attempt": 1, "node": "n1", "gpu": 0, "uuid": "u", "name": "H100"}
     figures = {"utilization_pct": 50, "power_w": 100.5, "energy_j": 1.0, "throttle": ["power"], "xid": [79]}
     lines = [json.dumps({"time": 1.7e9 + second, **sample, **figures}) for second in range(20)]
-    (first.path / "gpu" / "n1.jsonl").write_text("\n".join(lines) + "\n")
+    (samples / "n1.jsonl").write_text("\n".join(lines) + "\n")
     finish(chain, "phase1", {"checkpoint": "attempts/0001/step-00000400", "step": 400, "samples": 25600})
     train(start(chain, "phase2"), "phase2", 1, 25, None, 30)
     chain.run.stage("phase2").attempts[0].write_verdict(5, "loss is not finite", 0)
