@@ -78,33 +78,17 @@ def of(words: Sequence[str], command: Sequence[str] | None = None) -> Request:
 
     ``command``: the words behind guard's ``--``, none of them to go on with the run's; None is a call of submit.
     """
-    line = flags.split(words, sections=SECTIONS)
     options = parser() if command is None else guard_parser()
-    given, unknown = options.parse_known_args(line.rest)
-    if given.chunk:
-        times = [flags.Flag("time", str(parse_duration(given.chunk)), section) for section in SECTIONS]
-        line = dataclasses.replace(line, flags=(*line.flags, *times))
-    if faults := [_unknown(word, options) for word in unknown if word.startswith("-")] or unknown:
-        raise ConfigError("\n".join(faults))
-    if given.seeds:
-        task, seeds = given.seeds
-        if task not in TASKS:
-            raise ConfigError(
-                f"--seeds {task}=…: repeats pretraining as python -m pipeline.submit, or {', '.join(TASKS)}"
-            )
-        given.settings.append(f"{task}.seeds={seeds}")
-    keys = [setting.partition("=")[0].strip() for setting in given.settings]
-    for key in sorted({key for key in keys if keys.count(key) > 1}):
-        print(f"--set {key}: given {keys.count(key)} times, the last one counts", file=sys.stderr)
+    line, given = _given(words, options)
     run = RunDir(given.run)
     if run.path.exists() and not run.path.is_dir():
         raise ConfigError(f"--run {run.path}: is a file; name a folder, which may be new")
-    stored = read_json(run.path / "run.json") or {}
+    stored, origin = read_json(run.path / "run.json") or {}, str(run.path / "run.json")
+    # What is to be trained, and where: from the call, from the run, or written for one's own text.
     if given.text or given.start or given.language or given.replay:
         take_own(run, given)
     if not stored and (not (given.recipe or command) or given.cluster is None):
         raise ConfigError(f"{run.path} is not a run yet: name {options.needed}")
-    origin = str(run.path / "run.json")
     profile = load_profile(given.cluster) if given.cluster is not None else restore(Profile, stored["profile"], origin)
     recipe: Recipe | Command
     if command:
@@ -119,17 +103,12 @@ def of(words: Sequence[str], command: Sequence[str] | None = None) -> Request:
         given.data = run.data_dir if command is None else Path.cwd()
     elif command is not None:
         raise ConfigError(f"{run.path} is a run of recipe {recipe.name!r}: go on with python -m pipeline.submit")
+    # On how many ranks.
     if given.processes is not None:
         if given.processes < 1:
             raise ConfigError(f"--processes {given.processes}: must be at least 1")
         profile = dataclasses.replace(profile, processes=given.processes)
-    wanted = [flag.value for flag in line.flags if flag.name == "nodes" and flag.section in ("", "pretrain")]
-    nodes = parse_nodes(wanted[-1] if wanted else str(stored.get("node_range", "1")))
-    if wanted and profile.runner == "local" and nodes != (1, 1):
-        raise ConfigError(
-            f"--nodes {wanted[-1]}: cluster profile {profile.name!r} is this machine alone; --processes N says how "
-            "many ranks it has, --cluster names a profile of a site with nodes"
-        )
+    nodes = _nodes(line, stored, profile)
     asked: dict[str, Asked] = {}
     if profile.runner == "local":
         _refuse_slurms(profile, given, line)
@@ -158,6 +137,38 @@ def of(words: Sequence[str], command: Sequence[str] | None = None) -> Request:
         verify=given.verify,
         **{name: getattr(given, name) for name in (*SWITCHES, *VALUES)},
     )
+
+
+def _given(words: Sequence[str], options: Options) -> tuple[flags.CommandLine, argparse.Namespace]:
+    """Slurm's flags and the command's own options, with what --chunk and --seeds stand for."""
+    line = flags.split(words, sections=SECTIONS)
+    given, unknown = options.parse_known_args(line.rest)
+    if given.chunk:
+        times = [flags.Flag("time", str(parse_duration(given.chunk)), section) for section in SECTIONS]
+        line = dataclasses.replace(line, flags=(*line.flags, *times))
+    if faults := [_unknown(word, options) for word in unknown if word.startswith("-")] or unknown:
+        raise ConfigError("\n".join(faults))
+    if given.seeds:
+        task, seeds = given.seeds
+        if task not in TASKS:
+            raise ConfigError(f"--seeds {task}=…: repeats pretraining as pipeline.submit, or {', '.join(TASKS)}")
+        given.settings.append(f"{task}.seeds={seeds}")
+    keys = [setting.partition("=")[0].strip() for setting in given.settings]
+    for key in sorted({key for key in keys if keys.count(key) > 1}):
+        print(f"--set {key}: given {keys.count(key)} times, the last one counts", file=sys.stderr)
+    return line, given
+
+
+def _nodes(line: flags.CommandLine, stored: Mapping[str, Any], profile: Profile) -> tuple[int, int]:
+    """Least and most nodes of pretraining: those of the call, else the run's."""
+    wanted = [flag.value for flag in line.flags if flag.name == "nodes" and flag.section in ("", "pretrain")]
+    nodes = parse_nodes(wanted[-1] if wanted else str(stored.get("node_range", "1")))
+    if wanted and profile.runner == "local" and nodes != (1, 1):
+        raise ConfigError(
+            f"--nodes {wanted[-1]}: cluster profile {profile.name!r} is this machine alone; --processes N says how "
+            "many ranks it has, --cluster names a profile of a site with nodes"
+        )
+    return nodes
 
 
 def seeds_of(text: str) -> tuple[str, list[int]]:
@@ -247,9 +258,7 @@ def parser() -> Options:
     add("--seeds", type=seeds_of, metavar="WHAT=N-M", help=seeds_help)
     set_help = "change a recipe value, such as phase1.steps=100"
     add("--set", action="append", default=[], metavar="KEY=VALUE", dest="settings", help=set_help)
-    chunk_help = (
-        "no job runs longer than this, as 90m or 2h: it is queued again and goes on, let in between larger ones"
-    )
+    chunk_help = "no job runs longer, as 90m or 2h: it is queued again and goes on, let in between larger ones"
     add("--chunk", metavar="TIME", help=chunk_help)
     add("--verify", action="store_true", help="read all samples again to check them, also those checked last week")
     return _sent(options, tuple(SWITCHES))
