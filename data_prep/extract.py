@@ -57,6 +57,7 @@ def run(
     All but Parquet may be compressed (gz, bz2, xz, zst). Documents over `max_document_mb` are skipped and counted.
     Raises DataError naming all inputs that cannot be read whole, and when nothing is left.
     """
+    # Every input by its kind: what cannot be read is named for all of them at once, before any work.
     inputs = [("wikipedia", path) for path in wikipedia]
     inputs += [("books" if path.is_dir() else "text", path) for path in books]
     inputs += [("jsonl", path) for path in jsonl]
@@ -70,6 +71,7 @@ def run(
             raise DataError(f"{path} is {what}; only data.books may name a folder, everything else is read as a file")
     described = run_all(_describe, inputs, job.workers)
     _refuse(described)
+    # Parts of about the same size, the units of sharing and of going on after a kill.
     parts = [
         replace(part, number=number)
         for number, part in enumerate(
@@ -90,6 +92,7 @@ def run(
         progress,
         [_size(part) for part in parts],
     )
+    # A dump of one stream is unpacked only now, piece by piece: a part for each.
     for (kind, path), entry in zip(inputs, described, strict=True):
         if kind == "wikipedia" and dumpfile.is_one_stream(path):
             read = functools.partial(_read, job.out, max_document_mb, text_column)

@@ -54,11 +54,13 @@ def mask_tokens(
     sample has too few others. A sample's mask depends on (seed, epoch, its id) and its own tokens alone.
     With ``continuing [V]``, which says what pieces go on with a word (``##s``), whole words are chosen.
     """
+    # One key per sample; each token's random number follows from it and from the place inside the sample.
     starts = np.cumsum(lengths) - lengths
     counts = masked_counts(lengths, masked_lm_prob, max_predictions)
     keys = derived(key(seed, epoch), sample_ids)
     inside = np.arange(len(tokens), dtype=np.uint64) - np.repeat(starts.astype(np.uint64), lengths)
     order = _order(tokens, special_ids, np.repeat(keys, lengths), inside)
+    # The tokens with the smallest numbers of each sample, or the words.
     if continuing is None:
         positions = _smallest(order, starts, lengths, counts)
     else:
@@ -66,6 +68,7 @@ def mask_tokens(
         begins[starts] = True
         begins[1:] |= np.isin(tokens[:-1], special_ids)
         positions = _whole_words(order, begins, starts, counts)
+    # What takes their place: [MASK], the token itself, or any other, by a second draw.
     labels = tokens[positions]
     row = np.repeat(np.arange(len(lengths)), counts)
     draws = mix(bits(keys[row], inside[positions]))

@@ -101,10 +101,12 @@ def to_rows(
         masked_lm_prob=masked_lm_prob,
         max_predictions=max_predictions,
     )
+    # Each row padded to the width.
     column = np.arange(width)
     real = column < lengths[:, None]
     input_ids = np.zeros((count, width), np.int32)
     input_ids[real] = tokens
+    # Each masked token at its rank among those of its row.
     row = np.searchsorted(shard.offsets, positions, side="right") - 1
     rank = np.arange(len(row)) - np.searchsorted(row, row)
     masked_positions = np.zeros((count, max_predictions), np.int32)
@@ -149,6 +151,7 @@ def from_rows(rows: Rows, cls_id: int, vocabulary: Vocabulary, name: str, source
             "next_sentence_labels is neither 0 nor 1": rows["next_sentence_labels"] >> 1 != 0,
         },
     )
+    # The original tokens back in their places; only now can they be looked up in the vocabulary.
     row = np.nonzero(used)[0]
     ids[row, positions[used]] = rows["masked_lm_ids"][used]
     _refuse(

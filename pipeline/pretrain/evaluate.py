@@ -152,6 +152,7 @@ def evaluate(
             losses = functional.cross_entropy(mlm_logits.float(), labels.long(), reduction="none").double()
             each = torch.ones_like(losses)
             right = correct(mlm_logits, labels).double()
+            # Kind by kind [3, kinds]: how many words, their losses, how many are right.
             by_kind = torch.stack([each, losses, right]) @ functional.one_hot(kind, kinds).double()
             # Sample by sample: the loss; at [MASK] what is gained on the word counts and what is right; the places.
             of_counts = torch.from_numpy(-shares.log[micro_batch.arrays["labels"]]).to(ranks.device)
@@ -160,9 +161,11 @@ def evaluate(
             values = torch.stack([places, torch.stack([losses, of_counts - losses, right]) * places])
             words, value = values.new_zeros(2, 3, len(nsp)).index_add_(2, inputs["sample"].long(), values)
             products = torch.stack([words, value, value.square(), value * words, words.square(), words.sign()])
+            # What standard errors need of each figure [6, 3] (see `ratio_and_error`), and the pairs' answers.
             pairs = torch.stack([correct(nsp_logits, nsp).double(), torch.ones(len(nsp), device=ranks.device)])
             sums += torch.cat([by_kind.flatten(), pairs.sum(1), products.sum(2).T.flatten()])
     model.train()
+    # The same cuts of the sum over all ranks.
     flat = ranks.sum(sums).cpu().numpy()
     (counts, summed, hits), (nsp_hits, answers) = flat[: 3 * kinds].reshape(3, -1), flat[3 * kinds :][:2]
     (_, loss_error), (gain, gain_error), (_, accuracy_error) = (

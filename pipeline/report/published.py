@@ -241,6 +241,7 @@ def of_run(facts: Facts) -> Iterator[Value]:
         equal = (config.seq_len, config.global_batch, config.steps) == SCHEDULE.get(phase.name) and not config.start
         if equal and phase.last("step") == config.steps:
             finished.append(batch)
+    # All phases as the page has them: its whole training, loss and time.
     if len(finished) == len(SCHEDULE) == len(facts.phases):
         loss, took = facts.phases[-1].last("loss"), [facts.training_s(phase.name) for phase in facts.phases]
         whole = replace(
