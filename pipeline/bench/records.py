@@ -164,7 +164,7 @@ class Gpus:
         """What an attempt adds to ``gpu/NODE.jsonl``, read once a second from ``began`` to ``ended``."""
         self.began = self.began or began
         fold, windows = Fold(age_s=began - self.began), []
-        for second in range(int(ended - began)):
+        for second in range(round(ended - began)):
             if (window := fold.add(float(second), reading(self.draw, float(second)))) is not None:
                 windows.append({"time": round(began + second, 3), "attempt": attempt, **window})
         if (window := fold.close()) is not None:
