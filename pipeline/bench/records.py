@@ -22,9 +22,10 @@ from typing import Any
 
 from pipeline.config import load_profile, load_recipe
 from pipeline.monitor.fold import Fold
+from pipeline.run import account
 from pipeline.run.chain import Chain
 from pipeline.run.rundir import Attempt, RunDir
-from pipeline.status import look
+from pipeline.run.state import Sent, events_of, survey
 from pipeline.strict_toml import table_of
 from pipeline.words import columns
 
@@ -87,13 +88,15 @@ def costs(*words: str) -> tuple[float, float]:
 
 
 def looks(path: Path) -> tuple[int, int]:
-    """Files that `pipeline.status` opens as it looks a second time in one process, and the first time."""
+    """Files that are opened as `pipeline.status` looks a second time in one process, and the first time."""
     opened: list[str] = []
     sys.addaudithook(lambda event, given: opened.append(str(given[0])) if event == "open" else None)
     counts = []
     for _ in range(2):
         opened.clear()
-        look(RunDir(path), short=False)
+        run = RunDir(path)
+        survey(run, Sent.of(run))
+        account.read(run, Chain.of(run).stages, events_of(run), [], BEGAN + WEEK_S)
         counts.append(sum(str(path) in name for name in opened))
     return counts[1], counts[0]
 
