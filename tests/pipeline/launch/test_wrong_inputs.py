@@ -91,7 +91,7 @@ def test_a_run_of_another_recipe_is_taken_over_only_when_told(folder):
 def test_stages_that_cannot_be_run_are_refused_before_the_run_takes_new_settings(folder, stages):
     (folder / "own.toml").write_text('name = "own"\nbase = "small"\n[data]\nbooks = ["text.txt"]\n')
     own = ["--recipe", "own.toml", "--cluster", "local", *RUN, "--data", "."]
-    with pytest.raises(ConfigError, match="--stages: (no stage 'fase1'|phase1 needs samples_32)"):
+    with pytest.raises(ConfigError, match=r"--stages: (no stage 'fase1'|phase1 needs samples_32)"):
         start(request.of([*own, "--stages", stages]))
     assert not (folder / "RUN").exists()
 

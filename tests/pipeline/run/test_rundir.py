@@ -6,8 +6,8 @@ import fcntl
 import json
 import multiprocessing
 import os
-import shutil
 import resource
+import shutil
 import subprocess
 import sys
 import threading
@@ -59,7 +59,8 @@ def test_ranks_join_an_attempt_that_has_the_number_of_one_put_away(tmp_path, put
         return look()
 
     joined = stage.join_attempt("mine", until)
-    assert joined is not None and joined.owner["launch"] == "mine"
+    assert joined is not None
+    assert joined.owner["launch"] == "mine"
 
 
 def test_the_first_verdict_stands(tmp_path):
