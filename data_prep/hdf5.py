@@ -19,6 +19,7 @@ FORMAT = 1
 FILTERS = {h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32, h5py.h5z.FILTER_LZF}
 ARRAYS = ("tokens", "offsets", "b_start", "is_random_next", "document")
 SHORTEST = 5  # [CLS] a [SEP] b [SEP]
+SHORTEST_SINGLE = 3  # [CLS] a [SEP]: what is left of a document may be one word
 
 
 @dataclass(frozen=True)
@@ -167,12 +168,12 @@ def _check(path: Path, shard: Shard) -> None:
     sound = (
         shard.offsets[0] == 0
         and shard.offsets[-1] == len(shard.tokens)
-        and bool(((lengths >= SHORTEST) & (lengths <= shard.seq_len)).all())
+        and bool(((lengths >= SHORTEST_SINGLE) & (lengths <= shard.seq_len)).all())
         and bool((((shard.b_start >= 3) & (shard.b_start < lengths - 1)) | (shard.b_start == lengths)).all())
         and bool((shard.is_random_next <= 1).all())
     )
     if not sound:
         raise DataError(
-            f"{path} is damaged: its offsets do not cut {len(shard.tokens)} tokens into samples of {SHORTEST} to "
-            f"{shard.seq_len} tokens with two parts; run the samples stage again"
+            f"{path} is damaged: its offsets do not cut {len(shard.tokens)} tokens into samples of at most "
+            f"{shard.seq_len}, in one part of {SHORTEST_SINGLE} or more or in two parts; run the samples stage again"
         )

@@ -24,11 +24,11 @@ def masked_counts(lengths: ArrayLike, masked_lm_prob: float, max_predictions: in
     """How many tokens of a sample are masked, int64 of the shape of ``lengths`` (which count [CLS] and [SEP]).
 
     ``min(max_predictions, max(1, round(length * masked_lm_prob)))``, halves to even as Python rounds, and never
-    more than there are ordinary tokens.
+    more than there are ordinary tokens: one in ``[CLS] a [SEP]``.
     """
     lengths = np.asarray(lengths, np.int64)
     wanted = np.maximum(1, np.rint(lengths * masked_lm_prob).astype(np.int64))
-    counts: Ints = np.minimum(np.minimum(max_predictions, wanted), lengths - SPECIAL_TOKENS)
+    counts: Ints = np.minimum(np.minimum(max_predictions, wanted), np.maximum(1, lengths - SPECIAL_TOKENS))
     return counts
 
 

@@ -25,16 +25,18 @@ SHOWN_BY = {
     "max_position_embeddings": ("bert.embeddings.position_embeddings.weight", 0),
     "type_vocab_size": ("bert.embeddings.token_type_embeddings.weight", 0),
 }
+OF_PAIRS = ("bert.pooler.", "cls.seq_relationship.")  # not trained where train.objective is mlm
 NO_CONFIG = ("tokenizer_config.json", "generation_config.json", "adapter_config.json")
 
 
-def load_start(path: Path, config: BertConfig, vocab: Path | None) -> State:
+def load_start(path: Path, config: BertConfig, vocab: Path | None, *, pairs: bool = True) -> State:
     """All weights of a `BertForPreTraining` of ``config`` to begin a phase with, fp32, from a file of others.
 
     ``path`` is a Hugging Face folder (a vocabulary in it must equal ``vocab``) or a ``.pt`` of NVIDIA's BERT, of
     any year, with or without its configuration beside it. What an NVIDIA file does not tell (its GELU, without a
     configuration its heads) is taken to be as in ``config``. CheckpointError names every field of the
-    configuration that differs and every key that is missing or surplus; both pretraining heads must be there.
+    configuration that differs and every key that is missing or surplus; both pretraining heads must be there, but
+    without ``pairs`` of samples pooler and NSP head may be absent, and are random.
     """
     if path.is_dir():
         saved, state = load_hugging_face(path)
@@ -61,9 +63,16 @@ def load_start(path: Path, config: BertConfig, vocab: Path | None) -> State:
     ]
     with torch.device("meta"):
         own = BertForPreTraining(saved).state_dict()
+    lacking = tuple(part for part in OF_PAIRS if not any(name.startswith(part) for name in state))
+    absent = [name for name in own if name.startswith(lacking)]
+    generator = torch.Generator().manual_seed(0)
+    for name in () if pairs else absent:
+        std = 0.0 if name.endswith(".bias") else config.initializer_range
+        state[name] = torch.empty(own[name].shape).normal_(0.0, std, generator=generator)
     faults += misfits({name: tuple(tensor.shape) for name, tensor in state.items()}, own)
     if faults:
-        raise CheckpointError(f"{path} does not fit the recipe's model: {'; '.join(faults)}")
+        hint = '; train.objective = "mlm" needs neither pooler nor NSP head' if pairs and absent else ""
+        raise CheckpointError(f"{path} does not fit the recipe's model: {'; '.join(faults)}{hint}")
     return state
 
 

@@ -136,7 +136,13 @@ def _start_ranks(processes: int) -> int:
     try:
         while None in (codes := [rank.poll() for rank in ranks]) and not any(codes):
             time.sleep(0.05)
-        return next((code for code in codes if code), 0)
+        killed = next((rank for rank, code in enumerate(codes) if code and code < 0), None)
+        if killed is not None and not any(code and code > 0 for code in codes):
+            raise PeerLost(
+                f"rank {killed} of {processes} was killed by signal {-(codes[killed] or 0)}; the same command goes on; "
+                "where memory was short, lower --micro-batch or --processes"
+            )
+        return next((code for code in codes if code and code > 0), 0)
     finally:  # one failed, or Ctrl-C: the others would wait for it
         for rank in ranks:
             rank.terminate()

@@ -56,6 +56,9 @@ def read_table(path: Path, columns: Columns, *, labelled: bool = True) -> Table:
     if not labelled:
         return Table(texts, None, numbers, columns.labels)
     row_labels = [cells[-1] for _, cells in rows]
+    if "" in row_labels:
+        number = numbers[row_labels.index("")]
+        raise DataError(f"{path}:{number}: {columns.label!r} is empty; label this row or leave it out")
     labels = columns.labels or _distinct(path, columns.label, row_labels)
     number_of = {label: number for number, label in enumerate(labels)}
     for number, label in zip(numbers, row_labels, strict=True):

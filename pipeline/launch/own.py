@@ -9,6 +9,7 @@ The rules, in the order in which they are applied:
 * A vocabulary has an entry for every 1,000 bytes of text, a power of two from 1,024 on, at most 30,522.
 * A shard has about 4 MB of text; of fewer than 100 texts a tenth is held out, or about six, at most half.
 * English is lower-cased, other languages keep case and accents; a model to start from decides for its vocabulary.
+* A model to start from without pooler and NSP head (``BertForMaskedLM``) goes on with masked words alone.
 * With a GPU bf16; without one only where the CPU has instructions for it.
 """
 
@@ -26,7 +27,7 @@ from typing import Any
 from data_prep.publish import publish_text
 from data_prep.sentences import language_fault, language_named
 from pipeline.config import load_recipe
-from pipeline.errors import ConfigError
+from pipeline.errors import CheckpointError, ConfigError
 from pipeline.launch.estimate import disk_gb
 from pipeline.run.rundir import RunDir
 from pipeline.words import absent_model
@@ -83,6 +84,7 @@ def write_recipe(
             "test_shards": min(8, max(1, round(size / SHARD_BYTES / 16))),
             **({"test_fraction": round(min(0.5, max(0.1, 6 / count)), 2)} if count < FEW_TEXTS else {}),
         },
+        "train": model.get("train", {}),
         "phase1": model.get("phase1", {}),
     }
     path = run.path / "recipe.toml"
@@ -157,7 +159,12 @@ def model_of(start: Path, data: Path) -> dict[str, dict[str, Any]]:
             raise ConfigError(f"--start {start}: its bert_config.json must lie beside it, and so must its vocab.txt")
         tokenizer = read_tokenizer(start.parent)
         config = dataclasses.replace(read_config(beside), vocab_size=padded_vocab(tokenizer.vocabulary.size))
-    load_start(start, config, tokenizer.vocab)
+    train = {}
+    try:
+        load_start(start, config, tokenizer.vocab)
+    except CheckpointError:
+        load_start(start, config, tokenizer.vocab, pairs=False)  # else this says what is wrong
+        train = {"objective": "mlm"}
     shape = {name: value for name, value in config.to_dict().items() if name in MODEL_KEYS}
     return {
         "model": shape,
@@ -167,6 +174,7 @@ def model_of(start: Path, data: Path) -> dict[str, dict[str, Any]]:
             "lowercase": tokenizer.lowercase,
             "strip_accents": tokenizer.strip_accents,
         },
+        "train": train,
         "phase1": {"start": start.relative_to(data).as_posix()},
     }
 

@@ -76,8 +76,13 @@ def start(asked: Request) -> int:
 
 
 def planned(asked: Request) -> Chain:
-    """The chain as it will be, whether or not the run exists yet. ConfigError where it would write through a link."""
+    """The chain as it will be, whether or not the run exists yet.
+
+    ConfigError where it would write through a link, or where ``--stages`` or ``--remake`` cannot be done: before the
+    run is begun or takes new settings.
+    """
     chain = Chain.planned(asked.run, asked.recipe, corpora.identities(asked), asked.elsewhere)
+    chain.select(asked.stages, chain.with_followers(asked.remake))
     faults = [
         f"{path}: is a link to {os.readlink(path)}, and this stage is to run here ({why}); run it where it lies, or "
         "take the link away"

@@ -54,10 +54,13 @@ def run(
     return train_task(job, lambda ranks: Pretraining(job, ranks, model, train, optimizer, phase, samples, vocab, start))
 
 
-def check(*, model: ModelConfig, phase: PhaseConfig, start: Path, vocab: Path, **others: object) -> None:
+def check(
+    *, model: ModelConfig, train: TrainConfig, phase: PhaseConfig, start: Path, vocab: Path, **others: object
+) -> None:
     """CheckpointError where the weights at ``start``, or the optimizer's state there, do not fit model and words."""
     size = padded_vocab(Vocabulary.load(vocab, any_kind=True).size)
-    weights = load_start(start, BertConfig(vocab_size=size, **dataclasses.asdict(model)), vocab)
+    config = BertConfig(vocab_size=size, **dataclasses.asdict(model))
+    weights = load_start(start, config, vocab, pairs=train.objective != "mlm")
     if phase.start_step:
         read_middle(start, {name: value.shape for name, value in weights.items()})
 
@@ -162,7 +165,7 @@ class Pretraining:
             checkpoint.check_identity({"model": before.model}, {"model": self.config})
             weights = {name: torch.from_numpy(values) for name, values in before.weights.items()}
         else:
-            origin, weights = self.start.name, load_start(self.start, self.config, self.vocab)
+            origin, weights = self.start.name, load_start(self.start, self.config, self.vocab, pairs=self.pairs)
         if self.phase.start_step:  # they may be there in full precision, too
             weights |= read_middle(self.start, {name: value.shape for name, value in weights.items()})[0]
         bert.load_state_dict(weights)

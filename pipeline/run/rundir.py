@@ -16,6 +16,7 @@ import socket
 import stat
 import struct
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -221,16 +222,20 @@ class StageDir:
     def join_attempt(self, launch: str, until: Until = lambda look: appeared(look, 60.0)) -> Attempt | None:
         """The attempt that rank 0 of the same launch took; None when it does not appear in time.
 
-        ``until`` waits for what a look finds: an attempt whose owner is known to be another is not looked at again.
+        ``until`` waits for what a look finds: an attempt whose owner is known to be another is not looked at again
+        while the folder is the same. Rank 0 may yet move an older one aside, and its own number stands there, too.
         """
-        others: set[int] = set()
+        others: defaultdict[tuple[int, int], set[int]] = defaultdict(set)  # by the state of the folder
 
         def look() -> Attempt | None:
-            for attempt in reversed(self.attempts[-NEWEST:]):
-                if attempt.number not in others and (owner := attempt.owner):
-                    if owner.get("launch") == launch:
-                        return attempt
-                    others.add(attempt.number)
+            with contextlib.suppress(FileNotFoundError):  # none yet, or moved aside just now
+                status = os.stat(self.path / "attempts")
+                known = others[status.st_ino, status.st_mtime_ns]
+                for attempt in reversed(self.attempts[-NEWEST:]):
+                    if attempt.number not in known and (owner := attempt.owner):
+                        if owner.get("launch") == launch:
+                            return attempt
+                        known.add(attempt.number)
             return None
 
         return until(look)

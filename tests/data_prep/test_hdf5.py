@@ -61,6 +61,18 @@ def test_round_trip(tmp_path_factory: pytest.TempPathFactory, lengths: list[int]
         assert all(file[name].chunks is None and file[name].compression is None for name in ARRAYS)
 
 
+def test_the_last_word_of_a_document_alone_is_a_sample(tmp_path: Path) -> None:
+    """Without pairs a sample is [CLS] A [SEP], and what is left of a document for A may be one token or two."""
+    lengths = [512, 3, 4]
+    made = replace(shard([512, 5, 5]), offsets=np.append(0, np.cumsum(lengths)).astype(np.int64))
+    made = replace(made, tokens=made.tokens[: sum(lengths)], b_start=np.array(lengths, np.uint16))
+    write_shard(tmp_path / "a.hdf5", made)
+    assert np.diff(read_shard(tmp_path / "a.hdf5").offsets).tolist() == lengths
+    write_shard(tmp_path / "b.hdf5", replace(made, b_start=np.array([512, 2, 4], np.uint16)))
+    with pytest.raises(DataError, match=r"in one part of 3 or more or in two parts"):
+        read_shard(tmp_path / "b.hdf5")
+
+
 def test_the_file_is_mapped_and_never_written(tmp_path: Path) -> None:
     path = tmp_path / "a.hdf5"
     write_shard(path, shard([300] * 2000))

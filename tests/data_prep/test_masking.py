@@ -43,6 +43,14 @@ def test_counts_are_the_reference_s() -> None:
     assert masked_counts([5, 6], 0.9, 80).tolist() == [2, 3]
 
 
+@pytest.mark.parametrize("continuing", [None, np.zeros(VOCAB, bool)])
+def test_the_only_word_of_a_sample_is_masked(continuing: Any) -> None:
+    tokens, lengths = np.array([CLS, 1000, SEP, CLS, 1001, 1002, SEP], np.int32), np.array([3, 4])
+    _, positions, labels = mask_tokens(tokens, lengths, np.arange(2), **SETTINGS, continuing=continuing)
+    assert positions.tolist() in ([1, 4], [1, 5])
+    assert (labels == tokens[positions]).all()
+
+
 @settings(max_examples=100, deadline=None)
 @given(lengths=st.lists(st.integers(5, 128), min_size=1, max_size=20), seed=st.integers(0, 100))
 def test_the_result_fits_the_tokens(lengths: list[int], seed: int) -> None:

@@ -317,6 +317,30 @@ def test_a_phase_starts_from_what_transformers_saved(tmp_path):
     torch.testing.assert_close(nsp, out.seq_relationship_logits, rtol=0, atol=1e-5)
 
 
+def test_masked_words_alone_go_on_from_a_model_of_masked_words_alone(tmp_path):
+    theirs = transformers.BertForMaskedLM(transformers.BertConfig(**CONFIG.to_hugging_face(vocab_size=VOCAB_SIZE)))
+    theirs.eval().save_pretrained(tmp_path)
+    assert refusal(tmp_path).endswith('; train.objective = "mlm" needs neither pooler nor NSP head')
+    state, again = (load_start(tmp_path, CONFIG, None, pairs=False) for _ in range(2))
+    assert all(torch.equal(state[name], again[name]) for name in state)  # every rank begins with the same
+    ours = BertForPreTraining(CONFIG).eval()
+    load_into(ours, state)
+    assert ours.bert.pooler.dense.weight.std() > 0
+    ids = [7, 3, 60, 1, 2]
+    batch = pack(ids, [5], [3], 8)
+    with torch.no_grad():
+        mlm, _ = ours(batch, batch.slot)
+        out = theirs(input_ids=torch.tensor([ids]), token_type_ids=torch.tensor([[0, 0, 0, 1, 1]]))
+    torch.testing.assert_close(mlm[:, :VOCAB_SIZE], out.logits[0], rtol=0, atol=1e-5)
+
+
+def test_half_a_head_is_damage_whatever_is_trained(tmp_path):
+    state = random_state()
+    del state["bert.pooler.dense.bias"]
+    with pytest.raises(CheckpointError, match=r"missing bert\.pooler\.dense\.bias$"):
+        load_start(folder_of(tmp_path, state), CONFIG, None, pairs=False)
+
+
 def test_a_start_of_another_model_names_every_field(tmp_path):
     other = replace(
         CONFIG,

@@ -62,6 +62,7 @@ def test_cells_of_csv_may_hold_lines_and_numbers_sort_as_numbers(tmp_path) -> No
         ("t.csv", 'a,b,c\n"x,y,z', r"t\.csv:2: unexpected end of data"),
         ("t.csv", "a,b,c\nx,y", r"t\.csv:2: 2 cells; expected 3: a, b, c"),
         ("t.csv", "a;b;c\nx;y;z", r"t\.csv:1: column 'a' is missing; found 'a;b;c'"),
+        ("t.csv", "a,b,c\nx,y,1\nx,y,\nx,y,2", r"t\.csv:3: 'c' is empty; label this row or leave it out"),
         ("t.tsv", "a\tb\tc\nx\ty\tz", r"t\.tsv: column 'c' holds 1 different labels; expected 2 to 1000"),
     ],
 )

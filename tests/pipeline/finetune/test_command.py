@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from pipeline.errors import run_command
+from pipeline.errors import PeerLost, run_command
 from pipeline.finetune import __main__ as command
 
 VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefgh", "good", "bad"]
@@ -151,3 +151,12 @@ def test_folders_that_are_no_model_end_with_one_line(
     (model / "tokenizer_config.json").write_text('{"do_lower_case": "yes"}')
     code, said = fails(capsys, monkeypatch, arguments)
     assert (code, "do_lower_case is 'yes', not true or false" in said) == (3, True)
+
+
+def test_a_rank_that_is_killed_is_named_with_the_code_of_a_lost_peer(tmp_path, monkeypatch) -> None:
+    killed = tmp_path / "python"
+    killed.write_text("#!/bin/sh\n[ $RANK = 0 ] && exec sleep 60\nkill -9 $$\n")
+    killed.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(killed))
+    with pytest.raises(PeerLost, match=r"^rank 1 of 2 was killed by signal 9; the same command goes on"):
+        command._start_ranks(2)

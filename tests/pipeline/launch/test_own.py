@@ -102,6 +102,24 @@ def test_a_path_is_not_taken_for_a_name_on_the_hub():
     assert "hf download" not in absent_model(Path("bert.pt"), "--start")
 
 
+def test_a_model_of_masked_words_alone_goes_on_with_masked_words_alone(tmp_path, texts):
+    import transformers
+
+    words = [*VOCAB, *(f"wort{i}" for i in range(50))]
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    folder, run = tmp_path / "model", tmp_path / "run"
+    transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=len(words), **shape)).save_pretrained(folder)
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n")
+    (folder / "tokenizer_config.json").write_text('{"do_lower_case": true}')
+    given = ("--text", texts, "--start", folder, "--run", run, "--dry-run")
+    done = submit(*given)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert load_recipe(str(run / "recipe.toml")).train.objective == "mlm"
+    done = submit(*given, "--set", "train.objective=mlm+nsp")
+    assert done.returncode == 4
+    assert 'train.objective = "mlm" needs neither pooler' in done.stderr
+
+
 @pytest.mark.slow
 def test_going_on_from_a_model_shows_what_it_knew_before(tmp_path, texts):
     import torch

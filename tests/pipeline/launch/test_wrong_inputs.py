@@ -9,6 +9,7 @@ import pytest
 from data_prep.publish import publish_json
 from pipeline.errors import ConfigError
 from pipeline.launch import request
+from pipeline.launch.start import start
 from support.running import SMALL, call
 
 RUN = ["--run", "RUN"]
@@ -84,6 +85,15 @@ def test_a_run_of_another_recipe_is_taken_over_only_when_told(folder):
     with pytest.raises(ConfigError, match="RUN is a run of recipe 'bert_base', not 'tiny', and has finished extract"):
         request.of(KNOWN)
     assert request.of([*KNOWN, "--replace"]).recipe.name == "tiny"
+
+
+@pytest.mark.parametrize("stages", ["fase1", "phase1"])
+def test_stages_that_cannot_be_run_are_refused_before_the_run_takes_new_settings(folder, stages):
+    (folder / "own.toml").write_text('name = "own"\nbase = "small"\n[data]\nbooks = ["text.txt"]\n')
+    own = ["--recipe", "own.toml", "--cluster", "local", *RUN, "--data", "."]
+    with pytest.raises(ConfigError, match=r"--stages: (no stage 'fase1'|phase1 needs samples_32)"):
+        start(request.of([*own, "--stages", stages]))
+    assert not (folder / "RUN").exists()
 
 
 COMMANDS = {

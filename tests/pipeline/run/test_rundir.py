@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import threading
@@ -43,6 +44,23 @@ def test_ranks_join_the_attempt_of_their_own_launch(tmp_path):
     joined = stage.join_attempt("mine")
     assert joined == mine
     assert stage.join_attempt("never", lambda look: appeared(look, 0.1)) is None
+
+
+@pytest.mark.parametrize("put_away", [StageDir.move_aside, lambda stage: shutil.rmtree(stage.path / "attempts")])
+def test_ranks_join_an_attempt_that_has_the_number_of_one_put_away(tmp_path, put_away):
+    stage = StageDir(tmp_path / "stages" / "phase1")
+    stage.new_attempt("older")
+
+    def until(look):
+        assert look() is None  # a rank that was faster than rank 0
+        put_away(stage)
+        assert look() is None
+        stage.new_attempt("mine")
+        return look()
+
+    joined = stage.join_attempt("mine", until)
+    assert joined is not None
+    assert joined.owner["launch"] == "mine"
 
 
 def test_the_first_verdict_stands(tmp_path):
