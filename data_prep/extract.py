@@ -23,7 +23,7 @@ from data_prep.publish import file_sha256, remove_leftovers
 PART_BYTES = 32_000_000
 COMPRESSED_PART_BYTES = 8_000_000
 FAULTS = 20  # named at once
-FORMAT = 2  # raise it when the same input gives other documents
+FORMAT = 3  # raise it when the same input gives other documents
 
 
 @dataclass(frozen=True)

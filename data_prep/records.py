@@ -80,9 +80,14 @@ def table_documents(path: Path, column: str, *, max_document_mb: float, tally: T
             _column(path, list(rows.fieldnames or []), column)
             for row in rows:
                 where = f"{path.name} line {rows.line_num}"
+                if None in row:
+                    header = len(rows.fieldnames or [])
+                    raise csv.Error(f"{header + len(row[None])} cells where the header names {header}; quote them")
                 yield from _record(path, row, column, where, max_document_mb, tally)
         except (csv.Error, UnicodeDecodeError) as error:
-            raise DataError(f"{path}:{rows.line_num}: {printable(str(error))}: write it again as UTF-8 CSV") from None
+            raise DataError(
+                f"{path}:{rows.reader.line_num}: {printable(str(error), 120)}: write it again as UTF-8 CSV"
+            ) from None
 
 
 def row_groups(path: Path) -> int:
@@ -99,8 +104,8 @@ def parquet_documents(
     _column(path, names, column)
     wanted = [column, *(name for name in ("id", "title") if name in names)]
     number = sum(file.metadata.row_group(group).num_rows for group in range(start))
-    for batch in file.iter_batches(batch_size=1024, row_groups=list(range(start, end)), columns=wanted):
-        for row in batch.to_pylist():
+    for rows in batches(path, file, wanted, list(range(start, end))):
+        for row in rows:
             number += 1
             where = f"{path.name} row {number}"
             if not isinstance(row[column] or "", str):
@@ -119,6 +124,26 @@ def parquet_file(path: Path) -> Any:
         return parquet.ParquetFile(path)
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read as Parquet: {printable(str(error))}") from None
+
+
+def batches(
+    path: Path, file: Any, columns: list[str], groups: list[int] | None = None
+) -> Iterator[list[dict[str, Any]]]:
+    """Rows of a Parquet file, some at a time; DataError where it is damaged or holds text that is not UTF-8."""
+    from pyarrow import ArrowException
+
+    rows = file.iter_batches(batch_size=1024, row_groups=groups, columns=columns)
+    while True:
+        try:
+            batch = next(rows, None)
+            values = [] if batch is None else batch.to_pylist()
+        except (ArrowException, OSError, UnicodeDecodeError) as error:
+            if getattr(error, "errno", None):  # of the disk; pyarrow's own have no number
+                raise
+            raise DataError(f"{path} is damaged ({printable(str(error))}): fetch or write it again") from None
+        if batch is None:
+            return
+        yield values
 
 
 def _column(path: Path, names: list[str], column: str) -> None:

@@ -25,7 +25,7 @@ from data_prep.errors import DataError
 from data_prep.fanout import Job, run_all
 from data_prep.hdf5 import SHORTEST, Shard, native, token_dtype, write_shard
 from data_prep.publish import file_sha256
-from data_prep.records import parquet_file
+from data_prep.records import batches, parquet_file
 from data_prep.samples import SPLITS, publish_samples
 from data_prep.splitmix import Ints
 from data_prep.wordpiece import Vocabulary
@@ -228,8 +228,8 @@ def _parquet(path: Path) -> Iterator[tuple[str, list[Any]]]:
     column = next((name for name in (IDS, TEXT) if name in names), None)
     if column is None:
         raise DataError(f"{path} has neither a column {IDS} nor {TEXT}: it has {', '.join(map(printable, names[:20]))}")
-    for batch in file.iter_batches(batch_size=1024, columns=[column]):
-        yield column, batch.column(0).to_pylist()
+    for rows in batches(path, file, [column]):
+        yield column, [row[column] for row in rows]
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, list[Any]]]:
