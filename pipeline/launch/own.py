@@ -3,7 +3,8 @@
 The rules, in the order in which they are applied:
 
 * What a file is, its name says: .xml and .xml-p1p99 (also compressed) is a MediaWiki export, .jsonl .ndjson .csv .tsv
-  .parquet records with a column ``text``, all else text; a folder is books, one for each file, unless all that it holds are records or exports.
+  .parquet records with a column ``text``, all else text; a folder is books, one for each file, unless all that it holds
+  are records or exports.
 * The base is `further` where there is a model to start from, `standard` where there is a GPU and at least 100 MB of
   text, else `small`.
 * A vocabulary has an entry for every 1,000 bytes of text, a power of two from 1,024 on, at most 30,522.

@@ -71,7 +71,7 @@ def test_compressed_text_and_records_are_read_as_they_are(packer: str, tmp_path:
 @pytest.mark.parametrize("name", ["a.csv", "a.tsv"])
 def test_a_cell_that_no_header_names_is_refused(name: str, tmp_path: Path) -> None:
     separator = name.replace("a.csv", ",").replace("a.tsv", "\t")
-    (tmp_path / name).write_text(f"id,text\n1,fine\n2,Dear reader, we lose you\n".replace(",", separator))
+    (tmp_path / name).write_text("id,text\n1,fine\n2,Dear reader, we lose you\n".replace(",", separator))
     with pytest.raises(DataError, match=rf"{name}:3: 3 cells where the header names 2"):
         run(tmp_path / "out", jsonl=[tmp_path / name])
 
