@@ -70,6 +70,17 @@ def kind(path: Path) -> str:
     return "table" if suffixes & {".csv", ".tsv"} else "json"
 
 
+def look(path: Path, column: str, max_document_mb: float) -> None:
+    """DataError for records that begin with what cannot be read."""
+    match kind(path):
+        case "json":
+            next(json_documents(path, 0, formats.END, column, max_document_mb=max_document_mb, tally=Tally()), None)
+        case "table":
+            next(table_documents(path, column, max_document_mb=max_document_mb, tally=Tally()), None)
+        case _:
+            _column(path, list(parquet_file(path).schema_arrow.names), column)
+
+
 def table_documents(path: Path, column: str, *, max_document_mb: float, tally: Tally) -> Iterator[Document]:
     """Rows of a CSV or TSV file (``.tsv``: tabs) whose header names `column`, and perhaps ``id`` and ``title``."""
     csv.field_size_limit(sys.maxsize)

@@ -57,17 +57,22 @@ def check(request: Request, chain: Chain) -> None:
 def unfit(request: Request, chain: Chain) -> Iterator[Exception]:
     """What the stages' own checks say of the files that are here; each set of files is asked about once."""
     asked = set()
+
+    def here(text: str) -> Path:
+        return request.data_dir / text.removeprefix("data:")
+
     wanted = [name for name in chain.todo() if not request.stages or name in request.stages]
     for stage in (chain.stages[name] for name in wanted):
-        inputs = {
-            key: request.data_dir / text.removeprefix("data:")
+        inputs: dict[str, Any] = {
+            key: here(text) if isinstance(text, str) else tuple(map(here, text))
             for key, text in stage.inputs.items()
-            if isinstance(text, str) and text.startswith("data:")
+            if not isinstance(text, str) or text.startswith("data:")
         }
+        paths = [path for given in inputs.values() for path in (given if isinstance(given, tuple) else [given])]
         if not stage.check or (stage.check, *inputs.values()) in asked:
             continue
         asked.add((stage.check, *inputs.values()))
-        if not all(path.exists() for path in inputs.values()):  # only weights to start from are no corpus of the run
+        if not all(path.exists() for path in paths):  # only weights to start from are no corpus of the run
             if "start" in inputs and not inputs["start"].exists():
                 name = Path(str(stage.inputs["start"]).removeprefix("data:"))
                 yield ConfigError(f"{absent_model(name, f'{stage.name}.start')}; looked for in {request.data_dir}")
