@@ -185,5 +185,5 @@ def test_a_full_disk_is_said_before_anything_starts(small_data, tmp_path):
     done = submit(
         tmp_path / "run", small_data, "--set", "model.hidden_size=8000000", "--set", "model.intermediate_size=8000000"
     )
-    one_line(done, 6, "GB are needed", "are free")
+    one_line(done, 6, "B are needed", "are free")
     assert not (tmp_path / "run").exists()
