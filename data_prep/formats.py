@@ -151,7 +151,7 @@ class _Streams:
 class _Unpacked(io.RawIOBase):
     def __init__(self, path: Path, raw: BinaryIO, stream: Any) -> None:
         self.path, self.raw, self.stream, self.given = path, raw, stream, 0
-        self.left = b""
+        self.left = memoryview(b"")
 
     def readable(self) -> bool:
         return True
@@ -161,7 +161,7 @@ class _Unpacked(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         try:
-            data = self.left or self.stream.read(len(buffer))
+            data = self.left or memoryview(self.stream.read(len(buffer)))
         except (EOFError, OSError, ValueError, zlib.error, lzma.LZMAError, _zstd_error()) as error:
             raise DataError(
                 f"{self.path}: damaged or truncated {compression(self.path)} data near byte {self.raw.tell()} "
