@@ -22,6 +22,7 @@ REPAIRS = (
     "carriage_returns_read_as_line_ends",
     "control_characters_removed",
     "texts_read_as_windows_1252",
+    "rows_with_fewer_cells_than_the_header",
 )
 NO_BOOKS = (
     "readme* licen[cs]e* copying* *sums *sums.txt *.md5 *.sha1 *.sha256 *.sha512 *.csv *.tsv *.json *.log *.jpg *.png"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep import formats
-from data_prep.books import PIECE, counted, decode, document, lines_of, too_large
+from data_prep.books import PIECE, REPAIRS, counted, decode, document, lines_of, too_large
 from data_prep.document import Document, Tally, printable
 from data_prep.errors import DataError
 
@@ -91,9 +91,12 @@ def table_documents(path: Path, column: str, *, max_document_mb: float, tally: T
             _column(path, list(rows.fieldnames or []), column)
             for row in rows:
                 where = f"{path.name} line {rows.line_num}"
-                if None in row:
-                    header = len(rows.fieldnames or [])
-                    raise csv.Error(f"{header + len(row[None])} cells where the header names {header}; quote them")
+                header, lacking = len(rows.fieldnames or []), list(row.values()).count(None)
+                if None in row or row[column] is None:
+                    cells = header - lacking + len(row.get(None, []))
+                    raise csv.Error(f"{cells} cells where the header names {header}; quote them")
+                if lacking:
+                    tally.counts[REPAIRS[4]] += 1
                 yield from _record(path, row, column, where, max_document_mb, tally)
         except (csv.Error, UnicodeDecodeError) as error:
             raise DataError(

@@ -74,6 +74,12 @@ def test_a_cell_that_no_header_names_is_refused(name: str, tmp_path: Path) -> No
     (tmp_path / name).write_text("id,text\n1,fine\n2,Dear reader, we lose you\n".replace(",", separator))
     with pytest.raises(DataError, match=rf"{name}:3: 3 cells where the header names 2"):
         run(tmp_path / "out", jsonl=[tmp_path / name])
+    (tmp_path / name).write_text("id,text\n1,A line\nthat goes on\n".replace(",", separator))
+    with pytest.raises(DataError, match=rf"{name}:3: 1 cells where the header names 2"):
+        run(tmp_path / "out", jsonl=[tmp_path / name])
+    (tmp_path / name).write_text("id,text,note\n1,A line\n2,More,x\n".replace(",", separator))
+    _, facts = run(tmp_path / "out", jsonl=[tmp_path / name])
+    assert facts["notes"] == [f"{name}: 1 rows with fewer cells than the header"]
 
 
 def test_a_damaged_parquet_file_is_named(tmp_path: Path) -> None:
