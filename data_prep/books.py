@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from data_prep import formats
-from data_prep.document import CONTROL, Document, Tally, content_id, plain, printable
+from data_prep.document import CONTROL, STOPS, WIDE_STOPS, Document, Tally, content_id, plain, printable
 from data_prep.errors import DataError
 
 PIECE = 1 << 20
@@ -22,14 +22,21 @@ REPAIRS = (
     "carriage_returns_read_as_line_ends",
     "control_characters_removed",
     "texts_read_as_windows_1252",
+    "rows_with_fewer_cells_than_the_header",
 )
 NO_BOOKS = (
     "readme* licen[cs]e* copying* *sums *sums.txt *.md5 *.sha1 *.sha256 *.sha512 *.csv *.tsv *.json *.log *.jpg *.png"
 )
 # what the code pages of western and central Europe have in common, and French and Scandinavian letters
 WINDOWS_1252 = re.compile("[\x00-\x7f…‘’“”•–—\xa0§©«°»®·ÀÁÂÄÅÆÇÈÉÊËÍÎÏÑÓÔÖØÙÚÛÜßàáâäåæçèéêëíîïñóôöøùúûüŒœ£¡¿]*")
-_ENDS_SENTENCE = re.compile(r"[.!?…。！？][\"'”’»)\]`]*\s*$")
+_ENDS_SENTENCE = re.compile(rf"[{STOPS}{WIDE_STOPS}][\"'”’»)\]`]*\s*$")
 _DOC = re.compile(rb"<doc\b[^>]*+>")
+_MARKUP = {  # what begins so is no prose
+    re.compile(rb"<mediawiki\b"): "a MediaWiki export: name it in data.wikipedia; --text knows it by .xml",
+    re.compile(rb"<\?xml\b"): "XML: take its text out",
+    re.compile(rb'\[?\s*\{\s*"[^"]*"\s*:'): "JSON: name lines of it in data.jsonl; --text knows them by .jsonl",
+    re.compile(rb"PAR1"): "a Parquet file: name it in data.jsonl; --text knows it by .parquet",
+}
 _ATTRIBUTE = re.compile(r'(\w+)="([^"]*)"')
 BLANK_LINE = re.compile(r"\n[^\S\n]*\n")
 
@@ -43,7 +50,7 @@ def book_files(folder: Path) -> list[Path]:
     files, top = [], folder.resolve()
     for path in sorted(folder.rglob("*")):
         linked = path.is_symlink()
-        if _is_hidden(path, folder) or (path.is_dir() and not linked) or _is_no_book(path):
+        if is_hidden(path, folder) or (path.is_dir() and not linked) or _is_no_book(path):
             continue
         if not path.is_file():
             raise DataError(f"{path} is no regular file and leads to none: remove it from the folder of books")
@@ -60,11 +67,12 @@ def left_out(folder: Path) -> list[str]:
     return sorted(
         str(path.relative_to(folder))
         for path in folder.rglob("*")
-        if path.is_file() and (_is_hidden(path, folder) or _is_no_book(path))
+        if path.is_file() and (is_hidden(path, folder) or _is_no_book(path))
     )
 
 
-def _is_hidden(path: Path, folder: Path) -> bool:
+def is_hidden(path: Path, folder: Path) -> bool:
+    """Whether a name below `folder` begins with a dot."""
     return any(part.startswith(".") for part in path.relative_to(folder).parts)
 
 
@@ -75,13 +83,15 @@ def _is_no_book(path: Path) -> bool:
 def form(path: Path) -> str:
     """How documents lie in a text file: "docs" (WikiExtractor's), "lines" (a sentence a line, no blank line), "text".
 
-    Judged by the first MiB. Raises DataError for what is no text (a PDF, an archive, a page of HTML).
+    Judged by the first MiB. Raises DataError for what is no text (a PDF, an archive, HTML, XML, JSON).
     """
     formats.refuse_foreign(path)
     with formats.opened(path) as file:
-        head = file.read(PIECE)
+        head = file.read(PIECE).removeprefix(b"\xef\xbb\xbf").lstrip()
     if _DOC.match(head):
         return "docs"
+    if what := next((what for mark, what in _MARKUP.items() if mark.match(head)), ""):
+        raise DataError(f"{path} is {what}")
     lines = head.decode(errors="replace").replace("\r\n", "\n").strip().split("\n")
     return "lines" if all(map(str.strip, lines)) and _sentence_a_line(lines) else "text"
 
@@ -136,7 +146,11 @@ def line_documents(path: Path, start: int, end: int, *, max_document_mb: float, 
         for number, group in itertools.groupby(lines, key=operator.itemgetter(0)):
             tally.counts["articles"] += 1
             where = f"{path.name} at byte {number * LINES_BYTES}"
-            data = b"".join(piece for _, pieces in group for piece in pieces)
+            lines_here = [pieces for _, pieces in group]
+            for _ in range(lines_here.count([])):
+                too_large(tally, f"a line of {where}", max_document_mb)
+                tally.counts["articles"] += 1
+            data = b"".join(itertools.chain.from_iterable(lines_here))
             text = counted(decode(data, path, number * LINES_BYTES, tally), tally)
             if paragraph := document("", path.name, "", text, tally, where=where):
                 yield paragraph
@@ -145,14 +159,19 @@ def line_documents(path: Path, start: int, end: int, *, max_document_mb: float, 
 def extracted_documents(
     path: Path, start: int, end: int, *, max_document_mb: float, tally: Tally, name: str = "", source: str = ""
 ) -> Iterator[Document]:
-    """Articles of WikiExtractor whose ``<doc id title>`` line begins in bytes [start, end); each line a paragraph."""
-    limit, total = int(max_document_mb * 1e6), 0
+    """Articles of WikiExtractor whose ``<doc id title>`` line begins in bytes [start, end); each line a paragraph.
+
+    Raises DataError for an article without an end, and for text between two of them.
+    """
+    limit, total, ended = int(max_document_mb * 1e6), 0, False
     rows: list[str] | None = None
     attributes: dict[str, str] = {}
     with formats.opened(path) as file:
         for offset, size, pieces in lines_of(file, start, end, limit, past_end=True):
             line = decode(b"".join(pieces), path, offset, tally).strip()
-            if line.startswith("<doc ") and offset < end:
+            if rows is not None and line.startswith('<doc id="'):
+                break
+            if rows is None and line.startswith("<doc ") and offset < end:
                 rows, total = [], 0
                 attributes = {key: html.unescape(value) for key, value in _ATTRIBUTE.findall(line)}
             elif line == "</doc>" and rows is not None:
@@ -168,11 +187,13 @@ def extracted_documents(
                     tally,
                 ):
                     yield article
-                rows = None
+                rows, ended = None, True
             elif rows is not None:
                 total += size
                 rows += [line] if total <= limit else []
-            elif offset >= end:
+            elif ended and line and not line.startswith("<doc "):
+                raise DataError(f"{path}: text at byte {offset}, outside of any <doc>: make it again")
+            elif offset >= end and (line or not ended):
                 return
     if rows is not None:
         raise DataError(f"{path}: the <doc> of {printable(attributes.get('title', ''))!r} has no </doc>: make it again")

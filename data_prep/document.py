@@ -16,6 +16,8 @@ from data_prep.publish import publishing
 FILE_BYTES = 32_000_000
 EXAMPLES = 20
 LOST_NAMES = 1000
+STOPS = ".!?…।॥۔؟։።។။"  # what ends a sentence before a blank; also Hindi's, Urdu's, Arabic's, Armenian, Amharic …
+WIDE_STOPS = "。！？"  # and without one
 _quoted = json.encoder.encode_basestring  # what json.dumps calls, without its detours
 CONTROL = re.compile(r"[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\xad\u200b\ufeff\ufffe\uffff\ud800-\udfff]")
 

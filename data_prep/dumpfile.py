@@ -34,7 +34,7 @@ def refuse_unreadable(path: Path) -> None:
     """Raise DataError for an empty file, and for another format, named for what it is."""
     if not path.stat().st_size:
         raise DataError(f"{path} is empty: fetch it again")
-    formats.refuse_foreign(path)
+    formats.refuse_foreign(path, inside=False)  # expat reads UTF-16, too
 
 
 def ranges(path: Path, part_bytes: int) -> list[tuple[int, int]]:

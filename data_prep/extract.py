@@ -8,7 +8,7 @@ import functools
 import hashlib
 import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,8 @@ from data_prep.publish import file_sha256, remove_leftovers
 PART_BYTES = 32_000_000
 COMPRESSED_PART_BYTES = 8_000_000
 FAULTS = 20  # named at once
-FORMAT = 2  # raise it when the same input gives other documents
+LOOKED_AT = 1000  # books of a folder, before a job begins
+FORMAT = 3  # raise it when the same input gives other documents
 
 
 @dataclass(frozen=True)
@@ -58,17 +59,7 @@ def run(
     Raises DataError naming all inputs that cannot be read whole, and when nothing is left.
     """
     # Every input by its kind: what cannot be read is named for all of them at once, before any work.
-    inputs = [("wikipedia", path) for path in wikipedia]
-    inputs += [("books" if path.is_dir() else "text", path) for path in books]
-    inputs += [("jsonl", path) for path in jsonl]
-    names = [path.name for _, path in inputs]
-    for name in names:
-        if names.count(name) > 1:
-            raise DataError(f"two inputs are called {name}: rename one, documents carry the name of their input")
-    for kind, path in inputs:
-        if kind != "books" and not path.is_file():
-            what = "a folder" if path.is_dir() else "no regular file"
-            raise DataError(f"{path} is {what}; only data.books may name a folder, everything else is read as a file")
+    inputs = _inputs(wikipedia, books, jsonl)
     described = run_all(_describe, inputs, job.workers)
     _refuse(described)
     # Parts of about the same size, the units of sharing and of going on after a kill.
@@ -104,6 +95,49 @@ def run(
     for line in facts.pop("said"):
         job.say(line)
     return facts
+
+
+def check(
+    *,
+    wikipedia: Sequence[Path],
+    books: Sequence[Path],
+    jsonl: Sequence[Path],
+    max_document_mb: float,
+    text_column: str = "text",
+) -> None:
+    """DataError for what is wrong at first sight, of a folder in the first `LOOKED_AT` books."""
+    _refuse([_look(entry, text_column, max_document_mb) for entry in _inputs(wikipedia, books, jsonl)])
+
+
+def _inputs(wikipedia: Sequence[Path], books: Sequence[Path], jsonl: Sequence[Path]) -> list[tuple[str, Path]]:
+    inputs = [("wikipedia", path) for path in wikipedia]
+    inputs += [("books" if path.is_dir() else "text", path) for path in books]
+    inputs += [("jsonl", path) for path in jsonl]
+    names = [path.name for _, path in inputs]
+    for name in names:
+        if names.count(name) > 1:
+            raise DataError(f"two inputs are called {name}: rename one, documents carry the name of their input")
+    for kind, path in inputs:
+        if kind != "books" and not path.is_file():
+            what = "a folder" if path.is_dir() else "no regular file"
+            raise DataError(f"{path} is {what}; only data.books may name a folder, everything else is read as a file")
+    return inputs
+
+
+def _look(entry: tuple[str, Path], column: str, max_document_mb: float) -> dict[str, Any]:
+    kind, path = entry
+    faults = []
+    for file in books.book_files(path)[:LOOKED_AT] if kind == "books" else [path]:
+        try:
+            if kind == "wikipedia":
+                wikipedia.read_site(path)
+            elif kind == "jsonl":
+                records.look(path, column, max_document_mb)
+            else:
+                books.form(file)
+        except DataError as error:
+            faults.append(str(error))
+    return {"faults": faults}
 
 
 def _refuse(results: list[dict[str, Any]]) -> None:

@@ -7,7 +7,7 @@ import io
 import lzma
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -28,10 +28,12 @@ _FOREIGN = {
     b"\xff\xd8\xff": "a picture",
     b"GIF8": "a picture",
     b"\x89HDF": "an HDF5 file",
+    b"\xff\xfe\0\0": "UTF-32 text; only UTF-8 is read: convert it with iconv -f UTF-32 -t UTF-8",
     b"\xff\xfe": "UTF-16 text; only UTF-8 is read: convert it with iconv -f UTF-16 -t UTF-8",
     b"\xfe\xff": "UTF-16 text; only UTF-8 is read: convert it with iconv -f UTF-16 -t UTF-8",
 }
 _HTML = (b"<!doctype html", b"<html")
+_NULS = 0.02  # share of a text; in UTF-16 every blank and line end has one
 
 
 def head_of(path: Path, size: int = 512) -> bytes:
@@ -46,23 +48,30 @@ def compression(path: Path) -> str:
     return next((kind for mark, kind in COMPRESSIONS.items() if head.startswith(mark)), "")
 
 
-def refuse_foreign(path: Path) -> None:
-    """Raise DataError naming what the file is, when it is no text and nothing that holds text for us."""
-    if what := _foreign(path):
+def refuse_foreign(path: Path, *, inside: bool = True) -> None:
+    """Raise DataError naming what the file is, when it is no text and nothing that holds text for us.
+
+    A compressed one is judged by what it holds, unless not ``inside``.
+    """
+    if what := _foreign(path, inside):
         raise DataError(f"{path} is {what}")
 
 
-def _foreign(path: Path) -> str:
+def _foreign(path: Path, inside: bool) -> str:
     head = head_of(path)
+    if head.startswith(b"PK\x03\x04"):
+        return _zip_content(path)
+    if compression(path):
+        head = _unpacked_head(path) if inside else b""
     for mark, what in _FOREIGN.items():
         if head.startswith(mark):
             return what
-    if head.startswith(b"PK\x03\x04"):
-        return _zip_content(path)
     if head.removeprefix(b"\xef\xbb\xbf").lstrip().lower().startswith(_HTML):
         return "an HTML page: take its text out, for example with html2text"
-    if head[257:262] == b"ustar" or _holds_tar(path):
+    if head[257:262] == b"ustar":
         return "a tar archive: unpack it"
+    if head.count(0) > 4 + _NULS * len(head) and not head.startswith(b"PAR1"):
+        return "no text, or UTF-16 text without its mark; only UTF-8 is read: try iconv -f UTF-16LE -t UTF-8"
     return ""
 
 
@@ -78,12 +87,11 @@ def _zip_content(path: Path) -> str:
     return "a zip archive: unpack it"
 
 
-def _holds_tar(path: Path) -> bool:
-    kind = compression(path)
-    if kind:
-        with suppress(DataError, OSError, EOFError, zlib.error, lzma.LZMAError, _zstd_error()), open(path, "rb") as raw:
-            return bytes(_decompressed(path, raw, kind).read(512)[257:262]) == b"ustar"
-    return False
+def _unpacked_head(path: Path) -> bytes:
+    """The first bytes of what a file holds; none where it is damaged, which is said when it is read."""
+    with suppress(DataError), opened(path) as file:
+        return file.read(512)
+    return b""
 
 
 @contextmanager
@@ -104,41 +112,46 @@ def _decompressed(path: Path, raw: BinaryIO, kind: str) -> Any:
     if kind == "gz":
         return gzip.GzipFile(fileobj=raw)
     if kind == "bz2":
-        return bz2.BZ2File(raw)
+        return _Streams(raw, bz2.BZ2Decompressor)
     if kind == "xz":
-        return lzma.LZMAFile(raw)
+        return _Streams(raw, lzma.LZMADecompressor)
     try:
         import zstandard
     except ImportError:
         raise DataError(f"{path} is a zst file: pip install zstandard, or unpack it with unzstd") from None
-    return _Zst(raw, zstandard.ZstdDecompressor())
+    return _Streams(raw, zstandard.ZstdDecompressor().decompressobj)
 
 
-class _Zst:
-    """Frames of zstandard one after the other; its own reader takes a truncated one for the end."""
+class _Streams:
+    """Compressed streams one after the other, zeros behind them: the readers of bz2 and lzma take other bytes behind a
+    stream for the end of the file, that of zstandard a truncated stream.
+    """
 
-    def __init__(self, raw: BinaryIO, decompressor: Any) -> None:
-        self.raw, self.decompressor = raw, decompressor
-        self.frame: Any = None
+    def __init__(self, raw: BinaryIO, begin: Callable[[], Any]) -> None:
+        self.raw, self.begin = raw, begin
+        self.stream: Any = None
         self.pending = b""
 
     def read(self, _size: int) -> bytes:
-        while data := self.pending or self.raw.read(1 << 13):
-            self.frame = self.frame or self.decompressor.decompressobj()
-            unpacked: bytes = self.frame.decompress(data)
-            self.pending = self.frame.unused_data if self.frame.eof else b""
-            self.frame = None if self.frame.eof else self.frame
+        while data := self.pending or self.raw.read(1 << 12):
+            data, self.pending = data if self.stream else data.lstrip(b"\0"), b""
+            if not data:
+                continue
+            self.stream = self.stream or self.begin()
+            unpacked: bytes = self.stream.decompress(data)
+            if self.stream.eof:
+                self.pending, self.stream = self.stream.unused_data, None
             if unpacked:
                 return unpacked
-        if self.frame is not None:
-            raise EOFError("the last frame has no end")
+        if self.stream is not None:
+            raise EOFError("the last stream has no end")
         return b""
 
 
 class _Unpacked(io.RawIOBase):
     def __init__(self, path: Path, raw: BinaryIO, stream: Any) -> None:
         self.path, self.raw, self.stream, self.given = path, raw, stream, 0
-        self.left = b""
+        self.left = memoryview(b"")
 
     def readable(self) -> bool:
         return True
@@ -148,7 +161,7 @@ class _Unpacked(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         try:
-            data = self.left or self.stream.read(len(buffer))
+            data = self.left or memoryview(self.stream.read(len(buffer)))
         except (EOFError, OSError, ValueError, zlib.error, lzma.LZMAError, _zstd_error()) as error:
             raise DataError(
                 f"{self.path}: damaged or truncated {compression(self.path)} data near byte {self.raw.tell()} "

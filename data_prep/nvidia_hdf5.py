@@ -57,9 +57,9 @@ def run(job: Job, *, source: Path, vocab: Path, seq_len: int, pairs: bool = True
         raise DataError(f'{source} holds single texts and no pairs: train.objective = "mlm" trains on them')
     parts = {split: [row for row in value["shards"] if row["split"] == split] for split in ("train", "test")}
     for split, rows in parts.items():
-        if not rows:
+        if not any(row["rows"] for row in rows):
             raise DataError(
-                f"{source} holds no {split} shard; of NVIDIA's files those with `test` in their name are held out"
+                f"{source} holds no {split} sample; of NVIDIA's files those with `test` in their name are held out"
             )
     if ours:
         splits = [manifest.load_verified(source, split) for split in ("train", "test")]

@@ -4,6 +4,7 @@ import re
 from collections import Counter
 
 from data_prep import templates
+from data_prep.document import STOPS, WIDE_STOPS
 
 # A template or formula that cannot be put in words leaves its number between these until its sentence is known.
 MARK = re.compile("\ue000(\\d+)\ue001")
@@ -12,13 +13,13 @@ _BEFORE_CLOSE = re.compile(r"(?<![ ,;:])[ ,;:]++\)")
 _LONE_COMMAS = re.compile(r" (?=[,.](?: |$))|,(?= ,)")
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\xad\u200b\ufeff]")
 _PARENTHESIS = re.compile(r"\(([^()]*)\)")
-_NOTE = re.compile('(?<=[.!?…"”’)])(?:\ue000\\d+\ue001)+(?= |$)')
-_BOUNDARY = re.compile(r"(?<=[.!?…])[\"'”’»)\]]*\s+(?=[\"'“‘«(\[\ue000]*[^\Wa-z_])|(?<=[。！？])")
+_NOTE = re.compile("(?<=[" + STOPS + '"”’)])(?:\ue000\\d+\ue001)+(?= |$)')
+_BOUNDARY = re.compile(rf"(?<=[{STOPS}])[\"'”’»)\]]*\s+(?=[\"'“‘«(\[\ue000]*[^\Wa-z_])|(?<=[{WIDE_STOPS}])")
 _NO_END = re.compile(
     r"(?:\b[^\W\d_]|\.\w|\b(?:[MD]r|Mrs|Ms|St|[JS]r|Lt|Col|Gen|Gov|Sen|Rep|Rev|Hon|Sgt|Capt|Prof|Mt|Ft|No|Nos|Vol|Fig|vs"
     r"|ca|cf|approx|etc|al|Inc|Ltd|Co|Bros|Jan|Feb|Mar|Apr|Aug|Sept?|Oct|Nov|Dec))\.$"
 )
-_ENDED = re.compile(r"[.!?…。！？][\"'”’»)\]」]*$")
+_ENDED = re.compile(rf"[{STOPS}{WIDE_STOPS}][\"'”’»)\]」]*$")
 _SENTENCE = re.compile(r"[\"'“‘«(\[]*(?:[^\Wa-z_]|\ue000)")
 _WORK_CITED = re.compile(
     r"\b(?:ISBN|ISSN|OCLC|doi|pp?\.|[Rr]etrieved|Press\b)|\(\d{4}[a-z]?\)|\b\d{4}[).,;]?\s*$"
@@ -60,7 +61,7 @@ def paragraphs(text: str, unknown: list[str], lost: Counter[str]) -> str:
 
 def _is_sentence(item: str) -> bool:
     """Whether a list item is a whole sentence: begins and ends as one, has some words, and is no work cited."""
-    long_enough = item.count(" ") >= MIN_LIST_WORDS - 1 or (not item.isascii() and item[-1:] in "。！？")
+    long_enough = item.count(" ") >= MIN_LIST_WORDS - 1 or (not item.isascii() and item[-1:] in WIDE_STOPS)
     return bool(long_enough and _ENDED.search(item) and _SENTENCE.match(item)) and not _WORK_CITED.search(item)
 
 

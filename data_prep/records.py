@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep import formats
-from data_prep.books import PIECE, counted, decode, document, lines_of, too_large
+from data_prep.books import PIECE, REPAIRS, counted, decode, document, lines_of, too_large
 from data_prep.document import Document, Tally, printable
 from data_prep.errors import DataError
 
@@ -70,6 +70,17 @@ def kind(path: Path) -> str:
     return "table" if suffixes & {".csv", ".tsv"} else "json"
 
 
+def look(path: Path, column: str, max_document_mb: float) -> None:
+    """DataError for records that begin with what cannot be read."""
+    match kind(path):
+        case "json":
+            next(json_documents(path, 0, formats.END, column, max_document_mb=max_document_mb, tally=Tally()), None)
+        case "table":
+            next(table_documents(path, column, max_document_mb=max_document_mb, tally=Tally()), None)
+        case _:
+            _column(path, list(parquet_file(path).schema_arrow.names), column)
+
+
 def table_documents(path: Path, column: str, *, max_document_mb: float, tally: Tally) -> Iterator[Document]:
     """Rows of a CSV or TSV file (``.tsv``: tabs) whose header names `column`, and perhaps ``id`` and ``title``."""
     csv.field_size_limit(sys.maxsize)
@@ -80,9 +91,17 @@ def table_documents(path: Path, column: str, *, max_document_mb: float, tally: T
             _column(path, list(rows.fieldnames or []), column)
             for row in rows:
                 where = f"{path.name} line {rows.line_num}"
+                header, lacking = len(rows.fieldnames or []), list(row.values()).count(None)
+                if None in row or row[column] is None:
+                    cells = header - lacking + len(row.get(None, []))
+                    raise csv.Error(f"{cells} cells where the header names {header}; quote them")
+                if lacking:
+                    tally.counts[REPAIRS[4]] += 1
                 yield from _record(path, row, column, where, max_document_mb, tally)
         except (csv.Error, UnicodeDecodeError) as error:
-            raise DataError(f"{path}:{rows.line_num}: {printable(str(error))}: write it again as UTF-8 CSV") from None
+            raise DataError(
+                f"{path}:{rows.reader.line_num}: {printable(str(error), 120)}: write it again as UTF-8 CSV"
+            ) from None
 
 
 def row_groups(path: Path) -> int:
@@ -99,8 +118,8 @@ def parquet_documents(
     _column(path, names, column)
     wanted = [column, *(name for name in ("id", "title") if name in names)]
     number = sum(file.metadata.row_group(group).num_rows for group in range(start))
-    for batch in file.iter_batches(batch_size=1024, row_groups=list(range(start, end)), columns=wanted):
-        for row in batch.to_pylist():
+    for rows in batches(path, file, wanted, list(range(start, end))):
+        for row in rows:
             number += 1
             where = f"{path.name} row {number}"
             if not isinstance(row[column] or "", str):
@@ -119,6 +138,26 @@ def parquet_file(path: Path) -> Any:
         return parquet.ParquetFile(path)
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read as Parquet: {printable(str(error))}") from None
+
+
+def batches(
+    path: Path, file: Any, columns: list[str], groups: list[int] | None = None
+) -> Iterator[list[dict[str, Any]]]:
+    """Rows of a Parquet file, some at a time; DataError where it is damaged or holds text that is not UTF-8."""
+    from pyarrow import ArrowException
+
+    rows = file.iter_batches(batch_size=1024, row_groups=groups, columns=columns)
+    while True:
+        try:
+            batch = next(rows, None)
+            values = [] if batch is None else batch.to_pylist()
+        except (ArrowException, OSError, UnicodeDecodeError) as error:
+            if getattr(error, "errno", None):  # of the disk; pyarrow's own have no number
+                raise
+            raise DataError(f"{path} is damaged ({printable(str(error))}): fetch or write it again") from None
+        if batch is None:
+            return
+        yield values
 
 
 def _column(path: Path, names: list[str], column: str) -> None:

@@ -214,8 +214,8 @@ def _index(
     """First pass over one documents file: where each document starts, its bytes of text, its split."""
     name = str(entry["file"])
     path = _path(out, name, "index")
-    if (facts := manifest.noted(path, identity)) is not None:
-        return facts
+    if (facts := manifest.noted(path, identity)) is not None and _path(out, name, "rows").exists():
+        return facts  # without rows it was killed while it tidied up
     manifest.verify(documents, [entry])
     offsets, sizes, splits, draws, lines = array("q"), array("q"), array("B"), array("I"), array("L")
     whole: list[bytes] = []

@@ -19,13 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep import formats
-from data_prep.books import lines_of
+from data_prep.books import is_hidden, lines_of
 from data_prep.document import printable
 from data_prep.errors import DataError
 from data_prep.fanout import Job, run_all
 from data_prep.hdf5 import SHORTEST, Shard, native, token_dtype, write_shard
 from data_prep.publish import file_sha256
-from data_prep.records import parquet_file
+from data_prep.records import batches, parquet_file
 from data_prep.samples import SPLITS, publish_samples
 from data_prep.splitmix import Ints
 from data_prep.wordpiece import Vocabulary
@@ -47,6 +47,9 @@ def run(job: Job, *, source: Path, vocab: Path, seq_len: int, test_fraction: flo
     """
     vocabulary = Vocabulary.load(vocab, any_kind=True)
     files = files_of(source)
+    if others := [path for path in _visible(source) if path not in files and path != vocab]:
+        names = ", ".join(printable(str(path.relative_to(source))) for path in others[:5])
+        job.say(f"{len(others)} files without sequences by their names, left out: {names}")
     settings = (vocab, seq_len, test_fraction, seed)
     read = run_all(
         functools.partial(_make, job.out, settings),
@@ -75,11 +78,15 @@ def check(*, source: Path, vocab: Path, **others: object) -> None:
 
 
 def files_of(source: Path) -> list[Path]:
-    """The files with sequences, by name; DataError where there is none, or none of a known kind."""
-    files = sorted(path for path in source.rglob("*") if path.is_file() and path.name.lower().endswith(SUFFIXES))
+    """The files with sequences, by name; DataError where there is none, or none of a known kind. No hidden ones."""
+    files = [path for path in _visible(source) if path.name.lower().endswith(SUFFIXES)]
     if not files:
         raise DataError(f"{source} holds no sequences: they lie in files named …{', …'.join(SUFFIXES[:4])}")
     return files
+
+
+def _visible(source: Path) -> list[Path]:
+    return sorted(path for path in source.rglob("*") if path.is_file() and not is_hidden(path, source))
 
 
 def _make(out: Path, settings: tuple[Path, int, float, int], item: tuple[int, str]) -> dict[str, Any]:
@@ -99,9 +106,15 @@ def _make(out: Path, settings: tuple[Path, int, float, int], item: tuple[int, st
             if len(shard.b_start):
                 target = out / f"{split}-{number:05d}{f'-{blocks:03d}' if blocks else ''}.hdf5"
                 full = int((np.diff(shard.offsets) == seq_len).sum())
-                rows.append({"file": target.name, "split": split, **write_shard(target, shard), "full_rows": full})
+                counts = {"text_tokens": int(bare[chosen].sum()), "unknown_tokens": _unknown(shard, vocabulary)}
+                facts = {**write_shard(target, shard), "full_rows": full, **counts}
+                rows.append({"file": target.name, "split": split, **facts})
         first, blocks = first + len(lengths), blocks + 1
     return {"shards": rows, "sequences": first, "short": short, "sha256": digest}
+
+
+def _unknown(shard: Shard, vocabulary: Vocabulary) -> int:
+    return int((shard.tokens == vocabulary.special.get("unk", -1)).sum())
 
 
 def _held_out(ids: NDArray[np.int64], lengths: Ints, fraction: float, seed: int) -> NDArray[np.bool_]:
@@ -228,8 +241,8 @@ def _parquet(path: Path) -> Iterator[tuple[str, list[Any]]]:
     column = next((name for name in (IDS, TEXT) if name in names), None)
     if column is None:
         raise DataError(f"{path} has neither a column {IDS} nor {TEXT}: it has {', '.join(map(printable, names[:20]))}")
-    for batch in file.iter_batches(batch_size=1024, columns=[column]):
-        yield column, batch.column(0).to_pylist()
+    for rows in batches(path, file, [column]):
+        yield column, [row[column] for row in rows]
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, list[Any]]]:

@@ -79,6 +79,7 @@ _EXTERNAL = re.compile(
 )
 _BARE_URL = re.compile(r"(?:https?|ftp)://[^\s\[\]<>\"]*+")
 _ENTITY = re.compile(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[a-zA-Z][a-zA-Z0-9]{1,31});")
+_NO_MARKS = {0xE000: None, 0xE001: None}  # what `MARK` is made of
 _ELISION = re.compile(r"'''(?:(?<=\b\w''')|(?<=\b[Qq]u'''))([^'\n]++)''(?!')")  # l'''avion'': an apostrophe, italics
 _MAGIC_WORD = re.compile(r"__[^\W\d_]{3,30}__")
 
@@ -90,7 +91,7 @@ def clean(wikitext: str, namespaces: Mapping[str, int] = NAMESPACES, lost: Count
     bracket or tag costs only itself. `lost` counts the sentences left out, by the template or tag in them.
     """
     if "\ue000" in wikitext or "\ue001" in wikitext:
-        wikitext = wikitext.translate({0xE000: None, 0xE001: None})
+        wikitext = wikitext.translate(_NO_MARKS)
     scanner = _Scanner("\n" + wikitext, namespaces)
     text = _without_inline_markup(scanner.run(), scanner.mark)
     return paragraphs(text, scanner.unknown, Counter() if lost is None else lost)
@@ -310,15 +311,19 @@ def _without_inline_markup(text: str, mark: Callable[[str], str]) -> str:
     text = text.replace("'''''", "").replace("'''", "").replace("''", "")
     if "&" in text:
         for _ in range(2):  # "&amp;nbsp;" was meant as a blank
-            text = _ENTITY.sub(lambda match: html.unescape(match[0]), text)
+            text = _ENTITY.sub(_character, text)
     if "__" in text:
         text = _MAGIC_WORD.sub(lambda match: "" if match[0].isupper() else match[0], text)
     return _REMAINS.sub(" ", text)  # a blank, so that no new mark comes together
 
 
+def _character(entity: re.Match[str]) -> str:
+    return html.unescape(entity[0]).translate(_NO_MARKS)  # one that an article spells is no mark of ours
+
+
 def _moved(match: re.Match[str], mark: Callable[[str], str]) -> str:
     """``10<sup>5</sup>`` is no 105: digits become raised or lowered ones, other content has no words."""
-    tag, content = match[1].lower(), html.unescape(match[2]).replace("''", "").strip()
+    tag, content = match[1].lower(), _ENTITY.sub(_character, match[2]).replace("''", "").strip()
     if not content or MARK.fullmatch(content) or content.startswith("["):  # a note
         return content
     words = (templates.raised if tag == "sup" else templates.lowered)(content)

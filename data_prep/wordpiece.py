@@ -124,9 +124,13 @@ def unknown_note(origin: str, unknown: int, tokens: int) -> str:
 def _tokens_of_json(path: Path, text: str) -> list[str]:
     """The tokens of a tokenizer.json by id, which must count from 0."""
     try:
-        ids: dict[str, int] = json.loads(text)["model"]["vocab"]
+        model = json.loads(text)["model"]
+        ids: dict[str, int] = model["vocab"]
         tokens = sorted(ids, key=ids.__getitem__)
-        whole = [ids[token] for token in tokens] == list(range(len(tokens)))
+        whole = [ids[token] for token in tokens] == list(range(len(tokens))) and model.get("type") in (
+            None,
+            "WordPiece",
+        )
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
         whole = False
     if not whole:

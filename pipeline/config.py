@@ -140,7 +140,7 @@ class PhaseConfig:
     It begins with the weights that ``start`` names, else with those of the phase before, else with random ones.
     """
 
-    seq_len: int = limited(low=16, high=65536)
+    seq_len: int = limited(low=16, high=65535)
     max_predictions: int = limited(low=1)
     global_batch: int = limited(low=1)
     micro_batch: int | None = limited(None, low=1, science=False)  # none: what the profile allows

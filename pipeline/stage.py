@@ -82,8 +82,15 @@ class Stage:
             before = record.get(key)
             before = before if isinstance(before, Mapping) else {}
             names = dict.fromkeys([*now[key], *before])
-            lines += [words.format(name) for name in names if before.get(name, ...) != now[key].get(name, ...)]
+            lines += [
+                words.format(name) for name in names if not _holds(before.get(name, ...), now[key].get(name, ...))
+            ]
         return lines + differences(record.get("inputs", now["inputs"]), now["inputs"])  # version 0.1.0 wrote none
+
+
+def _holds(before: Any, now: Any) -> bool:
+    """Whether what was known of a file or a need is what is known now, of which it may be more than then."""
+    return bool({**now, **before} == now if isinstance(before, Mapping) and isinstance(now, Mapping) else before == now)
 
 
 def function_of(name: str) -> Any:

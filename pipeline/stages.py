@@ -58,6 +58,7 @@ def table(recipe: Recipe | Command) -> dict[str, Stage]:
         of_data(
             name="extract",
             run="data_prep.extract:run",
+            check="data_prep.extract:check",
             width="workers",
             config={"max_document_mb": data.max_document_mb, "text_column": data.text_column},
             inputs={

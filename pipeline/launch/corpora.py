@@ -15,11 +15,12 @@ from pipeline.launch.request import Request
 from pipeline.run.chain import Chain
 from pipeline.stage import function_of
 from pipeline.stages import Command
-from pipeline.words import absent_model
+from pipeline.words import absent_model, size
 
 MARKUP = {".bz2": 4.2, ".gz": 3.3}  # bytes on the disk to bytes of markup
 EXTRACT, SHARD, SAMPLES = 14e6, 16e6, 22e6  # bytes a second of a core (docs/data.md); SAMPLES with a dupe_factor of 5
 VOCAB_S, WORKER_MB = 120, 300
+FEW_FILES = 1000  # of a folder: so many are opened to see whether one changed
 
 
 def missing(request: Request) -> list[Path]:
@@ -49,25 +50,28 @@ def check(request: Request, chain: Chain) -> None:
     parent = next(path for path in [place, *place.resolve().parents] if path.exists())
     free = shutil.disk_usage(parent).free
     if free < needed:
-        raise StorageError(
-            f"{parent}: about {needed / 1e9:.1f} GB are needed for this run, {free / 1e9:.1f} GB are free"
-        )
+        raise StorageError(f"{parent}: about {size(needed)} are needed for this run, {size(free)} are free")
 
 
 def unfit(request: Request, chain: Chain) -> Iterator[Exception]:
     """What the stages' own checks say of the files that are here; each set of files is asked about once."""
     asked = set()
+
+    def here(text: str) -> Path:
+        return request.data_dir / text.removeprefix("data:")
+
     wanted = [name for name in chain.todo() if not request.stages or name in request.stages]
     for stage in (chain.stages[name] for name in wanted):
-        inputs = {
-            key: request.data_dir / text.removeprefix("data:")
+        inputs: dict[str, Any] = {
+            key: here(text) if isinstance(text, str) else tuple(map(here, text))
             for key, text in stage.inputs.items()
-            if isinstance(text, str) and text.startswith("data:")
+            if not isinstance(text, str) or text.startswith("data:")
         }
+        paths = [path for given in inputs.values() for path in (given if isinstance(given, tuple) else [given])]
         if not stage.check or (stage.check, *inputs.values()) in asked:
             continue
         asked.add((stage.check, *inputs.values()))
-        if not all(path.exists() for path in inputs.values()):  # only weights to start from are no corpus of the run
+        if not all(path.exists() for path in paths):  # only weights to start from are no corpus of the run
             if "start" in inputs and not inputs["start"].exists():
                 name = Path(str(stage.inputs["start"]).removeprefix("data:"))
                 yield ConfigError(f"{absent_model(name, f'{stage.name}.start')}; looked for in {request.data_dir}")
@@ -131,22 +135,29 @@ def size_of(path: Path) -> int:
 def identity_of(path: Path) -> dict[str, Any]:
     """What tells one corpus from another without reading 20 GB: size, and a digest of first and last MiB.
 
-    For a folder: number of files, bytes, and a digest of the names and sizes.
+    For a folder: number of files, bytes, a digest of names and sizes, and one of the ends of up to `FEW_FILES` files.
     """
     if path.is_dir():
         files = sorted(
             (str(inner.relative_to(path)), inner.stat().st_size) for inner in path.rglob("*") if inner.is_file()
         )
         digest = hashlib.sha256(repr(files).encode()).hexdigest()
-        return {"files": len(files), "bytes": sum(size for _, size in files), "digest": digest[:16]}
+        identity = {"files": len(files), "bytes": sum(size for _, size in files), "digest": digest[:16]}
+        if len(files) <= FEW_FILES:
+            ends = b"".join(hashlib.sha256(_ends(path / name, 1 << 16)).digest() for name, _ in files)
+            identity["contents"] = hashlib.sha256(ends).hexdigest()[:16]
+        return identity
     if not path.is_file():
         raise ConfigError(f"{path}: neither a file nor a folder")  # opening a pipe would wait for ever
-    size, mib = path.stat().st_size, 1 << 20
+    return {"bytes": path.stat().st_size, "digest": hashlib.sha256(_ends(path, 1 << 20)).hexdigest()[:16]}
+
+
+def _ends(path: Path, size: int) -> bytes:
+    """The first and the last ``size`` bytes of a file."""
     with open(path, "rb") as file:
-        ends = file.read(mib)
-        file.seek(max(mib, size - mib))
-        ends += file.read(mib)
-    return {"bytes": size, "digest": hashlib.sha256(ends).hexdigest()[:16]}
+        first = file.read(size)
+        file.seek(max(size, path.stat().st_size - size))
+        return first + file.read(size)
 
 
 def identities(request: Request) -> dict[str, Any]:

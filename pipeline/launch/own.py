@@ -2,8 +2,9 @@
 
 The rules, in the order in which they are applied:
 
-* What a file is, its name says: .xml (also compressed) is a MediaWiki export, .jsonl .csv .tsv .parquet records with a
-  column ``text``, all else text; a folder is books, one for each file, unless all that it holds are records or exports.
+* What a file is, its name says: .xml and .xml-p1p99 (also compressed) is a MediaWiki export, .jsonl .ndjson .csv .tsv
+  .parquet records with a column ``text``, all else text; a folder is books, one for each file, unless all that it holds
+  are records or exports.
 * The base is `further` where there is a model to start from, `standard` where there is a GPU and at least 100 MB of
   text, else `small`.
 * A vocabulary has an entry for every 1,000 bytes of text, a power of two from 1,024 on, at most 30,522.
@@ -24,6 +25,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from data_prep.books import is_hidden
 from data_prep.publish import publish_text
 from data_prep.sentences import language_fault, language_named
 from pipeline.config import load_recipe
@@ -34,7 +36,7 @@ from pipeline.words import absent_model
 from slurm.profile import Profile
 
 PACKED = (".bz2", ".gz", ".xz", ".zst")
-KINDS = {".xml": "wikipedia", **dict.fromkeys((".jsonl", ".csv", ".tsv", ".parquet"), "jsonl")}
+KINDS = {".xml": "wikipedia", **dict.fromkeys((".jsonl", ".ndjson", ".csv", ".tsv", ".parquet"), "jsonl")}
 STANDARD_BYTES, SHARD_BYTES, VOCAB_BYTES = 100e6, 4e6, 1000
 FEW_TEXTS = 100  # of which a tenth is held out, or about six
 LOWEST, HIGHEST = 1024, 30522  # entries of a vocabulary
@@ -89,6 +91,8 @@ def write_recipe(
     }
     path = run.path / "recipe.toml"
     text = toml({"name": safe_name(run.path.resolve().name), "base": base}, tables)
+    if odd := [str(path) for path in (*every, text) if not is_utf8(str(path))]:
+        raise ConfigError(f"--text names what has no UTF-8 name: {odd[0][:200]}: rename it")
     if path.exists() and path.read_text(encoding="utf-8") != text:
         raise ConfigError(f"{path} is there and says something else: change it and give --recipe {path}, or remove it")
     with tempfile.TemporaryDirectory() as folder:  # what cannot be loaded is not left behind
@@ -122,14 +126,14 @@ def corpora_of(texts: Sequence[Path], data: Path) -> Iterator[tuple[str, list[st
 
 
 def files_in(folder: Path) -> list[Path]:
-    """Files of a folder that are not hidden."""
-    return sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+    """Files of a folder that are not hidden, nor in a hidden folder of it."""
+    return sorted(path for path in folder.rglob("*") if path.is_file() and not is_hidden(path, folder))
 
 
 def kind_of(path: Path) -> str:
     """The recipe's key for a file."""
-    suffixes = [suffix for suffix in path.suffixes if suffix not in PACKED]
-    return KINDS.get(suffixes[-1] if suffixes else "", "books")
+    suffixes = [suffix for suffix in map(str.lower, path.suffixes) if suffix not in PACKED]
+    return KINDS.get(suffixes[-1].partition("-p")[0] if suffixes else "", "books")  # .xml-p1p41242 is a part of a dump
 
 
 def vocab_size(size: float) -> int:
@@ -187,6 +191,10 @@ MODEL_KEYS = (
 
 def safe_name(name: str) -> str:
     return "".join(letter if letter.isascii() and letter.isalnum() else "-" for letter in name)[:64] or "own"
+
+
+def is_utf8(text: str) -> bool:
+    return text == text.encode(errors="replace").decode()  # bytes of names that are none are lone surrogates
 
 
 def toml(top: dict[str, str], tables: dict[str, dict[str, Any]]) -> str:

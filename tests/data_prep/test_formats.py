@@ -60,6 +60,38 @@ def test_compressed_text_and_records_are_read_as_they_are(packer: str, tmp_path:
         (tmp_path / f"{name}.packed").write_bytes(whole[: len(whole) // 2])
         with pytest.raises(DataError, match=rf"{name}\.packed: damaged or truncated {packer} data"):
             run(tmp_path / f"{name}-cut", **{kind: [tmp_path / f"{name}.packed"]})
+        (tmp_path / f"{name}.packed").write_bytes(whole + PACKERS[packer](data) + bytes(512))
+        run(tmp_path / f"{name}-twice", **{kind: [tmp_path / f"{name}.packed"]})
+        assert len(rows(tmp_path / f"{name}-twice")) == 2 * len(rows(tmp_path / f"{name}-plain")) - (name == "t.txt")
+        (tmp_path / f"{name}.packed").write_bytes(whole + b"XX" + PACKERS[packer](data)[2:])
+        with pytest.raises(DataError, match=rf"{name}\.packed: damaged or truncated {packer} data"):
+            run(tmp_path / f"{name}-odd", **{kind: [tmp_path / f"{name}.packed"]})
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv"])
+def test_a_cell_that_no_header_names_is_refused(name: str, tmp_path: Path) -> None:
+    separator = name.replace("a.csv", ",").replace("a.tsv", "\t")
+    (tmp_path / name).write_text("id,text\n1,fine\n2,Dear reader, we lose you\n".replace(",", separator))
+    with pytest.raises(DataError, match=rf"{name}:3: 3 cells where the header names 2"):
+        run(tmp_path / "out", jsonl=[tmp_path / name])
+    (tmp_path / name).write_text("id,text\n1,A line\nthat goes on\n".replace(",", separator))
+    with pytest.raises(DataError, match=rf"{name}:3: 1 cells where the header names 2"):
+        run(tmp_path / "out", jsonl=[tmp_path / name])
+    (tmp_path / name).write_text("id,text,note\n1,A line\n2,More,x\n".replace(",", separator))
+    _, facts = run(tmp_path / "out", jsonl=[tmp_path / name])
+    assert facts["notes"] == [f"{name}: 1 rows with fewer cells than the header"]
+
+
+def test_a_damaged_parquet_file_is_named(tmp_path: Path) -> None:
+    from pyarrow import parquet
+
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"text": TEXTS * 9}), path)
+    data = bytearray(path.read_bytes())
+    data[30:60] = bytes(byte ^ 255 for byte in data[30:60])
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=r"a\.parquet is damaged"):
+        run(tmp_path / "out", jsonl=[path])
 
 
 def test_tables_by_a_named_column(tmp_path: Path) -> None:
@@ -120,6 +152,23 @@ def test_files_of_wikiextractor_are_articles(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "wiki_01").write_text(extracted(3).removesuffix("</doc>\n\n"))
     with pytest.raises(DataError, match="has no </doc>"):
         run(tmp_path / "cut", books=[tmp_path / "wiki_01"])
+    for start in ("\ufeff", "\n"):
+        (tmp_path / "wiki_01").write_text(start + extracted(30))
+        run(tmp_path / f"out{start!r}", books=[tmp_path / "wiki_01"])
+        assert rows(tmp_path / f"out{start!r}") == expected
+
+
+@pytest.mark.parametrize("part_bytes", [97, 211, 1 << 20])
+def test_no_text_of_wikiextractor_is_dropped(part_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extract, "PART_BYTES", part_bytes)
+    path = tmp_path / "wiki_00"
+    path.write_text(extracted(3).replace("</doc>", "", 1) + extracted(2))
+    with pytest.raises(DataError, match="the <doc> of 'Mill \"0\"' has no </doc>"):
+        run(tmp_path / "open", books=[path])
+    for stray in (extracted(3) + "Stray.\n" + extracted(2), extracted(3) + "Stray."):
+        path.write_text(stray)
+        with pytest.raises(DataError, match=f"text at byte {len(extracted(3))}, outside of any <doc>"):
+            run(tmp_path / "stray", books=[path])
 
 
 def test_a_sentence_a_line_without_blank_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,6 +183,13 @@ def test_a_sentence_a_line_without_blank_lines(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(extract, "PART_BYTES", 100_000)
     run(tmp_path / "parts", books=[tmp_path / "books.txt"])
     assert rows(tmp_path / "parts") == rows(tmp_path / "out")
+    (tmp_path / "long.txt").write_text("A line.\nOne more.\n" * 20 + "x" * 30_000 + ".\nAn end.\n")
+    _, facts = run(tmp_path / "long", books=[tmp_path / "long.txt"], max_document_mb=0.01)
+    assert facts["skipped"] == {"over max_document_mb (0.01)": 1}
+    assert "An end." in rows(tmp_path / "long")[0][1]
+    for line in ("यह एक वाक्य है।", "یہ ایک جملہ ہے۔", "Նա ասաց։", "ሰላም ነው።", "သူ လာသည်။"):
+        (tmp_path / "stops.txt").write_text(f"{line}\n" * 3)
+        assert books.form(tmp_path / "stops.txt") == "lines", line
     (tmp_path / "wrapped.txt").write_text("A hand-wrapped\nparagraph of a book\nwithout blank lines.\n")
     assert books.form(tmp_path / "wrapped.txt") == "text"
 
@@ -165,7 +221,29 @@ FOREIGN = {
     "i.rtf": (b"{\\rtf1", "an RTF document"),
     "j.7z": (b"7z\xbc\xaf", "a 7z archive"),
     "k.txt": ("Text".encode("utf-16"), "UTF-16 text"),
+    "l.txt": ("Text".encode("utf-32"), "UTF-32 text"),
+    "m.txt": ("Это был долгий день, и он ушёл домой. ".encode("utf-16-le"), "no text, or UTF-16 text"),
+    "n.txt.gz": (gzip.compress(b"<html><p>x"), "an HTML page"),
 }
+NO_PROSE = {
+    "a.txt": (b"<mediawiki xmlns='x'>\n", "a MediaWiki export: name it in data.wikipedia"),
+    "b.txt.bz2": (bz2.compress(b"<mediawiki>\n"), "a MediaWiki export"),
+    "c.txt": (b'\xef\xbb\xbf<?xml version="1.0"?><TEI>', "XML"),
+    "wiki_00": (b'{"id": "1", "text": "A."}\n{"id": "2", "text": "B."}\n', "JSON: name lines of it in data.jsonl"),
+    "d.txt": (b'[\n  {\n    "text": "A."\n  }\n]', "JSON"),
+    "e.txt": (b"PAR1\x15\x04", "a Parquet file"),
+}
+
+
+@pytest.mark.parametrize("name", NO_PROSE)
+def test_what_is_no_prose_is_not_read_as_such(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / "books"
+    folder.mkdir()
+    data, what = NO_PROSE[name]
+    (folder / name).write_bytes(data)
+    for given in (folder, folder / name):
+        with pytest.raises(DataError, match=f"{name} is {what}"):
+            run(tmp_path / "out", books=[given])
 
 
 def test_what_is_no_text_is_named_for_what_it_is_and_all_at_once(tmp_path: Path) -> None:
@@ -177,7 +255,7 @@ def test_what_is_no_text_is_named_for_what_it_is_and_all_at_once(tmp_path: Path)
         for kind in ("books", "jsonl"):
             with pytest.raises(DataError, match=f"{name} is {what}") as caught:
                 run(tmp_path / "out", **{kind: [tmp_path / name]})
-            assert name == "k.txt" or "iconv" not in str(caught.value)
+            assert name in ("k.txt", "l.txt", "m.txt") or "iconv" not in str(caught.value)
     with pytest.raises(DataError) as caught:
         run(tmp_path / "out", books=[tmp_path / "books"])
     assert str(caught.value).startswith(f"{len(FOREIGN)} files cannot be read: ")

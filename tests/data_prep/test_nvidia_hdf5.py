@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import h5py
 import numpy as np
 import pytest
 
+from data_prep import nvidia_hdf5
 from data_prep.errors import DataError
 from data_prep.hdf5 import Shard, read_shard, write_shard
 from data_prep.manifest import load_verified, publish_manifest
@@ -188,6 +190,18 @@ def test_other_files_are_one_line(tmp_path: Path, vocab: Path, capsys: pytest.Ca
     (tmp_path / "empty").mkdir()
     assert main(["from-nvidia", str(tmp_path / "empty"), str(tmp_path / "out"), "--vocab", str(vocab)]) == 3
     assert capsys.readouterr().err == f"error: {tmp_path / 'empty'} holds no .hdf5 file\n"
+
+
+def test_a_split_without_a_row_is_refused(tmp_path: Path, vocab: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    rows = one_file(tmp_path / "one.hdf5")
+    write_raw(source / "test_0.hdf5", rows)
+    write_raw(source / "train_0.hdf5", {name: column[:0] for name, column in rows.items()})
+    job = SimpleNamespace(out=tmp_path / "out", workers=1, say=print)
+    job.out.mkdir()
+    with pytest.raises(DataError, match="holds no train sample"):
+        nvidia_hdf5.run(job, source=source, vocab=vocab, seq_len=rows["input_ids"].shape[1])
 
 
 def test_data_outside_the_file_is_not_followed(tmp_path: Path) -> None:

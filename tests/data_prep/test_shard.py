@@ -142,6 +142,24 @@ if __name__ == "__main__":
 """
 
 
+def test_killed_while_it_tidies_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = documents_folder(tmp_path / "documents", 60)
+    shard.run(FolderJob(tmp_path / "whole"), documents=source, **SETTINGS)
+    unlink = Path.unlink
+
+    def killed(path: Path, missing_ok: bool = False) -> None:
+        unlink(path, missing_ok)
+        if path.name.endswith(".rows.npy"):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "unlink", killed)
+        with pytest.raises(KeyboardInterrupt):
+            shard.run(FolderJob(tmp_path / "out"), documents=source, **SETTINGS)
+    shard.run(FolderJob(tmp_path / "out"), documents=source, **SETTINGS)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
 @pytest.mark.slow
 def test_killed_at_any_moment_and_rerun(tmp_path: Path) -> None:
     source = documents_folder(tmp_path / "documents", 1500)

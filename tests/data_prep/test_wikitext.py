@@ -103,6 +103,10 @@ def test_rules(wikitext: str, prose: str) -> None:
         ("A <ref name=a>b <ref name=c>note</ref> d.", "A b d."),
         ("A <!-- is open.\n\nB.", "A is open.\nB."),
         ("A\ue0000\ue001 {{odd}} be. Cows.", "Cows."),
+        ("A &#xE000;7&#57345; &amp;#xe000;8&#xE001; <sup>&#xE000;9&#xE001;</sup> {{odd}} be. Cows.", "Cows."),
+        ("यह एक है। वह {{odd}} है। गाय है।", "यह एक है। गाय है।"),
+        ("یہ ہے۔ وہ {{odd}} ہے۔ گائے ہے۔", "یہ ہے۔ گائے ہے۔"),
+        ("Նա ասաց։ Բարև {{odd}} այո։ Ինչպես ես։", "Նա ասաց։ Ինչպես ես։"),
     ],
 )  # fmt: skip
 def test_wrong_is_worse_than_missing(wikitext: str, prose: str) -> None:

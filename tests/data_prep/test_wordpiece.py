@@ -241,3 +241,14 @@ def test_the_self_check_is_varied() -> None:
     assert len(strings) == 400
     assert strings == varied_strings(["the", "##s"])
     assert len({character for text in strings for character in text}) > 300
+
+
+def test_a_tokenizer_of_another_kind_is_no_wordpiece(tmp_path: Path) -> None:
+    ids = {token: number for number, token in enumerate([*SPECIAL.values(), "the"])}
+    for kind in ("WordPiece", "BPE"):
+        (tmp_path / "a.json").write_text(json.dumps({"model": {"type": kind, "vocab": ids}}))
+        if kind == "BPE":
+            with pytest.raises(DataError, match="holds no WordPiece vocabulary"):
+                Vocabulary.load(tmp_path / "a.json")
+        else:
+            assert Vocabulary.load(tmp_path / "a.json").size == 6

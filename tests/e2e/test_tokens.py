@@ -6,6 +6,7 @@ import itertools
 import json
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -90,6 +91,8 @@ def data(tmp_path_factory: pytest.TempPathFactory, sequences: list[str]) -> Path
     lines = [{"text": sequence} for sequence in sequences[42:49]] + [{"input_ids": row} for row in ids[49:]]
     (folder / "d.jsonl").write_text("\n\n".join(json.dumps(line) for line in lines) + "\n")
     parquet.write_table(pa.table({"text": pa.array([], pa.string())}), folder / "e.parquet")
+    (folder / "notes.txt").write_text("LAGV")
+    (folder / "._d.jsonl").write_bytes(bytes(9))
     return folder.parent
 
 
@@ -99,6 +102,7 @@ def run(data: Path) -> RunDir:
     done = submit(data / "run", data, "--recipe", data / "proteins.toml")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 of 56 sequences are too short to be masked: left out" in done.stdout
+    assert "1 files without sequences by their names, left out: notes.txt" in done.stdout
     return RunDir(data / "run")
 
 
@@ -182,3 +186,16 @@ def test_what_needs_texts_is_refused_at_once(data) -> None:
     done = submit(data / "wrong", data, "--recipe", data / "wrong.toml")
     for words in ("inference goes with texts", "vocab goes with texts", 'train.objective = "mlm"'):
         one_line(done, 2, words)
+
+
+def test_letters_that_the_tokenizer_does_not_know_are_said(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path / "tokenizer.json")
+    lines = [{"text": f"lagvlagv{'LAGV' * number}"} for number in range(1, 40)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    said: list[str] = []
+    job = SimpleNamespace(out=tmp_path / "out", workers=1, say=lambda line, share=None: said.append(line))
+    job.out.mkdir()
+    facts = tokens.run(job, source=tmp_path, vocab=tmp_path / "tokenizer.json", seq_len=512, test_fraction=0.3, seed=1)
+    assert sum(facts[split]["unknown_tokens"] for split in ("train", "test")) == 39 * 8
+    assert sum(facts[split]["text_tokens"] for split in ("train", "test")) == sum(8 + 4 * n for n in range(1, 40))
+    assert any("are [UNK]" in line for line in said)

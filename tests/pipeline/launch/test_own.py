@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from pipeline.config import load_recipe
 from pipeline.errors import ConfigError
-from pipeline.launch.own import HIGHEST, LOWEST, kind_of, vocab_size
+from pipeline.launch.own import HIGHEST, LOWEST, files_in, kind_of, vocab_size
 from pipeline.run.files import read_jsonl
 from pipeline.run.rundir import RunDir
 from pipeline.words import absent_model
@@ -85,11 +86,24 @@ def test_everything_wrong_is_said_at_once(tmp_path):
 
 def test_names_say_what_files_are(tmp_path):
     kinds = {"a.xml.bz2": "wikipedia", "b.jsonl.gz": "jsonl", "c.csv": "jsonl", "d.txt": "books", "e": "books"}
+    kinds |= {"enwiki-latest-pages-articles1.xml-p1p41242.bz2": "wikipedia", "F.XML": "wikipedia", "G.JSONL": "jsonl"}
+    kinds |= {"h.ndjson.GZ": "jsonl", "v1.2-p3 notes": "books"}
     assert {name: kind_of(Path(name)) for name in kinds} == kinds
     for name in ("a.xml", "d.txt"):
         (tmp_path / name).write_text("x")
     done = submit("--text", tmp_path, "--run", tmp_path / "run", "--dry-run")
     assert "holds books and wikipedia: name its files one by one, by kind" in done.stderr
+    (tmp_path / "a.xml").rename(tmp_path / ".git.xml")
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git" / "a.csv").write_text("x")
+    assert [path.name for path in files_in(tmp_path)] == ["d.txt"]
+
+
+def test_a_name_that_is_no_text_is_refused(tmp_path, texts):
+    odd = texts.rename(tmp_path / os.fsdecode(b"t\xff"))
+    done = submit("--text", odd, "--run", tmp_path / "run", "--dry-run")
+    assert done.returncode == 2
+    assert "has no UTF-8 name" in done.stderr
 
 
 @given(st.floats(1, 1e12))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bz2
 import dataclasses
 import os
 import signal
@@ -33,6 +34,14 @@ from slurm.submission import JobPlan, Need
 from support.running import SMALL, TWO_PHASES, call
 
 GOLDEN = Path(__file__).parent / "golden"
+
+
+def write_corpora(folder: Path) -> None:
+    """Files that are at first sight what `SMALL` names."""
+    (folder / "enwiki-table-markup.xml.bz2").write_bytes(bz2.compress(b"<mediawiki></mediawiki>"))
+    (folder / "boolq.jsonl").write_text('{"text": "A text."}\n')
+    for name in ("qa.json", "pairs.tsv", "sentiment.tsv"):
+        (folder / name).write_text("x")
 
 
 def plans(recipe: str = "bert_large", todo: list[str] | None = None, split: bool = False) -> list[JobPlan]:
@@ -556,12 +565,11 @@ def test_running_jobs_are_refused_or_replaced(fake, tmp_path) -> None:
 
 @pytest.fixture
 def family(fake, tmp_path, monkeypatch) -> Callable[[str], None]:
-    """Sends data and two seeds to the list; the data are not there yet, and nobody looks into the texts."""
+    """Sends data and two seeds to the list; the data are not there yet; texts are seen at first sight alone."""
     for asked_of_slurm in ("estimate_start", "partitions"):
         monkeypatch.setattr(queue, asked_of_slurm, lambda *_: "")
     monkeypatch.setattr("pipeline.launch.code.keep", lambda *_: None)
-    for name in ("enwiki-table-markup.xml.bz2", "boolq.jsonl", "qa.json", "pairs.tsv", "sentiment.tsv"):
-        (tmp_path / name).write_text("x")
+    write_corpora(tmp_path)
 
     def send(name: str, *more: str) -> None:
         words = [
@@ -652,8 +660,7 @@ def test_status_and_cancel_when_slurm_does_not_answer(tmp_path) -> None:
     """No squeue on PATH: the run's own files are told, and that Slurm is silent; cancel says it in one line."""
     words = ["--recipe", SMALL, "--cluster", "devcluster", "--run", tmp_path / "run", "--data", tmp_path]
     words += ["--stages", "extract"]
-    for name in ("enwiki-table-markup.xml.bz2", "boolq.jsonl", "qa.json", "pairs.tsv", "sentiment.tsv"):
-        (tmp_path / name).write_text("x")
+    write_corpora(tmp_path)
     assert call("submit", *words, "--write-scripts", tmp_path / "scripts").returncode == 0
     run = RunDir(tmp_path / "run")
     (run.path / "jobs.json").write_text(

@@ -117,6 +117,22 @@ def test_commands_that_cannot_work(folder, name):
 
 
 @pytest.mark.slow
+def test_text_that_is_none_is_found_before_anything_runs(folder):
+    (folder / "rows.txt").write_text('{"text": "One."}\n')
+    (folder / "books").mkdir()
+    (folder / "books" / "a.txt").write_bytes("Это был долгий день. ".encode("utf-16"))
+    (folder / "t.csv").write_text("body\nOne.\n")
+    for name, more, line in (
+        ("rows.txt", [], "rows.txt is JSON"),
+        ("books", [], "books/a.txt is UTF-16 text"),
+        ("t.csv", ["--set", "data.text_column=words"], "t.csv has no column 'words'"),
+    ):
+        done = call("submit", "--text", name, "--run", f"run-{name}", "--cluster", "local", *more, cwd=folder)
+        assert (done.returncode, line in done.stderr, "Traceback" in done.stderr) == (3, True, False), done.stderr
+        assert not (folder / f"run-{name}" / "run.json").exists()
+
+
+@pytest.mark.slow
 def test_what_is_wrong_inside_files_is_said_together_before_anything_runs(folder):
     sizes = "epochs = 1\nbatch = 2\nlearning_rate = 1e-4\nwarmup = 0.1\nmax_seq_len = 64"
     (folder / "recipe.toml").write_text(f"""\
