@@ -12,15 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import load_recipe
 from pipeline.errors import EnvironmentFault
 from pipeline.launch import code
-from pipeline.launch.corpora import corpora_of
 from pipeline.run.rundir import RunDir
 from slurm.resources import Resources
 from slurm.script import Script, render
 from support.reporting import finished_run, page_of
-from support.running import call
+from support.running import SMALL, call
 
 
 @pytest.fixture
@@ -159,18 +157,16 @@ def test_a_run_keeps_its_code_until_it_is_upgraded(tmp_path: Path) -> None:
     assert noted(run) == [now, older, now]
 
 
-def test_the_local_runner_runs_the_checkout_and_says_that_it_has_changed(tmp_path: Path) -> None:
+def test_the_local_runner_runs_the_checkout_and_says_that_it_has_changed(small_data: Path, tmp_path: Path) -> None:
     run, now = tmp_path / "run", code.digest()
-    for name in corpora_of(load_recipe("tiny")):
-        (tmp_path / name).write_text("x")
-    words = ["--recipe", "tiny", "--cluster", "local", "--data", tmp_path, "--stages", "none of them"]
+    words = ["--recipe", SMALL, "--cluster", "local", "--data", small_data, "--stages", "extract"]
     assert "the code has changed" not in submitted(run, *words).stdout
     settings = json.loads((run / "run.json").read_text())
     (run / "run.json").write_text(json.dumps({**settings, "code": "b" * 64}))
     said = f"the code has changed since this run began (bbbbbbbbbbbb, now {now[:12]})"
-    assert said in submitted(run, "--stages", "none of them").stdout
-    assert said not in submitted(run, "--stages", "none of them", "--upgrade").stdout
-    assert said not in submitted(run, "--stages", "none of them").stdout
+    assert said in submitted(run, "--stages", "extract").stdout
+    assert said not in submitted(run, "--stages", "extract", "--upgrade").stdout
+    assert said not in submitted(run, "--stages", "extract").stdout
     assert noted(run) == [now] * 4  # what really computes
     assert not (run / "code").exists()
 
