@@ -49,6 +49,7 @@ if [ ! -d "$root" ]; then
   debootstrap --variant=minbase --force-check-gpg trixie "$new" ${mirror:+"$mirror"} &>"$new.log" ||
     fail "debootstrap: $(tail -n 1 "$new.log")"
   cp /etc/hosts "$new/etc/hosts"
+  sed -i "s/^UID_MIN.*/UID_MIN 20000/" "$new/etc/login.defs" # users of tests are not those of a run on this machine
   libraries=(libbz2-1.0 libexpat1 libffi8 liblzma5 libncursesw6 libreadline8t64 libsqlite3-0 libssl3t64 libuuid1 zlib1g)
   read -ra slurm < <(.venv/bin/python -c 'from slurm.devcluster.packages import *; print(*SLURM, *DATABASE)')
   DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 inside "$new" apt-get install -y -qq --no-install-recommends \
