@@ -4,7 +4,7 @@ PYTHON ?= python3
 PY = .venv/bin/python
 # two workers; files keep their order, in which the long ones come before the many short ones
 SHARED = -n 2 --dist loadfile --no-loadscope-reorder
-.PHONY: install fetch demo unit test check chaos fmt clean
+.PHONY: install fetch demo unit test newer check chaos fmt clean
 
 install: .venv/installed  ## the virtual environment with everything that demo and tests need
 .venv/installed: pyproject.toml constraints.txt
@@ -26,6 +26,9 @@ test: install  ## installs what is missing and runs every test but the long ones
 	$(PY) -m pytest $(SHARED) -m "not cluster"
 	$(PY) -m pytest -n 2 --dist loadfile -m cluster
 
+newer: install  ## the tests on a real Slurm once more, on that of Debian 13 (root, debootstrap); one of them: make newer TESTS=FILE
+	tests/cluster/newer.sh $(TESTS)
+
 chaos: install  ## the long proofs
 	$(PY) -m data_prep.sample_text --to data --tests
 	CHAOS=1 $(PY) -m pytest -m chaos
@@ -36,7 +39,7 @@ check: install  ## style, types and architecture
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	.venv/bin/lint-imports
-	.venv/bin/shellcheck -x slurm/job.sh slurm/stage.sbatch
+	.venv/bin/shellcheck -x slurm/job.sh slurm/stage.sbatch tests/cluster/newer.sh
 
 fmt: install
 	$(PY) -m ruff check --fix --quiet .

@@ -7,7 +7,7 @@ import pwd
 import time
 
 from slurm.command import run
-from slurm.devcluster import conf, processes
+from slurm.devcluster import conf, network, processes
 from slurm.devcluster.layout import Layout
 from slurm.devcluster.processes import must
 from slurm.errors import SlurmError
@@ -30,7 +30,8 @@ def bring_up(layout: Layout) -> None:
     file = layout.state / "slurmdbd.conf"
     file.write_text(conf.slurmdbd_conf(layout))
     file.chmod(0o600)
-    daemon = processes.start(layout, "slurmdbd", ["slurmdbd", "-D"], env={"MYSQL_UNIX_PORT": socket})
+    slurmdbd = network.named(layout, ["slurmdbd", "-D"])
+    daemon = processes.start(layout, "slurmdbd", slurmdbd, env={"MYSQL_UNIX_PORT": socket})
     end = time.monotonic() + 60
     while True:
         answer = run(

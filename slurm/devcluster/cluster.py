@@ -116,7 +116,7 @@ def _bring_up(cluster: Layout) -> None:
     _start_munge(cluster)
     if cluster.accounting:
         accounting.bring_up(cluster)
-    processes.start(cluster, "slurmctld", ["slurmctld", "-D", "-f", str(cluster.conf)])
+    start_controller(cluster)
     for node in cluster.node_names:
         _start_node(cluster, node)
     wait_for_nodes(cluster, cluster.node_names)
@@ -170,6 +170,12 @@ def _start_munge(cluster: Layout) -> None:
         if not processes.alive(daemon) or time.monotonic() > end:
             raise SlurmError(f"munged did not start: {processes.last_words(cluster, 'munged')}")
         time.sleep(0.01)
+
+
+def start_controller(cluster: Layout) -> int:
+    """slurmctld, also again after it was stopped; its pid."""
+    slurmctld = ["slurmctld", "-D", "-f", str(cluster.conf)]
+    return processes.start(cluster, "slurmctld", network.named(cluster, slurmctld))
 
 
 def _start_node(cluster: Layout, node: str) -> None:

@@ -62,26 +62,27 @@ def _batch(layout: Layout, commands: list[str], space: str | None = None) -> Non
     must(["ip", *(["-n", space] if space else []), "-batch", str(script)])
 
 
-def enter(layout: Layout, node: str, argv: list[str]) -> list[str]:
-    """Command line that runs ``argv`` with the node's network, host name and name files in /etc.
+def named(layout: Layout, argv: list[str]) -> list[str]:
+    """Command line that runs ``argv`` with the cluster's name files in /etc; ``argv`` where nodes share one network.
+
+    The newer slurmctld looks up the name of whoever talks to it, and answers nobody while a machine's DNS, which knows
+    none of them, takes 5 s to lose the question.
 
     Every program of the line replaces itself by the next, so the pid of the whole is the pid of ``argv``.
     Propagation "slave": a namespace deleted outside must not live on as a mount in here.
     """
-    script = (
-        'hostname "$1" && mount --bind "$2/hosts" /etc/hosts'
-        ' && mount --bind "$2/nsswitch.conf" /etc/nsswitch.conf && shift 2 && exec "$@"'
-    )
-    space = [
-        "nsenter",
-        f"--net={NETNS / layout.namespace(layout.number(node))}",
-        "unshare",
-        "--uts",
-        "--mount",
-        "--propagation",
-        "slave",
-    ]
-    return [*space, "sh", "-c", script, "sh", layout.host_name(node), str(layout.state), *argv]
+    if layout.isolation != "netns":
+        return argv
+    files = 'mount --bind "$1/hosts" /etc/hosts && mount --bind "$1/nsswitch.conf" /etc/nsswitch.conf'
+    space = ["unshare", "--mount", "--propagation", "slave"]
+    return [*space, "sh", "-c", f'{files} && shift && exec "$@"', "sh", str(layout.state), *argv]
+
+
+def enter(layout: Layout, node: str, argv: list[str]) -> list[str]:
+    """The same (``named``) with the network and the host name of a node."""
+    space = ["nsenter", f"--net={NETNS / layout.namespace(layout.number(node))}", "unshare", "--uts"]
+    named_so = ["sh", "-c", 'hostname "$1" && shift && exec "$@"', "sh", layout.host_name(node)]
+    return [*space, *named_so, *named(layout, argv)]
 
 
 def set_link(layout: Layout, node: str, up: bool) -> None:

@@ -24,9 +24,10 @@ def test_a_phase_by_hand(slurm, prepared, reference, user, who) -> None:
     inside = {
         "SLURM_NTASKS": "1",
         "SLURM_NPROCS": "1",
+        "SLURM_TRES_PER_TASK": "gres/gpu=1",
         "MASTER_ADDR": "login",
         "SQUEUE_FORMAT": "%i",
-    }  # of an salloc -n1
+    }  # of an salloc -n1 --gpus-per-task=1
     job = slurm.call("sbatch", *words, str(prepared), "phase1", **who, **inside)
     slurm.wait(lambda: len(metrics(prepared, 1)) >= 20, "phase 1 trains", 60)
     slurm.call("scancel", job)

@@ -33,6 +33,13 @@ def test_every_node_has_its_own_name_and_network(idle) -> None:
     assert {" ".join(line.split()) for line in said.splitlines()} == expected
 
 
+def test_the_controller_asks_no_name_server(idle) -> None:
+    """The newer slurmctld looks up whoever talks to it, and answers nobody else while a lost answer is waited for."""
+    there = ["nsenter", f"--target={processes.recorded(idle.layout)['slurmctld']}", "--mount"]
+    assert idle.call(*there, "getent", "hosts", idle.layout.address(2)).split() == [idle.layout.address(2), "test-n02"]
+    assert idle.call(*there, "grep", "^hosts:", "/etc/nsswitch.conf") == "hosts: files"
+
+
 def test_tasks_see_the_gpus_of_their_node(idle) -> None:
     said = idle.call(
         *("srun", "-N2", "--ntasks-per-node=4", "--gpus-per-node=4", "--immediate=10"),

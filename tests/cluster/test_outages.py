@@ -140,5 +140,5 @@ def stop_controller(slurm) -> None:
 
 
 def start_controller(slurm) -> None:
-    processes.start(slurm.layout, "slurmctld", ["slurmctld", "-D", "-f", str(slurm.layout.conf)])
+    cluster.start_controller(slurm.layout)
     cluster.wait_for_nodes(slurm.layout, slurm.layout.node_names)

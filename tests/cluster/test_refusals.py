@@ -41,7 +41,7 @@ def stop_controller(slurm) -> None:
 
 
 def start_controller(slurm) -> None:
-    processes.start(slurm.layout, "slurmctld", ["slurmctld", "-D", "-f", str(slurm.layout.conf)])
+    cluster.start_controller(slurm.layout)
 
 
 @pytest.fixture

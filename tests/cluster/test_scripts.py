@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from slurm import flags, queue, script
+from slurm.command import which
 from slurm.devcluster import cluster, network
 from slurm.errors import FlagError, SlurmError
 from slurm.flags import Setting
@@ -301,6 +302,15 @@ def test_every_option_is_one_of_sbatch(slurm) -> None:
             assert not re.search("unrecognized|invalid option|ambiguous", complaint(name)), name
         if option.argument == "may":
             assert not re.search("requires an|doesn't allow", complaint(f"--{option.name}", f"--{option.name}=1"))
+
+
+def test_every_state_and_reason_is_one_of_slurm(slurm) -> None:
+    """Each name of the table is a word of Slurm's library or controller."""
+    library = re.search(r"/\S+/libslurm\S*", slurm.call("ldd", str(which("squeue"))))[0]  # type: ignore[index]
+    own = b"".join(Path(file).read_bytes() for file in (library, str(which("slurmctld"))))
+    names = [row["name"] for row in flags.rows_of("states.csv")]
+    unknown = [name for name in names if name.encode() not in own and name.replace("_", " ").encode() not in own]
+    assert unknown == []
 
 
 def test_a_step_that_outlived_its_attempt_ends_no_other(slurm, tmp_path: Path) -> None:

@@ -186,6 +186,7 @@ def test_users_habits_do_not_change_the_answers() -> None:
             QueuedJob(id="1", state="PENDING", reason="launch failed requeued held"),
             "held by Slurm after a failed launch",
         ),
+        (QueuedJob(id="1", state="PENDING", reason="JobHoldMaxRequeue"), "requeued too often for this site"),
         (QueuedJob(id="1", state="PENDING", reason="SomethingNew"), "waits (SomethingNew)"),
         (QueuedJob(id="1", state="PENDING"), "queued; the scheduler has not looked at it yet"),
         (QueuedJob(id="1", state="SOME_NEW"), "some new"),
