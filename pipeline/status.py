@@ -8,6 +8,7 @@ import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from pipeline.errors import ConfigError, run_command
 from pipeline.run import account
@@ -15,7 +16,7 @@ from pipeline.run.chain import Chain
 from pipeline.run.family import runs_of
 from pipeline.run.incidents import incidents
 from pipeline.run.rundir import RunDir
-from pipeline.run.state import Row, Sent, events_of, survey
+from pipeline.run.state import Row, Sent, events_of, rows_of, survey
 from pipeline.watch import follow_log, goes_on, print_log, short_line, watch
 from pipeline.words import columns, in_short
 
@@ -51,8 +52,9 @@ def main() -> int:
         sent = Sent.of(run)
         silent = sent.silent if sent else ""
         rows = survey(run, sent)
-        times = account_of(run, rows)
-        answer = {"stages": rows, "account": times.to_dict() if times else None, "incidents": incidents(events_of(run))}
+        events = events_of(run)
+        times = account_of(Chain.of(run), events, rows)
+        answer = {"stages": rows, "account": times.to_dict() if times else None, "incidents": incidents(events)}
         print(json.dumps({**answer, **({"slurm": silent} if silent else {})}))
     else:
         print("\n".join(look(run, arguments.short)[0]))
@@ -78,7 +80,8 @@ def show_family(runs: Sequence[RunDir], parser: argparse.ArgumentParser, given: 
 def look(run: RunDir, short: bool) -> tuple[list[str], bool]:
     """The run's state now as lines for people, and whether anything goes on."""
     sent = Sent.of(run)
-    rows, silent = survey(run, sent), sent.silent if sent else ""
+    chain, events = Chain.of(run), events_of(run)
+    rows, silent = rows_of(chain, run.is_held() and sent is None, sent), sent.silent if sent else ""
     more = any(goes_on(row) for row in rows)
     if short:
         return [short_line(run.path.resolve().name, rows, silent)], more
@@ -88,10 +91,9 @@ def look(run: RunDir, short: bool) -> tuple[list[str], bool]:
         for row, took in zip(rows, times, strict=True)
     ]
     lines = columns([cell if sent else (*cell[:2], *cell[3:]) for cell in cells], right=(2, 3) if sent else (2,))
-    lines += [f"! {line}" for line in incidents(events_of(run))[-MOST_INCIDENTS:]]
-    stages = Chain.of(run).stages
-    if spent := account_of(run, rows):
-        lines.append(time_line(spent, trained=any(stages[name].has_steps for name in spent.stages)))
+    lines += [f"! {line}" for line in incidents(events)[-MOST_INCIDENTS:]]
+    if spent := account_of(chain, events, rows):
+        lines.append(time_line(spent, trained=any(chain.stages[name].has_steps for name in spent.stages)))
     ended = {row["state"] for row in rows} & {"failed", "cancelled"}
     if ended and not more:
         lines.append(f"{'mend what failed, then ' if 'failed' in ended else ''}go on:  {again(run)}")
@@ -125,10 +127,10 @@ def _on_disk(path: Path) -> int:
         return 0
 
 
-def account_of(run: RunDir, rows: list[Row]) -> account.RunAccount | None:
+def account_of(chain: Chain, events: list[dict[str, Any]], rows: list[Row]) -> account.RunAccount | None:
     """Where the run's time went so far."""
     live = [row["name"] for row in rows if row["state"] == "running"]
-    return account.read(run, Chain.of(run).stages, events_of(run), live, time.time())
+    return account.read(chain.run, chain.stages, events, live, time.time())
 
 
 def time_line(times: account.RunAccount, *, trained: bool) -> str:

@@ -111,9 +111,9 @@ class Attempt:
         began = self.owner.get("time")
         if not is_number(began):
             return None
-        logged = [line["time"] for line in self.lines if is_number(line.get("time"))]
+        logged = next((line["time"] for line in reversed(self.lines) if is_number(line.get("time"))), began)
         ended = (self.verdict or {}).get("time")
-        return began, max([began, *logged[-1:], *([ended] if is_number(ended) else [])])
+        return began, max([began, logged, *([ended] if is_number(ended) else [])])
 
     def write_verdict(self, code: int, line: str, rank: int, cause: Cause | None = None) -> bool:
         """Write the attempt's verdict; False when a rank that failed earlier has done so.

@@ -15,8 +15,9 @@ import pytest
 from pipeline.errors import ConfigError, describe
 from pipeline.report.facts import gather
 from pipeline.report.render import render
+from pipeline.run.chain import Chain
 from pipeline.run.rundir import Attempt, RunDir
-from pipeline.run.state import Sent
+from pipeline.run.state import Sent, events_of
 from pipeline.status import account_of, look
 from pipeline.watch import print_log
 from support.reporting import HOSTILE, SCORES, begin, finish, start, train
@@ -136,7 +137,7 @@ def told(run: RunDir) -> Iterator[str]:
     for say in (
         lambda: "\n".join(look(run, short=False)[0]),
         lambda: rows.append(Sent.of(run)) or str(look(run, short=True)[0]),
-        lambda: json.dumps(times.to_dict()) if (times := account_of(run, [])) else "",
+        lambda: json.dumps(times.to_dict()) if (times := account_of(Chain.of(run), events_of(run), [])) else "",
         lambda: render(gather(run, held=False)),
     ):
         try:

@@ -127,6 +127,21 @@ def test_metrics_keep_the_last_attempt_per_step(tmp_path):
     assert [line["step"] for line in found if "eval_mlm_loss" in line] == [3, 4]
 
 
+@pytest.mark.parametrize(
+    ("lines", "steps"),
+    [
+        (['{"step": 1}', '{"step": 2}, {"step": 3}', '{"step": 4}'], [1, 4]),  # two in a line
+        (['{"step": 1}', '{"step": 2', '"time": 3}', "7", '{"step": 4}'], [1, 4]),  # one in two lines
+        (['{"step": 1}', '{"step": "x"}'], [1, None]),  # no number
+        (['{"step": 1}', "\udcff"], [1]),
+    ],
+)
+def test_a_line_is_an_object_or_nothing(tmp_path: Path, lines: list[str], steps: list[int | None]) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(f"{line}\n" for line in lines), errors="surrogateescape")
+    assert [line.get("step") for line in read_jsonl(path)] == steps
+
+
 def test_lines_of_several_processes_never_mix(tmp_path):
     path = tmp_path / "events.jsonl"
     code = (
