@@ -127,13 +127,13 @@ def pieces_of(lines: Iterable[Mapping[str, Any]]) -> list[Piece]:
         until, step, spent = line["time"], line.get("step"), {"compute": 1.0}
         if measured:
             since = line["since"]
-            spent = {part: max(0.0, float(s)) for part, s in line["spent_s"].items() if is_number(s)} or {"other": 1.0}
+            spent = {part: s for part, s in line["spent_s"].items() if is_number(s) and s > 0} or {"other": 1.0}
         elif pieces:
             since = pieces[-1].until
         else:
             since = until - (line["step_s"] if is_number(line.get("step_s")) else 0.0)
         total = sum(spent.values())
-        shares = {part: seconds / total if total else 1 / len(spent) for part, seconds in spent.items()}
+        shares = {part: seconds / total for part, seconds in spent.items()}
         seed = str(line.get("seed"))
         pieces.append(Piece(since, until, shares, step if is_number(step) else None, seed, bool(measured)))
     return pieces
