@@ -7,7 +7,7 @@ import contextlib
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -34,12 +34,29 @@ def main() -> int:
         share(given, sys.argv)
         return start_family(given.run, {f"seed-{seed}": [f"--set=train.seed={seed}"] for seed in given.seeds[1]}, words)
     to_pipe = "--dry-run=sbatch" in sys.argv  # only the batch file goes there
-    with contextlib.redirect_stdout(sys.stderr) if to_pipe else contextlib.nullcontext():
-        asked = request.of(sys.argv[1:])
-        if asked.own:
-            print(effort(asked))
-    share(given, sys.argv)
-    return start(asked)
+    with taken_back(given.run):
+        with contextlib.redirect_stdout(sys.stderr) if to_pipe else contextlib.nullcontext():
+            asked = request.of(sys.argv[1:])
+            if asked.own:
+                print(effort(asked))
+        share(given, sys.argv)
+        return start(asked)
+
+
+@contextlib.contextmanager
+def taken_back(run: Path | None) -> Iterator[None]:
+    """The recipe that this call writes for --text goes again if the call is refused before the run begins.
+
+    Else the call put right would be refused as well: another recipe would be there.
+    """
+    recipe = (run or Path()) / "recipe.toml"
+    there = recipe.exists()
+    try:
+        yield
+    except Exception:
+        if not there and not recipe.with_name("run.json").exists():
+            recipe.unlink(missing_ok=True)
+        raise
 
 
 def seeds_and_run(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:

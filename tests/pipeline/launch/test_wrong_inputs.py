@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.publish import publish_json
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, EnvironmentFault
 from pipeline.launch import request
 from pipeline.launch.start import start
 from support.running import SMALL, call
@@ -94,6 +94,25 @@ def test_stages_that_cannot_be_run_are_refused_before_the_run_takes_new_settings
     with pytest.raises(ConfigError, match=r"--stages: (no stage 'fase1'|phase1 needs samples_32)"):
         start(request.of([*own, "--stages", stages]))
     assert not (folder / "RUN").exists()
+
+
+def test_a_precision_that_needs_a_gpu_is_refused_before_the_data_are_made(folder):
+    (folder / "own.toml").write_text('name = "own"\nbase = "small"\n[data]\nbooks = ["text.txt"]\n')
+    own = ["--recipe", "own.toml", "--cluster", "local", *RUN, "--data", ".", "--set", "train.precision=tf32"]
+    with pytest.raises(EnvironmentFault, match=r"train.precision = tf32 needs a CUDA device"):
+        start(request.of(own))
+    assert not (folder / "RUN").exists()
+    start(request.of([*own, "--stages", "extract", "--dry-run"]))  # text needs none
+
+
+@pytest.mark.slow
+def test_a_refused_text_can_be_named_again_as_it_was_meant(folder):
+    """The recipe of the call that was refused does not stand in the way of the next."""
+    refused = call("submit", "--text", "text.txt", *RUN, "--stages", "fase1", cwd=folder)
+    assert "no stage 'fase1'" in refused.stderr
+    assert not (folder / "RUN" / "recipe.toml").exists()
+    meant = call("submit", "--text", "text.txt", "--language", "de", *RUN, "--dry-run", cwd=folder)
+    assert meant.returncode == 0, meant.stderr
 
 
 COMMANDS = {
