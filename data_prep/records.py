@@ -166,6 +166,8 @@ def _column(path: Path, names: list[str], column: str) -> None:
             f"{path} has no column {column!r}: it has {', '.join(map(printable, names[:20]))}; name the one with the "
             "text with data.text_column"
         )
+    if names.count(column) > 1:
+        raise DataError(f"{path} has {names.count(column)} columns {column!r}: call the one with the text otherwise")
 
 
 def _record(

@@ -108,6 +108,8 @@ def _rows(path: Path, needed: tuple[str, ...], header: tuple[str, ...]) -> Itera
     for name in needed:
         if name not in names:
             raise DataError(f"{path}:1: column {name!r} is missing; found {', '.join(map(repr, _told(names)))}")
+        if names.count(name) > 1:
+            raise DataError(f"{path}:1: {names.count(name)} columns are called {name!r}; call all but one otherwise")
     places = [names.index(name) for name in needed]
     number = line
     for number, cells in rows if headed else ((line, first), *rows):
@@ -130,6 +132,8 @@ def _names(path: Path) -> list[str]:
 
 def _separated(path: Path) -> Iterator[Row]:
     """Lines of cells, the first the header; those of CSV may be quoted and hold line ends."""
+    if path.suffix == ".json":
+        raise DataError(f"{path}: a .json file is no table; write it as JSON lines (.jsonl), CSV or TSV")
     if path.suffix != ".csv":
         yield from ((number, line.split("\t")) for number, line in _lines(path))
         return

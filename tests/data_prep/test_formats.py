@@ -113,6 +113,9 @@ def test_tables_by_a_named_column(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=rf"{name}.* (has no column|no object with a string) .?['\"]text"):
             run(tmp_path / "none", jsonl=[tmp_path / name])
     assert texts(tmp_path / "out-e.parquet")[3]["id"] == "e-3"
+    (tmp_path / "twice.csv").write_text("body,body\nOne.,Two.\n")
+    with pytest.raises(DataError, match=r"twice\.csv has 2 columns 'body'"):
+        run(tmp_path / "none", jsonl=[tmp_path / "twice.csv"], text_column="body")
 
 
 @pytest.mark.parametrize("workers", [1, 2])

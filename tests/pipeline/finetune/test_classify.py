@@ -63,6 +63,8 @@ def test_cells_of_csv_may_hold_lines_and_numbers_sort_as_numbers(tmp_path) -> No
         ("t.csv", "a,b,c\nx,y", r"t\.csv:2: 2 cells; expected 3: a, b, c"),
         ("t.csv", "a;b;c\nx;y;z", r"t\.csv:1: column 'a' is missing; found 'a;b;c'"),
         ("t.csv", "a,b,c\nx,y,1\nx,y,\nx,y,2", r"t\.csv:3: 'c' is empty; label this row or leave it out"),
+        ("t.csv", "a,b,b,c\nx,y,z,1", r"t\.csv:1: 2 columns are called 'b'"),
+        ("t.json", '[{"a": "x", "b": "y", "c": 1}]', r"t\.json: a \.json file is no table; write it as JSON lines"),
         ("t.tsv", "a\tb\tc\nx\ty\tz", r"t\.tsv: column 'c' holds 1 different labels; expected 2 to 1000"),
     ],
 )
