@@ -10,6 +10,7 @@ The rules, in the order in which they are applied:
 * A vocabulary has an entry for every 1,000 bytes of text, a power of two from 1,024 on, at most 30,522.
 * A shard has about 4 MB of text; of fewer than 100 texts a tenth is held out, or about six, at most half.
 * English is lower-cased, other languages keep case and accents; a model to start from decides for its vocabulary.
+* Samples have 128 tokens, or as many as a model to start from has positions.
 * A model to start from without pooler and NSP head (``BertForMaskedLM``) goes on with masked words alone.
 * With a GPU bf16; without one only where the CPU has instructions for it.
 """
@@ -37,6 +38,7 @@ from slurm.profile import Profile
 
 PACKED = (".bz2", ".gz", ".xz", ".zst")
 KINDS = {".xml": "wikipedia", **dict.fromkeys((".jsonl", ".ndjson", ".csv", ".tsv", ".parquet"), "jsonl")}
+FURTHER_TOKENS = 128  # of a sample of the recipe `further`
 STANDARD_BYTES, SHARD_BYTES, VOCAB_BYTES = 100e6, 4e6, 1000
 FEW_TEXTS = 100  # of which a tenth is held out, or about six
 LOWEST, HIGHEST = 1024, 30522  # entries of a vocabulary
@@ -179,7 +181,10 @@ def model_of(start: Path, data: Path) -> dict[str, dict[str, Any]]:
             "strip_accents": tokenizer.strip_accents,
         },
         "train": train,
-        "phase1": {"start": start.relative_to(data).as_posix()},
+        "phase1": {
+            "start": start.relative_to(data).as_posix(),
+            **({"seq_len": positions} if (positions := config.max_position_embeddings) < FURTHER_TOKENS else {}),
+        },
     }
 
 

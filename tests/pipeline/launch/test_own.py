@@ -121,6 +121,7 @@ def test_a_model_of_masked_words_alone_goes_on_with_masked_words_alone(tmp_path,
 
     words = [*VOCAB, *(f"wort{i}" for i in range(50))]
     shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    shape |= {"max_position_embeddings": 64}
     folder, run = tmp_path / "model", tmp_path / "run"
     transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=len(words), **shape)).save_pretrained(folder)
     (folder / "vocab.txt").write_text("\n".join(words) + "\n")
@@ -128,7 +129,8 @@ def test_a_model_of_masked_words_alone_goes_on_with_masked_words_alone(tmp_path,
     given = ("--text", texts, "--start", folder, "--run", run, "--dry-run")
     done = submit(*given)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert load_recipe(str(run / "recipe.toml")).train.objective == "mlm"
+    recipe = load_recipe(str(run / "recipe.toml"))
+    assert (recipe.train.objective, recipe.phases["phase1"].seq_len) == ("mlm", 64)
     done = submit(*given, "--set", "train.objective=mlm+nsp")
     assert done.returncode == 4
     assert 'train.objective = "mlm" needs neither pooler' in done.stderr
