@@ -81,6 +81,7 @@ def lacking(bench: gpu.Bench):
     yield "never", 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trouble", [wrong, broken, dead, hung, lacking])
 def test_trouble_in_one_block_costs_that_block_alone(tmp_path, monkeypatch, capfd, trouble):
     module = types.ModuleType("pipeline.bench.some_blocks")

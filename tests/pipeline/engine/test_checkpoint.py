@@ -394,6 +394,7 @@ def test_a_refusing_file_system_costs_one_warning_and_the_next_save_tries_again(
     assert same(newest_verified(attempt.parent.parent, print), 3)
 
 
+@pytest.mark.slow
 def test_a_disk_that_stays_full_is_told_once_and_its_end_too(attempt):
     said = []
     saver = Saver(attempt, warn=said.append)

@@ -129,6 +129,7 @@ def test_whoever_does_not_know_the_token_is_a_lost_peer(tmp_path: Path, rank: in
     assert f"who speaks as rank {1 - rank} does not know this attempt's token" in line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("written", "why"),
     [
