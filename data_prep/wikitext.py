@@ -79,7 +79,7 @@ _EXTERNAL = re.compile(
 )
 _BARE_URL = re.compile(r"(?:https?|ftp)://[^\s\[\]<>\"]*+")
 _ENTITY = re.compile(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[a-zA-Z][a-zA-Z0-9]{1,31});")
-_NO_MARKS = {0xE000: None, 0xE001: None}  # what `MARK` is made of
+_MARKS = ("\ue000", "\ue001")  # what `MARK` is made of
 _ELISION = re.compile(r"'''(?:(?<=\b\w''')|(?<=\b[Qq]u'''))([^'\n]++)''(?!')")  # l'''avion'': an apostrophe, italics
 _MAGIC_WORD = re.compile(r"__[^\W\d_]{3,30}__")
 
@@ -91,7 +91,7 @@ def clean(wikitext: str, namespaces: Mapping[str, int] = NAMESPACES, lost: Count
     bracket or tag costs only itself. `lost` counts the sentences left out, by the template or tag in them.
     """
     if "\ue000" in wikitext or "\ue001" in wikitext:
-        wikitext = wikitext.translate(_NO_MARKS)
+        wikitext = wikitext.translate(dict.fromkeys(map(ord, _MARKS)))
     scanner = _Scanner("\n" + wikitext, namespaces)
     text = _without_inline_markup(scanner.run(), scanner.mark)
     return paragraphs(text, scanner.unknown, Counter() if lost is None else lost)
@@ -318,7 +318,8 @@ def _without_inline_markup(text: str, mark: Callable[[str], str]) -> str:
 
 
 def _character(entity: re.Match[str]) -> str:
-    return html.unescape(entity[0]).translate(_NO_MARKS)  # one that an article spells is no mark of ours
+    character = html.unescape(entity[0])
+    return "" if character in _MARKS else character  # one that an article spells is no mark of ours
 
 
 def _moved(match: re.Match[str], mark: Callable[[str], str]) -> str:
