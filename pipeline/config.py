@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from data_prep.sentences import language_fault
-from pipeline.monitor.cpu import computes_bf16
+from pipeline.monitor.cpu import computes_bf16, has_gpu
 from pipeline.strict_toml import Source, apply_settings, build, raise_all, read_toml
 from slurm.profile import PROFILES, Profile
 
@@ -277,7 +277,7 @@ def _sound(loaded: T, origin: str, *, gpus: bool = False) -> T:
     names = list(loaded.phases)
     first = max((names.index(name) for name, phase in loaded.phases.items() if phase.start), default=0)
     tables = {name: getattr(loaded, name) for name in ("train", *TASKS, "inference")}
-    precision = "bf16" if gpus or Path("/dev/nvidia0").exists() or computes_bf16() else "fp32"
+    precision = "bf16" if gpus or has_gpu() or computes_bf16() else "fp32"
     chosen = {name: dataclasses.replace(table, precision=precision) for name, table in tables.items()
               if table is not None and table.precision == "auto"}  # fmt: skip
     return dataclasses.replace(loaded, phases={name: loaded.phases[name] for name in names[first:]}, **chosen)

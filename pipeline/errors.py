@@ -128,6 +128,7 @@ def of_server(error: BaseException | None) -> bool:
     return error is not None and of_ours and of_server(error.__cause__ or error.__context__)
 
 
+NO_TF32 = "precision = tf32 needs a CUDA device; use fp32 or bf16 on a CPU"  # when asked, and where it would run
 OURS = ("pipeline", "data_prep", "slurm")
 
 

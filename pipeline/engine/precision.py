@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pipeline.errors import EnvironmentFault
+from pipeline.errors import NO_TF32, EnvironmentFault
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -17,7 +17,7 @@ def autocast_for(precision: str, device: torch.device) -> torch.autocast:
     Raises EnvironmentFault where the device cannot do it.
     """
     if precision == "tf32" and device.type != "cuda":
-        raise EnvironmentFault("precision = tf32 needs a CUDA device; use fp32 or bf16 on a CPU")
+        raise EnvironmentFault(NO_TF32)
     if device.type == "cuda":
         if precision == "tf32" and torch.cuda.get_device_capability(device) < (8, 0):
             raise EnvironmentFault("precision = tf32 needs an Ampere GPU or newer; use fp16 or fp32")

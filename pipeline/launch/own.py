@@ -32,6 +32,7 @@ from data_prep.sentences import language_fault, language_named
 from pipeline.config import load_recipe
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.launch.estimate import disk_gb
+from pipeline.monitor.cpu import has_gpu
 from pipeline.run.rundir import RunDir
 from pipeline.words import absent_model
 from slurm.profile import Profile
@@ -74,7 +75,7 @@ def write_recipe(
     general = [name for _, names in corpora_of([path.resolve() for path in replay], data) for name in names]
     size = sum(path.stat().st_size for text in texts for path in ([text] if text.is_file() else files_in(text)))
     count = sum(len(files_in(text)) if text.is_dir() else FEW_TEXTS for text in texts)
-    gpu = bool(profile.gpus_per_node) or Path("/dev/nvidia0").exists()
+    gpu = bool(profile.gpus_per_node) or has_gpu()
     base = "further" if start else "standard" if gpu and size >= STANDARD_BYTES else "small"
     english = code.partition("-")[0] == "en"
     tables: dict[str, dict[str, Any]] = {

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING
 from data_prep.publish import publish_json, publish_text
 from pipeline.batch import BatchPlan, better_micro_batch
 from pipeline.config import TASKS
-from pipeline.errors import ConfigError, EnvironmentFault
+from pipeline.errors import NO_TF32, ConfigError, EnvironmentFault
 from pipeline.launch import code, corpora, scripts
 from pipeline.launch.jobs import equipped, in_one, jobs_of, with_spares
 from pipeline.launch.local import run_chain
 from pipeline.launch.request import Request
+from pipeline.monitor.cpu import has_gpu
 from pipeline.run.chain import Chain, made_with
 from pipeline.run.files import read_json
 from pipeline.run.journal import Journal, live_jobs, refuse_running
@@ -98,12 +99,12 @@ def planned(asked: Request) -> Chain:
 
 def refuse_tf32(chain: Chain, asked: Request) -> None:
     """EnvironmentFault where stages that are to run here need a GPU, and none is here: before the data are made."""
-    if asked.local and not asked.profile.gpus_per_node and not Path("/dev/nvidia0").exists():
+    if asked.local and not asked.profile.gpus_per_node and not has_gpu():
         for name in chain.todo(chain.with_followers(asked.remake)):
             trains = "train" if name in getattr(asked.recipe, "phases", ()) else name
             precision = getattr(getattr(asked.recipe, trains, None), "precision", "")
             if precision == "tf32" and (not asked.stages or name in asked.stages):
-                raise EnvironmentFault(f"{trains}.precision = tf32 needs a CUDA device; use fp32 or bf16 on a CPU")
+                raise EnvironmentFault(f"{trains}.{NO_TF32}")
 
 
 def selected(chain: Chain, asked: Request) -> dict[str, str]:

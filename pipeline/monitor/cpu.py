@@ -1,4 +1,4 @@
-"""What Linux says of this machine's CPU."""
+"""What Linux says of this machine's CPU, and whether there is a GPU, without the driver and without torch."""
 
 from __future__ import annotations
 
@@ -12,6 +12,11 @@ def processor() -> str:
     """What people call it."""
     model = next((value for key, value in _lines() if key == "model name"), "")
     return f"CPU {model or platform.machine()}"
+
+
+def has_gpu() -> bool:
+    """Whether an NVIDIA driver shows a GPU."""
+    return Path("/dev/nvidia0").exists()
 
 
 def computes_bf16() -> bool:
