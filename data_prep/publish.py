@@ -6,7 +6,6 @@ import errno
 import hashlib
 import json
 import os
-import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -24,7 +23,7 @@ def publishing(path: Path, size: int | None = None) -> Iterator[IO[bytes]]:
     disk, quota, read-only) leaves with ``filename`` set, so that the caller's one line can name the file; that of a
     full disk says how many MB were needed (``size`` bytes, else more than were written) and are free.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
     try:
         # not mkstemp: its 0600 would hide the file from a project group that the umask lets in
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)

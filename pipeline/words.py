@@ -27,7 +27,8 @@ def _visible(character: str) -> str:
 
 def is_number(value: Any) -> TypeGuard[int | float]:
     """Whether a value out of a JSON file is a finite number."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and -LARGEST <= value <= LARGEST
+    plain = type(value) is float or (isinstance(value, (int, float)) and not isinstance(value, bool))
+    return plain and -LARGEST <= value <= LARGEST
 
 
 def number(value: Any, digits: int = 4) -> str:

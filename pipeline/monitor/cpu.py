@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import platform
+import os
 from pathlib import Path
 
 BF16 = {"avx512_bf16", "amx_bf16", "bf16"}  # of x86 and of Arm
@@ -11,7 +11,7 @@ BF16 = {"avx512_bf16", "amx_bf16", "bf16"}  # of x86 and of Arm
 def processor() -> str:
     """What people call it."""
     model = next((value for key, value in _lines() if key == "model name"), "")
-    return f"CPU {model or platform.machine()}"
+    return f"CPU {model or os.uname().machine}"
 
 
 def has_gpu() -> bool:

@@ -9,9 +9,10 @@ starts are seen once they are at work: the start of a job's script and interpret
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from pipeline.run.files import read_json
 from pipeline.run.rundir import RunDir, StageDir
@@ -35,6 +36,7 @@ the same after going back, did again; ``stopped`` the time up to the submission 
 
 NOT_ALLOCATED = ("queue", "stopped")
 USEFUL = ("compute", "communication")
+COMPUTING, OTHER = {"compute": 1.0}, {"other": 1.0}
 TRAINING = (*USEFUL, "data")  # of steps that count: what the field calls the time to train
 
 
@@ -81,16 +83,16 @@ class RunAccount:
         return {**self.chain.to_dict(), "critical_path": list(self.path), "stages": stages}
 
 
-@dataclass(frozen=True)
-class Piece:
-    """What one metric line says of the time before it: Unix times, and the share of each part (together 1).
+class Piece(NamedTuple):
+    """What one metric line says of the time before it: Unix times, and how it divides among the parts (above 0).
 
-    ``measured``: the line says so itself; older ones do not, and count as computing.
+    ``measured``: the line says so itself; older ones do not, and count as computing. A tuple, since a run has tens of
+    thousands of them.
     """
 
     since: float
     until: float
-    shares: Mapping[str, float]
+    spent: Mapping[str, float]
     step: float | None
     seed: str
     measured: bool
@@ -124,18 +126,16 @@ def pieces_of(lines: Iterable[Mapping[str, Any]]) -> list[Piece]:
     measured = [line for line in known if is_number(line.get("since")) and isinstance(line.get("spent_s"), Mapping)]
     pieces: list[Piece] = []
     for line in measured or known:
-        until, step, spent = line["time"], line.get("step"), {"compute": 1.0}
+        until, step, spent = line["time"], line.get("step"), COMPUTING
         if measured:
             since = line["since"]
-            spent = {part: s for part, s in line["spent_s"].items() if is_number(s) and s > 0} or {"other": 1.0}
+            spent = {part: s for part, s in line["spent_s"].items() if is_number(s) and s > 0} or OTHER
         elif pieces:
             since = pieces[-1].until
         else:
             since = until - (line["step_s"] if is_number(line.get("step_s")) else 0.0)
-        total = sum(spent.values())
-        shares = {part: seconds / total for part, seconds in spent.items()}
         seed = str(line.get("seed"))
-        pieces.append(Piece(since, until, shares, step if is_number(step) else None, seed, bool(measured)))
+        pieces.append(Piece(since, until, spent, step if is_number(step) else None, seed, bool(measured)))
     return pieces
 
 
@@ -173,8 +173,9 @@ def attempt_parts(attempt: Times, later: Sequence[Times], began: float, ended: f
         since = min(max(piece.since, cursor), ended)
         until = min(max(piece.until, since), ended)
         parts[before] += since - cursor
-        for part, share in piece.shares.items():
-            parts[part if part in parts else "other"] += (until - since) * share * (1 - again)
+        new, total = (until - since) * (1 - again), sum(piece.spent.values())
+        for part, seconds in piece.spent.items():
+            parts[part if part in parts else "other"] += new * (seconds / total)
         parts["rework"] += (until - since) * again
         cursor, before = until, "other"
     parts["evaluation" if attempt.finished and not attempt.pieces[0].measured else "other"] += ended - cursor
@@ -186,14 +187,13 @@ def _redone(attempt: Times, later: Sequence[Times]) -> list[float]:
     if attempt.from_step is None:
         seen_later = {(piece.seed, piece.step) for other in later for piece in other.pieces}
         return [float((piece.seed, piece.step) in seen_later) for piece in attempt.pieces]
-    back_to = [other.from_step for other in later if other.from_step is not None]
-    resumed = [min(back_to)] if back_to else []
+    resumed = min((other.from_step for other in later if other.from_step is not None), default=math.inf)
     shares: list[float] = []
     before: float = attempt.from_step
     for piece in attempt.pieces:
         step = before if piece.step is None else piece.step
-        kept = min([*resumed, *(to for time, to in attempt.rollbacks if time >= piece.until)], default=None)
-        if kept is None or step <= kept:
+        kept = min([resumed, *(to for time, to in attempt.rollbacks if time >= piece.until)])
+        if step <= kept:
             shares.append(0.0)
         else:
             shares.append((step - max(before, kept)) / (step - before) if step > before else 1.0)

@@ -89,8 +89,8 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 def lines_of(file: BinaryIO) -> Iterator[bytes]:
     """The finished lines of a file, but for those that are longer than any of ours."""
-    while line := file.readline(LONGEST_LINE):
-        if line.endswith(b"\n"):
+    for line in file:
+        if line.endswith(b"\n") and len(line) <= LONGEST_LINE:
             yield line
 
 
