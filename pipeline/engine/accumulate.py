@@ -96,8 +96,7 @@ class Accumulator:
                     sums = torch.stack(list(self.sums(batch.number, fed)))
                     divisors = self.divisors_of(fed, plan, of_batch)
                     gradient = gradient_of_batch if divisors is of_batch else scale / divisors
-                    with self.plain:
-                        torch.autograd.backward(sums, gradient)
+                    self.backward(sums, gradient)
                     torch.div(sums.detach(), divisors, out=scalars)
                 digests[index] = fed.digest
         with clock.spent("compute"):
@@ -128,6 +127,11 @@ class Accumulator:
         """A micro-batch's losses as sums; its dropout is keyed by (seed, stage, batch, micro-batch)."""
         keyed(self.task.settings.seed, self.stage, batch, fed.index)
         return self.task.losses(self.state.model, fed.inputs)
+
+    def backward(self, sums: Tensor, gradient: Tensor) -> None:
+        """Add to the gradients what a micro-batch's sums of losses ask for, times ``gradient [losses]``."""
+        with self.plain:
+            torch.autograd.backward(sums, gradient)
 
     def divisors(self, counts: Sequence[float]) -> Tensor:
         """The counts that divide sums of losses, fp32 ``[losses]``."""
