@@ -31,7 +31,7 @@ newer: install  ## the tests on a real Slurm once more, on that of Debian 13 (ro
 
 chaos: install  ## the long proofs
 	$(PY) -m data_prep.sample_text --to data --tests
-	CHAOS=1 $(PY) -m pytest -m chaos
+	CHAOS=1 $(PY) -m pytest -n 2 --dist loadfile -m chaos
 	$(PY) tests/faults --to docs/faults.md
 
 check: install  ## style, types and architecture
