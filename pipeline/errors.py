@@ -11,7 +11,6 @@ import io
 import os
 import socket
 import sys
-import traceback
 from collections.abc import Callable, Mapping
 from typing import Literal
 
@@ -189,7 +188,7 @@ def exit_code_of(work: Callable[[], int | None]) -> int:
 def _told(error: BaseException) -> int:
     line, code = describe(error)
     if code == 1 or os.environ.get("PIPELINE_DEBUG"):
-        traceback.print_exception(error)
+        sys.__excepthook__(type(error), error, error.__traceback__)
     print(line, file=sys.stderr)
     return code
 

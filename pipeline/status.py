@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import shlex
 import time
@@ -38,6 +39,7 @@ def main() -> int:
         parser.error("--watch goes with the table or --short; a log is followed with --log STAGE -f")
     if arguments.follow and not arguments.log:
         parser.error("-f needs --log STAGE")
+    gc.freeze()  # what was imported stays: it is not looked through again while thousands of lines are read
     runs = runs_of(arguments.run)
     if len(runs) > 1:
         return show_family(runs, parser, arguments)

@@ -9,7 +9,6 @@ import dataclasses
 import difflib
 import math
 import re
-import tomllib
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -107,6 +106,8 @@ def parsed(text: str) -> dict[str, Any]:
     """The tables of a TOML text, in bounded time and memory; ValueError or RecursionError when it is none."""
     if LONG_KEY.search(text):
         raise ValueError("a key of over 20 names")
+    import tomllib  # only now: most commands read a run, which has none
+
     return tomllib.loads(text)
 
 

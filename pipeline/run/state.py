@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Required, TypedDict, cast
@@ -267,7 +266,7 @@ def progress(chain: Chain, name: str, attempts: Sequence[Attempt]) -> dict[str, 
     if phase is not None:
         row["steps"] = phase.steps
         if times := [line["step_s"] for line in own if "step_s" in line]:
-            row["eta_s"] = statistics.median(times) * (phase.steps - row["step"])
+            row["eta_s"] = sorted(times)[len(times) // 2] * (phase.steps - row["step"])
             words.append(f"ETA {in_short(row['eta_s'])}")
     if own and is_number(own[-1].get("time")):
         row["age_s"] = max(0.0, now() - own[-1]["time"])
