@@ -24,7 +24,7 @@ unit: install  ## the quick tests: no network, no process of their own, no Slurm
 test: install  ## installs what is missing and runs every test but the long ones
 	$(PY) -m data_prep.sample_text --to data --tests
 	$(PY) -m pytest $(SHARED) -m "not cluster"
-	$(PY) -m pytest -n 2 --dist loadfile -m cluster
+	$(PY) -m pytest -n 3 --dist loadfile -m cluster
 
 newer: install  ## the tests on a real Slurm once more, on that of Debian 13 (root, debootstrap); one of them: make newer TESTS=FILE
 	tests/cluster/newer.sh $(TESTS)
