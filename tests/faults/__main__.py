@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import multiprocessing
 import os
 import platform
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
@@ -17,7 +15,7 @@ from types import ModuleType
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:1] = [str(ROOT), str(ROOT / "tests")]  # instead of this folder, whose names are too common
 
-from faults.table import Row, inject  # noqa: E402
+from faults.table import Row, scratch  # noqa: E402
 
 MODULES = ("checkpoints", "checkpoints_damage", "checkpoints_full", "fencing", "identity", "histories", "ranks",
            "finetuning")  # fmt: skip
@@ -28,7 +26,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python tests/faults", description=__doc__)
     parser.add_argument("--scale", type=float, default=1.0, metavar="X", help="share of the full counts (default 1.0)")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these injections or modules")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="at a time (default: cores)")
     parser.add_argument("--to", type=Path, metavar="FILE", help="also write the table there as Markdown")
     options = parser.parse_args()
     chosen = [
@@ -41,11 +38,15 @@ def main() -> int:
         parser.error(f"--only {' '.join(options.only)}: there is no such injection or module")
     text, failures, begun = [heading()], 0, time.monotonic()
     last: ModuleType | None = None
-    # each in a process of its own, begun anew: some of them fork from a process that has no threads yet
-    workers = ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn"), max_tasks_per_child=1)
-    asked = [workers.submit(inject, module.__name__, name, options.scale) for module, name in chosen]
-    for (module, _), rows in zip(chosen, (one.result() for one in asked), strict=True):
+    for module, name in chosen:
+        began = time.monotonic()
+        with scratch() as folder:
+            rows = module.INJECTIONS[name](Path(folder), options.scale)
         failures += sum(row.failures for row in rows)
+        print(f"{name}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+        for row in rows:
+            for line in row.failed:
+                print(f"  {row.fault}: {line}", file=sys.stderr, flush=True)
         if module is not last:
             text.append(section(module))
             last = module

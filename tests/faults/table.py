@@ -6,11 +6,8 @@ A module of faults has ``INJECTIONS = {name: function(folder, scale) -> rows}``:
 
 from __future__ import annotations
 
-import importlib
 import os
-import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -64,16 +61,6 @@ def scratch() -> AbstractContextManager[str]:
     """A folder for one injection, in memory where that is possible: thousands of trials wait for no disk."""
     memory = Path("/dev/shm")
     return tempfile.TemporaryDirectory(prefix="faults-", dir=memory if os.access(memory, os.W_OK) else None)
-
-
-def inject(module: str, name: str, scale: float) -> list[Row]:
-    """One injection, in a folder of its own; what failed is told as soon as it has ended."""
-    began = time.monotonic()
-    with scratch() as folder:
-        rows: list[Row] = importlib.import_module(module).INJECTIONS[name](Path(folder), scale)
-    lines = [f"  {row.fault}: {line}" for row in rows for line in row.failed]
-    print("\n".join([f"{name}: {time.monotonic() - began:.0f} s", *lines]), file=sys.stderr, flush=True)
-    return rows
 
 
 def passes(rows: Sequence[Row]) -> None:
