@@ -16,8 +16,9 @@ from pipeline.report import chart, page
 from pipeline.report.chart import Chart, Line, Look
 from pipeline.report.curves import Phase, Ruler
 from pipeline.report.facts import Facts, gather
+from pipeline.report.learnt import dataset
 from pipeline.report.page import Html, document, note, section, table, tag
-from pipeline.report.scores import dataset, metric_name
+from pipeline.report.scores import metric_name
 from pipeline.run.chain import Chain
 from pipeline.run.files import read_json
 from pipeline.run.rundir import RunDir, StageDir
@@ -55,8 +56,7 @@ def sides_of(paths: Sequence[Path]) -> tuple[list[Side], list[str]]:
     """
     all_facts = [gather(run, held=run.is_held()) for run in map(RunDir, paths)]
     if len(all_facts) > 1:
-        names = [str(path) for path in paths]
-        return [of_run(facts, name) for facts, name in zip(all_facts, names, strict=True)], []
+        return [of_run(facts, str(path)) for facts, path in zip(all_facts, paths, strict=True)], []
     (facts,) = all_facts
     older, changes = of_old(facts.chain)
     if not older:
@@ -66,7 +66,7 @@ def sides_of(paths: Sequence[Path]) -> tuple[list[Side], list[str]]:
 
 def of_run(facts: Facts, name: str) -> Side:
     settings = facts.settings
-    corpora = {f"data {key}": str((value or {}).get("digest")) for key, value in settings["corpora"].items()}
+    corpora = {f"data {name}": str(known.get("digest")) for name, known in settings["corpora"].items()}
     code = {"code commit": str(settings.get("commit")), "code digest": str(settings.get("code", "not recorded"))[:12]}
     versions = {f"code {key}": str(value) for key, value in (settings.get("versions") or {}).items()}
     site = {"site nodes": str(facts.nodes), **flat("site", settings["profile"])}
