@@ -189,7 +189,6 @@ class Optimizer(ABC):
         self.finished_steps = int(state["step"])
 
     def reset(self) -> None:
-        """Forget all moments and steps."""
         for moments in (self.exp_avg, self.exp_avg_sq):
             for tensor in moments.values():
                 tensor.zero_()
@@ -199,7 +198,6 @@ class Optimizer(ABC):
         return [grad for name in names if (grad := self.parameters[name].grad) is not None]
 
     def _update(self, names: Sequence[str], factors: Factors) -> None:
-        """Apply one step to the named parameters."""
         if self.flat is not None:
             self._update_flat(self.flat, factors)
         else:
