@@ -20,7 +20,6 @@ from pipeline.bert.regions import compile_regions
 from pipeline.config import science
 from pipeline.engine import backend, checkpoint
 from pipeline.engine.accumulate import Accumulator, Sums
-from pipeline.engine.diagnose import culprit
 from pipeline.engine.feed import Feed
 from pipeline.engine.metrics import MOST_SHARES, Clock, rounded, write_line
 from pipeline.engine.peers import Peers
@@ -221,7 +220,7 @@ class Loop:
             state.skip(sums.plan.global_batch)
             return
         self.feed.close()  # the batch is read again
-        suspect = culprit(self.accumulator, sums)
+        suspect = self.accumulator.culprit(sums)
         line = f"step {state.step + 1}, rank {self.job.rank}, {suspect or 'not finite in the sum over ranks only'}"
         if state.scale is not None:
             line += f", at the lowest loss scale ({state.scale.scale:g}): the loss itself is beyond fp16"
