@@ -126,7 +126,8 @@ def run_stage(run: RunDir, name: str, command: tuple[str, ...] = ()) -> None:
         stop.listen()
     else:
         stop_at_once()
-    workers = workers_of(profile, os.environ)
+    cores = os.environ.get("SLURM_CPUS_PER_TASK", "")  # that Slurm gave this task
+    workers = int(cores) if profile.runner == "slurm" and cores.isdigit() else profile.processes
     job = Job(run, name, attempt, topology, workers=workers, threads=profile.threads, stop=stop)
     keep_freed_memory()
     if stage.width == "ranks":
@@ -230,12 +231,6 @@ def newer_than(folder: Path, started: float) -> bool:
     """Whether the stage finished any file after ``started``, by the files' clock; what it says of itself is none."""
     own = (path for path in folder.rglob("*") if folder / "attempts" not in path.parents and path.is_file())
     return any(path.stat().st_mtime > started for path in own)
-
-
-def workers_of(profile: Profile, environment: Mapping[str, str]) -> int:
-    """Processes of a data stage: the cores that Slurm gave this task, else the profile's."""
-    cores = environment.get("SLURM_CPUS_PER_TASK", "")
-    return int(cores) if profile.runner == "slurm" and cores.isdigit() else profile.processes
 
 
 def take_attempt(chain: Chain, name: str, topology: Topology) -> Attempt:

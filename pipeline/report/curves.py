@@ -42,13 +42,8 @@ class Phase:
 
     @classmethod
     def read(cls, name: str, config: PhaseConfig, folder: StageDir) -> Phase:
-        """From the stage's folder; a damaged metrics file becomes a ``fault``, not an exception."""
-        lines: Metrics = []
-        fault = ""
-        try:
-            lines = [line for line in folder.metrics() if is_number(line["step"])]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            fault = f"metrics.jsonl of {name} cannot be read ({type(error).__name__}: {error}), so there are no curves."
+        """From the stage's folder."""
+        lines, fault = metrics_of(name, folder)
         return cls(
             name,
             config,
@@ -80,6 +75,15 @@ class Phase:
         """Tokens without padding that a step takes on average, by the two throughputs."""
         tokens, sequences = self.median("tokens_per_s"), self.median("sequences_per_s")
         return self.config.global_batch * tokens / sequences if tokens and sequences else None
+
+
+def metrics_of(name: str, folder: StageDir) -> tuple[Metrics, str]:
+    """A stage's metric lines; a damaged file becomes a fault in words, not an exception."""
+    try:
+        return [line for line in folder.metrics() if is_number(line["step"])], ""
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        why = f"{type(error).__name__}: {error}"
+        return [], f"metrics.jsonl of {name} cannot be read ({why}), so there are no curves."
 
 
 def median_of(lines: Metrics, key: str) -> float | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.config import TASKS, Recipe, restore
-from pipeline.report.curves import Metrics, Phase
+from pipeline.report.curves import Metrics, Phase, metrics_of
 from pipeline.run import account, gpu_samples
 from pipeline.run.account import RunAccount
 from pipeline.run.chain import Chain
@@ -81,7 +81,8 @@ def gather(run: RunDir, *, held: bool) -> Facts:
     tuning: dict[str, dict[str, Metrics]] = {}
     for name, stage in chain.stages.items():
         if "task" in stage.config and stage.width == "ranks":  # a task's own stage, or one for each seed
-            tuning.setdefault(stage.config["task"], {})[name] = steps_of(run, name)
+            steps = [line for line in metrics_of(name, run.stage(name))[0] if "loss" in line]
+            tuning.setdefault(stage.config["task"], {})[name] = steps
     events, live = events_of(run), [row["name"] for row in rows if row["state"] == "running"]
     return Facts(
         chain=chain,
@@ -111,11 +112,3 @@ def scores_of(done: Mapping[str, StageDir], stages: Mapping[str, str]) -> dict[s
     """By task what ``stages`` that are done have scored."""
     records = {task: read_json(done[name].path / "scores.json") or {} for task, name in stages.items() if name in done}
     return {task: record for task, record in records.items() if isinstance(record.get("scores"), dict)}
-
-
-def steps_of(run: RunDir, name: str) -> Metrics:
-    """The lines of a stage's training steps; none where its files tell none."""
-    try:
-        return [line for line in run.stage(name).metrics() if "loss" in line and is_number(line["step"])]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
