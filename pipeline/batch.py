@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 
 from pipeline.errors import ConfigError
@@ -47,9 +46,7 @@ class BatchPlan:
     @property
     def shares(self) -> list[int]:
         """Micro-batches of each rank."""
-        count, world = self.micro_batches, self.world_size
-        ends = [rank * count // world for rank in range(world + 1)]
-        return [after - before for before, after in itertools.pairwise(ends)]
+        return [len(self.range_of(rank)) for rank in range(self.world_size)]
 
     @property
     def accumulation(self) -> int:

@@ -329,7 +329,6 @@ ABSENT = "(absent)"
 
 
 def _scientific(value: Any) -> dict[str, Any]:
-    """The fields of a dataclass that change results."""
     scientific = {}
     for spec in dataclasses.fields(value):
         counts = spec.metadata.get("science", True)

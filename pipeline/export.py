@@ -27,11 +27,16 @@ def read_source(path: Path, config_file: Path | None = None, hidden_act: str | N
     ``config_file`` and ``hidden_act`` say what an NVIDIA file does not (`pipeline.bert.weights.load_nvidia`).
     CheckpointError when it is none of these or not whole.
     """
-    from pipeline.bert import folder
+    from pipeline.bert import folder, weights
     from pipeline.engine import checkpoint
 
     if path.is_file():
-        return _of_nvidia(path, config_file, hidden_act)
+        config_file = config_file or weights.config_beside(path)
+        if config_file is None:
+            raise ConfigError(f"{path} does not tell its model: name its base.json or large.json by --config FILE")
+        config, state = weights.load_nvidia(path, config_file, hidden_act=hidden_act)
+        arrays = {name: tensor.numpy() for name, tensor in state.items()}
+        return folder.Source(config, arrays, f"the file {path.name}").checked()
     if (path / folder.MODEL).is_file():
         return folder.read_folder(path)
     saved = None
@@ -44,19 +49,9 @@ def read_source(path: Path, config_file: Path | None = None, hidden_act: str | N
             f"{path} holds no weights: give a checkpoint (…/step-00000100), a stage (RUN/stages/phase2), a folder with "
             "config.json or a file of NVIDIA's BERT"
         )
-    config = BertConfig.from_dict(saved.model)
-    return folder.Source(config, saved.weights, f"step {saved.step} of {saved.stage}").checked()
-
-
-def _of_nvidia(file: Path, config_file: Path | None, hidden_act: str | None) -> Source:
-    from pipeline.bert.folder import Source
-    from pipeline.bert.weights import config_beside, load_nvidia
-
-    config_file = config_file or config_beside(file)
-    if config_file is None:
-        raise ConfigError(f"{file} does not tell its model: name its base.json or large.json by --config FILE")
-    config, state = load_nvidia(file, config_file, hidden_act=hidden_act)
-    return Source(config, {name: tensor.numpy() for name, tensor in state.items()}, f"the file {file.name}").checked()
+    return folder.Source(
+        BertConfig.from_dict(saved.model), saved.weights, f"step {saved.step} of {saved.stage}"
+    ).checked()
 
 
 def run(
@@ -145,7 +140,6 @@ Load with `transformers.BertForPreTraining.from_pretrained` and `transformers.Au
 
 
 def main() -> int:
-    """Export one model and print where it lies."""
     parser = argparse.ArgumentParser(prog="python -m pipeline.export", description=__doc__)
     parser.add_argument(
         "source", type=Path, help="a checkpoint, a stage or its run, a Hugging Face folder, or a file of NVIDIA's BERT"

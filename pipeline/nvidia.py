@@ -15,7 +15,7 @@ from pathlib import Path
 
 from pipeline.errors import ConfigError, run_command
 
-PRECISIONS = {"fp16": "fp16", "fp32": "fp32", "tf32": "tf32"}
+PRECISIONS = ("fp16", "fp32", "tf32")
 # The positions of each script with their defaults; the page leaves out the one in OMITTED, which came later.
 POSITIONS = {
     "run_squad.sh": {
@@ -149,7 +149,7 @@ def finetune_command(script: str, arguments: dict[str, str]) -> list[str]:
         "eval": files[1] if mode != "train" else None,
         "out": arguments["out"],
         "mode": mode,
-        "precision": PRECISIONS[arguments["precision"]],
+        "precision": arguments["precision"],
         "processes": gpus,
         "seed": whole(arguments, "seed"),
     }
@@ -172,7 +172,7 @@ def pretraining_command(arguments: dict[str, str], run: Path, data: Path | None,
     """``python -m pipeline.submit …`` for a call of run_pretraining.sh."""
     gpus = whole(arguments, "gpus")
     settings: dict[str, object] = {
-        "train.precision": PRECISIONS[arguments["precision"]],
+        "train.precision": arguments["precision"],
         "train.seed": whole(arguments, "seed"),
         "train.masking": arguments["masking"],
         "train.checkpoint_every": whole(arguments, "checkpoint_every"),
@@ -231,8 +231,7 @@ def main() -> int:
         command = pretraining_command(arguments, options.run, options.data, options.recipe)
     else:
         command = finetune_command(script, arguments)
-    given = dict(list(POSITIONS[script].items())[: len(options.arguments)])
-    for name in given:
+    for name in list(POSITIONS[script])[: len(options.arguments)]:
         if name in WITHOUT_COUNTERPART and arguments[name] not in ("", POSITIONS[script][name]):
             print(f"{name} = {arguments[name]} has no counterpart: {WITHOUT_COUNTERPART[name]}", file=sys.stderr)
     print(f"python -m {shlex.join(command)}", flush=True)

@@ -64,7 +64,6 @@ def main() -> int:
 
 
 def show_family(runs: Sequence[RunDir], parser: argparse.ArgumentParser, given: argparse.Namespace) -> int:
-    """A line for each run of a family."""
     if given.json or given.log or given.du:
         parser.error(f"--json, --log and --du look at one run, such as {runs[-1].path}")
 

@@ -208,12 +208,10 @@ def _value(
     kind: Any, value: Any, source: Source, section: str, spec: dataclasses.Field[Any], inner: str, errors: list[str]
 ) -> Any:
     where = source.at(section, spec.name)
-    options = [kind]
-    if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
         if value is None:  # TOML has no null: this comes from a stored run
             return None
-        options = [option for option in typing.get_args(kind) if option is not type(None)]
-    (kind,) = options  # the only unions in a configuration are "X or nothing"
+        (kind,) = {*typing.get_args(kind)} - {types.NoneType}  # the only unions in a configuration are "X or nothing"
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):
@@ -224,15 +222,14 @@ def _value(
         if value not in args:
             errors.append(f"{where} = {_show(value)}: {_hint(str(value), args)}")
         return value
-    if origin in (tuple, list):
+    if origin is tuple:
         if isinstance(value, str) or not isinstance(value, list | tuple):
             errors.append(f"{where} = {_show(value)}: expected a list, such as {_example(args[0])}")
             return None
-        if origin is tuple and Ellipsis not in args and len(value) != len(args):
+        if Ellipsis not in args and len(value) != len(args):
             errors.append(f"{where} = {_show(value)}: expected {len(args)} values, found {len(value)}")
             return None
-        items = [_value(args[0], item, source, section, spec, inner, errors) for item in value]
-        return tuple(items) if origin is tuple else items
+        return tuple(_value(args[0], item, source, section, spec, inner, errors) for item in value)
     if origin is dict:
         if not isinstance(value, dict) or any(type(item) is not args[1] for item in value.values()):
             errors.append(f"{where}: expected a table of {args[1].__name__} values")

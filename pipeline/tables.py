@@ -19,7 +19,7 @@ from pipeline.config import load_recipe
 from pipeline.errors import ConfigError, run_command
 from pipeline.report import page
 from pipeline.report.facts import gather
-from pipeline.report.published import Cell, Value, cells_of, definitions, of_bench, of_inference, of_run
+from pipeline.report.published import Cell, Value, cells_of, definitions, in_words, of_bench, of_inference, of_run
 from pipeline.run.family import runs_of
 from pipeline.words import columns, number
 
@@ -32,8 +32,7 @@ def values_of(source: Path, shape: Mapping[str, int]) -> list[Value]:
     try:
         figures = json.loads(source.read_text(encoding="utf-8"))
         rows, device, model = figures["rows"], figures["environment"], figures["model"]
-        place = ", ".join(f"{device[key]}" if key == "device" else f"{key} {device[key]}"
-                          for key in ("device", "torch", "cuda", "driver") if device.get(key))  # fmt: skip
+        place = in_words(device)
         values = [value for row in rows for value in of_bench(row, place, source.name)]
         values += of_inference(rows, place, source.name)
     except OSError as error:

@@ -24,7 +24,6 @@ INTERVAL_S = 30.0
 
 
 def main() -> int:
-    """Send what is there; with ``--follow`` until no stage runs or can start."""
     parser = argparse.ArgumentParser(prog="python -m pipeline.track", description=__doc__)
     parser.add_argument("run", type=Path, help="run directory")
     parser.add_argument("--wandb", required=True, metavar="PROJECT", help="WANDB_MODE=offline keeps it in ./wandb")

@@ -91,18 +91,16 @@ def print_log(attempt: Attempt, offset: int = 0) -> int:
 
 def follow_log(folder: StageDir, more: Callable[[], bool]) -> None:
     """Print the newest attempt's log as it grows, then the next attempt's, until ``more`` says that it ended."""
-    current: Attempt | None = None
+    number = 0  # of the attempt that is shown
     offset, asked, lasts = 0, -INTERVAL_S, True
     while lasts:
         if time.monotonic() - asked >= INTERVAL_S:
             lasts, asked = more(), time.monotonic()  # before the log is read: what was written until then is shown
         attempts = folder.attempts
-        following = attempts[-1:] if current is None else [one for one in attempts if one.number > current.number]
-        if current is not None:
-            offset = print_log(current, offset)
-        for attempt in following:
-            if current is not None:
+        for attempt in [one for one in attempts if one.number >= number] if number else attempts[-1:]:
+            if number and attempt.number > number:
                 print(f"==> attempt {attempt.number} <==", flush=True)
-            current, offset = attempt, print_log(attempt)
+                offset = 0
+            number, offset = attempt.number, print_log(attempt, offset)
         if lasts:
             time.sleep(LOG_INTERVAL_S)

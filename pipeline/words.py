@@ -93,8 +93,8 @@ def moment(seconds: Any) -> str:
 
 def in_short(seconds: float) -> str:
     """A duration in one unit: 40 s, 2 min, 3.4 h, 2.1 d."""
-    for unit, size, digits in (("s", 1, 0), ("min", 60, 0), ("h", 3600, 1)):
-        if seconds < size * {"s": 90, "min": 90, "h": 48}[unit]:
+    for unit, size, most, digits in (("s", 1, 90, 0), ("min", 60, 90, 0), ("h", 3600, 48, 1)):
+        if seconds < size * most:
             return f"{seconds / size:.{digits}f} {unit}"
     return f"{seconds / 86400:.1f} d"
 

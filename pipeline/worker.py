@@ -126,7 +126,8 @@ def run_stage(run: RunDir, name: str, command: tuple[str, ...] = ()) -> None:
         stop.listen()
     else:
         stop_at_once()
-    workers = workers_of(profile, os.environ)
+    cores = os.environ.get("SLURM_CPUS_PER_TASK", "")  # that Slurm gave this task
+    workers = int(cores) if profile.runner == "slurm" and cores.isdigit() else profile.processes
     job = Job(run, name, attempt, topology, workers=workers, threads=profile.threads, stop=stop)
     keep_freed_memory()
     if stage.width == "ranks":
@@ -209,11 +210,12 @@ def execute(chain: Chain, stage: Stage, job: Job) -> None:
             ring(job.topology, "done")
             job.run.event("done", stage=name, attempt=attempt.number, duration_s=round(finished - started, 3))
             verdict.made_progress()
-        elif not done_soon(chain, job):
+        # As it does right after its peers have left the training loop; it may have been killed.
+        elif not until(job.topology, "done", lambda: chain.is_done(name) or None, PATIENCE_S, asked=job.stop.asked):
             raise PeerLost(f"{name}: rank {job.rank} waited for rank 0, which did not mark the stage done")
     except (Exception, KeyboardInterrupt) as error:
         line, code = describe(error)
-        if isinstance(error, PeerLost) or (isinstance(error, StoppedCleanly) and job.stop.reason is None):
+        if isinstance(error, PeerLost) or (isinstance(error, StoppedCleanly) and not job.stop.asked()):
             time.sleep(1.0)  # the peer may know better what happened, and its verdict comes first
         if isinstance(error, StoppedCleanly) and newer_than(job.out, changed):
             verdict.made_progress()
@@ -229,24 +231,6 @@ def newer_than(folder: Path, started: float) -> bool:
     """Whether the stage finished any file after ``started``, by the files' clock; what it says of itself is none."""
     own = (path for path in folder.rglob("*") if folder / "attempts" not in path.parents and path.is_file())
     return any(path.stat().st_mtime > started for path in own)
-
-
-def workers_of(profile: Profile, environment: Mapping[str, str]) -> int:
-    """Processes of a data stage: the cores that Slurm gave this task, else the profile's."""
-    cores = environment.get("SLURM_CPUS_PER_TASK", "")
-    return int(cores) if profile.runner == "slurm" and cores.isdigit() else profile.processes
-
-
-def done_soon(chain: Chain, job: Job) -> bool:
-    """Whether rank 0 marks the stage done, as it does right after its peers have left the training loop."""
-
-    def look() -> bool | None:
-        return chain.is_done(job.stage) or None
-
-    def asked() -> bool:
-        return job.stop.reason is not None
-
-    return bool(until(job.topology, "done", look, PATIENCE_S, asked=asked))  # rank 0 may have been killed
 
 
 def take_attempt(chain: Chain, name: str, topology: Topology) -> Attempt:

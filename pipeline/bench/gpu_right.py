@@ -125,7 +125,7 @@ def _saved_and_resumed(device: torch.device, config: BertConfig, samples: list[S
                     step=2, stage="bench", attempt=1, sample_position=0, identity={}, model={},
                     weights=subject.model.state_dict(), optimizer=subject.optimizer.state(),
                 )  # fmt: skip
-        saver.close()
+        saver.wait()
         if importlib.util.find_spec("safetensors") is None:
             yield "resume", "skipped: safetensors is not installed"
             return

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from pipeline.bert import dropout, packing, regions
 from pipeline.bert.config import BertConfig
 from pipeline.bert.heads import BertForPreTraining, initialised, pretraining_loss_sums
+from pipeline.config import OptimizerConfig, restore
 from pipeline.engine import optim
-from pipeline.engine.backend import build
+from pipeline.engine.backend import of_config
 from pipeline.engine.cast import CastWeights
 from pipeline.engine.precision import autocast_for
 from pipeline.engine.reduce import GradientBuffer
@@ -192,9 +193,9 @@ def losses_of(model: nn.Module, tensors: Mapping[str, Any], seq_len: int) -> tup
 
 
 def build_optimizer(model: BertForPreTraining, backend: str, gradients: GradientBuffer) -> optim.Optimizer:
-    """LAMB with the published settings on ``backend`` (torch or apex)."""
-    named = model.named_parameters()
-    return build("lamb", backend, named, gradients=gradients, variant="apex", weight_decay=0.01, eps=1e-6)
+    """LAMB with the published settings, which are the defaults, on ``backend`` (torch or apex)."""
+    config = restore(OptimizerConfig, {"backend": backend}, "the benchmark")
+    return of_config(config, model.named_parameters(), gradients)
 
 
 def device_for(tiny: bool) -> torch.device:

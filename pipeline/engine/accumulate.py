@@ -14,7 +14,7 @@ from torch import Tensor
 from pipeline.batch import BatchPlan
 from pipeline.bert.dropout import keyed
 from pipeline.engine.cast import CastWeights
-from pipeline.engine.feed import Fed, Feed
+from pipeline.engine.feed import Fed, Feed, on_device
 from pipeline.engine.metrics import Clock
 from pipeline.engine.ranks import Ranks
 from pipeline.engine.reduce import Reducer
@@ -152,3 +152,26 @@ class Accumulator:
     def losses(self, batch: int, fed: Fed, plan: BatchPlan, counts: Sequence[float]) -> Tensor:
         """A micro-batch's share of each loss, ``[losses]``; ``counts`` are those of the whole batch."""
         return torch.stack(list(self.sums(batch, fed))) / self.divisors_of(fed, plan, self.divisors(counts))
+
+    def culprit(self, sums: Sums) -> str | None:
+        """One line on the first of this rank's micro-batches with a gradient that is not finite; None: all are.
+
+        ``sums`` are those of the batch that comes next by the state's count, computed again micro-batch by micro-batch.
+        """
+        number, model = self.state.batches, self.state.model
+        for index in sums.plan.range_of(self.ranks.rank):
+            self.ranks.alive("working")
+            micro_batch = self.task.read(number, index)
+            fed = Fed(index, on_device(micro_batch, self.ranks.device), micro_batch.counts, digest=0)
+            self.gradients.zero_()
+            with self.autocast:
+                loss = self.losses(number, fed, sums.plan, list(sums.counts.values())).sum()
+            torch.autograd.backward(loss)
+            for name, parameter in model.named_parameters():
+                if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
+                    ids = ", ".join(map(str, micro_batch.ids[:8])) + (" ..." if len(micro_batch.ids) > 8 else "")
+                    value = float(loss.detach())
+                    return (
+                        f"micro-batch {index}: loss {value:.4g}, the gradient of {name} is not finite (samples {ids})"
+                    )
+        return None

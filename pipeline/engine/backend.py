@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch.nn import Parameter
@@ -23,26 +22,17 @@ class ApexLamb(Lamb):
     def __init__(self, fused_lamb: type[Any], named_parameters: Iterable[tuple[str, Parameter]], **options: Any):
         super().__init__(named_parameters, **options)
         groups = [
-            {
-                "params": [p for name, p in self.parameters.items() if self.decay[name] == decay],
-                "weight_decay": decay,
-            }
+            {"params": [p for name, p in self.parameters.items() if self.decay[name] == decay], "weight_decay": decay}
             for decay in sorted(set(self.decay.values()))
         ]
-        self._fused = fused_lamb(
-            groups,
-            betas=self.betas,
-            eps=self.eps,
-            bias_correction=self.bias_correction,
-            use_nvlamb=self.variant == "nvlamb",
-        )
+        self._fused = fused_lamb(groups, betas=self.betas, eps=self.eps, use_nvlamb=self.variant == "nvlamb")
         for name, p in self.parameters.items():  # the kernel then works on our moments
             self._fused.state[p] = {"exp_avg": self.exp_avg[name], "exp_avg_sq": self.exp_avg_sq[name]}
 
-    def step(self, learning_rate: float, *, max_grad_norm: float, grad_norm: float | None = None) -> float:
+    def step(self, learning_rate: float, *, max_grad_norm: float) -> float:
         """As ``Optimizer.step``; the kernel computes the norm that it clips by itself."""
         self._fused.defaults["max_grad_norm"] = max_grad_norm or math.inf
-        return super().step(learning_rate, max_grad_norm=max_grad_norm, grad_norm=grad_norm)
+        return super().step(learning_rate, max_grad_norm=max_grad_norm)
 
     def _update(self, names: Sequence[str], factors: Factors) -> None:
         for group in self._fused.param_groups:
@@ -66,45 +56,27 @@ def apex_fused_lamb() -> type[Any] | None:
     return fused_lamb
 
 
-def resolve_backend(name: str, wish: str) -> Literal["torch", "apex"]:
-    """What computes the optimizer ``name`` (lamb | adamw) where ``wish`` is auto, torch or apex.
+def of_config(
+    config: OptimizerConfig,
+    named_parameters: Iterable[tuple[str, Parameter]],
+    gradients: GradientBuffer | None = None,
+) -> Optimizer:
+    """The optimizer that a configuration describes; ``auto`` takes apex for lamb where it can run.
 
-    ``auto`` takes apex for lamb where it is NVIDIA's and CUDA is there. Raises ConfigError for unknown names,
-    EnvironmentFault when apex is asked for and cannot run.
+    Raises ConfigError for adamw by apex, EnvironmentFault where apex is asked for and cannot run.
     """
-    if name not in ("lamb", "adamw"):
-        raise ConfigError(f"optimizer {name!r} is unknown; choose lamb or adamw")
-    if wish not in ("auto", "torch", "apex"):
-        raise ConfigError(f"optimizer.backend {wish!r} is unknown; choose auto, torch or apex")
-    if name == "adamw" and wish == "apex":
-        raise ConfigError("optimizer.backend = apex has lamb only; take auto or torch with adamw")
-    if name == "adamw" or wish == "torch":
-        return "torch"
-    if apex_fused_lamb() is not None:
-        return "apex"
-    if wish == "apex":
+    options: dict[str, Any] = {name: getattr(config, name) for name in ("betas", "eps", "weight_decay")}
+    options["gradients"] = gradients
+    if config.name == "adamw":
+        if config.backend == "apex":
+            raise ConfigError("optimizer.backend = apex has lamb only; take auto or torch with adamw")
+        return AdamW(named_parameters, **options)
+    fused_lamb = apex_fused_lamb() if config.backend != "torch" else None
+    if fused_lamb is not None:
+        return ApexLamb(fused_lamb, named_parameters, variant=config.variant, **options)
+    if config.backend == "apex":
         raise EnvironmentFault(
             "optimizer.backend = apex needs CUDA and NVIDIA's apex (built with amp_C; the package named apex "
             "on PyPI is another one): install it or take backend = auto"
         )
-    return "torch"
-
-
-def build(name: str, backend: str, named_parameters: Iterable[tuple[str, Parameter]], **options: Any) -> Optimizer:
-    """The optimizer ``name`` on ``backend``, both as in `resolve_backend`; ``options`` are those of the class."""
-    resolved = resolve_backend(name, backend)
-    if name == "adamw":
-        return AdamW(named_parameters, **options)
-    fused_lamb = apex_fused_lamb() if resolved == "apex" else None
-    return ApexLamb(fused_lamb, named_parameters, **options) if fused_lamb else Lamb(named_parameters, **options)
-
-
-def of_config(
-    config: OptimizerConfig, named_parameters: Iterable[tuple[str, Parameter]], gradients: GradientBuffer
-) -> Optimizer:
-    """The optimizer that a configuration describes."""
-    options = dataclasses.asdict(config)
-    name, backend, variant = options.pop("name"), options.pop("backend"), options.pop("variant")
-    if name == "lamb":
-        options["variant"] = variant
-    return build(name, backend, named_parameters, gradients=gradients, **options)
+    return Lamb(named_parameters, variant=config.variant, **options)

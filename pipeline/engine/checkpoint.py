@@ -33,18 +33,7 @@ from pipeline.errors import CheckpointError, PipelineError, StorageError, of_ser
 if TYPE_CHECKING:
     from pipeline.engine.staging import Values
 
-__all__ = [
-    "Checkpoint",
-    "Saver",
-    "check_identity",
-    "lineage",
-    "listing",
-    "newest_verified",
-    "read",
-    "rotate",
-    "save",
-    "step_folder",
-]
+__all__ = ["Checkpoint", "read", "save", "step_folder"]  # of one folder, by the name of this module too
 
 RETRY_S = 1.0  # between two tries of something that the file system refused
 
@@ -122,14 +111,10 @@ class Saver:
         return step_folder(self.attempt_dir, step)
 
     def wait(self) -> None:
-        """Wait until the last save is on disk; raises its error."""
+        """Wait until the last save is on disk; raises its error, StorageError when the state could not be saved."""
         self._join()
         if self._error is not None:
             raise self._error
-
-    def close(self) -> None:
-        """As ``wait``: StorageError when the last state could not be saved."""
-        self.wait()
 
     def _join(self) -> None:
         if self._thread is not None:
@@ -331,7 +316,6 @@ def _step_folders(attempt_dir: Path) -> list[Path]:
 
 
 def step_of(folder: Path) -> int:
-    """The step that a checkpoint folder is named after."""
     return int(folder.name.removeprefix("step-"))
 
 

@@ -63,7 +63,6 @@ class Checkpoint:
 
 
 def step_folder(attempt_dir: Path, step: int) -> Path:
-    """Where the checkpoint of ``step`` lies."""
     return attempt_dir / f"step-{step:08d}"
 
 

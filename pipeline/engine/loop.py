@@ -20,7 +20,6 @@ from pipeline.bert.regions import compile_regions
 from pipeline.config import science
 from pipeline.engine import backend, checkpoint
 from pipeline.engine.accumulate import Accumulator, Sums
-from pipeline.engine.diagnose import culprit
 from pipeline.engine.feed import Feed
 from pipeline.engine.metrics import MOST_SHARES, Clock, rounded, write_line
 from pipeline.engine.peers import Peers
@@ -85,11 +84,10 @@ class Loop:
         self.clock = Clock()
         reducer = Reducer(self.gradients, job.rank, ranks.group, settings.reduction, scalars=len(task.losses_named))
         self.accumulator = Accumulator(job.stage, task, ranks, self.state, reducer, self.autocast, self.clock)
-        self.saver = (
-            checkpoint.Saver(job.attempt.path, keep=settings.keep_checkpoints, warn=job.warn, saved=made_progress)
-            if job.rank == 0
-            else None
-        )
+        self.saver: checkpoint.Saver | None = None
+        if job.rank == 0:
+            keep = settings.keep_checkpoints
+            self.saver = checkpoint.Saver(job.attempt.path, keep=keep, warn=job.warn, saved=made_progress)
         self.board: Board | None = None
         self.rolled_back = False
         self.saved_at = time.monotonic()
@@ -137,10 +135,10 @@ class Loop:
                 # figures, a checkpoint.
                 if state.step % settings.log_every == 0 or last or state.step == self.saved_step + 1:
                     self.log_step(sums, rate, norm, took)
-                better = False
+                is_due = last or any(sums.asked.values())
                 if settings.eval_every is not None and (state.step % settings.eval_every == 0 or last):
-                    better = self.evaluate()
-                if self.is_save_due(sums) or better or last:
+                    is_due = self.evaluate() or is_due
+                if is_due or (settings.checkpoint_every is not None and state.step % settings.checkpoint_every == 0):
                     self.save(permanent=last)
 
                 # A stop is agreed by all ranks at the same step, and nothing is lost.
@@ -165,7 +163,6 @@ class Loop:
         return {"checkpoint": state.saved, "step": state.step, "samples": state.samples, **best, **result}
 
     def close(self) -> None:
-        """End the feed's thread and TensorBoard's file."""
         self.feed.close()
         if self.board is not None:
             self.board.close()
@@ -173,13 +170,9 @@ class Loop:
     def asks(self, what: str) -> bool:
         """Whether this rank asks all of them to ``stop``, or to ``save`` although no number of steps says so."""
         if what == "stop":
-            return self.job.stop.reason is not None
+            return self.job.stop.asked()
         by_clock = self.settings.checkpoint_every is None and self.job.rank == 0
         return by_clock and time.monotonic() - self.saved_at > SAVE_EVERY_S
-
-    def is_save_due(self, sums: Sums) -> bool:
-        every = self.settings.checkpoint_every
-        return sums.asked["save"] or sums.asked["stop"] or (every is not None and self.state.step % every == 0)
 
     # ---------------------------------------------------------------- where it begins, and goes back to
 
@@ -197,16 +190,12 @@ class Loop:
             self.job.say(preflight(self.job.out, checkpoint_bytes, self.settings.keep_checkpoints))
             if self.saver is not None and not again:
                 self.saver.prepare(**self.state.named())
-            self.board = Board(
-                self.job.out,
-                after_step=self.state.step,
-                settings=dataclasses.asdict(self.settings),
-                warn=self.job.warn,
-            )
+            settings = dataclasses.asdict(self.settings)
+            self.board = Board(self.job.out, after_step=self.state.step, settings=settings, warn=self.job.warn)
 
     def introduce(self) -> None:
         """Say how a batch is shared."""
-        plan = self.plan(self.state.batches)
+        plan = BatchPlan(self.task.size(self.state.batches), self.settings.micro_batch, self.job.world_size)
         self.job.say(
             f"{plan.global_batch} samples a step = {plan.world_size} ranks x up to {plan.accumulation} micro-batches "
             f"of {plan.micro_batch}; {self.ranks.device.type}, {self.settings.precision}"
@@ -218,9 +207,6 @@ class Loop:
                 f"{plan.world_size - plan.micro_batches} of {plan.world_size} ranks have no micro-batch "
                 f"and wait; --set {self.job.stage}.micro_batch={plan.global_batch // plan.world_size} shares better"
             )
-
-    def plan(self, batch: int) -> BatchPlan:
-        return BatchPlan(self.task.size(batch), self.settings.micro_batch, self.job.world_size)
 
     def overcome(self, sums: Sums) -> None:
         """A batch with a loss or gradient that is not finite, of which nothing was applied.
@@ -234,9 +220,8 @@ class Loop:
             state.skip(sums.plan.global_batch)
             return
         self.feed.close()  # the batch is read again
-        line = f"step {state.step + 1}, rank {self.job.rank}, "
-        suspect = culprit(self.accumulator, sums)
-        line += suspect or "not finite in the sum over ranks only"
+        suspect = self.accumulator.culprit(sums)
+        line = f"step {state.step + 1}, rank {self.job.rank}, {suspect or 'not finite in the sum over ranks only'}"
         if state.scale is not None:
             line += f", at the lowest loss scale ({state.scale.scale:g}): the loss itself is beyond fp16"
         if self.rolled_back:
@@ -252,17 +237,10 @@ class Loop:
         if self.saver is not None:
             with contextlib.suppress(StorageError):  # then an older checkpoint serves
                 self.saver.wait()
-        from_step = state.step + 1
+        facts = {"stage": self.job.stage, "attempt": self.job.attempt.number, "step": state.step + 1}
         self.begin(again=True)
         if self.job.rank == 0:
-            self.job.run.event(
-                "rolled_back",
-                stage=self.job.stage,
-                attempt=self.job.attempt.number,
-                step=from_step,
-                to_step=state.step,
-                line=line,
-            )
+            self.job.run.event("rolled_back", **facts, to_step=state.step, line=line)
 
     # ---------------------------------------------------------------- what happens beside the step
 
@@ -371,4 +349,4 @@ class Loop:
         if self.saver is not None:
             self.ranks.alive("waiting")
             with self.clock.spent("checkpoint"):
-                self.saver.close()
+                self.saver.wait()

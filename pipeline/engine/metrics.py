@@ -5,15 +5,13 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pipeline.node.job import Job
 from pipeline.run.files import append_jsonl, now
 
 Part = Literal["data", "compute", "communication", "checkpoint", "evaluation"]
-PARTS: tuple[Part, ...] = ("data", "compute", "communication", "checkpoint", "evaluation")
-
-
+PARTS: tuple[Part, ...] = get_args(Part)
 MOST_SHARES = 4096  # micro-batches of a step whose shares of the losses are put on record
 
 

@@ -10,7 +10,7 @@ import math
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from torch.nn import Parameter
 
 from pipeline.bert.regions import region
 from pipeline.engine.reduce import ALIGN, GradientBuffer
-from pipeline.errors import CheckpointError, ConfigError
+from pipeline.errors import CheckpointError
 
 # Elements per chunk on the CPU. 512 KiB of each operand fits a core's L2, and the float32 norm of a chunk is
 # good to 5e-7 where PyTorch's norm of a whole 23M-element tensor is off by 1e-3.
@@ -113,9 +113,8 @@ def direction(
 class Optimizer(ABC):
     """Adam's two moments for named parameters; a subclass says what is done with them.
 
-    ``betas`` and ``eps`` are Adam's; ``weight_decay`` is decoupled and 0 for names of biases and LayerNorm;
-    ``bias_correction=False`` gives BERT's original Adam. ``gradients`` hold the ``grad`` of these parameters, in this
-    order; a device other than the CPU needs it.
+    ``betas`` and ``eps`` are Adam's; ``weight_decay`` is decoupled and 0 for names of biases and LayerNorm.
+    ``gradients`` hold the ``grad`` of these parameters, in this order; a device other than the CPU needs it.
     """
 
     def __init__(
@@ -126,10 +125,9 @@ class Optimizer(ABC):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-6,
         weight_decay: float = 0.01,
-        bias_correction: bool = True,
     ) -> None:
         self.parameters = dict(named_parameters)
-        self.betas, self.eps, self.bias_correction = betas, eps, bias_correction
+        self.betas, self.eps = betas, eps
         self.decay = {name: weight_decay if decays(name) else 0.0 for name in self.parameters}
         self.exp_avg = {name: torch.zeros_like(p.detach()) for name, p in self.parameters.items()}
         self.exp_avg_sq = {name: torch.zeros_like(p.detach()) for name, p in self.parameters.items()}
@@ -148,21 +146,23 @@ class Optimizer(ABC):
         self.exp_avg = dict(zip(self.parameters, self.flat.views(self.flat.exp_avg, like), strict=True))
         self.exp_avg_sq = dict(zip(self.parameters, self.flat.views(self.flat.exp_avg_sq, like), strict=True))
 
-    def step(self, learning_rate: float, *, max_grad_norm: float, grad_norm: float | None = None) -> float:
+    def step(self, learning_rate: float, *, max_grad_norm: float) -> float:
         """Update the parameters from their ``grad`` and return the global gradient norm before clipping.
 
         Gradients are read as if divided by max(1, norm / ``max_grad_norm``) (0: no clipping), and may be left so.
-        ``grad_norm`` saves computing the norm again. With a norm that is not finite nothing changes, nor the step
-        count. A parameter without gradient is left as it is.
+        With a norm that is not finite nothing changes, nor the step count. A parameter without gradient is left as it
+        is.
         """
         names = [name for name, p in self.parameters.items() if p.grad is not None]
-        norm = global_norm(self._gradients(names)) if grad_norm is None else grad_norm
+        norm = global_norm(self._gradients(names))
         if not math.isfinite(norm):
             return norm
         self.finished_steps += 1
         clip = 1.0 / max(1.0, norm / max_grad_norm) if max_grad_norm > 0 else 1.0
+        first = 1 - self.betas[0] ** self.finished_steps
+        second = math.sqrt(1 - self.betas[1] ** self.finished_steps)
         with torch.no_grad():
-            self._update(names, self._factors(learning_rate, clip))
+            self._update(names, Factors(learning_rate, clip, self.eps * second, second / first))
         return norm
 
     def state(self) -> dict[str, Tensor]:
@@ -189,7 +189,6 @@ class Optimizer(ABC):
         self.finished_steps = int(state["step"])
 
     def reset(self) -> None:
-        """Forget all moments and steps."""
         for moments in (self.exp_avg, self.exp_avg_sq):
             for tensor in moments.values():
                 tensor.zero_()
@@ -198,15 +197,7 @@ class Optimizer(ABC):
     def _gradients(self, names: Sequence[str]) -> list[Tensor]:
         return [grad for name in names if (grad := self.parameters[name].grad) is not None]
 
-    def _factors(self, learning_rate: float, clip: float) -> Factors:
-        first = second = 1.0
-        if self.bias_correction:
-            first = 1 - self.betas[0] ** self.finished_steps
-            second = math.sqrt(1 - self.betas[1] ** self.finished_steps)
-        return Factors(learning_rate, clip, self.eps * second, second / first)
-
     def _update(self, names: Sequence[str], factors: Factors) -> None:
-        """Apply one step to the named parameters."""
         if self.flat is not None:
             self._update_flat(self.flat, factors)
         else:
@@ -222,7 +213,6 @@ class Optimizer(ABC):
 
     def _update_flat(self, flat: Flat, factors: Factors) -> None:
         """All tensors at once, nothing read back: Adam's direction, its trust ratios, the step."""
-
         gradient, weight, exp_avg, exp_avg_sq = (
             buffer.view(-1, ALIGN) for buffer in (flat.gradient, flat.weight, flat.exp_avg, flat.exp_avg_sq)
         )
@@ -242,7 +232,7 @@ class AdamW(Optimizer):
 
     def _update_tensors(self, names: Sequence[str], factors: Factors) -> None:
         # what torch.optim.AdamW(fused=True) calls: one pass; it writes the clipped gradients back
-        step = torch.tensor(float(self.finished_steps) if self.bias_correction else math.inf)
+        step = torch.tensor(float(self.finished_steps))
         for decay in dict.fromkeys(self.decay.values()):
             group = [name for name in names if self.decay[name] == decay]
             torch._fused_adamw_(
@@ -272,10 +262,12 @@ class Lamb(Optimizer):
     """
 
     def __init__(
-        self, named_parameters: Iterable[tuple[str, Parameter]], *, variant: str = "apex", **options: Any
+        self,
+        named_parameters: Iterable[tuple[str, Parameter]],
+        *,
+        variant: Literal["apex", "nvlamb"] = "apex",
+        **options: Any,
     ) -> None:
-        if variant not in ("apex", "nvlamb"):
-            raise ConfigError(f"lamb_variant {variant!r} is unknown; choose apex or nvlamb")
         self.variant = variant
         self._scratch = torch.empty(0)
         super().__init__(named_parameters, **options)
@@ -284,49 +276,29 @@ class Lamb(Optimizer):
         return self.variant == "nvlamb" or self.decay[name] != 0
 
     def _update_tensors(self, names: Sequence[str], factors: Factors) -> None:
-        for name in names:
-            self._update_tensor(name, factors)
+        (b1, b2), clip = self.betas, factors.clip
+        for name, gradient in zip(names, self._gradients(names), strict=True):
+            weight, grad = self.parameters[name].detach().view(-1), gradient.reshape(-1)
+            moments = self.exp_avg[name].view(-1), self.exp_avg_sq[name].view(-1)
+            # The direction is kept without its factor `unbias`: decay is divided by it, the step size multiplied.
+            decay = self.decay[name] / factors.unbias
+            direction = self._workspace(weight)
+            weight_square = direction_square = 0.0
+            for p, g, m, v, u in _chunks(weight, grad, *moments, direction):
+                m.mul_(b1).add_(g, alpha=(1 - b1) * clip)
+                v.mul_(b2).addcmul_(g, g, value=(1 - b2) * clip * clip)
+                torch.div(m, torch.sqrt(v, out=u).add_(factors.eps), out=u)
+                if decay:
+                    u.add_(p, alpha=decay)
+                if self._adapts(name):
+                    weight_square += _square_sum(p)
+                    direction_square += _square_sum(u)
+            is_defined = weight_square > 0 and direction_square > 0
+            scale = math.sqrt(weight_square) / math.sqrt(direction_square) if is_defined else factors.unbias
+            weight.add_(direction, alpha=-factors.learning_rate * scale)
 
-    def _update_tensor(self, name: str, factors: Factors) -> None:
-        # The direction is kept without its factor `unbias`: decay is divided by it, the step size multiplied.
-        flat = self._flat(name)
-        decay = self.decay[name] / factors.unbias
-        direction = self._workspace(flat[0], flat[0].numel())
-        parameter_square = direction_square = 0.0
-        for p, grad, m, v, u in _chunks(*flat, direction):
-            self._moments(grad, m, v, factors.clip)
-            torch.div(m, torch.sqrt(v, out=u).add_(factors.eps), out=u)
-            if decay:
-                u.add_(p, alpha=decay)
-            if self._adapts(name):
-                parameter_square += _square_sum(p)
-                direction_square += _square_sum(u)
-        scale = _trust(math.sqrt(parameter_square), math.sqrt(direction_square), factors.unbias)
-        flat[0].add_(direction, alpha=-factors.learning_rate * scale)
-
-    def _flat(self, name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Parameter, gradient and moments of one name as 1-D tensors over the same storage."""
-        parameter, grad = self.parameters[name], self.parameters[name].grad
-        assert grad is not None
-        return (
-            parameter.detach().view(-1),
-            grad.detach().reshape(-1),
-            self.exp_avg[name].view(-1),
-            self.exp_avg_sq[name].view(-1),
-        )
-
-    def _workspace(self, like: Tensor, elements: int) -> Tensor:
+    def _workspace(self, like: Tensor) -> Tensor:
         """A reused 1-D buffer; a fresh one of this size would cost a page fault per 4 KiB at every step."""
-        if self._scratch.numel() < elements or self._scratch.dtype != like.dtype:
-            self._scratch = torch.empty(elements, dtype=like.dtype)
-        return self._scratch[:elements]
-
-    def _moments(self, grad: Tensor, m: Tensor, v: Tensor, clip: float) -> None:
-        b1, b2 = self.betas
-        m.mul_(b1).add_(grad, alpha=(1 - b1) * clip)
-        v.mul_(b2).addcmul_(grad, grad, value=(1 - b2) * clip * clip)
-
-
-def _trust(parameter_norm: float, direction_norm: float, unbias: float) -> float:
-    """What the direction is multiplied by: |p| / |u|, or ``unbias`` alone where the ratio is not defined."""
-    return parameter_norm / direction_norm if parameter_norm > 0 and direction_norm > 0 else unbias
+        if self._scratch.numel() < like.numel() or self._scratch.dtype != like.dtype:
+            self._scratch = torch.empty(like.numel(), dtype=like.dtype)
+        return self._scratch[: like.numel()]

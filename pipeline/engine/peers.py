@@ -7,7 +7,6 @@ from __future__ import annotations
 import ast
 import functools
 import hashlib
-import json
 import platform
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,6 +19,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
+from data_prep.publish import json_sha256
 from pipeline.batch import BatchPlan
 from pipeline.config import science
 from pipeline.engine.ranks import Ranks
@@ -28,7 +28,6 @@ from pipeline.node.distributed import Group
 from pipeline.node.job import Job
 from slurm.environment import this_node
 
-RECORD_BYTES = 2048
 COMPUTES = (  # what decides the bits of a training beside its task: model, engine, batches, the data's reader
     *("pipeline/bert/*.py", "pipeline/engine/*.py", "pipeline/batch.py"),
     *("data_prep/hdf5.py", "data_prep/masking.py", "data_prep/splitmix.py"),
@@ -43,7 +42,7 @@ def introduction(config: Mapping[str, Any], threads: int, device: torch.device, 
     """What a rank says of itself: host, a hash of its configuration and of the task's code, versions, GPU."""
     return {
         "host": this_node(),
-        "config": _digest(json.dumps(science(config), sort_keys=True).encode()),
+        "config": json_sha256(science(config))[:16],
         "code": code_digest(task),
         "torch": torch.__version__,
         "numpy": np.__version__,
@@ -62,7 +61,7 @@ def code_digest(task: str, root: Path = Path(__file__).parents[2]) -> str:
     """
     files = [path for place in (str(Path(*task.split(".")[:-1], "*.py")), *COMPUTES) for path in root.glob(place)]
     texts = {ast.dump(node) for path in files for node in _bare(ast.parse(path.read_bytes())).body}
-    return _digest("\n".join(sorted(texts)).encode())
+    return hashlib.sha256("\n".join(sorted(texts)).encode()).hexdigest()[:16]
 
 
 def _bare(tree: ast.Module) -> ast.Module:
@@ -81,19 +80,6 @@ def _says_only(node: Any) -> bool:
         case ast.ImportFrom(module=str(module)):
             return module.partition(".")[0] in ("pipeline", "data_prep", "slurm", "__future__")
     return False
-
-
-def introduced(own: Mapping[str, Any], group: Group, device: torch.device) -> list[dict[str, Any]]:
-    """Every rank's introduction, by rank. JSON in tensors of one size: objects would travel as pickles."""
-    if group is None:
-        return [dict(own)]
-    text = json.dumps(own).encode().ljust(RECORD_BYTES)
-    if len(text) > RECORD_BYTES:
-        raise ValueError(f"a rank's introduction has {len(text)} bytes, {RECORD_BYTES} are allowed")
-    sent = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(device)
-    received = [torch.empty_like(sent) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(received, sent, group=group)
-    return [json.loads(bytes(record.cpu().numpy()).decode()) for record in received]
 
 
 def check_same(ranks: Sequence[Mapping[str, Any]], *, allow_mixed: bool) -> list[str]:
@@ -128,7 +114,7 @@ class Peers:
         self.job, self.group = job, ranks.group
         self.own = job.patiently(lambda: introduction(config, job.threads, ranks.device, task))
         ranks.meet("introduction")  # one may have waited long for its files
-        records = introduced(self.own, ranks.group, ranks.device)
+        records = ranks.gather(self.own)
         self.hosts = [str(record["host"]) for record in records]
         self.mixed = job.run.exists and bool(job.run.settings.get("allow_mixed"))
         for line in check_same(records, allow_mixed=self.mixed):
@@ -226,7 +212,3 @@ def check_state(state: Iterable[Tensor], step: int, hosts: Sequence[str], group:
         f"{len(digests) - len(others)} others; {again}",
         tuple(sorted({hosts[rank] for rank in others})),
     )
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:16]

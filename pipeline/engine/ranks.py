@@ -58,24 +58,23 @@ class Ranks:
         lengths = sizes.tolist()
         return [json.loads(bytes(sent.cpu().numpy())[:length]) for sent, length in zip(records, lengths, strict=True)]
 
-    def meet(self, name: str, timeout_s: float = START_S) -> None:
+    def meet(self, name: str) -> None:
         """Return when every rank has come to the place ``name``, over the store and not by a collective.
 
         For work that may take one rank much longer than another: a collective gives up after two minutes. Raises
-        PeerLost after ``timeout_s``.
+        PeerLost after `START_S`.
         """
         if self.store is None:
             return
-        key, deadline, pause_s = f"met/{name}", time.monotonic() + timeout_s, 0.01
+        key, deadline, pause_s = f"met/{name}", time.monotonic() + START_S, 0.01
         self.store.add(key, 1)
         while (arrived := self.store.add(key, 0)) < self.world_size:
             if time.monotonic() > deadline:
-                raise PeerLost(f"{name}: {arrived} of {self.world_size} ranks came here in {timeout_s:.0f} s")
+                raise PeerLost(f"{name}: {arrived} of {self.world_size} ranks came here in {START_S:.0f} s")
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, 1.0)
 
     def wait_for_all(self) -> None:
-        """Return when every rank has come here."""
         if self.group is not None:
             self.alive("waiting")
             dist.barrier(self.group)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
 
 import numpy as np
 import torch
@@ -75,13 +76,11 @@ class Reducer:
         gradients: GradientBuffer,
         rank: int,
         group: dist.ProcessGroup | None,
-        reduction: str,
+        reduction: Literal["fast", "tree"],
         *,
         scalars: int = 2,
         bucket_mb: float = BUCKET_MB,
     ) -> None:
-        if reduction not in ("fast", "tree"):
-            raise ConfigError(f"train.reduction {reduction!r} is unknown; choose fast or tree")
         self.gradients, self.rank, self.group, self.width = gradients, rank, group, scalars
         self._tree = _Tree(gradients.flat, rank, group) if reduction == "tree" else None
         self._buckets = _Buckets(gradients, group, bucket_mb) if reduction == "fast" and group is not None else None

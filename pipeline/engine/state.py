@@ -99,7 +99,8 @@ class TrainingState:
 
     def check(self, identity: Mapping[str, Any]) -> None:
         """CheckpointError where a checkpoint's identity is that of another training."""
-        checkpoint.check_identity(self._fixed(identity), self._fixed(self.identity))
+        fixed = [{key: each[key] for key in each if key not in CHANGEABLE} for each in (identity, self.identity)]
+        checkpoint.check_identity(*fixed)
 
     def changes(self, saved: checkpoint.Checkpoint) -> list[str]:
         """Lines about differences that a checkpoint may have: the same science, other bits."""
@@ -114,10 +115,6 @@ class TrainingState:
         """Take over the weights alone, of this training or of the phase before."""
         checkpoint.check_identity({"model": saved.model}, {"model": self.model.config})
         self.model.load_state_dict({key: torch.from_numpy(value) for key, value in saved.weights.items()})
-
-    @staticmethod
-    def _fixed(identity: Mapping[str, Any]) -> dict[str, Any]:
-        return {key: value for key, value in identity.items() if key not in CHANGEABLE}
 
 
 def begin(state: TrainingState, job: Job, ranks: Ranks, task: Task, *, again: bool = False) -> None:

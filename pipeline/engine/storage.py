@@ -61,5 +61,4 @@ def limit_less_use(lines: Sequence[str]) -> float | None:
 
 
 def size(count: float) -> str:
-    """Bytes in MB or GB."""
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

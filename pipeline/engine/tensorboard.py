@@ -22,11 +22,12 @@ JUDGED_BY = ("train/loss", "heldout/mlm_loss", "heldout/mask_gain", "scores/accu
 
 
 class Board:
-    """Writes one attempt's scalars into a stage's folder; ``tensorboard --logdir RUN`` shows the stage as one run.
+    """Writes one attempt's scalars into a stage's ``folder``; ``tensorboard --logdir RUN`` shows the stage as one run.
 
     TensorBoard reads the files of a folder as one run in order of their names. Each attempt's file begins with
     SessionLog.START at its first step, at which readers drop what earlier attempts wrote from there on, so a curve
     goes on over attempts and shows each step once (tensorboard's EventAccumulator, ``_CheckForRestartAndMaybePurge``).
+    It goes on from ``after_step``; ``settings`` are the hyper-parameters.
     The library is imported here, before the first step; the file appears with the first figures. What goes wrong is
     said once through ``warn``, and nothing is written from then on.
     """
@@ -39,9 +40,6 @@ class Board:
         settings: Mapping[str, Any] | None = None,
         warn: Callable[[str], None] = print,
     ) -> None:
-        """``folder`` is the stage's, ``after_step`` the step that this attempt continues from, ``settings`` the
-        hyper-parameters.
-        """
         self.folder, self.after_step, self.warn = folder, after_step, warn
         self.settings = dict(_flat(settings or {}))
         self.file: io.FileIO | None = None

@@ -117,7 +117,6 @@ class Sampler:
         self._write()
 
     def _watch(self, index: int) -> None:
-        """Read one GPU again and again until the end."""
         from pipeline.monitor import nvml
 
         self._asked[index] = time.monotonic()
@@ -125,7 +124,8 @@ class Sampler:
             gpu = nvml.Gpu(index)
         except nvml.NvmlFault as fault:
             self._asked.pop(index)
-            self._judge(index, health.of_code(fault.code) or [_not_sampled(fault.code)])
+            unread = Finding("not sampled", "warn", f"is not sampled: {health.RETURN_CODES[fault.code][1]}")
+            self._judge(index, health.of_code(fault.code) or [unread])
             return
         self._uuids[index] = gpu.uuid
         before: dict[str, Any] = {}
@@ -156,9 +156,7 @@ class Sampler:
         for finding in findings:
             uuid = self._uuids.get(index, "")
             facts: dict[str, Any] = {
-                "stage": self._labels.get("stage"),
-                "attempt": self._labels.get("attempt"),
-                "node": self._node,
+                **self._labels,
                 "gpu": index,
                 "uuid": uuid,
                 "verdict": finding.verdict,
@@ -205,7 +203,3 @@ class Sampler:
         except OSError as error:
             self._writable = False
             self._say_once(f"GPU samples of {self._node} end here: {error.strerror}: {path}")
-
-
-def _not_sampled(code: int) -> Finding:
-    return Finding("not sampled", "warn", f"is not sampled: {health.RETURN_CODES[code][1]}")

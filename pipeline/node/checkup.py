@@ -5,7 +5,6 @@ Started again, it says so and then counts how long it lives after SIGTERM. What 
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import os
 import shutil
@@ -14,7 +13,6 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -123,39 +121,30 @@ def network(folder: Path, place: Topology) -> dict[str, Any]:
     backend, began = "nccl" if torch.cuda.is_available() else "gloo", time.perf_counter()
     if backend == "nccl":
         torch.cuda.set_device(place.local_rank)
-    with group(backend):
-        formed_s = time.perf_counter() - began
-        device = "cuda" if backend == "nccl" else "cpu"
-        many = torch.ones(REDUCE_MB[backend] * 250_000, device=device)
-        times_s = []
-        for _ in range(TIMES):
-            dist.barrier()
-            began = time.perf_counter()
-            dist.all_reduce(many)
-            many /= place.world_size
-            float(many[0])  # waits for the GPU
-            times_s.append(time.perf_counter() - began)
-        if not bool((many == 1).all()):
-            raise ValueError("an all-reduce of ones is not the number of ranks")
-        publish_json(folder / f"shown-{place.rank}.json", {})
+    dist.init_process_group(backend, timeout=datetime.timedelta(seconds=PATIENCE_S))
+    formed_s = time.perf_counter() - began
+    many = torch.ones(REDUCE_MB[backend] * 250_000, device="cuda" if backend == "nccl" else "cpu")
+    times_s = []
+    for _ in range(TIMES):
         dist.barrier()
-        began, peer = time.perf_counter(), folder / f"shown-{(place.rank + 1) % place.world_size}.json"
-        while not peer.exists() and time.perf_counter() - began < PATIENCE_S:
-            time.sleep(0.05)
-        seen_s = time.perf_counter() - began
-        dist.barrier()
+        began = time.perf_counter()
+        dist.all_reduce(many)
+        many /= place.world_size
+        float(many[0])  # waits for the GPU
+        times_s.append(time.perf_counter() - began)
+    if not bool((many == 1).all()):
+        raise ValueError("an all-reduce of ones is not the number of ranks")
+    publish_json(folder / f"shown-{place.rank}.json", {})
+    dist.barrier()
+    began, peer = time.perf_counter(), folder / f"shown-{(place.rank + 1) % place.world_size}.json"
+    while not peer.exists() and time.perf_counter() - began < PATIENCE_S:
+        time.sleep(0.05)
+    seen_s = time.perf_counter() - began
+    dist.barrier()
+    dist.destroy_process_group()
     ring = 2 * (place.world_size - 1) / place.world_size
     rate = ring * many.numel() * 4 / 1e9 / min(times_s)
     return {"backend": backend, "formed_s": formed_s, "gb_s": rate, "seen_s": seen_s}
-
-
-@contextlib.contextmanager
-def group(backend: str) -> Iterator[None]:
-    import torch.distributed as dist
-
-    dist.init_process_group(backend, timeout=datetime.timedelta(seconds=PATIENCE_S))
-    yield
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

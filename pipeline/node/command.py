@@ -43,7 +43,7 @@ def run(job: Job, *, command: Sequence[str], saves: str) -> dict[str, Any]:
     with started(job, command) as process:
         while (code := process.poll()) is None:
             time.sleep(LOOK_S)
-            if job.stop.reason and not is_told:
+            if job.stop.asked() and not is_told:
                 is_told = True
                 process.terminate()
             if job.rank == 0 and time.monotonic() - looked > SETTLE_S:
@@ -53,7 +53,7 @@ def run(job: Job, *, command: Sequence[str], saves: str) -> dict[str, Any]:
                     verdict.made_progress()
     judge(job, code)
     (job.attempt.path / f"ended-{job.rank}").touch()
-    if not until(job.topology, "done", lambda: all_ended(job), math.inf, opens=2, asked=lambda: bool(job.stop.reason)):
+    if not until(job.topology, "done", lambda: all_ended(job), math.inf, opens=2, asked=job.stop.asked):
         judge(job, code)  # it may have been asked to stop meanwhile
         raise PeerLost(f"rank {job.rank}: its command ended with 0, another rank's did not")
     return {"command": list(command)}
@@ -63,7 +63,7 @@ def judge(job: Job, code: int) -> None:
     """Raise what the exit code of a command means; nothing for 0, unless it was asked to stop."""
     ended = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
     line = f"rank {job.rank} on {this_node()}: the command {ended}"
-    if job.stop.reason:
+    if job.stop.asked():
         raise StoppedCleanly(f"{line} after {job.stop.reason}", job.stop.cause)
     if code == StoppedCleanly.exit_code:
         raise StoppedCleanly(line)
@@ -77,7 +77,7 @@ def judge(job: Job, code: int) -> None:
 
 def all_ended(job: Job) -> bool | None:
     """Whether the commands of all ranks have ended with 0; None while it is not known."""
-    if job.attempt.verdict or job.stop.reason:
+    if job.attempt.verdict or job.stop.asked():
         return False
     if job.rank > 0:
         return True if job.run.stage(job.stage).done else None

@@ -125,9 +125,9 @@ def runs_on(capability: tuple[int, int], compiled: Iterable[str]) -> bool:
 
 def why_no_gpu(cuda: str | None, driver: str) -> str:
     """Why torch, built for ``cuda`` (None: for the CPU), sees no GPU beside ``driver`` ("" for none), what to do."""
+    fitting = next((major for major, oldest in DRIVERS.items() if _major(driver) >= oldest), 12)
     if cuda is None:
-        newest = next((major for major, least in DRIVERS.items() if _major(driver) >= least), 12)
-        return f"GPUs are allocated (driver {driver or 'unknown'}), but this torch is a CPU build; {_install(newest)}"
+        return f"GPUs are allocated (driver {driver or 'unknown'}), but this torch is a CPU build; {_install(fitting)}"
     if not driver:
         return (
             f"GPUs are allocated, but no NVIDIA driver answers to torch for CUDA {cuda}: a container needs --nv "
@@ -135,8 +135,7 @@ def why_no_gpu(cuda: str | None, driver: str) -> str:
         )
     least = DRIVERS.get(_major(cuda), 0)
     if _major(driver) < least:
-        older = next((major for major, oldest in DRIVERS.items() if _major(driver) >= oldest), 12)
-        return f"torch for CUDA {cuda} needs driver {least} or newer, this node has {driver}; {_install(older)}"
+        return f"torch for CUDA {cuda} needs driver {least} or newer, this node has {driver}; {_install(fitting)}"
     return (
         f"GPUs are allocated, but torch for CUDA {cuda} sees none with driver {driver}; look at CUDA_VISIBLE_DEVICES "
         f"({os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')}) and nvidia-smi"

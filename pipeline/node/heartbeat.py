@@ -6,10 +6,10 @@ import mmap
 import struct
 import threading
 import time
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 Where = Literal["starting", "working", "waiting"]
-PLACES: tuple[Where, ...] = ("starting", "working", "waiting")
+PLACES: tuple[Where, ...] = get_args(Where)
 FIELDS = struct.Struct("<dqqd")
 LIVENESS = struct.Struct("<d")  # behind the fields: another thread writes it
 LIVENESS_S = 1.0

@@ -87,7 +87,7 @@ class Job:
 
     def patiently(self, work: Callable[[], T]) -> T:
         """What ``work`` gives, once the file server is there, or this process is asked to stop."""
-        return patiently(work, self.warn, lambda: self.stop.reason is not None)
+        return patiently(work, self.warn, self.stop.asked)
 
     def say(self, line: str, share: float | None = None) -> None:
         """One line to rank 0's log and standard output; other ranks are silent. ``share`` of the work is done."""
@@ -97,7 +97,6 @@ class Job:
                 self.screen.show(f"  {self.stage}: {line}", share)
 
     def warn(self, line: str) -> None:
-        """One warning line from any rank."""
         self._log(f"warning (rank {self.rank}): {line}")
         with contextlib.suppress(OSError):
             print(f"  {self.stage}: warning (rank {self.rank}): {line}", file=sys.stderr, flush=True)

@@ -26,13 +26,17 @@ class StopRequest:
     warning_s: float = 0.0  # Slurm sends a signal so long before
     longest_step_s: float = 0.0
 
+    def asked(self) -> bool:
+        """Whether this process was asked to stop."""
+        return self.reason is not None
+
     def listen(self) -> None:
         """Note the first stop signal and go on working."""
 
         def note(number: int, frame: FrameType | None) -> None:
             name = signal.Signals(number).name
             warned = self.deadline is not None and time.time() > self.deadline - self.warning_s - EARLY_S
-            if self.reason is None:
+            if not self.asked():
                 self.reason = f"{name}, {self._left()}" if warned else name
                 self.cause = self.limit if warned else "signal"
 
@@ -43,7 +47,7 @@ class StopRequest:
         """Ask for a stop when one more step and a save (given as last measured) may not fit before the deadline."""
         self.longest_step_s = max(self.longest_step_s, step_s)
         needed_s = 2 * save_s + self.longest_step_s + RESERVE_S
-        if self.reason is None and self.deadline is not None and time.time() > self.deadline - needed_s:
+        if not self.asked() and self.deadline is not None and time.time() > self.deadline - needed_s:
             self.reason, self.cause = self._left(), self.limit
 
     def _left(self) -> str:

@@ -26,6 +26,7 @@ from pipeline.errors import Cause, exit_code_of
 from pipeline.monitor.sampler import Sampler
 from pipeline.node.bell import Bell, ring
 from pipeline.node.device import too_large
+from pipeline.node.heartbeat import Beat
 from pipeline.node.job import Job
 from pipeline.node.preempt import STOP_SIGNALS
 from slurm import verdict
@@ -135,8 +136,6 @@ def is_stopped(pid: int) -> bool:
 
 @contextlib.contextmanager
 def _forwarding(pid: int) -> Iterator[None]:
-    """Hand stop signals on to the child."""
-
     def forward(number: int, frame: FrameType | None) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
@@ -157,11 +156,7 @@ def _gpus_watched(job: Job) -> Iterator[list[Facts]]:
     if job.topology.local_rank != 0:
         yield unfit
         return
-    labels: dict[str, str | int] = {
-        "stage": job.stage,
-        "attempt": job.attempt.number,
-        "node": socket.gethostname(),
-    }
+    labels: dict[str, str | int] = {"stage": job.stage, "attempt": job.attempt.number, "node": socket.gethostname()}
 
     def warn(line: str, facts: Facts) -> None:
         job.warn(line)
@@ -245,17 +240,17 @@ class Watch:
         elif self.unfit:
             self._stop_for_gpu(now)
         elif beat.where != "waiting" and still_s > limit_s(beat.where, beat.longest_s):
-            self._hung(still_s, beat.where, beat.step, now)
+            self._hung(still_s, beat, now)
         elif beat.where != "working" and (silent_s := now - max(beat.alive_s, resumed)) > HANG_S:
-            self._hung(silent_s, beat.where, beat.step, now)
+            self._hung(silent_s, beat, now)
         elif beat.where != "working" and still_s > PEERS_DUMP_S - LOOK_S:
             self._ask_peers(beat.where, now)
 
-    def _hung(self, still_s: float, where: str, step: int, now: float) -> None:
+    def _hung(self, still_s: float, beat: Beat, now: float) -> None:
         """This rank is the one that hangs: say so, give the peers time to keep their stacks, and end it."""
         line = (
-            f"rank {self.job.rank} on {self.host} hung: no sign of life for {still_s:.0f} s while {where}, after step "
-            f"{step}; the stacks of all ranks are in attempts/{self.job.attempt.path.name}/stacks.txt"
+            f"rank {self.job.rank} on {self.host} hung: no sign of life for {still_s:.0f} s while {beat.where}, after "
+            f"step {beat.step}; the stacks of all ranks are in attempts/{self.job.attempt.path.name}/stacks.txt"
         )
         self._decide(76, line, "hang")
         self.leave_by = now + PEERS_DUMP_S

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from pipeline.report.facts import Facts
-from pipeline.report.learnt import context_in_words
-from pipeline.report.scores import beside_baselines, dataset
+from pipeline.report.learnt import context_in_words, dataset
+from pipeline.report.scores import beside_baselines
 from pipeline.words import is_number, number, percent, visible, with_error
 
 USAGE = """from transformers import pipeline
@@ -41,7 +41,7 @@ BERT of {number(exported.get("parameters"))} parameters: {model.num_hidden_layer
 
 ## What it has learnt
 
-{learnt(facts)}
+{context_in_words(facts.figures(phase)) if (phase := facts.evaluated) else "It has not been evaluated."}
 
 ## Held-out figures
 
@@ -70,11 +70,6 @@ Licences of the texts:
 
 def bullets(lines: Iterable[str], none: str) -> str:
     return "\n".join(f"* {visible(line)}" for line in lines) or none
-
-
-def learnt(facts: Facts) -> str:
-    phase = facts.evaluated
-    return context_in_words(facts.figures(phase)) if phase else "It has not been evaluated."
 
 
 def figures(facts: Facts) -> str:
@@ -113,5 +108,4 @@ def training(facts: Facts) -> str:
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table."""
     return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from pipeline.report.page import Html, tag
+from pipeline.report.page import Html, svg, tag
 
 Point = tuple[float, float]
 Look = Literal["main", "fine", "thin", "second", "third", "fourth", "fifth", "level"]
@@ -139,7 +139,6 @@ def thin(points: Sequence[Point], low: float, high: float, buckets: int) -> list
 
 
 def drawable(point: Point) -> bool:
-    """Whether both values are finite and small enough to compute with."""
     return all(abs(value) <= LARGEST for value in point)
 
 
@@ -152,16 +151,12 @@ def draw(chart: Chart, *, key: str, width: int = 460, height: int = 250) -> Html
     dropped = sum(len(line.points) for line in chart.lines) - sum(len(line.points) for line in lines)
     lines = [line for line in lines if line.points]
     missing = f"{dropped} value{'s are' if dropped > 1 else ' is'} not finite and not drawn" if dropped else ""
-    frame = tag("title", chart.title, id=f"{key}-title") + tag("desc", describe(lines, missing), id=f"{key}-desc")
     if lines:
         body = _plot(chart, lines, missing, width, height)
     else:
-        body = tag(
-            "text", f"no values{': ' + missing if missing else ''}", x=width / 2, y=height / 2, text_anchor="middle"
-        )
-    return tag(
-        "svg", Html(frame), body, viewBox=f"0 0 {width} {height}", role="img", aria_labelledby=f"{key}-title {key}-desc"
-    )
+        why = f"no values{': ' + missing if missing else ''}"
+        body = tag("text", why, x=width / 2, y=height / 2, text_anchor="middle")
+    return svg(key, chart.title, describe(lines, missing), body, width=width, height=height)
 
 
 def strips(
@@ -191,9 +186,7 @@ def strips(
         pieces.append(_segment("main", frame.across(mean), y - 9, frame.across(mean), y + 9))
         pieces += [tag("circle", tag("title", f"{value:.4g}"), class_="second", cx=frame.across(value), cy=y, r=3.2)
                    for value in values]  # fmt: skip
-    described = tag("title", title, id=f"{key}-title") + tag("desc", " ".join(words), id=f"{key}-desc")
-    return tag("svg", Html(described), *pieces, viewBox=f"0 0 {width} {height}", role="img",
-               aria_labelledby=f"{key}-title {key}-desc")  # fmt: skip
+    return svg(key, title, " ".join(words), *pieces, width=width, height=height)
 
 
 def describe(lines: Sequence[Line], missing: str) -> str:

@@ -16,8 +16,9 @@ from pipeline.report import chart, page
 from pipeline.report.chart import Chart, Line, Look
 from pipeline.report.curves import Phase, Ruler
 from pipeline.report.facts import Facts, gather
+from pipeline.report.learnt import dataset
 from pipeline.report.page import Html, document, note, section, table, tag
-from pipeline.report.scores import dataset, metric_name
+from pipeline.report.scores import metric_name
 from pipeline.run.chain import Chain
 from pipeline.run.files import read_json
 from pipeline.run.rundir import RunDir, StageDir
@@ -55,8 +56,7 @@ def sides_of(paths: Sequence[Path]) -> tuple[list[Side], list[str]]:
     """
     all_facts = [gather(run, held=run.is_held()) for run in map(RunDir, paths)]
     if len(all_facts) > 1:
-        names = [str(path) for path in paths]
-        return [of_run(facts, name) for facts, name in zip(all_facts, names, strict=True)], []
+        return [of_run(facts, str(path)) for facts, path in zip(all_facts, paths, strict=True)], []
     (facts,) = all_facts
     older, changes = of_old(facts.chain)
     if not older:
@@ -66,12 +66,12 @@ def sides_of(paths: Sequence[Path]) -> tuple[list[Side], list[str]]:
 
 def of_run(facts: Facts, name: str) -> Side:
     settings = facts.settings
-    corpora = {f"data {key}": str((value or {}).get("digest")) for key, value in settings["corpora"].items()}
+    corpora = {f"data {name}": str(known.get("digest")) for name, known in settings["corpora"].items()}
     code = {"code commit": str(settings.get("commit")), "code digest": str(settings.get("code", "not recorded"))[:12]}
     versions = {f"code {key}": str(value) for key, value in (settings.get("versions") or {}).items()}
     site = {"site nodes": str(facts.nodes), **flat("site", settings["profile"])}
     values = {**flat("recipe", table_of(facts.recipe)), **corpora, **code, **versions, **site}
-    measures = dict(phase_measures(facts.phases))
+    measures = {name: [value] for name, value in phase_measures(facts.phases, FIGURES)}
     for result in facts.scores.values():
         measures |= score_measures(result)
     return Side(name, values, facts.phases, measures)
@@ -90,7 +90,8 @@ def of_old(chain: Chain) -> tuple[list[Side], list[str]]:
         config, own = record.get("config", {}), []
         if "phase" in config:
             own = [Phase.read(name, restore(PhaseConfig, config["phase"], str(path)), folder)]
-        if figures := {**dict(phase_measures(own)), **score_measures(read_json(path / "scores.json") or {})}:
+        held_out = {measure: [value] for measure, value in phase_measures(own, FIGURES)}
+        if figures := {**held_out, **score_measures(read_json(path / "scores.json") or {})}:
             measures.setdefault(number, {}).update(figures)
             phases.setdefault(number, []).extend(own)
             lines = chain.stages[name].changes(record, chain.prints, chain.corpora)
@@ -106,11 +107,12 @@ def flat(prefix: str, value: Any) -> dict[str, str]:
     return {k: v for key, item in value.items() for k, v in flat(f"{prefix}{joint}{key}", item).items()}
 
 
-def phase_measures(phases: Iterable[Phase]) -> Iterator[tuple[str, list[float]]]:
+def phase_measures(phases: Iterable[Phase], figures: Mapping[str, str]) -> Iterator[tuple[str, float]]:
+    """What phases ended with, of ``figures`` (words and key in the metrics) those that they have."""
     for phase in phases:
-        for name, key in FIGURES.items():
+        for name, key in figures.items():
             if is_number(value := phase.last(key)):
-                yield f"{phase.name} {name}", [float(value)]
+                yield f"{phase.name} {name}", float(value)
 
 
 def score_measures(result: Mapping[str, Any]) -> dict[str, list[float]]:

@@ -42,13 +42,8 @@ class Phase:
 
     @classmethod
     def read(cls, name: str, config: PhaseConfig, folder: StageDir) -> Phase:
-        """From the stage's folder; a damaged metrics file becomes a ``fault``, not an exception."""
-        lines: Metrics = []
-        fault = ""
-        try:
-            lines = [line for line in folder.metrics() if is_number(line["step"])]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            fault = f"metrics.jsonl of {name} cannot be read ({type(error).__name__}: {error}), so there are no curves."
+        """From the stage's folder."""
+        lines, fault = metrics_of(name, folder)
         return cls(
             name,
             config,
@@ -73,14 +68,27 @@ class Phase:
         return float(max((line["step"] for line in [*self.steps, *self.evaluations]), default=0))
 
     def median(self, key: str) -> float | None:
-        values = [line[key] for line in self.steps if is_number(line.get(key))]
-        return statistics.median(values) if values else None
+        return median_of(self.steps, key)
 
     @property
     def tokens_per_step(self) -> float | None:
         """Tokens without padding that a step takes on average, by the two throughputs."""
         tokens, sequences = self.median("tokens_per_s"), self.median("sequences_per_s")
         return self.config.global_batch * tokens / sequences if tokens and sequences else None
+
+
+def metrics_of(name: str, folder: StageDir) -> tuple[Metrics, str]:
+    """A stage's metric lines; a damaged file becomes a fault in words, not an exception."""
+    try:
+        return [line for line in folder.metrics() if is_number(line["step"])], ""
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        why = f"{type(error).__name__}: {error}"
+        return [], f"metrics.jsonl of {name} cannot be read ({why}), so there are no curves."
+
+
+def median_of(lines: Metrics, key: str) -> float | None:
+    values = [line[key] for line in lines if is_number(line.get(key))]
+    return statistics.median(values) if values else None
 
 
 def _start(attempt: Attempt) -> Start:
@@ -117,7 +125,6 @@ def phase_part(phase: Phase, remark: str) -> Html:
 
 
 def summary(phase: Phase) -> str:
-    """The phase in one or two sentences."""
     parts = []
     if (step := phase.last("step")) is not None:
         text = f"{number(step)} of {phase.config.steps:,} steps, {number(step * phase.config.global_batch)} samples. "
@@ -176,16 +183,12 @@ class Ruler:
         """A chart of ``lines``, marked where phases and attempts begin."""
         marks = [(start, phase.name) for phase, start, _ in self.places if start]
         marks += [
-            (start + step * length, f"attempt {number}")
+            (start + again.from_step * length, f"attempt {again.number}")
             for phase, start, length in self.places
-            for step, number in _restarts(phase)
+            for again in phase.starts[1:]
+            if again.from_step is not None
         ]
         return Chart(title, self.label, unit, lines, marks, from_zero=from_zero, until=self.until)
-
-
-def _restarts(phase: Phase) -> list[tuple[float, int]]:
-    """Step and number of the attempts after the first."""
-    return [(float(start.from_step), start.number) for start in phase.starts[1:] if start.from_step is not None]
 
 
 def charts(phases: Sequence[Phase]) -> Html | None:
@@ -252,11 +255,13 @@ def loss_chart(title: str, ruler: Ruler) -> Chart:
     last = ruler.places[-1][0]
     mlm = "mlm_loss" if last.last("mlm_loss") is not None else "loss"
     level, name = level_of(last.evaluations[-1] if last.evaluations else {})
+    heldout = last.last("eval_mlm_loss")
+    at_the_end = f" {heldout:.3f}" if is_number(heldout) else ""
     return ruler.chart(
         title,
         "nats per masked token",
         Line("training MLM loss" if mlm == "mlm_loss" else "training loss", ruler.points(mlm), "thin"),
-        Line(_with_last("held-out MLM loss", last, "eval_mlm_loss"), ruler.points("eval_mlm_loss"), "main", dots=True),
+        Line(f"held-out MLM loss{at_the_end}", ruler.points("eval_mlm_loss"), "main", dots=True),
         Line(f"{name} {number(level, 4)}", ruler.levels(lambda line: level_of(line)[0]), "level"),
         from_zero=False,
     )
@@ -290,11 +295,6 @@ def _points(lines: Metrics, key: str, scale: float = 1.0) -> list[Point]:
         for line in lines
         if is_number(line.get(key)) or isinstance(line.get(key), float)  # NaN too: the chart counts what it leaves out
     ]
-
-
-def _with_last(name: str, phase: Phase, key: str) -> str:
-    value = phase.last(key)
-    return f"{name} {value:.3f}" if is_number(value) else name
 
 
 def _with_share(name: str, phases: Sequence[Phase], key: str) -> str:

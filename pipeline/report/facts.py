@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from pipeline.config import TASKS, Recipe, restore
-from pipeline.report.curves import Metrics, Phase
+from pipeline.report.curves import Metrics, Phase, metrics_of
 from pipeline.run import account, gpu_samples
 from pipeline.run.account import RunAccount
 from pipeline.run.chain import Chain
@@ -24,8 +23,6 @@ from slurm.profile import Profile
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """All that a report says, read from the run's files."""
-
     chain: Chain
     settings: Mapping[str, Any]
     recipe: Recipe
@@ -40,7 +37,6 @@ class Facts:
     events: list[dict[str, Any]]
     account: RunAccount | None
     gpus: GpuSamples | None
-    throughput: dict[str, float | None]  # median sequences/s of training, by stage
 
     @property
     def name(self) -> str:
@@ -56,14 +52,15 @@ class Facts:
         evaluated = [phase for phase in self.phases if is_number(phase.last("eval_mlm_loss"))]
         return evaluated[-1] if evaluated else None
 
+    def worlds(self, stage: str) -> list[int]:
+        """The numbers of ranks that a stage was started with, each once."""
+        events = [event for event in self.events if (event.get("event"), event.get("stage")) == ("started", stage)]
+        return list(dict.fromkeys(event["world_size"] for event in events if event.get("world_size", 0) > 0))
+
     def training_s(self, stage: str) -> float | None:
         """Seconds of a finished stage's training steps, their data included; no start-up, evaluation or checkpoint."""
         known = self.account.stages.get(stage) if self.account else None
         return sum(known.parts[part] for part in account.TRAINING) if known and stage in self.made else None
-
-    def rate_of(self, task: str, stage: str) -> float | None:
-        """Median training sequences/s of one of a task's stages."""
-        return median_rate({stage: self.tuning.get(task, {}).get(stage, [])})
 
     def figures(self, phase: Phase) -> dict[str, Any]:
         """The phase's last held-out figures, with what only its end has measured."""
@@ -81,9 +78,11 @@ def gather(run: RunDir, *, held: bool) -> Facts:
     results = {name: (folder.done or {}).get("result") for name, folder in done.items()}
     scores = scores_of(done, {name: name for name in TASKS})
     phases = [Phase.read(name, phase, run.stage(name)) for name, phase in recipe.phases.items()]
-    throughput = {phase.name: phase.median("sequences_per_s") for phase in phases}
-    tuning = {task: {name: steps_of(run, name) for name in stages_of_task(chain, task)} for task in TASKS}
-    throughput |= {task: median_rate(lines) for task, lines in tuning.items() if task in done}
+    tuning: dict[str, dict[str, Metrics]] = {}
+    for name, stage in chain.stages.items():
+        if "task" in stage.config and stage.width == "ranks":  # a task's own stage, or one for each seed
+            steps = [line for line in metrics_of(name, run.stage(name))[0] if "loss" in line]
+            tuning.setdefault(stage.config["task"], {})[name] = steps
     events, live = events_of(run), [row["name"] for row in rows if row["state"] == "running"]
     return Facts(
         chain=chain,
@@ -100,7 +99,6 @@ def gather(run: RunDir, *, held: bool) -> Facts:
         events=events,
         account=account.read(run, chain.stages, events, live, time.time()),
         gpus=gpu_samples.read(run, names),
-        throughput=throughput,
     )
 
 
@@ -114,24 +112,3 @@ def scores_of(done: Mapping[str, StageDir], stages: Mapping[str, str]) -> dict[s
     """By task what ``stages`` that are done have scored."""
     records = {task: read_json(done[name].path / "scores.json") or {} for task, name in stages.items() if name in done}
     return {task: record for task, record in records.items() if isinstance(record.get("scores"), dict)}
-
-
-def stages_of_task(chain: Chain, task: str) -> list[str]:
-    """The stages that train a task: its own, or one for each seed."""
-    trains = (name for name, stage in chain.stages.items() if stage.config.get("task") == task)
-    return [name for name in trains if chain.stages[name].width == "ranks"]
-
-
-def steps_of(run: RunDir, name: str) -> Metrics:
-    """The lines of a stage's training steps; none where its files tell none."""
-    try:
-        return [line for line in run.stage(name).metrics() if "loss" in line and is_number(line["step"])]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
-
-
-def median_rate(stages: Mapping[str, Metrics]) -> float | None:
-    """Median training sequences/s of a task; None where its lines tell none."""
-    rates = [line.get("sequences_per_s") for lines in stages.values() for line in lines]
-    known = [rate for rate in rates if is_number(rate)]
-    return statistics.median(known) if known else None

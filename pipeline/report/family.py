@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from pipeline.report import chart, page
 from pipeline.report.chart import strips
-from pipeline.report.compare import curves, of_run, score_measures
+from pipeline.report.compare import curves, of_run, phase_measures, score_measures
 from pipeline.report.facts import Facts
 from pipeline.report.page import Html, document, note, section, table, tag
 from pipeline.report.sections import badge
-from pipeline.words import is_number, moment
+from pipeline.words import moment
 
 SPREAD: Mapping[str, Callable[[Sequence[float]], float]] = {
     "mean": statistics.fmean, "deviation": statistics.stdev, "maximum": max,
@@ -51,10 +51,7 @@ def seeds_page(name: str, seeds: Sequence[tuple[Facts, str]], now: float) -> str
 def figures_of(facts: Facts) -> Iterator[tuple[str, float]]:
     """Final and held-out loss of each phase that is done, and the scores of the tasks, several seeds as their mean."""
     done = [phase for phase in facts.phases if phase.name in facts.results]
-    for phase in done:
-        for name, key in (("final loss", "loss"), ("held-out MLM loss", "eval_mlm_loss")):
-            if is_number(value := phase.last(key)):
-                yield f"{phase.name} {name}", float(value)
+    yield from phase_measures(done, {"final loss": "loss", "held-out MLM loss": "eval_mlm_loss"})
     for record in facts.scores.values():
         for name, values in score_measures(record).items():
             yield name, statistics.fmean(values)

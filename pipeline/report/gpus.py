@@ -72,14 +72,11 @@ def beside_others(facts: Facts, rank: int, host: str) -> str:
 
 def errors_of(gpu: Gpu) -> str:
     """Errors that a GPU's samples tell of; empty when there are none."""
-    parts = [f"Xid {number(xid)} ({_times(count)})" for xid, count in sorted(gpu.xids.items())]
+    parts = [f"Xid {number(xid)} ({'once' if count == 1 else f'{number(count)} times'})"
+             for xid, count in sorted(gpu.xids.items())]  # fmt: skip
     if gpu.uncorrected:
         parts.append(f"{number(round(gpu.uncorrected))} new uncorrectable memory errors")
     return f"{gpu.label}: {', '.join(parts)}." if parts else ""
-
-
-def _times(count: int) -> str:
-    return "once" if count == 1 else f"{number(count)} times"
 
 
 def gpu_section(facts: Facts) -> Html:

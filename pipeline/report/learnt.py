@@ -9,23 +9,17 @@ from typing import Any
 from pipeline.words import is_number
 
 
-def uses_context(figures: Mapping[str, Any]) -> bool | None:
-    """Whether the model predicts hidden words better than word counts, and loses most of it when their order goes.
-
-    ``figures`` are those of `pipeline.pretrain.evaluate.evaluate`, with ``shuffled_mask_gain`` once a phase is done.
-    None where that was not measured.
-    """
-    gain, error, control = (figures.get(key) for key in ("eval_mask_gain", "eval_mask_gain_se", "shuffled_mask_gain"))
-    if not (is_number(gain) and is_number(error)):
-        return None
-    if gain <= 3 * error:
-        return False
-    return bool(control <= gain / 2) if is_number(control) else None
+def gain_of(figures: Mapping[str, Any]) -> tuple[Any, Any, Any]:
+    """Of hidden words the gain over word counts, its standard error, and the gain with the words around shuffled."""
+    return figures.get("eval_mask_gain"), figures.get("eval_mask_gain_se"), figures.get("shuffled_mask_gain")
 
 
 def context_in_words(figures: Mapping[str, Any]) -> str:
-    """`uses_context` with its figures."""
-    gain, error, control = (figures.get(key) for key in ("eval_mask_gain", "eval_mask_gain_se", "shuffled_mask_gain"))
+    """Whether the model predicts hidden words better than word counts, and loses most of it when their order goes.
+
+    ``figures`` are those of `pipeline.pretrain.evaluate.evaluate`, with ``shuffled_mask_gain`` once a phase is done.
+    """
+    gain, error, control = gain_of(figures)
     if not (is_number(gain) and is_number(error)):
         return "Whether the model uses context was not measured."
     than = f"nats {'better' if gain >= 0 else 'worse'} than word counts"
@@ -35,9 +29,14 @@ def context_in_words(figures: Mapping[str, Any]) -> str:
     if not is_number(control):
         return f"Of hidden words: {better}; the control, the same words in random order, comes at the end of the phase."
     left = f"{control:.2f} with the words around in random order"
-    if uses_context(figures):
+    if control <= gain / 2:
         return f"The model uses context: {better}, and only {left}."
     return f"The model knows which words occur together, hardly their order: {better}, and still {left}."
+
+
+def dataset(scores: Mapping[str, Any]) -> str:
+    """The name that a task's data go by; the stage's name says nothing about them."""
+    return str(scores.get("dataset") or "data set without a name")
 
 
 def worth_in_words(scores: Mapping[str, Any], scratch: Mapping[str, Any]) -> str:
@@ -46,7 +45,7 @@ def worth_in_words(scores: Mapping[str, Any], scratch: Mapping[str, Any]) -> str
     The error of a difference is that of two independent shares of the examples; twice it is called no difference.
     """
     metric, count = str(scores.get("ranked_by")), scores.get("examples")
-    name = str(scores.get("dataset") or "data set without a name")
+    name = dataset(scores)
     with_, without = ((record.get("scores") or {}).get(metric) for record in (scores, scratch))
     if not (is_number(with_) and is_number(without) and is_number(count) and count):
         return f"{name}: what pretraining is worth was not measured."

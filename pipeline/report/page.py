@@ -37,7 +37,6 @@ def tag(name: str, /, *children: Any, **attributes: Any) -> Html:
 
 
 def join(*children: Any) -> Html:
-    """Children one after the other."""
     return Html("".join(text(child) for child in children if child is not None))
 
 
@@ -69,6 +68,13 @@ def table(head: Sequence[Any], rows: Iterable[Sequence[Any]], *, numeric: Sequen
     return tag("div", tag("table", header, body, class_=class_ or None), class_="scroll")
 
 
+def svg(key: str, title: str, words: str, *pieces: Html, width: int, height: int, **more: Any) -> Html:
+    """A drawing with its title, and described in ``words``; ``key`` makes its ids unique in the page."""
+    named = tag("title", title, id=f"{key}-title"), tag("desc", words, id=f"{key}-desc")
+    about = {"role": "img", "aria_labelledby": f"{key}-title {key}-desc"}
+    return tag("svg", *named, *pieces, viewBox=f"0 0 {width} {height}", **more, **about)
+
+
 class Section(Html):
     """A part of the page with a heading; ``heading`` and ``name`` are what the contents say of it and point to."""
 
@@ -90,7 +96,6 @@ def contents(parts: Iterable[Html | None]) -> Html:
 
 
 def folded(title: str, content: Html) -> Html:
-    """Something that opens when asked for."""
     return tag("details", tag("summary", title), content)
 
 

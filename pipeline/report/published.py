@@ -11,7 +11,7 @@ import functools
 import operator
 import statistics
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 from pipeline.batch import BatchPlan
 from pipeline.bert.config import shape_of
 from pipeline.config import Recipe
+from pipeline.report.curves import median_of
 from pipeline.report.facts import Facts
 from pipeline.words import is_number, number
 
@@ -236,7 +237,7 @@ def of_run(facts: Facts) -> Iterator[Value]:
         )
         batch = on(batch, facts, phase.name, machine, config.micro_batch)
         yield batch
-        if is_number(rate := facts.throughput.get(phase.name)):
+        if is_number(rate := phase.median("sequences_per_s")):
             yield replace(batch, metric="throughput", value=rate, lengths="real")
         equal = (config.seq_len, config.global_batch, config.steps) == SCHEDULE.get(phase.name) and not config.start
         if equal and phase.last("step") == config.steps:
@@ -244,15 +245,11 @@ def of_run(facts: Facts) -> Iterator[Value]:
     # All phases as the page has them: its whole training, loss and time.
     if len(finished) == len(SCHEDULE) == len(facts.phases):
         loss, took = facts.phases[-1].last("loss"), [facts.training_s(phase.name) for phase in facts.phases]
-        whole = replace(
-            batch,
-            measured="pretraining",
-            seq_len=joined(each.seq_len for each in finished),
-            nodes=joined(each.nodes for each in finished),
-            gpus_per_node=joined(each.gpus_per_node for each in finished),
-            micro_batch=joined(each.micro_batch for each in finished),
-            accumulation=joined(each.accumulation for each in finished),
-        )
+        by_phase: dict[str, Any] = {  # as 128+512; once what is the same in both
+            name: "+".join(dict.fromkeys(getattr(each, name) for each in finished))
+            for name in ("seq_len", "nodes", "gpus_per_node", "micro_batch", "accumulation")
+        }
+        whole = replace(batch, measured="pretraining", **by_phase)
         if is_number(loss):
             yield replace(whole, metric="final_loss", value=loss)
         if all(took):
@@ -264,19 +261,10 @@ def of_run(facts: Facts) -> Iterator[Value]:
     yield from of_inference(inference.get("rows"), str(inference.get("device")), facts.name)
 
 
-def joined(values: Iterable[str]) -> str:
-    """``128+512``; once what is the same in both phases."""
-    return "+".join(dict.fromkeys(values))
-
-
 def on(value: Value, facts: Facts, stage: str, machine: tuple[int, int, int], micro_batch: int) -> Value:
     """A whole batch with how it was shared on the nodes, GPUs and ranks of ``machine``."""
     nodes, gpus, ranks = machine
     plan = BatchPlan(int(value.value), micro_batch, ranks)
-    machine_used = facts.made.get(stage, {})
-    place = ", ".join(
-        f"{key} {machine_used[key]}" for key in ("device", "torch", "cuda", "driver") if machine_used.get(key)
-    )
     return replace(
         value,
         nodes=str(nodes),
@@ -284,8 +272,14 @@ def on(value: Value, facts: Facts, stage: str, machine: tuple[int, int, int], mi
         micro_batch=str(plan.micro_batch),
         accumulation=str(plan.accumulation),
         source=facts.name,
-        place=notes(facts.name, place.removeprefix("device ")),
+        place=notes(facts.name, in_words(facts.made.get(stage, {}))),
     )
+
+
+def in_words(machine: Mapping[str, Any]) -> str:
+    """Device and versions of what measured: ``NVIDIA H100, torch 2.9, cuda 13.0``."""
+    known = {key: str(machine[key]) for key in ("device", "torch", "cuda", "driver") if machine.get(key)}
+    return ", ".join(value if key == "device" else f"{key} {value}" for key, value in known.items())
 
 
 def of_task(task: str, record: Mapping[str, Any], facts: Facts) -> Iterator[Value]:
@@ -302,7 +296,7 @@ def of_task(task: str, record: Mapping[str, Any], facts: Facts) -> Iterator[Valu
         for metric, value in {**scores, "time_to_train": facts.training_s(name)}.items():
             if is_number(value) and value > 0:
                 yield replace(known, metric=metric, value=value)
-        if is_number(rate := facts.rate_of(task, name)):
+        if is_number(rate := median_of(facts.tuning.get(task, {}).get(name, []), "sequences_per_s")):
             yield replace(known, metric="throughput", value=rate, lengths="real")
 
 
@@ -339,10 +333,10 @@ def of_bench(row: Mapping[str, Any], place: str, source: str) -> Iterator[Value]
 
 def machine_of(facts: Facts, stage: str) -> tuple[int, int, int] | None:
     """Nodes, GPUs of each and ranks that a stage ran on; None where it ran on different ones."""
-    worlds = {event.get("world_size") for event in facts.events
-              if event.get("event") == "started" and event.get("stage") == stage}  # fmt: skip
-    if len(worlds) != 1 or not isinstance(ranks := worlds.pop(), int) or ranks < 1:
+    worlds = facts.worlds(stage)
+    if len(worlds) != 1:
         return None
+    ranks = worlds[0]
     each = facts.profile.gpus_per_node or ranks
     return max(1, ranks // each), min(ranks, each), ranks
 

@@ -20,9 +20,9 @@ from pipeline.report.curves import level_of, training_section
 from pipeline.report.facts import Facts, gather
 from pipeline.report.family import seeds_page
 from pipeline.report.gpus import gpu_section, incident_section
-from pipeline.report.learnt import context_in_words
+from pipeline.report.learnt import context_in_words, dataset, gain_of
 from pipeline.report.page import Html, document, note, table, tag
-from pipeline.report.scores import beside_baselines, dataset, inference_section, score_section
+from pipeline.report.scores import beside_baselines, inference_section, score_section
 from pipeline.report.sections import (
     badge,
     data_section,
@@ -71,7 +71,6 @@ def run(job: Job) -> dict[str, Any]:
 
 
 def render(facts: Facts) -> str:
-    """The report as one HTML document."""
     body = [
         score_section(facts),
         training_section(facts.phases, lambda name: remark(facts, name)),
@@ -157,9 +156,7 @@ def tiles(facts: Facts) -> Html | None:
     if phase is None:
         return None
     figures = facts.figures(phase)
-    loss, gain, error, control = (
-        figures.get(key) for key in ("eval_mlm_loss", "eval_mask_gain", "eval_mask_gain_se", "shuffled_mask_gain")
-    )
+    gain, error, control = gain_of(figures)
     level, name = level_of(figures)
     margin = f"{name}: {level:.3f}" if is_number(level) else f"{name} not known"
     tiles = [
@@ -168,7 +165,7 @@ def tiles(facts: Facts) -> Html | None:
             with_error(gain, error),
             f"nats; words around shuffled: {control:.2f}" if is_number(control) else "nats per hidden word",
         ),
-        ("Held-out MLM loss", with_error(loss, figures.get("eval_mlm_loss_se"), 3), margin),
+        ("Held-out MLM loss", with_error(figures.get("eval_mlm_loss"), figures.get("eval_mlm_loss_se"), 3), margin),
         beside("Accuracy at [MASK]", figures, "eval_mask_accuracy", "unigram_mask_accuracy", "most frequent word"),
         ("Real tokens per second", number(phase.median("tokens_per_s")), f"median of {phase.name}"),
         ("Time in all", duration(facts.account.chain.wall_s) if facts.account else "–", "from submission to end"),
@@ -200,9 +197,7 @@ def phase_table(facts: Facts) -> Html | None:
     for phase in facts.phases:
         if phase.evaluations:
             figures = facts.figures(phase)
-            gain, error, control = (
-                figures.get(key) for key in ("eval_mask_gain", "eval_mask_gain_se", "shuffled_mask_gain")
-            )
+            gain, error, control = gain_of(figures)
             rows.append((phase.name, number(phase.config.seq_len), number(figures["step"]), with_error(gain, error),
                          f"{control:.2f}" if is_number(control) else "–", percent(figures.get("eval_mask_accuracy")),
                          percent(figures["eval_nsp_accuracy"]) if "eval_nsp_accuracy" in figures else "–"))  # fmt: skip

@@ -8,16 +8,11 @@ from typing import Any
 from pipeline.report.chart import strips
 from pipeline.report.curves import tuning_charts
 from pipeline.report.facts import Facts
-from pipeline.report.learnt import worth_in_words
+from pipeline.report.learnt import dataset, worth_in_words
 from pipeline.report.page import Html, folded, join, note, section, table, tag
 from pipeline.words import is_number, number, spoken
 
 BASELINES = {"majority": "most frequent class", "bag_of_words": "bag of words"}
-
-
-def dataset(scores: Mapping[str, Any]) -> str:
-    """The name that a task's data go by; the stage's name says nothing about them."""
-    return str(scores.get("dataset") or "data set without a name")
 
 
 def metric_name(key: str) -> str:
@@ -29,12 +24,18 @@ def shown_scores(scores: Mapping[str, Any]) -> str:
     several = len(scores.get("seeds") or []) > 1
     values = scores.get("mean") if several else scores["scores"]
     spread = (scores.get("deviation") or {}) if several else {}
-    parts = []
-    for key, value in (values or {}).items():
-        text = f"{value:.2f}" if is_number(value) else number(value)
-        deviation = f" ± {spread[key]:.2f}" if is_number(spread.get(key)) else ""
-        parts.append(f"{metric_name(key)} {text}{deviation}\N{NO-BREAK SPACE}%")
-    return ", ".join(parts) or "not scored"
+    parts = [f"{metric_name(key)} {with_deviation(value, spread.get(key))}" for key, value in (values or {}).items()]
+    return ", ".join(f"{part}\N{NO-BREAK SPACE}%" for part in parts) or "not scored"
+
+
+def with_deviation(value: Any, deviation: Any) -> str:
+    text = f"{value:.2f}" if is_number(value) else number(value)
+    return f"{text} ± {deviation:.2f}" if is_number(deviation) else text
+
+
+def seeds_of(scores: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """What each of several seeds has scored."""
+    return [seed for seed in scores.get("seeds") or [] if isinstance(seed, Mapping)]
 
 
 def baseline(scores: Mapping[str, Any], name: str) -> str:
@@ -65,7 +66,7 @@ def score_section(facts: Facts) -> Html:
             shown_scores(facts.scratch[task]) if task in facts.scratch else "–",
             number(result.get("examples")),
             number(result.get("train_examples")),
-            ", ".join(number(s.get("seed")) for s in result.get("seeds") or [result] if isinstance(s, Mapping)),
+            ", ".join(number(seed.get("seed")) for seed in seeds_of(result) or [result]),
             number(result.get("epochs")),
         )
         for task, result in facts.scores.items()
@@ -92,18 +93,16 @@ def seed_table(facts: Facts) -> Html | None:
     """Every seed's score where a task was trained with several: the best alone would flatter."""
     rows = []
     for result in facts.scores.values():
-        seeds = [seed for seed in result.get("seeds") or [] if isinstance(seed, Mapping)]
+        seeds = seeds_of(result)
         means: Any = result.get("mean")
         for name, mean in means.items() if len(seeds) > 1 and isinstance(means, Mapping) else ():
             scores = [(seed.get("seed"), (seed.get("scores") or {}).get(name)) for seed in seeds]
             known = [(seed, value) for seed, value in scores if is_number(value)]
             if not known:
                 continue
-            spread = (result.get("deviation") or {}).get(name)
             each = ", ".join(f"{number(seed)}: {value:.2f}" for seed, value in known)
             best_seed, best = max(known, key=lambda pair: pair[1])
-            deviation = f" ± {spread:.2f}" if is_number(spread) else ""
-            text = f"{mean:.2f}{deviation}" if is_number(mean) else number(mean)
+            text = with_deviation(mean, (result.get("deviation") or {}).get(name))
             rows.append((dataset(result), metric_name(name), each, text, f"{best:.2f} (seed {number(best_seed)})"))
     head = ("Data set", "Metric", "Seed by seed, %", "Mean, %", "Best, %")
     return join(table(head, rows, numeric=(3, 4)), seed_spread(facts)) if rows else None
@@ -114,7 +113,7 @@ def seed_spread(facts: Facts) -> Html | None:
     drawn = []
     for result in facts.scores.values():
         key = str(result.get("ranked_by"))
-        scores = [(s.get("scores") or {}).get(key) for s in result.get("seeds") or [] if isinstance(s, Mapping)]
+        scores = [(seed.get("scores") or {}).get(key) for seed in seeds_of(result)]
         drawn.append((f"{dataset(result)}, {metric_name(key)}", [float(value) for value in scores if is_number(value)]))
     title = "Spread over seeds"
     if not any(len(values) > 1 for _, values in drawn):
@@ -157,7 +156,6 @@ def pivot(rows: Sequence[Mapping[str, Any]]) -> Html | None:
 
 
 def measurements(rows: Sequence[Mapping[str, Any]]) -> Html:
-    """Everything that was measured."""
     cells = []
     for row in rows:
         latency = row["latency_ms"] if isinstance(row.get("latency_ms"), Mapping) else {}

@@ -10,9 +10,10 @@ from typing import Any
 from pipeline.batch import BatchPlan
 from pipeline.bert.config import shape_of
 from pipeline.report.facts import Facts
+from pipeline.report.learnt import dataset
 from pipeline.report.page import Html, folded, join, note, section, table, tag
 from pipeline.report.published import LARGE, cells_of, definitions, is_ratio, of_run, other_model, published
-from pipeline.report.scores import dataset, shown_scores
+from pipeline.report.scores import shown_scores
 from pipeline.strict_toml import table_of
 from pipeline.words import duration, is_number, number, percent, size, spoken
 
@@ -124,7 +125,6 @@ def reasons_in_words(skipped: Any) -> str:
 
 
 def inputs_table(result: Mapping[str, Any]) -> Html | None:
-    """Every corpus by itself."""
     inputs = result.get("inputs")
     rows = [
         (
@@ -169,12 +169,7 @@ def plan_section(facts: Facts) -> Html:
     """How each step's global batch was shared: by the ranks that really started, else as planned."""
     rows = []
     for phase in facts.phases:
-        started = [
-            event.get("world_size")
-            for event in facts.events
-            if event.get("event") == "started" and event.get("stage") == phase.name
-        ]
-        worlds = dict.fromkeys(world for world in started if isinstance(world, int) and world > 0)
+        worlds = facts.worlds(phase.name)
         for world in worlds or [facts.profile.ranks(facts.nodes)]:
             config = phase.config
             plan = BatchPlan(config.global_batch, config.micro_batch or config.global_batch, world)
@@ -256,13 +251,8 @@ def origin_section(facts: Facts) -> Html:
         commit += ", with local changes (code.diff in the run)"
     versions = {"commit": commit, **(settings.get("versions") or {})}
     corpora = [
-        (
-            name,
-            size((facts_ or {}).get("bytes")),
-            number((facts_ or {}).get("files", 1)),
-            (facts_ or {}).get("digest", "–"),
-        )
-        for name, facts_ in (settings.get("corpora") or {}).items()
+        (name, size(known.get("bytes")), number(known.get("files", 1)), known.get("digest", "–"))
+        for name, known in (settings.get("corpora") or {}).items()
     ]
     blocks = [folded("Code and versions", table(("What", "Version"), versions.items()))]
     if corpora:

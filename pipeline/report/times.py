@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from pipeline.report.facts import Facts
-from pipeline.report.page import Html, join, note, section, table, tag
+from pipeline.report.page import Html, join, note, section, svg, table, tag
 from pipeline.run.account import PARTS, Account, RunAccount
 from pipeline.words import duration, is_number, number, percent
 
@@ -13,7 +13,6 @@ WIDTH, HEIGHT = 940, 22
 
 
 def time_section(facts: Facts) -> Html:
-    """Where the time went."""
     times = facts.account
     if times is None:
         return section("Where the time went", note("Nothing has run yet."))
@@ -38,10 +37,8 @@ def bar(name: str, account: Account, key: str) -> Html:
                               class_=f"part-{part}"))  # fmt: skip
         x += width
     in_words = ", ".join(f"{PARTS[part]} {duration(s)}" for part, s in account.parts.items() if s > 0)
-    title = tag("title", f"Time of {name}", id=f"{key}-title") + tag("desc", in_words, id=f"{key}-desc")
-    frame = {"viewBox": f"0 0 {WIDTH} {HEIGHT}", "preserveAspectRatio": "none", "role": "img"}
-    svg = tag("svg", Html(title), *pieces, **frame, aria_labelledby=f"{key}-title {key}-desc")
-    return join(words, svg)
+    drawing = svg(key, f"Time of {name}", in_words, *pieces, width=WIDTH, height=HEIGHT, preserveAspectRatio="none")
+    return join(words, drawing)
 
 
 def parts_table(accounts: Mapping[str, Account]) -> Html:

@@ -93,7 +93,7 @@ def history(numbers: traced.Shared, run: str, saves: int = KEEP + 1) -> None:
         numbers[REACHED] = step
         saver.save(**fields(attempt.number, step), **state(step))
     print("\n".join(lines), flush=True)
-    saver.close()
+    saver.wait()
 
 
 def after_history(run: Path, saves: int = KEEP + 1) -> traced.Shared:

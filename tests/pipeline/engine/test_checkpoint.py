@@ -307,7 +307,7 @@ def test_the_saver_writes_what_was_there_at_the_call(attempt):
     for group in live.values():
         for array in group.values():
             array *= 0  # the loop goes on at once
-    saver.close()
+    saver.wait()
     assert [f.name for f in sorted(attempt.glob("step-*"))] == ["step-00000003", "step-00000004"]
     found = read(attempt / "step-00000004")
     assert found.optimizer["step"] == 4
@@ -331,7 +331,7 @@ def test_the_loop_stands_still_for_the_copy_only(attempt, monkeypatch):
     assert entered.wait(30)
     assert not (attempt / "step-00000001" / "manifest.json").exists()  # and yet save() has returned
     release.set()
-    saver.close()
+    saver.wait()
     assert read(attempt / "step-00000001").step == 1
 
 
@@ -347,7 +347,7 @@ def test_tensors_and_arrays_are_saved_alike(attempt):
         for tensor in part.values():
             tensor.zero_()  # what the next step does: the copy is whole by now
     saver.save(**fields(attempt, 2), **arrays)
-    saver.close()
+    saver.wait()
     first, second = (read(attempt / f"step-0000000{step}") for step in (1, 2))
     assert same(first, 1)
     assert first.digest == second.digest
@@ -388,9 +388,9 @@ def test_a_refusing_file_system_costs_one_warning_and_the_next_save_tries_again(
     assert said[0].endswith("the older checkpoints stay; training goes on and the next save tries again")
     assert [f.name for f in attempt.glob("step-*")] == ["step-00000001"]  # remains are removed
     with pytest.raises(StorageError):
-        saver.close()
+        saver.wait()
     saver.save(**fields(attempt, 3), **state(3))
-    saver.close()
+    saver.wait()
     assert same(newest_verified(attempt.parent.parent, print), 3)
 
 
@@ -408,7 +408,7 @@ def test_a_disk_that_stays_full_is_told_once_and_its_end_too(attempt):
         undo()
     assert len(said) == 1
     saver.save(**fields(attempt, 4), **state(4))
-    saver.close()
+    saver.wait()
     assert said[1:] == ["checkpoint step 4 is saved, after 3 that were not"]
 
 
@@ -425,7 +425,7 @@ def test_a_save_that_fails_once_is_tried_again_at_once(attempt, monkeypatch):
     said = []
     saver = Saver(attempt, warn=said.append)
     saver.save(**fields(attempt, 1), **state(1))
-    saver.close()
+    saver.wait()
     assert said == []
     assert same(newest_verified(attempt.parent.parent, print), 1)
 
@@ -439,7 +439,7 @@ def test_memory_prepared_for_a_state_is_what_its_saves_use(attempt):
     assert saver._staging.wait()["weights"]["a.weight"].ctypes.data == prepared
     saver.prepare(weights={"other": np.zeros(3)}, optimizer={})  # of another shape: taken anew
     saver.save(**fields(attempt, 2), **state(2))
-    saver.close()
+    saver.wait()
     assert same(read(attempt / "step-00000002"), 2)
 
 
@@ -451,7 +451,7 @@ def test_an_attempt_whose_folder_was_moved_aside_touches_nothing_of_the_next(sta
     stage_dir.rename(stage_dir.with_name("old"))
     saver.save(**fields(attempt, 2), **state(2))
     with pytest.raises(InUseError, match="moved aside"):  # before anyone begins it again
-        saver.close()
+        saver.wait()
     again = new_attempt(stage_dir, 1)
     (again / "owner.json").write_text('{"host": "there", "pid": 2, "time": 2.0}')
     before = sorted(stage_dir.rglob("*"))
@@ -459,7 +459,7 @@ def test_an_attempt_whose_folder_was_moved_aside_touches_nothing_of_the_next(sta
     late._owner = {"host": "here", "pid": 1, "time": 1.0}
     late.save(**fields(attempt, 3), **state(3))
     with pytest.raises(InUseError, match=r"belongs to another start \(process 2 on there, since 19"):
-        late.close()
+        late.wait()
     assert sorted(stage_dir.rglob("*")) == before
 
 
@@ -512,7 +512,7 @@ def test_other_errors_stop_the_loop_at_the_next_call(attempt):
     with pytest.raises(NumericalError):
         saver.save(**fields(attempt, 2), **state())
     with pytest.raises(NumericalError):
-        saver.close()
+        saver.wait()
 
 
 def test_an_attempt_without_a_history_cannot_save(stage_dir):

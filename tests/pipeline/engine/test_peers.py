@@ -38,10 +38,9 @@ def test_mixed_gpus_may_be_allowed_and_are_said():
     assert [line.split()[0] for line in lines] == ["cpu", "gpu"]
 
 
-def test_the_introduction_of_this_process_is_complete_and_fits():
+def test_the_introduction_of_this_process_is_complete():
     found = peers.introduction({"train": {"seed": 1}}, 1, torch.device("cpu"), "pipeline.pretrain.task")
     assert found.keys() == RECORD.keys()
-    assert peers.introduced(found, None, torch.device("cpu")) == [found]
     assert (
         found["config"]
         != peers.introduction({"train": {"seed": 2}}, 1, torch.device("cpu"), "pipeline.pretrain.task")["config"]
