@@ -272,12 +272,12 @@ def _read(out: Path, max_document_mb: float, text_column: str, part: Part) -> di
             return known
         except DataError:
             pass  # one of several files is gone: read the part again
-    tally, seam = Tally(), Seam()
+    tally, seam = Tally(max_document_mb), Seam()
     faults: list[str] = []
     with DocumentFiles(out, part.number, tally) as files:
-        for read in _readers(part, seam, text_column):
+        for documents in _readers(part, seam, tally, text_column):
             try:
-                for document in read(max_document_mb=max_document_mb, tally=tally):
+                for document in documents:
                     files.write(document)
             except DataError as error:
                 faults.append(str(error))
@@ -293,7 +293,7 @@ def _read(out: Path, max_document_mb: float, text_column: str, part: Part) -> di
     return facts
 
 
-def _readers(part: Part, seam: Seam, text_column: str) -> Iterator[Callable[..., Iterator[Document]]]:
+def _readers(part: Part, seam: Seam, tally: Tally, text_column: str) -> Iterator[Iterator[Document]]:
     """What reads the files of a part, one after the other."""
     place = (part.path, part.start, part.end)
     match part.kind:
@@ -301,22 +301,22 @@ def _readers(part: Part, seam: Seam, text_column: str) -> Iterator[Callable[...,
             assert part.site is not None
             if part.piece is not None:
                 place = (part.piece, 0, part.piece.stat().st_size)
-            yield functools.partial(wikipedia.documents, *place, seam, site=part.site, source=part.path.name)
+            yield wikipedia.documents(*place, seam, tally, part.site, part.path.name)
         case "books":
             for file in part.files:
-                yield functools.partial(books.book_documents, file, part.path)
+                yield books.book_documents(file, part.path, tally)
         case "text":
-            yield functools.partial(books.text_documents, *place)
+            yield books.text_documents(*place, tally)
         case "lines":
-            yield functools.partial(books.line_documents, *place)
+            yield books.line_documents(*place, tally)
         case "docs":
-            yield functools.partial(books.extracted_documents, *place)
+            yield books.extracted_documents(*place, tally)
         case "table":
-            yield functools.partial(records.table_documents, part.path, text_column)
+            yield records.table_documents(part.path, tally, text_column)
         case "parquet":
-            yield functools.partial(records.parquet_documents, *place, text_column)
+            yield records.parquet_documents(*place, tally, text_column)
         case _:
-            yield functools.partial(records.json_documents, *place, text_column)
+            yield records.json_documents(*place, tally, text_column)
 
 
 Work = tuple[Path, list[tuple[str, Path]], list[dict[str, Any]], list[Part], list[dict[str, Any]]]

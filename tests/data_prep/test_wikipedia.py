@@ -58,12 +58,12 @@ WRITERS: dict[str, Callable[[list[str]], bytes]] = {
 
 def read(path: Path, part_bytes: int = 10**9, max_document_mb: float = 16) -> tuple[list[Document], Tally]:
     """All documents, read part by part, as the extract stage does."""
-    site, tally = wikipedia.read_site(path), Tally()
+    site, tally = wikipedia.read_site(path), Tally(max_document_mb)
     found: list[Document] = []
     seams = []
     for start, end in dumpfile.ranges(path, part_bytes):
         seam = dumpfile.Seam()
-        found += wikipedia.documents(path, start, end, seam, site=site, max_document_mb=max_document_mb, tally=tally)
+        found += wikipedia.documents(path, start, end, seam, tally, site, path.name)
         seams.append((seam.first, seam.stop))
     dumpfile.check_seams(path, seams)
     return found, tally
