@@ -17,8 +17,8 @@ from data_prep import books, dumpfile, formats, manifest, records, wikipedia
 from data_prep.document import Document, DocumentFiles, Tally, printable
 from data_prep.dumpfile import Seam, check_seams, ranges
 from data_prep.errors import DataError
-from data_prep.fanout import Job, run_all, tasks
-from data_prep.publish import file_sha256, remove_leftovers
+from data_prep.fanout import Job, once, run_all, tasks
+from data_prep.publish import file_sha256
 
 PART_BYTES = 32_000_000
 COMPRESSED_PART_BYTES = 8_000_000
@@ -91,7 +91,7 @@ def run(
                 parts.append(part)
                 results.append(result)
     _refuse(results)
-    facts: dict[str, Any] = run_all(_finish, [(job.out, inputs, described, parts, results)], 1)[0]
+    facts: dict[str, Any] = once(_finish, job.out, inputs, described, parts, results)
     for line in facts.pop("said"):
         job.say(line)
     return facts
@@ -218,9 +218,8 @@ def _read_stream(
     elif not dumpfile.is_unpacked_in_parallel(path):
         advice = "pip install indexed_bzip2, or take the multistream file"
         job.say(f"{path.name} is one bz2 stream: {alone}; {advice}")
-    _streams.pop(path, None)  # of an earlier try in this process
-    cut = functools.partial(_cut, job.out, path, 2 * job.workers * tasks(os.environ), job.workers)
-    while pieces := run_all(cut, [number], 1)[0]:
+    stream = dumpfile.pieces(path, job.out, PART_BYTES, job.workers)  # cut by one task alone
+    while pieces := once(_cut, stream, 2 * job.workers * tasks(os.environ)):
         parts = [
             Part("wikipedia", path, number + place, start, end, site=site, sha256=sha256, piece=Path(piece))
             for place, (piece, start, end) in enumerate(pieces)
@@ -230,16 +229,9 @@ def _read_stream(
         job.say(f"{path.name}: {parts[-1].end / 1e6:.0f} MB of text read")
 
 
-_streams: dict[Path, Iterator[tuple[Path, int, int]]] = {}  # being cut by this process
-
-
-def _cut(out: Path, path: Path, count: int, processes: int, _number: int) -> list[tuple[str, int, int]]:
+def _cut(stream: Iterator[tuple[Path, int, int]], count: int) -> list[tuple[str, int, int]]:
     """The next pieces of a stream; none: it is read whole."""
-    stream = _streams.setdefault(path, dumpfile.pieces(path, out, PART_BYTES, processes))
-    pieces = [(str(piece), start, end) for piece, start, end in itertools.islice(stream, count)]
-    if not pieces:
-        del _streams[path]
-    return pieces
+    return [(str(piece), start, end) for piece, start, end in itertools.islice(stream, count)]
 
 
 def _size(part: Part) -> int:
@@ -319,10 +311,13 @@ def _readers(part: Part, seam: Seam, tally: Tally, text_column: str) -> Iterator
             yield records.json_documents(*place, tally, text_column)
 
 
-Work = tuple[Path, list[tuple[str, Path]], list[dict[str, Any]], list[Part], list[dict[str, Any]]]
-
-
-def _finish(work: Work) -> dict[str, Any]:
+def _finish(
+    out: Path,
+    inputs: list[tuple[str, Path]],
+    described: list[dict[str, Any]],
+    parts: list[Part],
+    results: list[dict[str, Any]],
+) -> dict[str, Any]:
     """Check that nothing was lost between parts, clean up and publish the manifest."""
     out, inputs, described, parts, results = work
     total, remarks, notes = Tally(), [], []
@@ -349,10 +344,7 @@ def _finish(work: Work) -> dict[str, Any]:
         if path.name not in keep:
             path.unlink()
     counted = total.facts()
-    value = {"format": 1, "inputs": described, **counted, "files": files}
-    manifest.publish_manifest(out, value)
-    manifest.remove_notes(out)
-    remove_leftovers(out)
+    manifest.finish(out, {"format": 1, "inputs": described, **counted, "files": files})
     return {"inputs": described, **counted, "notes": notes, "said": remarks + notes}
 
 

@@ -65,13 +65,16 @@ def run_all(
     stopped or stuck (STOPPED_S, STUCK_S); RuntimeError with the worker's traceback for a defect.
     """
     keep_freed_memory()
-    size = tasks(os.environ)
-    sizes = sizes or [1] * len(items)
-    if size > 1 and by_mpi(os.environ):
-        return _values(_over_mpi(function, items, shares(sizes, size), progress))
-    if size > 1:
-        return _values(_over_files(function, items, sizes, size, workers, progress))
-    return _values(_here(function, items, sizes, workers, progress))
+    work = Work(function, items, sizes or [1] * len(items), workers, progress)
+    if (size := tasks(os.environ)) == 1:
+        return _values(_here(work))
+    over = _over_mpi if by_mpi(os.environ) else _over_files
+    return _values(over(work, shares(work.sizes, size)))
+
+
+def once(function: Callable[..., Any], *arguments: Any) -> Any:
+    """``function(*arguments)`` as `run_all` would: by one task alone, the result for all of them."""
+    return run_all(lambda _: function(*arguments), [None], 1)[0]
 
 
 def shares(sizes: Sequence[int], tasks: int) -> list[list[int]]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.errors import DataError
-from data_prep.publish import SEAL, file_sha256, is_sealed, json_sha256, publish_json, publish_sealed
+from data_prep.publish import SEAL, file_sha256, is_sealed, json_sha256, publish_json, publish_sealed, remove_leftovers
 
 NAME = "manifest.json"
 FORMAT = 1
@@ -69,6 +69,14 @@ class SampleSet:
 def publish_manifest(folder: Path, value: Mapping[str, Any]) -> None:
     """Write ``value`` as the sealed ``manifest.json`` of ``folder``, and beside it the versions and recipe it is of."""
     recipe = {"data_recipe_sha256": os.environ[RECIPE]} if RECIPE in os.environ else {}
+def finish(folder: Path, value: Mapping[str, Any]) -> None:
+    """`publish_manifest`, and delete what is not in it: notes of finished files and leftovers of killed writers."""
+    publish_manifest(folder, value)
+    for path in folder.glob(".*.note"):
+        path.unlink(missing_ok=True)
+    remove_leftovers(folder)
+
+
     publish_sealed(folder / NAME, {**value, MADE_BY: {**recipe, **versions()}})
 
 
@@ -228,12 +236,6 @@ def noted(path: Path, identity: str) -> dict[str, Any] | None:
         return dict(note["facts"]) if whole else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def remove_notes(folder: Path) -> None:
-    """Delete the notes once the manifest of ``folder`` is published."""
-    for path in folder.glob(".*.note"):
-        path.unlink(missing_ok=True)
 
 
 def identity_of(**settings: Any) -> str:

@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 
 from data_prep import manifest, overlap, repeats
 from data_prep.errors import DataError
-from data_prep.fanout import Job, run_all
-from data_prep.publish import publish_bytes, publishing, remove_leftovers
+from data_prep.fanout import Job, once, run_all
+from data_prep.publish import publish_bytes, publishing
 from data_prep.sentences import splitter as make_splitter
 
 Split = Literal["train", "test"]
@@ -105,7 +105,7 @@ def run(
     )
     job.say(f"{sum(row['documents'] for row in counts)} documents in {len(files)} files indexed")
     names = [str(entry["file"]) for entry in files]
-    repeated = run_all(functools.partial(_select, job.out, deduplicate, replay_share), [names], 1)[0]
+    repeated = once(_select, job.out, names, deduplicate, replay_share)
     repetitions = (
         f"{repeated['documents']} documents and {repeated['lines']} long lines repeat an earlier one: "
         + ("left out" if deduplicate else "kept, data.deduplicate = true leaves them out")
@@ -134,7 +134,7 @@ def run(
     met = {number for shard in shards for number in shard.pop("evaluation")}
     totals = _totals(counts, shards, indexes.values())
     totals |= {"repeated": {**repeated, "left_out": deduplicate}, "notes": [repetitions]}
-    totals = dict(run_all(functools.partial(_finish, job.out, shards, totals, source), [language], 1)[0])
+    once(_finish, job.out, {"format": 1, "language": language, "source_manifest": source, "shards": shards, **totals})
     for row, line in overlap.told(sought, met):  # not in the manifest, which says which data these are
         job.say(line)
         totals.setdefault("evaluation", []).append(row)
@@ -252,7 +252,7 @@ def _publish(path: Path, array: NDArray[Any]) -> None:
     publish_bytes(path, buffer.getbuffer())
 
 
-def _select(out: Path, deduplicate: bool, share: float, names: Sequence[str]) -> dict[str, int]:
+def _select(out: Path, names: Sequence[str], deduplicate: bool, share: float) -> dict[str, int]:
     """Count what repeats in all documents files, and choose what makes the ``share`` to replay.
 
     Writes for each file its index with those marked that are left out, and the numbers of its lines that are.
@@ -379,13 +379,7 @@ def _totals(
     return totals
 
 
-def _finish(
-    out: Path, shards: list[dict[str, Any]], totals: dict[str, Any], source: str, language: str
-) -> dict[str, Any]:
-    value = {"format": 1, "language": language, "source_manifest": source, "shards": shards, **totals}
-    manifest.publish_manifest(out, value)
+def _finish(out: Path, value: dict[str, Any]) -> None:
+    manifest.finish(out, value)
     for path in out.glob(".*.npy"):
         path.unlink(missing_ok=True)
-    manifest.remove_notes(out)
-    remove_leftovers(out)
-    return totals

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from data_prep import manifest
 from data_prep.errors import DataError, refuse_pointer
-from data_prep.fanout import Job, run_all
+from data_prep.fanout import Job, once, run_all
 from data_prep.publish import publish_bytes, publishing, remove_leftovers
 from data_prep.tokenizer_json import special_of, tokens_of
 
@@ -267,11 +267,10 @@ def run(job: Job, *, shards: Path, vocab_size: int, lowercase: bool, strip_accen
     share = TRAINING_TEXT_MB * 1e6 / sum(sizes)
     choose = functools.partial(_choose, shards, job.out, share, lowercase, strip_accents)
     chosen = run_all(choose, entries, job.workers, None, sizes)
-    training = functools.partial(_train, job.out / "vocab.txt", chosen, vocab_size, lowercase, strip_accents)
-    facts = run_all(training, [0], 1)[0]
+    facts: dict[str, Any] = once(_train, job.out / "vocab.txt", chosen, vocab_size, lowercase, strip_accents)
     if facts["vocab_size"] < vocab_size:
         job.say(f"the text yields only {facts['vocab_size']} of the {vocab_size} vocabulary entries asked for")
-    return dict(facts)
+    return facts
 
 
 def _choose(
@@ -307,7 +306,7 @@ def _paragraphs(file: BinaryIO) -> Iterator[bytes]:
 
 
 def _train(
-    path: Path, chosen: list[dict[str, Any]], vocab_size: int, lowercase: bool, strip_accents: bool, _item: int
+    path: Path, chosen: list[dict[str, Any]], vocab_size: int, lowercase: bool, strip_accents: bool
 ) -> dict[str, Any]:
     counts: Counter[int] = Counter()
     for row in chosen:
