@@ -15,7 +15,7 @@ from typing import Any
 
 from data_prep import books, dumpfile, formats, manifest, records, wikipedia
 from data_prep.document import Document, DocumentFiles, Tally, printable
-from data_prep.dumpfile import Seam, check_seams, ranges
+from data_prep.dumpfile import Seam, check_seams
 from data_prep.errors import DataError
 from data_prep.fanout import Job, once, run_all, tasks
 from data_prep.publish import file_sha256
@@ -173,8 +173,9 @@ def _describe(entry: tuple[str, Path]) -> dict[str, Any]:
 
 
 def _parts(entry: tuple[str, Path], facts: dict[str, Any]) -> Iterator[Part]:
-    path, kind = entry[1], str(facts["form"])
-    sha256 = str(facts["sha256"])
+    """The parts of an input: some books of a folder each, else ranges of its bytes or row groups."""
+    path, kind, sha256, site = entry[1], str(facts["form"]), str(facts["sha256"]), None
+    size, step = int(facts["bytes"]), PART_BYTES
     if kind == "books":
         group: list[Path] = []
         size = 0
@@ -186,25 +187,21 @@ def _parts(entry: tuple[str, Path], facts: dict[str, Any]) -> Iterator[Part]:
                 group, size = [], 0
         if group:
             yield Part(kind, path, files=tuple(group), sha256=sha256)
-    elif kind == "wikipedia":
+        return
+    if kind == "wikipedia":
         site = wikipedia.read_site(path)
         if dumpfile.is_one_stream(path):
             return  # its text is cut while it is unpacked
-        part_bytes = COMPRESSED_PART_BYTES if formats.compression(path) else PART_BYTES
-        for start, end in ranges(path, part_bytes):
-            yield Part(kind, path, start=start, end=end, site=site, sha256=sha256)
+        step = COMPRESSED_PART_BYTES if formats.compression(path) else PART_BYTES
     elif kind == "parquet":
         groups = int(facts["row_groups"])
-        step = max(1, groups * PART_BYTES // max(1, int(facts["bytes"])))
-        for start in range(0, groups, step):
-            yield Part(kind, path, start=start, end=min(start + step, groups), sha256=sha256)
+        size, step = groups, max(1, groups * PART_BYTES // max(1, size))
     elif kind == "table" or formats.compression(path):
-        yield Part(kind, path, end=formats.END, sha256=sha256)  # cannot be cut
-    else:
-        size = int(facts["bytes"])
-        step = -(-PART_BYTES // books.LINES_BYTES) * books.LINES_BYTES if kind == "lines" else PART_BYTES
-        for start in range(0, size, step):
-            yield Part(kind, path, start=start, end=min(start + step, size), sha256=sha256)
+        size = step = formats.END  # cannot be cut
+    elif kind == "lines":
+        step = -(-PART_BYTES // books.LINES_BYTES) * books.LINES_BYTES
+    for start in range(0, size, step):
+        yield Part(kind, path, start=start, end=min(start + step, size), site=site, sha256=sha256)
 
 
 def _read_stream(
@@ -319,7 +316,6 @@ def _finish(
     results: list[dict[str, Any]],
 ) -> dict[str, Any]:
     """Check that nothing was lost between parts, clean up and publish the manifest."""
-    out, inputs, described, parts, results = work
     total, remarks, notes = Tally(), [], []
     for (kind, path), facts in zip(inputs, described, strict=True):
         own = [result for part, result in zip(parts, results, strict=True) if part.path == path]

@@ -165,7 +165,9 @@ def read_site(path: Path) -> Site:
 
 
 def pages(path: Path, start: int, end: int, seam: dumpfile.Seam, max_text: int) -> Iterator[Page]:
-    """Pages that begin in one range of `dumpfile.ranges`; texts over `max_text` characters come as None."""
+    """Pages that begin in bytes [start, end), which are all of a file of one stream; texts over `max_text` characters
+    come as None.
+    """
     size = path.stat().st_size
     where = str(path) if (start, end) == (0, size) else f"{path} (part at byte {start})"
     parser = _Parser(where, max_text)
