@@ -25,7 +25,7 @@ from data_prep import manifest
 from data_prep.errors import DataError
 from data_prep.fanout import Job, run_all
 from data_prep.hdf5 import SHORTEST, Shard, native, read_shard, token_dtype, write_shard
-from data_prep.masking import boundaries, mask_tokens
+from data_prep.masking import mask_tokens
 from data_prep.publish import file_sha256, publish_bytes, publishing
 from data_prep.wordpiece import Vocabulary
 
@@ -94,7 +94,6 @@ def to_rows(
         lengths,
         first_id + np.arange(count),
         seed=shard.seed,
-        epoch=0,
         vocab_size=vocab_size,
         mask_id=special["mask"],
         special_ids=boundaries(special),

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from data_prep.errors import DataError
 from data_prep.hdf5 import Shard, read_listed
 from data_prep.manifest import SampleSet, load_verified
-from data_prep.masking import boundaries, mask_tokens, masked_counts
+from data_prep.masking import mask_tokens, masked_counts
 from data_prep.splitmix import Ints, derived, key, mix
 from pipeline.config import PhaseConfig, TrainConfig
 
@@ -152,16 +152,13 @@ class PretrainingData:
         ids = self.first_id[shard] + row
         if self.train.masking == "dynamic":
             ids = ids + epoch * self.order.total  # another epoch masks like another sample
-        special = self.manifest.special
         tokens, places, labels = mask_tokens(
             np.concatenate([tokens for tokens, _, _ in samples]).astype(np.int32),
             lengths,
             ids,
             seed=self.train.seed,
-            epoch=0,
             vocab_size=self.manifest.vocab_size,
-            mask_id=special["mask"],
-            special_ids=boundaries(special),
+            special=self.manifest.special,
             masked_lm_prob=self.train.masked_lm_prob,
             max_predictions=self.phase.max_predictions,
             continuing=self.continuing,
