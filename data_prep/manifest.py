@@ -174,21 +174,13 @@ def load_verified(folder: Path, split: str) -> SampleSet:
     return samples
 
 
-def verify_share(
-    samples: SampleSet,
-    record: Path,
-    *,
-    rank: int = 0,
-    ranks: int = 1,
-    trusted_s: float = TRUSTED_S,
-    force: bool = False,
-) -> int:
+def verify_share(samples: SampleSet, record: Path, *, rank: int = 0, ranks: int = 1) -> int:
     """Compare the SHA-256 of this rank's share of the shards; all ranks together verify each file once.
 
     What was verified is written to ``record/SHARD.json``. A later start reads the records of its own share, with any
-    number of ranks, and trusts them for ``trusted_s`` seconds where inode, size and time of change are the same, unless
-    it is to ``force``. Every rank must have returned before any uses the samples. Returns how many files were read.
-    Raises DataError as ``verify_file``.
+    number of ranks, and trusts them for `TRUSTED_S` seconds where inode, size and time of change are the same. Every
+    rank must have returned before any uses the samples. Returns how many files were read. Raises DataError as
+    ``verify_file``.
     """
     from data_prep.fanout import shares  # here for those who only read a manifest: it brings multiprocessing with it
 
@@ -204,7 +196,7 @@ def verify_share(
             "bytes": status.st_size,
             "changed_ns": status.st_mtime_ns,
         }
-        if force or not _is_trusted(on_record, now, trusted_s):
+        if not _is_trusted(on_record, now):
             verify_file(shard.path, shard.bytes, shard.sha256)
             read += 1
             with suppress(OSError):  # lost or cut short, the next start verifies again: no reason to end or to wait
@@ -213,14 +205,14 @@ def verify_share(
     return read
 
 
-def _is_trusted(on_record: Path, now: Mapping[str, Any], trusted_s: float) -> bool:
+def _is_trusted(on_record: Path, now: Mapping[str, Any]) -> bool:
     """Whether the record says ``now``, not too long ago. What is no small file is no record, and not waited for."""
     try:
         row = json.loads(on_record.read_bytes()) if on_record.is_file() and on_record.stat().st_size < 4096 else {}
         age_s = time.time() - float(row.pop("when"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return False
-    return bool(0 <= age_s < trusted_s and row == now)
+    return bool(0 <= age_s < TRUSTED_S and row == now)
 
 
 def note(path: Path, identity: str, facts: Mapping[str, Any]) -> None:
