@@ -39,7 +39,6 @@ class ShardFile:
     """One shard as its manifest lists it: ``rows`` samples, ``tokens`` in all of them, size and digest."""
 
     path: Path
-    split: str
     rows: int
     tokens: int
     bytes: int
@@ -50,7 +49,6 @@ class ShardFile:
 class SampleSet:
     """The shards of one split of a samples folder, in the order of the manifest."""
 
-    folder: Path
     seq_len: int
     vocab_size: int
     vocab_sha256: str
@@ -68,6 +66,9 @@ class SampleSet:
 
 def publish_manifest(folder: Path, value: Mapping[str, Any]) -> None:
     """Write ``value`` as the sealed ``manifest.json`` of ``folder``, and beside it the versions and recipe it is of."""
+    publish_sealed(folder / NAME, {**value, MADE_BY: {**recipe, **versions()}})
+
+
     recipe = {"data_recipe_sha256": os.environ[RECIPE]} if RECIPE in os.environ else {}
 def finish(folder: Path, value: Mapping[str, Any]) -> None:
     """`publish_manifest`, and delete what is not in it: notes of finished files and leftovers of killed writers."""
@@ -75,9 +76,6 @@ def finish(folder: Path, value: Mapping[str, Any]) -> None:
     for path in folder.glob(".*.note"):
         path.unlink(missing_ok=True)
     remove_leftovers(folder)
-
-
-    publish_sealed(folder / NAME, {**value, MADE_BY: {**recipe, **versions()}})
 
 
 def data_sha256(value: Mapping[str, Any]) -> str:
@@ -155,11 +153,11 @@ def load(folder: Path, split: str) -> SampleSet:
     try:
         entries = [entry for entry in manifest["shards"] if entry["split"] == split]
         shards = tuple(
-            ShardFile(path, split, entry["rows"], entry["tokens"], entry["bytes"], entry["sha256"])
+            ShardFile(path, entry["rows"], entry["tokens"], entry["bytes"], entry["sha256"])
             for path, entry in zip(verify(folder, entries, digests=False), entries, strict=True)
         )
         facts = {key: manifest[key] for key in ("seq_len", "vocab_size", "vocab_sha256", "seed", "special")}
-        return SampleSet(folder=folder, **facts, shards=shards, sha256=data_sha256(manifest))
+        return SampleSet(**facts, shards=shards, sha256=data_sha256(manifest))
     except KeyError as error:
         raise DataError(f"{folder / NAME} lacks {error}: it is not the manifest of a samples folder") from None
     except (TypeError, ValueError) as error:

@@ -19,7 +19,6 @@ from data_prep.errors import DataError
 from pipeline.config import FinetuneConfig
 
 BLANKS = " \t\r\n\u202f"
-FIRST_ID = 1_000_000_000
 Encode = Callable[[list[str]], tuple[NDArray[Any], NDArray[np.int64]]]  # texts → (ids, offsets)
 Kind = TypeVar("Kind")
 
@@ -57,7 +56,6 @@ class Feature:
     does not hold it.
     """
 
-    unique_id: int
     question: Question
     window: int
     tokens: NDArray[np.int64]
@@ -183,8 +181,7 @@ def build_features(
             if span is None:
                 skipped.append(question.id)
                 continue
-        asked = asked[: config.max_query_length]
-        features += _windows(question, context, asked, span, config, cls, sep, FIRST_ID + len(features))
+        features += _windows(question, context, asked[: config.max_query_length], span, config, cls, sep)
     return features, skipped
 
 
@@ -238,7 +235,6 @@ def _windows(
     config: FinetuneConfig,
     cls: int,
     sep: int,
-    unique_id: int,
 ) -> Iterable[Feature]:
     """Cut a context into windows as long as the question leaves room for, ``doc_stride`` tokens apart."""
     room = config.max_seq_len - len(asked) - 3
@@ -253,7 +249,6 @@ def _windows(
         holds = span is not None and start <= span[0] and span[1] < start + length
         target = (span[0] - start + b_start, span[1] - start + b_start) if span and holds else (0, 0)
         yield Feature(
-            unique_id=unique_id + window,
             question=question,
             window=window,
             tokens=np.concatenate([[cls], asked, [sep], context.tokens[inside], [sep]]),

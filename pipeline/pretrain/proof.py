@@ -146,7 +146,7 @@ class Excerpt(PretrainingData):
     def __init__(self, facts: Mapping[str, Any], arrays: Arrays, phase: PhaseConfig, train: TrainConfig) -> None:
         own = {field.name: facts[field.name] for field in dataclasses.fields(SampleSet) if field.name in facts}
         self.phase, self.train, self.continuing = phase, train, arrays.get("continuing")
-        self.manifest = SampleSet(folder=Path(), **{**own, "shards": ()})
+        self.manifest = SampleSet(**{**own, "shards": ()})
         rows = [int(shard["rows"]) for shard in facts["shards"]]
         self.first_id = np.append(0, np.cumsum(rows))[:-1].astype(np.int64)
         self.order = SampleOrder(rows, train.seed)
