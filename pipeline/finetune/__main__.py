@@ -26,7 +26,7 @@ from pipeline.run.rundir import RunDir
 from pipeline.words import absent_model
 
 if TYPE_CHECKING:
-    from pipeline.finetune.task import Files
+    from pipeline.finetune.task import Spec
 
 LAUNCH = "PIPELINE_LAUNCH"  # set: this process is one of the ranks that the command started
 
@@ -57,17 +57,23 @@ def main() -> int:
         return _start_ranks(arguments.processes)
 
     from pipeline.finetune.scores import collect
-    from pipeline.finetune.task import Files, finetune
+    from pipeline.finetune.task import Spec, finetune
 
-    files = Files(
-        model=_model_folder(arguments), train=arguments.train, eval=arguments.eval, mismatched=arguments.eval_mismatched
+    every_seed = Spec(
+        task=arguments.task,
+        config=config,
+        model=_model_folder(arguments),
+        train=arguments.train,
+        eval=arguments.eval,
+        mismatched=arguments.eval_mismatched,
+        modes=modes,
+        max_steps=arguments.max_steps,
     )
     run = RunDir(arguments.out)
     threads = arguments.threads or max(1, (os.cpu_count() or 1) // arguments.processes)
     for seed in config.seeds:
-        own = replace(config, seeds=(seed,))
-        job = _job(run, f"{arguments.task}-{seed}", threads, files, own)
-        finetune(job, arguments.task, own, files, modes, max_steps=arguments.max_steps)
+        spec = replace(every_seed, config=replace(config, seeds=(seed,)))
+        finetune(_job(run, f"{arguments.task}-{seed}", threads, spec), spec)
     if Topology.of(os.environ).rank > 0:
         return 0
     scores = collect(arguments.out, [run.stage(f"{arguments.task}-{seed}").path for seed in config.seeds])
@@ -99,10 +105,8 @@ def _check(arguments: argparse.Namespace, config: FinetuneConfig, modes: tuple[s
         raise ConfigError(f"{arguments.out / 'model'} was not made by this command; choose another output folder")
 
 
-def _job(run: RunDir, stage: str, threads: int, files: Files, config: FinetuneConfig) -> Job:
+def _job(run: RunDir, stage: str, threads: int, spec: Spec) -> Job:
     """This process's part of the next attempt at one seed; the attempts of another training are dropped."""
-    from pipeline.finetune.task import identity_of
-
     topology = Topology.of(os.environ)
     topology = replace(topology, launch=f"{topology.launch}/{stage}")
     folder = run.stage(stage)
@@ -113,7 +117,8 @@ def _job(run: RunDir, stage: str, threads: int, files: Files, config: FinetuneCo
             raise PeerLost(f"{stage}: rank {topology.rank} waited for rank 0, which began no attempt")
     else:
         folder.path.mkdir(parents=True, exist_ok=True)
-        made_from = {"training": identity_of(stage, config, replace(files, eval=None, mismatched=None), ("train",))}
+        trained = replace(spec, task=stage, eval=None, mismatched=None, modes=("train",), max_steps=None)
+        made_from = {"training": trained.identity}
         if folder.begun != made_from:
             shutil.rmtree(folder.path / "attempts", ignore_errors=True)
             publish_json(folder.path / "stage.json", made_from)
