@@ -12,7 +12,6 @@ import hashlib
 import heapq
 import io
 import json
-from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -217,29 +216,22 @@ def _index(
     if (facts := manifest.noted(path, identity)) is not None and _path(out, name, "rows").exists():
         return facts  # without rows it was killed while it tidied up
     manifest.verify(documents, [entry])
-    offsets, sizes, splits, draws, lines = array("q"), array("q"), array("B"), array("I"), array("L")
-    whole: list[bytes] = []
-    long: list[bytes] = []
-    long_sizes = array("q")
+    found: list[tuple[int, ...]] = []  # as INDEX has them
+    whole: list[tuple[int, int]] = []  # as `repeats.ROW`
+    long: list[tuple[int, int]] = []
     offset, origin = 0, documents / name
     with open(origin, "rb") as file:
         for line_number, line in enumerate(file, 1):
             document_id, text, source = _parse(line, origin, line_number)
-            offsets.append(offset)
-            (digest, *digests), (size, *others) = repeats.rows_of(text.encode())
-            whole.append(digest)
-            sizes.append(size)
-            long += digests
-            long_sizes.extend(others)
-            lines.append(len(others))
-            own = 0 if source not in general else REPLAY
-            splits.append(EMPTY if not text.strip() else own or int(held_out(document_id, fraction, seed)))
-            draws.append(_draw(document_id, seed) >> 32)
+            own, *others = repeats.rows_of(text.encode())
+            whole.append(own)
+            long += others
+            split = REPLAY if source in general else int(held_out(document_id, fraction, seed))
+            split = split if text.strip() else EMPTY
+            found.append((offset, own[1], split, _draw(document_id, seed) >> 32, len(others)))
             offset += len(line)
-    index = np.empty(len(offsets), INDEX)
-    index["offset"], index["bytes"], index["split"], index["lines"] = offsets, sizes, splits, lines
-    index["draw"] = draws
-    _publish(_path(out, name, "rows"), repeats.rows(whole + long, sizes + long_sizes))
+    index = np.array(found, INDEX)
+    _publish(_path(out, name, "rows"), np.array(whole + long, repeats.ROW))
     _publish(path, index)
     facts = {"documents": len(index), "skipped_empty": int((index["split"] == EMPTY).sum())}
     manifest.note(path, identity, facts)
