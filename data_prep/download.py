@@ -36,7 +36,6 @@ AGENT = {"User-Agent": "bert-slurm-pipeline/0.1", "Accept-Encoding": "identity"}
 
 
 def main() -> int:
-    """Fetch one source."""
     known = tomllib.loads((Path(__file__).parent / "sources.toml").read_text(encoding="utf-8"))
     options = argparse.ArgumentParser(prog="python -m data_prep.download", description=__doc__)
     options.add_argument("source", choices=list(known))

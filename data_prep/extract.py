@@ -157,7 +157,7 @@ def _describe(entry: tuple[str, Path]) -> dict[str, Any]:
         except DataError as error:
             return {"faults": [str(error)]}
         size = path.stat().st_size
-        groups = {"row_groups": records.row_groups(path)} if form == "parquet" else {}
+        groups = {"row_groups": int(records.parquet_file(path).num_row_groups)} if form == "parquet" else {}
         return {"name": path.name, "form": form, "bytes": size, "sha256": file_sha256(path), **groups}
     files, faults = books.book_files(path), []
     digest = hashlib.sha256()

@@ -25,7 +25,6 @@ from data_prep.wordpiece import Vocabulary
 
 
 def main() -> int:
-    """Print one sample."""
     options = parser().parse_args()
     try:
         print("\n".join(described(options)))

@@ -55,8 +55,7 @@ class SampleSet:
     seed: int
     special: dict[str, int]
     shards: tuple[ShardFile, ...]
-    sha256: str
-    """``data_sha256`` of the manifest"""
+    sha256: str  # ``data_sha256`` of the manifest
 
     @property
     def rows(self) -> int:
@@ -66,10 +65,10 @@ class SampleSet:
 
 def publish_manifest(folder: Path, value: Mapping[str, Any]) -> None:
     """Write ``value`` as the sealed ``manifest.json`` of ``folder``, and beside it the versions and recipe it is of."""
+    recipe = {"data_recipe_sha256": os.environ[RECIPE]} if RECIPE in os.environ else {}
     publish_sealed(folder / NAME, {**value, MADE_BY: {**recipe, **versions()}})
 
 
-    recipe = {"data_recipe_sha256": os.environ[RECIPE]} if RECIPE in os.environ else {}
 def finish(folder: Path, value: Mapping[str, Any]) -> None:
     """`publish_manifest`, and delete what is not in it: notes of finished files and leftovers of killed writers."""
     publish_manifest(folder, value)

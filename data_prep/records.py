@@ -102,11 +102,6 @@ def table_documents(path: Path, tally: Tally, column: str) -> Iterator[Document]
             ) from None
 
 
-def row_groups(path: Path) -> int:
-    """Number of row groups of a Parquet file, which can be read apart."""
-    return int(parquet_file(path).num_row_groups)
-
-
 def parquet_documents(path: Path, start: int, end: int, tally: Tally, column: str) -> Iterator[Document]:
     """Rows of the row groups [start, end) of a Parquet file with a text `column`, and perhaps ``id`` and ``title``."""
     file = parquet_file(path)

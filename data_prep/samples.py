@@ -57,12 +57,9 @@ class Block:
 
     file: str
     split: str
-    sha256: str
-    """of the text shard"""
-    number: int
-    """among the blocks of its shard; the randomness of the first is keyed as if there were no other"""
-    part: int
-    """among the files of its shard"""
+    sha256: str  # of the text shard
+    number: int  # among the blocks of its shard; the randomness of the first is keyed as if there were no other
+    part: int  # among the files of its shard
     start: int
     end: int
     first_document: int

@@ -31,14 +31,11 @@ Encode = Callable[[Texts], Ragged]
 SPECIAL = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
 _ASCII_PARTS = re.compile(r"[0-9A-Za-z]+|[^0-9A-Za-z]")
 KNOWN_WORDS = 1_000_000  # about 200 MB
-TRAINING_TEXT_MB = 200
-"""Enough text for a vocabulary of 30,000; documents chosen by hash from all training shards."""
-ALPHABET_COVERAGE = 0.9999
-"""Share of the characters of the text that get a piece of their own; the rest become [UNK]."""
+TRAINING_TEXT_MB = 200  # enough for a vocabulary of 30,000; documents chosen by hash from all training shards
+ALPHABET_COVERAGE = 0.9999  # share of the characters of the text that get a piece of their own; the rest become [UNK]
 CAPITALS = 0.05
 """Share of words with capitals above which a vocabulary is not one for lower-cased text; bert-base-uncased has none."""
-UNKNOWN = 0.01
-"""Share of [UNK] in a text that is worth a line."""
+UNKNOWN = 0.01  # share of [UNK] in a text that is worth a line
 
 
 @dataclass(frozen=True)
@@ -127,10 +124,8 @@ def _tokens_of_json(path: Path, text: str) -> list[str]:
         model = json.loads(text)["model"]
         ids: dict[str, int] = model["vocab"]
         tokens = sorted(ids, key=ids.__getitem__)
-        whole = [ids[token] for token in tokens] == list(range(len(tokens))) and model.get("type") in (
-            None,
-            "WordPiece",
-        )
+        counted = [ids[token] for token in tokens] == list(range(len(tokens)))
+        whole = counted and model.get("type") in (None, "WordPiece")
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
         whole = False
     if not whole:
