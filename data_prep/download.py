@@ -38,13 +38,12 @@ AGENT = {"User-Agent": "bert-slurm-pipeline/0.1", "Accept-Encoding": "identity"}
 def main() -> int:
     known = tomllib.loads((Path(__file__).parent / "sources.toml").read_text(encoding="utf-8"))
     options = argparse.ArgumentParser(prog="python -m data_prep.download", description=__doc__)
-    options.add_argument("source", choices=list(known))
-    options.add_argument("--to", type=Path, default=Path("data"), metavar="DIR", help="the --data of submit (data)")
-    options.add_argument(
-        "--date", metavar="YYYYMMDD", help="of the dump: https://dumps.wikimedia.org/enwiki lists them"
-    )
-    options.add_argument("--wiki", default="enwiki", help="dewiki, simplewiki, … (enwiki)")
-    options.add_argument("--mirror", metavar="URL", help="instead of https://HOST, before the paths of sources.toml")
+    add = options.add_argument
+    add("source", choices=list(known))
+    add("--to", type=Path, default=Path("data"), metavar="DIR", help="the --data of submit (data)")
+    add("--date", metavar="YYYYMMDD", help="of the dump: https://dumps.wikimedia.org/enwiki lists them")
+    add("--wiki", default="enwiki", help="dewiki, simplewiki, … (enwiki)")
+    add("--mirror", metavar="URL", help="instead of https://HOST, before the paths of sources.toml")
     chosen = options.parse_args()
     if chosen.source == "wikipedia" and not (chosen.date or "").isdigit():
         options.error("wikipedia needs --date YYYYMMDD; https://dumps.wikimedia.org/enwiki lists what there is")

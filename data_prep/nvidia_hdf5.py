@@ -312,12 +312,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             published = from_nvidia(given.source, given.target, vocab=given.vocab, workers=given.workers)
             rows = sum(shard["rows"] for shard in published["shards"])
             print(f"{rows} samples of up to {published['seq_len']} tokens written to {given.target}")
-    except DataError as error:
+    except (DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 6
+        return getattr(error, "exit_code", 6)
     return 0
 
 
