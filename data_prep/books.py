@@ -100,29 +100,27 @@ def _sentence_a_line(lines: list[str]) -> bool:
     return len(lines) > 1 and sum(map(bool, map(_ENDS_SENTENCE.search, lines))) >= SENTENCES_A_LINE * len(lines)
 
 
-def book_documents(path: Path, folder: Path, *, max_document_mb: float, tally: Tally) -> Iterator[Document]:
+def book_documents(path: Path, folder: Path, tally: Tally) -> Iterator[Document]:
     """What a file of a folder of books holds: the articles of WikiExtractor, else one book."""
     if form(path) == "docs":
         source = f"{folder.name}/{path.relative_to(folder)}"
-        yield from extracted_documents(
-            path, 0, formats.END, max_document_mb=max_document_mb, tally=tally, name=folder.name, source=source
-        )
-    elif (document := book(path, folder, max_document_mb=max_document_mb, tally=tally)) is not None:
+        yield from extracted_documents(path, 0, formats.END, tally, name=folder.name, source=source)
+    elif (document := book(path, folder, tally)) is not None:
         yield document
 
 
-def book(path: Path, folder: Path, *, max_document_mb: float, tally: Tally) -> Document | None:
+def book(path: Path, folder: Path, tally: Tally) -> Document | None:
     """One file as one document; None (counted) when it is over the limit or has no letter.
 
     Blank lines separate paragraphs, the lines of a paragraph are joined. A book without blank lines stays one
     document: one paragraph, or one a line where lines are long or sentences. Raises DataError for invalid UTF-8.
     """
-    name, limit = str(path.relative_to(folder)), int(max_document_mb * 1e6)
+    name = str(path.relative_to(folder))
     tally.counts["articles"] += 1
     with formats.opened(path) as file:
-        data = file.read(limit + 1)
-    if len(data) > limit:
-        too_large(tally, name, max_document_mb)
+        data = file.read(int(tally.limit) + 1)
+    if len(data) > tally.limit:
+        tally.skip_too_large(name)
         return None
     text = decode(data, path, 0, tally)
     text = counted(text, tally).replace("\r\n", "\n").replace("\r", "\n").strip()
@@ -135,20 +133,19 @@ def book(path: Path, folder: Path, *, max_document_mb: float, tally: Tally) -> D
     return document(path.stem, folder.name, f"{folder.name}/{name}", "\n".join(paragraphs), tally)
 
 
-def line_documents(path: Path, start: int, end: int, *, max_document_mb: float, tally: Tally) -> Iterator[Document]:
+def line_documents(path: Path, start: int, end: int, tally: Tally) -> Iterator[Document]:
     """Documents of about 64 kB of a file that has a sentence a line and no sign of documents, each line a paragraph.
 
     `start` and `end` are multiples of LINES_BYTES, so that any parts give the same documents.
     """
-    limit = int(max_document_mb * 1e6)
     with formats.opened(path) as file:
-        lines = ((offset // LINES_BYTES, pieces) for offset, _, pieces in lines_of(file, start, end, limit))
+        lines = ((offset // LINES_BYTES, pieces) for offset, _, pieces in lines_of(file, start, end, tally.limit))
         for number, group in itertools.groupby(lines, key=operator.itemgetter(0)):
             tally.counts["articles"] += 1
             where = f"{path.name} at byte {number * LINES_BYTES}"
             lines_here = [pieces for _, pieces in group]
             for _ in range(lines_here.count([])):
-                too_large(tally, f"a line of {where}", max_document_mb)
+                tally.skip_too_large(f"a line of {where}")
                 tally.counts["articles"] += 1
             data = b"".join(itertools.chain.from_iterable(lines_here))
             text = counted(decode(data, path, number * LINES_BYTES, tally), tally)
@@ -157,17 +154,17 @@ def line_documents(path: Path, start: int, end: int, *, max_document_mb: float, 
 
 
 def extracted_documents(
-    path: Path, start: int, end: int, *, max_document_mb: float, tally: Tally, name: str = "", source: str = ""
+    path: Path, start: int, end: int, tally: Tally, *, name: str = "", source: str = ""
 ) -> Iterator[Document]:
     """Articles of WikiExtractor whose ``<doc id title>`` line begins in bytes [start, end); each line a paragraph.
 
     Raises DataError for an article without an end, and for text between two of them.
     """
-    limit, total, ended = int(max_document_mb * 1e6), 0, False
+    total, ended = 0, False
     rows: list[str] | None = None
     attributes: dict[str, str] = {}
     with formats.opened(path) as file:
-        for offset, size, pieces in lines_of(file, start, end, limit, past_end=True):
+        for offset, size, pieces in lines_of(file, start, end, tally.limit, past_end=True):
             line = decode(b"".join(pieces), path, offset, tally).strip()
             if rows is not None and line.startswith('<doc id="'):
                 break
@@ -177,8 +174,8 @@ def extracted_documents(
             elif line == "</doc>" and rows is not None:
                 tally.counts["articles"] += 1
                 title = attributes.get("title", "")
-                if total > limit:
-                    too_large(tally, title, max_document_mb)
+                if total > tally.limit:
+                    tally.skip_too_large(title)
                 elif article := document(
                     title,
                     source or path.name,
@@ -190,7 +187,7 @@ def extracted_documents(
                 rows, ended = None, True
             elif rows is not None:
                 total += size
-                rows += [line] if total <= limit else []
+                rows += [line] if total <= tally.limit else []
             elif ended and line and not line.startswith("<doc "):
                 raise DataError(f"{path}: text at byte {offset}, outside of any <doc>: make it again")
             elif offset >= end and (line or not ended):
@@ -199,17 +196,16 @@ def extracted_documents(
         raise DataError(f"{path}: the <doc> of {printable(attributes.get('title', ''))!r} has no </doc>: make it again")
 
 
-def text_documents(path: Path, start: int, end: int, *, max_document_mb: float, tally: Tally) -> Iterator[Document]:
+def text_documents(path: Path, start: int, end: int, tally: Tally) -> Iterator[Document]:
     """Documents between blank lines of one file whose blank line lies in bytes [start, end).
 
     The lines of a document are joined to one paragraph. Memory is bounded by one document of the allowed size.
     """
-    limit = int(max_document_mb * 1e6)
     with formats.opened(path) as file:
-        for offset, size, pieces in _blocks(file, start, end, limit):
+        for offset, size, pieces in _blocks(file, start, end, tally.limit):
             tally.counts["articles"] += 1
-            if size > limit:
-                too_large(tally, f"{path.name} at byte {offset}", max_document_mb)
+            if size > tally.limit:
+                tally.skip_too_large(f"{path.name} at byte {offset}")
                 continue
             text = " ".join(counted(decode(b"".join(pieces), path, offset, tally), tally).split())
             book = document("", path.name, "", text, tally, where=f"{path.name} at byte {offset}")
@@ -224,10 +220,6 @@ def document(title: str, source: str, key: str, text: str, tally: Tally, *, wher
         return None
     clean_title = "".join(c for c in title if c.isprintable())
     return Document(plain(key) or content_id(source, text), clean_title, source, text)
-
-
-def too_large(tally: Tally, title: str, max_document_mb: float) -> None:
-    tally.skip(f"over max_document_mb ({max_document_mb:g})", title)
 
 
 def counted(text: str, tally: Tally) -> str:
@@ -268,7 +260,7 @@ def _windows_1252(data: bytes) -> str | None:
 
 
 def lines_of(
-    file: BinaryIO, start: int, end: int, limit: int, *, past_end: bool = False
+    file: BinaryIO, start: int, end: int, limit: float, *, past_end: bool = False
 ) -> Iterator[tuple[int, int, list[bytes]]]:
     """(offset, size, pieces) of the lines that begin in [start, end); a line over `limit` comes without pieces.
 
@@ -292,7 +284,7 @@ def lines_of(
         offset += size
 
 
-def _blocks(file: BinaryIO, start: int, end: int, limit: int) -> Iterator[tuple[int, int, list[bytes]]]:
+def _blocks(file: BinaryIO, start: int, end: int, limit: float) -> Iterator[tuple[int, int, list[bytes]]]:
     """(offset, size, pieces) of runs of lines that are not blank; pieces are incomplete when size is over `limit`.
 
     A run belongs to the range in which the blank line before it begins (the first run of the file: to the first

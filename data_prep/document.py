@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import re
 from collections import Counter
 from contextlib import ExitStack
@@ -52,12 +53,22 @@ def content_id(name: str, text: str) -> str:
 @dataclass
 class Tally:
     """What a part read: counts by name, what was skipped with up to 20 example titles a reason, and the sentences
-    that were left out, by the template or tag in them that has no words."""
+    that were left out, by the template or tag in them that has no words. Longer documents than `max_document_mb` are
+    skipped."""
 
+    max_document_mb: float = math.inf
     counts: Counter[str] = field(default_factory=Counter)
     skipped: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
     lost: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def limit(self) -> float:
+        """Bytes of the longest document."""
+        return self.max_document_mb * 1e6
+
+    def skip_too_large(self, title: str) -> None:
+        self.skip(f"over max_document_mb ({self.max_document_mb:g})", title)
 
     def skip(self, reason: str, title: str) -> None:
         """Count one article that gives no document."""

@@ -34,20 +34,16 @@ WAIT_S, TIMEOUT_S = 2.0, 60.0
 CHUNK = 1 << 20
 AGENT = {"User-Agent": "bert-slurm-pipeline/0.1", "Accept-Encoding": "identity"}
 
-Say = Callable[[str], None]
-
 
 def main() -> int:
-    """Fetch one source."""
     known = tomllib.loads((Path(__file__).parent / "sources.toml").read_text(encoding="utf-8"))
     options = argparse.ArgumentParser(prog="python -m data_prep.download", description=__doc__)
-    options.add_argument("source", choices=list(known))
-    options.add_argument("--to", type=Path, default=Path("data"), metavar="DIR", help="the --data of submit (data)")
-    options.add_argument(
-        "--date", metavar="YYYYMMDD", help="of the dump: https://dumps.wikimedia.org/enwiki lists them"
-    )
-    options.add_argument("--wiki", default="enwiki", help="dewiki, simplewiki, … (enwiki)")
-    options.add_argument("--mirror", metavar="URL", help="instead of https://HOST, before the paths of sources.toml")
+    add = options.add_argument
+    add("source", choices=list(known))
+    add("--to", type=Path, default=Path("data"), metavar="DIR", help="the --data of submit (data)")
+    add("--date", metavar="YYYYMMDD", help="of the dump: https://dumps.wikimedia.org/enwiki lists them")
+    add("--wiki", default="enwiki", help="dewiki, simplewiki, … (enwiki)")
+    add("--mirror", metavar="URL", help="instead of https://HOST, before the paths of sources.toml")
     chosen = options.parse_args()
     if chosen.source == "wikipedia" and not (chosen.date or "").isdigit():
         options.error("wikipedia needs --date YYYYMMDD; https://dumps.wikimedia.org/enwiki lists what there is")
@@ -61,17 +57,17 @@ def main() -> int:
     return 0
 
 
-def download(source: dict[str, Any], to: Path, names: dict[str, str], mirror: str | None, say: Say = print) -> None:
+def download(source: dict[str, Any], to: Path, names: dict[str, str], mirror: str | None) -> None:
     """All files of a source, below ``to``. Raises NotReachable (exit 7), DataError for a wrong digest, OSError."""
     for file in source["files"]:
         path = to / file["to"].format(**names)
         path.parent.mkdir(parents=True, exist_ok=True)
         url, sums = (_at(mirror, file[key].format(**names)) if key in file else "" for key in ("url", "sha1sums"))
-        fetch(url, path, "sha1" if sums else "sha256", _listed(sums, path.name) if sums else file["sha256"], say)
-    say(f"licence: {source['licence']}")
+        fetch(url, path, "sha1" if sums else "sha256", _listed(sums, path.name) if sums else file["sha256"])
+    print(f"licence: {source['licence']}")
 
 
-def fetch(url: str, path: Path, algorithm: str, digest: str, say: Say = print) -> None:
+def fetch(url: str, path: Path, algorithm: str, digest: str) -> None:
     """``url`` as ``path``, whole and with this digest or not at all; a file that is there is never overwritten.
 
     What has come is kept as ``.NAME.part`` and completed by the next try or call. A whole file with another digest is
@@ -80,7 +76,7 @@ def fetch(url: str, path: Path, algorithm: str, digest: str, say: Say = print) -
     if path.exists():
         if _digest(path, algorithm) != digest:
             raise DataError(f"{path} is there but is not the file of {url} ({algorithm} {digest[:12]}..): move it away")
-        say(f"{path}: already there and whole")
+        print(f"{path}: already there and whole")
         return
     part = path.with_name(f".{path.name}.part")
     with open(part, "ab") as file:
@@ -89,18 +85,18 @@ def fetch(url: str, path: Path, algorithm: str, digest: str, say: Say = print) -
         except BlockingIOError:
             raise DataError(f"{path} is being downloaded by another process: wait for it") from None
         for again in (False, True):
-            _complete(url, file, path, say)
+            _complete(url, file, path)
             file.flush()
             os.fsync(file.fileno())
             if (actual := _digest(part, algorithm)) == digest:
                 os.replace(part, path)
                 sync_folder(path.parent)
-                say(f"{path}: {path.stat().st_size / 1e6:.1f} MB, {algorithm} as published")
+                print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, {algorithm} as published")
                 return
             size = part.stat().st_size
             file.truncate(0)
             if not again:
-                say(f"{path}: {size} bytes with another {algorithm} than published, fetched once more")
+                print(f"{path}: {size} bytes with another {algorithm} than published, fetched once more")
     part.unlink()
     raise DataError(
         f"{url} gave {size} bytes with {algorithm} {actual[:12]}.., published is {digest[:12]}..: it was changed or a "
@@ -108,7 +104,7 @@ def fetch(url: str, path: Path, algorithm: str, digest: str, say: Say = print) -
     )
 
 
-def _complete(url: str, file: IO[bytes], path: Path, say: Say) -> None:
+def _complete(url: str, file: IO[bytes], path: Path) -> None:
     """Append to ``file`` what it lacks of ``url``, over as many connections as that takes."""
     fruitless, most, problem = 0, 0, ""
     while fruitless < TRIES:
@@ -121,7 +117,7 @@ def _complete(url: str, file: IO[bytes], path: Path, say: Say) -> None:
                 if before and not str(answer.headers["Content-Range"]).startswith(f"bytes {before}-"):
                     file.truncate(before := 0)  # it gives the whole file, from its beginning
                 promised = answer.headers["Content-Length"]
-                if _copy(answer, file, int(promised) if promised else None, path, say):
+                if _copy(answer, file, int(promised) if promised else None, path):
                     return
             problem = f"it ended after {file.tell()} bytes and promised {before + int(promised)}"
         except urllib.error.HTTPError as error:
@@ -142,7 +138,7 @@ def _complete(url: str, file: IO[bytes], path: Path, say: Say) -> None:
     )
 
 
-def _copy(answer: IO[bytes], file: IO[bytes], size: int | None, path: Path, say: Say) -> bool:
+def _copy(answer: IO[bytes], file: IO[bytes], size: int | None, path: Path) -> bool:
     """Append ``answer``; whether it was whole. Raises DataError before the disk is full."""
     if size and size > (free := shutil.disk_usage(path.parent).free):
         raise DataError(f"{path}: {size / 1e6:.0f} MB are to come and {free / 1e6:.0f} MB are free")
@@ -152,14 +148,14 @@ def _copy(answer: IO[bytes], file: IO[bytes], size: int | None, path: Path, say:
         copied += len(chunk)
         if size and (share := 20 * copied // size) > last_share and size > 100 * CHUNK:
             last_share = share
-            say(f"{path}: {copied / 1e6:.0f} of {size / 1e6:.0f} MB")
+            print(f"{path}: {copied / 1e6:.0f} of {size / 1e6:.0f} MB")
     return size is None or copied >= size
 
 
 def _listed(url: str, name: str) -> str:
     """The digest of ``name`` in a list that ``sha1sum`` wrote."""
     text = io.BytesIO()
-    _complete(url, text, Path(name), lambda line: None)
+    _complete(url, text, Path(name))
     rows = [line.split() for line in text.getvalue().decode(errors="replace").splitlines()]
     digests = [row[0] for row in rows if len(row) == 2 and row[1].lstrip("*") == name]
     if len(digests) != 1:

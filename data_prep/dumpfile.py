@@ -37,14 +37,6 @@ def refuse_unreadable(path: Path) -> None:
     formats.refuse_foreign(path, inside=False)  # expat reads UTF-16, too
 
 
-def ranges(path: Path, part_bytes: int) -> list[tuple[int, int]]:
-    """Byte ranges whose parts can be read independently; one range where the format allows no cut."""
-    size = path.stat().st_size
-    if is_one_stream(path):
-        return [(0, size)]
-    return [(start, min(start + part_bytes, size)) for start in range(0, size, part_bytes)]
-
-
 def is_one_stream(path: Path) -> bool:
     """Whether the file must be unpacked from its beginning: a compressed one whose streams are not cut at pages."""
     kind = formats.compression(path)

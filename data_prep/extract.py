@@ -15,10 +15,10 @@ from typing import Any
 
 from data_prep import books, dumpfile, formats, manifest, records, wikipedia
 from data_prep.document import Document, DocumentFiles, Tally, printable
-from data_prep.dumpfile import Seam, check_seams, ranges
+from data_prep.dumpfile import Seam, check_seams
 from data_prep.errors import DataError
-from data_prep.fanout import Job, run_all, tasks
-from data_prep.publish import file_sha256, remove_leftovers
+from data_prep.fanout import Job, once, run_all, tasks
+from data_prep.publish import file_sha256
 
 PART_BYTES = 32_000_000
 COMPRESSED_PART_BYTES = 8_000_000
@@ -91,7 +91,7 @@ def run(
                 parts.append(part)
                 results.append(result)
     _refuse(results)
-    facts: dict[str, Any] = run_all(_finish, [(job.out, inputs, described, parts, results)], 1)[0]
+    facts: dict[str, Any] = once(_finish, job.out, inputs, described, parts, results)
     for line in facts.pop("said"):
         job.say(line)
     return facts
@@ -157,7 +157,7 @@ def _describe(entry: tuple[str, Path]) -> dict[str, Any]:
         except DataError as error:
             return {"faults": [str(error)]}
         size = path.stat().st_size
-        groups = {"row_groups": records.row_groups(path)} if form == "parquet" else {}
+        groups = {"row_groups": int(records.parquet_file(path).num_row_groups)} if form == "parquet" else {}
         return {"name": path.name, "form": form, "bytes": size, "sha256": file_sha256(path), **groups}
     files, faults = books.book_files(path), []
     digest = hashlib.sha256()
@@ -173,8 +173,9 @@ def _describe(entry: tuple[str, Path]) -> dict[str, Any]:
 
 
 def _parts(entry: tuple[str, Path], facts: dict[str, Any]) -> Iterator[Part]:
-    path, kind = entry[1], str(facts["form"])
-    sha256 = str(facts["sha256"])
+    """The parts of an input: some books of a folder each, else ranges of its bytes or row groups."""
+    path, kind, sha256, site = entry[1], str(facts["form"]), str(facts["sha256"]), None
+    size, step = int(facts["bytes"]), PART_BYTES
     if kind == "books":
         group: list[Path] = []
         size = 0
@@ -186,25 +187,21 @@ def _parts(entry: tuple[str, Path], facts: dict[str, Any]) -> Iterator[Part]:
                 group, size = [], 0
         if group:
             yield Part(kind, path, files=tuple(group), sha256=sha256)
-    elif kind == "wikipedia":
+        return
+    if kind == "wikipedia":
         site = wikipedia.read_site(path)
         if dumpfile.is_one_stream(path):
             return  # its text is cut while it is unpacked
-        part_bytes = COMPRESSED_PART_BYTES if formats.compression(path) else PART_BYTES
-        for start, end in ranges(path, part_bytes):
-            yield Part(kind, path, start=start, end=end, site=site, sha256=sha256)
+        step = COMPRESSED_PART_BYTES if formats.compression(path) else PART_BYTES
     elif kind == "parquet":
         groups = int(facts["row_groups"])
-        step = max(1, groups * PART_BYTES // max(1, int(facts["bytes"])))
-        for start in range(0, groups, step):
-            yield Part(kind, path, start=start, end=min(start + step, groups), sha256=sha256)
+        size, step = groups, max(1, groups * PART_BYTES // max(1, size))
     elif kind == "table" or formats.compression(path):
-        yield Part(kind, path, end=formats.END, sha256=sha256)  # cannot be cut
-    else:
-        size = int(facts["bytes"])
-        step = -(-PART_BYTES // books.LINES_BYTES) * books.LINES_BYTES if kind == "lines" else PART_BYTES
-        for start in range(0, size, step):
-            yield Part(kind, path, start=start, end=min(start + step, size), sha256=sha256)
+        size = step = formats.END  # cannot be cut
+    elif kind == "lines":
+        step = -(-PART_BYTES // books.LINES_BYTES) * books.LINES_BYTES
+    for start in range(0, size, step):
+        yield Part(kind, path, start=start, end=min(start + step, size), site=site, sha256=sha256)
 
 
 def _read_stream(
@@ -218,9 +215,8 @@ def _read_stream(
     elif not dumpfile.is_unpacked_in_parallel(path):
         advice = "pip install indexed_bzip2, or take the multistream file"
         job.say(f"{path.name} is one bz2 stream: {alone}; {advice}")
-    _streams.pop(path, None)  # of an earlier try in this process
-    cut = functools.partial(_cut, job.out, path, 2 * job.workers * tasks(os.environ), job.workers)
-    while pieces := run_all(cut, [number], 1)[0]:
+    stream = dumpfile.pieces(path, job.out, PART_BYTES, job.workers)  # cut by one task alone
+    while pieces := once(_cut, stream, 2 * job.workers * tasks(os.environ)):
         parts = [
             Part("wikipedia", path, number + place, start, end, site=site, sha256=sha256, piece=Path(piece))
             for place, (piece, start, end) in enumerate(pieces)
@@ -230,16 +226,9 @@ def _read_stream(
         job.say(f"{path.name}: {parts[-1].end / 1e6:.0f} MB of text read")
 
 
-_streams: dict[Path, Iterator[tuple[Path, int, int]]] = {}  # being cut by this process
-
-
-def _cut(out: Path, path: Path, count: int, processes: int, _number: int) -> list[tuple[str, int, int]]:
+def _cut(stream: Iterator[tuple[Path, int, int]], count: int) -> list[tuple[str, int, int]]:
     """The next pieces of a stream; none: it is read whole."""
-    stream = _streams.setdefault(path, dumpfile.pieces(path, out, PART_BYTES, processes))
-    pieces = [(str(piece), start, end) for piece, start, end in itertools.islice(stream, count)]
-    if not pieces:
-        del _streams[path]
-    return pieces
+    return [(str(piece), start, end) for piece, start, end in itertools.islice(stream, count)]
 
 
 def _size(part: Part) -> int:
@@ -272,12 +261,12 @@ def _read(out: Path, max_document_mb: float, text_column: str, part: Part) -> di
             return known
         except DataError:
             pass  # one of several files is gone: read the part again
-    tally, seam = Tally(), Seam()
+    tally, seam = Tally(max_document_mb), Seam()
     faults: list[str] = []
     with DocumentFiles(out, part.number, tally) as files:
-        for read in _readers(part, seam, text_column):
+        for documents in _readers(part, seam, tally, text_column):
             try:
-                for document in read(max_document_mb=max_document_mb, tally=tally):
+                for document in documents:
                     files.write(document)
             except DataError as error:
                 faults.append(str(error))
@@ -293,7 +282,7 @@ def _read(out: Path, max_document_mb: float, text_column: str, part: Part) -> di
     return facts
 
 
-def _readers(part: Part, seam: Seam, text_column: str) -> Iterator[Callable[..., Iterator[Document]]]:
+def _readers(part: Part, seam: Seam, tally: Tally, text_column: str) -> Iterator[Iterator[Document]]:
     """What reads the files of a part, one after the other."""
     place = (part.path, part.start, part.end)
     match part.kind:
@@ -301,30 +290,32 @@ def _readers(part: Part, seam: Seam, text_column: str) -> Iterator[Callable[...,
             assert part.site is not None
             if part.piece is not None:
                 place = (part.piece, 0, part.piece.stat().st_size)
-            yield functools.partial(wikipedia.documents, *place, seam, site=part.site, source=part.path.name)
+            yield wikipedia.documents(*place, seam, tally, part.site, part.path.name)
         case "books":
             for file in part.files:
-                yield functools.partial(books.book_documents, file, part.path)
+                yield books.book_documents(file, part.path, tally)
         case "text":
-            yield functools.partial(books.text_documents, *place)
+            yield books.text_documents(*place, tally)
         case "lines":
-            yield functools.partial(books.line_documents, *place)
+            yield books.line_documents(*place, tally)
         case "docs":
-            yield functools.partial(books.extracted_documents, *place)
+            yield books.extracted_documents(*place, tally)
         case "table":
-            yield functools.partial(records.table_documents, part.path, text_column)
+            yield records.table_documents(part.path, tally, text_column)
         case "parquet":
-            yield functools.partial(records.parquet_documents, *place, text_column)
+            yield records.parquet_documents(*place, tally, text_column)
         case _:
-            yield functools.partial(records.json_documents, *place, text_column)
+            yield records.json_documents(*place, tally, text_column)
 
 
-Work = tuple[Path, list[tuple[str, Path]], list[dict[str, Any]], list[Part], list[dict[str, Any]]]
-
-
-def _finish(work: Work) -> dict[str, Any]:
+def _finish(
+    out: Path,
+    inputs: list[tuple[str, Path]],
+    described: list[dict[str, Any]],
+    parts: list[Part],
+    results: list[dict[str, Any]],
+) -> dict[str, Any]:
     """Check that nothing was lost between parts, clean up and publish the manifest."""
-    out, inputs, described, parts, results = work
     total, remarks, notes = Tally(), [], []
     for (kind, path), facts in zip(inputs, described, strict=True):
         own = [result for part, result in zip(parts, results, strict=True) if part.path == path]
@@ -349,10 +340,7 @@ def _finish(work: Work) -> dict[str, Any]:
         if path.name not in keep:
             path.unlink()
     counted = total.facts()
-    value = {"format": 1, "inputs": described, **counted, "files": files}
-    manifest.publish_manifest(out, value)
-    manifest.remove_notes(out)
-    remove_leftovers(out)
+    manifest.finish(out, {"format": 1, "inputs": described, **counted, "files": files})
     return {"inputs": described, **counted, "notes": notes, "said": remarks + notes}
 
 

@@ -17,6 +17,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -33,6 +34,17 @@ Outcome = list[Any]
 """``["ok", value]`` | ``["data", line]`` | ``["os", errno, text, file]`` | ``["defect", line, traceback]``"""
 EXCHANGE = "FANOUT_DIR"  # names a folder that all tasks of a launch see and no other launch uses
 _calls: dict[Path, int] = {}  # calls of run_all by such folder: every task makes the same ones
+
+
+@dataclass(frozen=True)
+class Work:
+    """What `run_all` is asked for."""
+
+    function: Callable[[Any], Any]
+    items: Sequence[Any]
+    sizes: Sequence[int]
+    workers: int
+    progress: Progress | None
 
 
 class Job(Protocol):
@@ -65,13 +77,16 @@ def run_all(
     stopped or stuck (STOPPED_S, STUCK_S); RuntimeError with the worker's traceback for a defect.
     """
     keep_freed_memory()
-    size = tasks(os.environ)
-    sizes = sizes or [1] * len(items)
-    if size > 1 and by_mpi(os.environ):
-        return _values(_over_mpi(function, items, shares(sizes, size), progress))
-    if size > 1:
-        return _values(_over_files(function, items, sizes, size, workers, progress))
-    return _values(_here(function, items, sizes, workers, progress))
+    work = Work(function, items, sizes or [1] * len(items), workers, progress)
+    if (size := tasks(os.environ)) == 1:
+        return _values(_here(work))
+    over = _over_mpi if by_mpi(os.environ) else _over_files
+    return _values(over(work, shares(work.sizes, size)))
+
+
+def once(function: Callable[..., Any], *arguments: Any) -> Any:
+    """``function(*arguments)`` as `run_all` would: by one task alone, the result for all of them."""
+    return run_all(lambda _: function(*arguments), [None], 1)[0]
 
 
 def shares(sizes: Sequence[int], tasks: int) -> list[list[int]]:
@@ -85,23 +100,17 @@ def shares(sizes: Sequence[int], tasks: int) -> list[list[int]]:
     return dealt
 
 
-def _here(
-    function: Callable[[Item], Any],
-    items: Sequence[Item],
-    sizes: Sequence[int],
-    workers: int,
-    progress: Progress | None,
-) -> list[Outcome]:
-    """The outcomes of ``items`` in order, up to the first failure; by processes where that helps."""
-    if min(workers, len(items)) > 1:
-        return _over_processes(function, items, shares(sizes, 1)[0], workers, progress)
+def _here(work: Work) -> list[Outcome]:
+    """The outcomes of the items in order, up to the first failure; by processes where that helps."""
+    if min(work.workers, len(work.items)) > 1:
+        return _over_processes(work)
     outcomes: list[Outcome] = []
-    for item in items:
-        outcomes.append(_attempt(function, item))
+    for item in work.items:
+        outcomes.append(_attempt(work.function, item))
         if outcomes[-1][0] != "ok":
             break
-        if progress:
-            progress(len(outcomes), len(items))
+        if work.progress:
+            work.progress(len(outcomes), len(work.items))
     return outcomes
 
 
@@ -138,9 +147,7 @@ def _mpi_missing() -> str:
     return ""
 
 
-def _over_mpi(
-    function: Callable[[Item], Any], items: Sequence[Item], dealt: list[list[int]], progress: Progress | None
-) -> list[Outcome]:
+def _over_mpi(work: Work, dealt: list[list[int]]) -> list[Outcome]:
     import numpy as np
     from mpi4py import MPI
 
@@ -152,11 +159,11 @@ def _over_mpi(
         )
     own: list[Outcome] = []
     for index in dealt[world.rank]:
-        own.append(_attempt(function, items[index]))
+        own.append(_attempt(work.function, work.items[index]))
         if own[-1][0] != "ok":
             break  # the other ranks learn of it when they have finished theirs
-        if progress and world.rank == 0:
-            progress(min(len(own) * world.size, len(items)), len(items))
+        if work.progress and world.rank == 0:
+            work.progress(min(len(own) * world.size, len(work.items)), len(work.items))
     # JSON bytes, not objects: nothing that comes over the network is unpickled
     packed = np.frombuffer(json.dumps(own).encode(), np.uint8)
     sizes = np.empty(world.size, np.int64)
@@ -176,14 +183,7 @@ def _in_order(by_rank: list[list[Outcome]], dealt: list[list[int]]) -> list[Outc
     return [by_rank[rank][place] for rank, place in map(places.__getitem__, range(len(places)))]
 
 
-def _over_files(
-    function: Callable[[Item], Any],
-    items: Sequence[Item],
-    sizes: Sequence[int],
-    size: int,
-    workers: int,
-    progress: Progress | None,
-) -> list[Outcome]:
+def _over_files(work: Work, dealt: list[list[int]]) -> list[Outcome]:
     """Rank 0 gathers what each rank leaves in a file and publishes all of it in one.
 
     A rank that dies takes the others with it (srun --kill-on-bad-exit); one that is stopped is noticed because its
@@ -193,21 +193,14 @@ def _over_files(
     call = _calls[folder] = _calls.get(folder, 0) + 1
     if call == 1:
         threading.Thread(target=_show_life, args=(folder / f"alive-{rank}",), daemon=True).start()
-    dealt = shares(sizes, size)
-    share = dealt[rank]
-    own = _here(
-        function,
-        [items[index] for index in share],
-        [sizes[index] for index in share],
-        workers,
-        progress if rank == 0 else None,
-    )
+    items, sizes = ([values[index] for index in dealt[rank]] for values in (work.items, work.sizes))
+    own = _here(replace(work, items=items, sizes=sizes, progress=work.progress if rank == 0 else None))
     whole = folder / f"shared-{call}.json"
     if rank > 0:
         publish_json(folder / f"shared-{call}-{rank}.json", {"outcomes": own})
         by_rank = _read_when_there(whole, 0)["by_rank"]
     else:
-        parts = {other: folder / f"shared-{call}-{other}.json" for other in range(1, size)}
+        parts = {other: folder / f"shared-{call}-{other}.json" for other in range(1, len(dealt))}
         by_rank = [own, *(_read_when_there(part, other)["outcomes"] for other, part in parts.items())]
         publish_json(whole, {"by_rank": by_rank})
         for part in parts.values():
@@ -245,18 +238,17 @@ def _read_when_there(path: Path, rank: int) -> Any:
             )
 
 
-def _over_processes(
-    function: Callable[[Item], Any], items: Sequence[Item], order: list[int], workers: int, progress: Progress | None
-) -> list[Outcome]:
+def _over_processes(work: Work) -> list[Outcome]:
     context = multiprocessing.get_context("fork") if _is_one_thread() else multiprocessing.get_context("spawn")
+    items = work.items
     outcomes: list[Outcome] = [[] for _ in items]
-    waiting = order[::-1]
+    waiting = shares(work.sizes, 1)[0][::-1]
     busy: dict[Connection, tuple[BaseProcess, int]] = {}
     processes: list[BaseProcess] = []
     watch = Watch()
     done = 0
     try:
-        for _ in range(min(workers, len(items))):
+        for _ in range(min(work.workers, len(items))):
             ours, theirs = context.Pipe()
             process: BaseProcess = context.Process(target=_serve, args=(theirs, os.getpid()), daemon=True)
             process.start()
@@ -264,7 +256,7 @@ def _over_processes(
             processes.append(process)
             index = waiting.pop()
             busy[ours] = (process, index)
-            _send(ours, function, items[index])
+            _send(ours, work.function, items[index])
         while busy:
             for ready in wait(list(busy), liveness.WATCH_S):
                 assert isinstance(ready, Connection)
@@ -276,12 +268,12 @@ def _over_processes(
                 if outcomes[index][0] != "ok":
                     return [outcomes[index]]
                 done += 1
-                if progress:
-                    progress(done, len(items))
+                if work.progress:
+                    work.progress(done, len(items))
                 if waiting:
                     index = waiting.pop()
                     busy[ready] = (process, index)
-                    _send(ready, function, items[index])
+                    _send(ready, work.function, items[index])
                 else:
                     ready.close()
             for process, index in busy.values():

@@ -26,21 +26,15 @@ SHORTEST_SINGLE = 3  # [CLS] a [SEP]: what is left of a document may be one word
 class Shard:
     """N samples, T tokens. Sample i is ``tokens[offsets[i] : offsets[i + 1]]``, unpadded and unmasked."""
 
-    tokens: NDArray[np.unsignedinteger]
-    """uint16 ``[T]`` (uint32 for a vocabulary over 65536), with [CLS] and [SEP]"""
-    offsets: NDArray[np.int64]
-    """``[N + 1]``"""
-    b_start: NDArray[np.uint16]
-    """``[N]`` index of the first token of B inside the sample"""
-    is_random_next: NDArray[np.uint8]
-    """``[N]`` 1 when B is a random sentence of another document"""
-    document: NDArray[np.uint32]
-    """``[N]`` number of A's document in the text shard"""
+    tokens: NDArray[np.unsignedinteger]  # ``[T]`` uint16 (uint32 for a vocabulary over 65536), with [CLS] and [SEP]
+    offsets: NDArray[np.int64]  # ``[N + 1]``
+    b_start: NDArray[np.uint16]  # ``[N]`` index of the first token of B inside the sample
+    is_random_next: NDArray[np.uint8]  # ``[N]`` 1 when B is a random sentence of another document
+    document: NDArray[np.uint32]  # ``[N]`` number of A's document in the text shard
     seq_len: int
     vocab_sha256: str
     seed: int
-    source: str
-    """SHA-256 of the text shard the samples were made from"""
+    source: str  # SHA-256 of the text shard the samples were made from
 
 
 def token_dtype(vocab_size: int) -> type[np.uint16] | type[np.uint32]:
@@ -63,7 +57,7 @@ def write_shard(path: Path, shard: Shard) -> dict[str, Any]:
         file.attrs["vocab_sha256"] = shard.vocab_sha256
         file.attrs["seed"] = shard.seed
         file.attrs["source"] = shard.source
-        for name in ("tokens", "offsets", "b_start", "is_random_next", "document"):
+        for name in ARRAYS:
             file.create_dataset(name, data=getattr(shard, name))
         file.flush()
         image: bytes = file.id.get_file_image()
@@ -87,7 +81,6 @@ def read_shard(path: Path) -> Shard:
             version = int(file.attrs["format"])
             if version != FORMAT:
                 raise DataError(f"{path} has shard format {version}, this version reads {FORMAT}")
-            attributes = {name: file.attrs[name] for name in ("seq_len", "vocab_sha256", "seed", "source")}
             for name in ARRAYS:  # a link may lead to another file, or to a pipe
                 if not isinstance(file.get(name, getlink=True), h5py.HardLink):
                     raise DataError(f"{path}: {name} is no dataset of this file but a link; make the shard again")
@@ -100,10 +93,10 @@ def read_shard(path: Path) -> Shard:
                 _mapped(content, file["b_start"], np.uint16, rows),
                 _mapped(content, file["is_random_next"], np.uint8, rows),
                 _mapped(content, file["document"], np.uint32, rows),
-                int(attributes["seq_len"]),
-                str(attributes["vocab_sha256"]),
-                int(attributes["seed"]),
-                str(attributes["source"]),
+                int(file.attrs["seq_len"]),
+                str(file.attrs["vocab_sha256"]),
+                int(file.attrs["seed"]),
+                str(file.attrs["source"]),
             )
     except (OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise DataError(f"{path} cannot be read as a shard: {error}") from None

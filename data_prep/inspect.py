@@ -19,13 +19,12 @@ from data_prep.document import printable
 from data_prep.errors import DataError
 from data_prep.hdf5 import Shard, read_listed
 from data_prep.manifest import SampleSet, load
-from data_prep.masking import boundaries, mask_tokens
+from data_prep.masking import mask_tokens
 from data_prep.publish import file_sha256
 from data_prep.wordpiece import Vocabulary
 
 
 def main() -> int:
-    """Print one sample."""
     options = parser().parse_args()
     try:
         print("\n".join(described(options)))
@@ -85,10 +84,8 @@ def masked(
         np.array([len(tokens)]),
         np.array([number + options.epoch * samples.rows]),
         seed=options.seed,
-        epoch=0,
         vocab_size=samples.vocab_size,
-        mask_id=special["mask"],
-        special_ids=boundaries(special),
+        special=special,
         masked_lm_prob=options.masked_share,
         max_predictions=options.max_predictions,
         continuing=vocabulary.continuing if options.masking_unit == "word" else None,

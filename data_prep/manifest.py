@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.errors import DataError
-from data_prep.publish import SEAL, file_sha256, is_sealed, json_sha256, publish_json, publish_sealed
+from data_prep.publish import SEAL, file_sha256, is_sealed, json_sha256, publish_json, publish_sealed, remove_leftovers
 
 NAME = "manifest.json"
 FORMAT = 1
@@ -39,7 +39,6 @@ class ShardFile:
     """One shard as its manifest lists it: ``rows`` samples, ``tokens`` in all of them, size and digest."""
 
     path: Path
-    split: str
     rows: int
     tokens: int
     bytes: int
@@ -50,15 +49,13 @@ class ShardFile:
 class SampleSet:
     """The shards of one split of a samples folder, in the order of the manifest."""
 
-    folder: Path
     seq_len: int
     vocab_size: int
     vocab_sha256: str
     seed: int
     special: dict[str, int]
     shards: tuple[ShardFile, ...]
-    sha256: str
-    """``data_sha256`` of the manifest"""
+    sha256: str  # ``data_sha256`` of the manifest
 
     @property
     def rows(self) -> int:
@@ -70,6 +67,14 @@ def publish_manifest(folder: Path, value: Mapping[str, Any]) -> None:
     """Write ``value`` as the sealed ``manifest.json`` of ``folder``, and beside it the versions and recipe it is of."""
     recipe = {"data_recipe_sha256": os.environ[RECIPE]} if RECIPE in os.environ else {}
     publish_sealed(folder / NAME, {**value, MADE_BY: {**recipe, **versions()}})
+
+
+def finish(folder: Path, value: Mapping[str, Any]) -> None:
+    """`publish_manifest`, and delete what is not in it: notes of finished files and leftovers of killed writers."""
+    publish_manifest(folder, value)
+    for path in folder.glob(".*.note"):
+        path.unlink(missing_ok=True)
+    remove_leftovers(folder)
 
 
 def data_sha256(value: Mapping[str, Any]) -> str:
@@ -147,11 +152,11 @@ def load(folder: Path, split: str) -> SampleSet:
     try:
         entries = [entry for entry in manifest["shards"] if entry["split"] == split]
         shards = tuple(
-            ShardFile(path, split, entry["rows"], entry["tokens"], entry["bytes"], entry["sha256"])
+            ShardFile(path, entry["rows"], entry["tokens"], entry["bytes"], entry["sha256"])
             for path, entry in zip(verify(folder, entries, digests=False), entries, strict=True)
         )
         facts = {key: manifest[key] for key in ("seq_len", "vocab_size", "vocab_sha256", "seed", "special")}
-        return SampleSet(folder=folder, **facts, shards=shards, sha256=data_sha256(manifest))
+        return SampleSet(**facts, shards=shards, sha256=data_sha256(manifest))
     except KeyError as error:
         raise DataError(f"{folder / NAME} lacks {error}: it is not the manifest of a samples folder") from None
     except (TypeError, ValueError) as error:
@@ -166,21 +171,13 @@ def load_verified(folder: Path, split: str) -> SampleSet:
     return samples
 
 
-def verify_share(
-    samples: SampleSet,
-    record: Path,
-    *,
-    rank: int = 0,
-    ranks: int = 1,
-    trusted_s: float = TRUSTED_S,
-    force: bool = False,
-) -> int:
+def verify_share(samples: SampleSet, record: Path, *, rank: int = 0, ranks: int = 1) -> int:
     """Compare the SHA-256 of this rank's share of the shards; all ranks together verify each file once.
 
     What was verified is written to ``record/SHARD.json``. A later start reads the records of its own share, with any
-    number of ranks, and trusts them for ``trusted_s`` seconds where inode, size and time of change are the same, unless
-    it is to ``force``. Every rank must have returned before any uses the samples. Returns how many files were read.
-    Raises DataError as ``verify_file``.
+    number of ranks, and trusts them for `TRUSTED_S` seconds where inode, size and time of change are the same. Every
+    rank must have returned before any uses the samples. Returns how many files were read. Raises DataError as
+    ``verify_file``.
     """
     from data_prep.fanout import shares  # here for those who only read a manifest: it brings multiprocessing with it
 
@@ -196,7 +193,7 @@ def verify_share(
             "bytes": status.st_size,
             "changed_ns": status.st_mtime_ns,
         }
-        if force or not _is_trusted(on_record, now, trusted_s):
+        if not _is_trusted(on_record, now):
             verify_file(shard.path, shard.bytes, shard.sha256)
             read += 1
             with suppress(OSError):  # lost or cut short, the next start verifies again: no reason to end or to wait
@@ -205,14 +202,14 @@ def verify_share(
     return read
 
 
-def _is_trusted(on_record: Path, now: Mapping[str, Any], trusted_s: float) -> bool:
+def _is_trusted(on_record: Path, now: Mapping[str, Any]) -> bool:
     """Whether the record says ``now``, not too long ago. What is no small file is no record, and not waited for."""
     try:
         row = json.loads(on_record.read_bytes()) if on_record.is_file() and on_record.stat().st_size < 4096 else {}
         age_s = time.time() - float(row.pop("when"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return False
-    return bool(0 <= age_s < trusted_s and row == now)
+    return bool(0 <= age_s < TRUSTED_S and row == now)
 
 
 def note(path: Path, identity: str, facts: Mapping[str, Any]) -> None:
@@ -228,12 +225,6 @@ def noted(path: Path, identity: str) -> dict[str, Any] | None:
         return dict(note["facts"]) if whole else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def remove_notes(folder: Path) -> None:
-    """Delete the notes once the manifest of ``folder`` is published."""
-    for path in folder.glob(".*.note"):
-        path.unlink(missing_ok=True)
 
 
 def identity_of(**settings: Any) -> str:

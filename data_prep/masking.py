@@ -1,8 +1,8 @@
-"""Masked language modelling as a pure function of (seed, epoch, sample id): which tokens, replaced by what."""
+"""Masked language modelling as a pure function of (seed, sample id): which tokens, replaced by what."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -38,10 +38,8 @@ def mask_tokens(
     sample_ids: Ints,
     *,
     seed: int,
-    epoch: int,
     vocab_size: int,
-    mask_id: int,
-    special_ids: Sequence[int],
+    special: Mapping[str, int],
     masked_lm_prob: float,
     max_predictions: int,
     continuing: NDArray[np.bool_] | None = None,
@@ -49,24 +47,29 @@ def mask_tokens(
     """Mask N samples that lie end to end in ``tokens [T]`` with ``lengths [N]``.
 
     Returns the masked tokens ``[T]``, the masked positions ``[K]`` (flat, ascending) and the original ids
-    there, ``[K]``; sample i contributes ``masked_counts(lengths)[i]`` of them. 80 % become ``mask_id``, 10 % stay,
-    10 % become any of the ``vocab_size`` entries. Tokens in ``special_ids`` ([CLS], [SEP]) are chosen only if a
-    sample has too few others. A sample's mask depends on (seed, epoch, its id) and its own tokens alone.
+    there, ``[K]``; sample i contributes ``masked_counts(lengths)[i]`` of them. 80 % become [MASK], 10 % stay, 10 %
+    become any of the ``vocab_size`` entries. [CLS] and [SEP], whose ids ``special`` has beside that of [MASK], are
+    chosen only if a sample has too few others. A sample's mask depends on (seed, its id) and its own tokens alone.
     With ``continuing [V]``, which says what pieces go on with a word (``##s``), whole words are chosen.
     """
     # One key per sample; each token's random number follows from it and from the place inside the sample.
     starts = np.cumsum(lengths) - lengths
     counts = masked_counts(lengths, masked_lm_prob, max_predictions)
-    keys = derived(key(seed, epoch), sample_ids)
+    keys = derived(key(seed, 0), sample_ids)
     inside = np.arange(len(tokens), dtype=np.uint64) - np.repeat(starts.astype(np.uint64), lengths)
-    order = _order(tokens, special_ids, np.repeat(keys, lengths), inside)
+    is_special = np.zeros(len(tokens), bool)
+    for number in boundaries(special):
+        is_special |= tokens == number
+    # Special ones last, else random, the position in the lowest bits.
+    order = bits(np.repeat(keys, lengths), inside) >> np.uint64(1) | is_special.astype(np.uint64) << np.uint64(63)
+    order = order >> POSITION_BITS << POSITION_BITS | inside
     # The tokens with the smallest numbers of each sample, or the words.
     if continuing is None:
         positions = _smallest(order, starts, lengths, counts)
     else:
-        begins = ~continuing[tokens] | np.isin(tokens, special_ids)
+        begins = ~continuing[tokens] | is_special
         begins[starts] = True
-        begins[1:] |= np.isin(tokens[:-1], special_ids)
+        begins[1:] |= is_special[:-1]
         positions = _whole_words(order, begins, starts, counts)
     # What takes their place: [MASK], the token itself, or any other, by a second draw.
     labels = tokens[positions]
@@ -77,20 +80,10 @@ def mask_tokens(
     masked = tokens.copy()
     masked[positions] = np.where(
         kind < MASK_PROBABILITY,
-        np.asarray(mask_id, tokens.dtype),
+        np.asarray(special["mask"], tokens.dtype),
         np.where(kind < MASK_PROBABILITY + KEEP_PROBABILITY, labels, anything),
     )
     return masked, positions, labels
-
-
-def _order(tokens: NDArray[np.int32], special_ids: Sequence[int], keys: Keys, inside: Keys) -> Keys:
-    """For each token a number to sort by: special ones last, else random, the position in the lowest bits."""
-    random = bits(keys, inside) >> np.uint64(1)
-    special = np.zeros(len(tokens), bool)
-    for number in special_ids:
-        special |= tokens == number
-    random |= special.astype(np.uint64) << np.uint64(63)
-    return random >> POSITION_BITS << POSITION_BITS | inside
 
 
 def _smallest(order: Keys, starts: Ints, lengths: Ints, counts: Ints) -> Ints:

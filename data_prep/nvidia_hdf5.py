@@ -25,7 +25,7 @@ from data_prep import manifest
 from data_prep.errors import DataError
 from data_prep.fanout import Job, run_all
 from data_prep.hdf5 import SHORTEST, Shard, native, read_shard, token_dtype, write_shard
-from data_prep.masking import boundaries, mask_tokens
+from data_prep.masking import mask_tokens
 from data_prep.publish import file_sha256, publish_bytes, publishing
 from data_prep.wordpiece import Vocabulary
 
@@ -94,10 +94,8 @@ def to_rows(
         lengths,
         first_id + np.arange(count),
         seed=shard.seed,
-        epoch=0,
         vocab_size=vocab_size,
-        mask_id=special["mask"],
-        special_ids=boundaries(special),
+        special=special,
         masked_lm_prob=masked_lm_prob,
         max_predictions=max_predictions,
     )
@@ -138,16 +136,13 @@ def from_rows(rows: Rows, cls_id: int, vocabulary: Vocabulary, name: str, source
     _refuse(
         name,
         {
-            "input_mask is not ones then zeros": (mask != (np.arange(width) < lengths[:, None])).any(axis=1),
+            "input_mask is not ones then zeros": mask != (np.arange(width) < lengths[:, None]),
             f"fewer than {SHORTEST} tokens": lengths < SHORTEST,
             "segment_ids is not 0 for A, then 1 for B": (
-                (rows["segment_ids"] != (mask & (np.arange(width) >= b_start[:, None]))).any(axis=1)
-                | (b_start < 3)
-                | (b_start >= lengths - 1)
+                (rows["segment_ids"] != (mask & (np.arange(width) >= b_start[:, None])))
+                | ((b_start < 3) | (b_start >= lengths - 1))[:, None]
             ),
-            "a masked position is outside the sample": ((positions < 0) | (used & (positions >= lengths[:, None]))).any(
-                axis=1
-            ),
+            "a masked position is outside the sample": (positions < 0) | (used & (positions >= lengths[:, None])),
             "next_sentence_labels is neither 0 nor 1": rows["next_sentence_labels"] >> 1 != 0,
         },
     )
@@ -157,9 +152,7 @@ def from_rows(rows: Rows, cls_id: int, vocabulary: Vocabulary, name: str, source
     _refuse(
         name,
         {
-            f"an id is outside the vocabulary of {vocabulary.size}": (
-                ((ids < 0) | (ids >= vocabulary.size)) & mask
-            ).any(axis=1),
+            f"an id is outside the vocabulary of {vocabulary.size}": ((ids < 0) | (ids >= vocabulary.size)) & mask,
             f"the first token is not [CLS] ({cls_id})": ids[:, 0] != cls_id,
         },
     )
@@ -177,7 +170,9 @@ def from_rows(rows: Rows, cls_id: int, vocabulary: Vocabulary, name: str, source
 
 
 def _refuse(name: str, faults: dict[str, NDArray[np.bool_]]) -> None:
-    for fault, rows in faults.items():
+    """DataError for the first fault that a row ``[N]``, or a place in one ``[N, S]``, has."""
+    for fault, wrong in faults.items():
+        rows = np.asarray(wrong.any(axis=tuple(range(1, wrong.ndim))))
         if rows.any():
             raise DataError(f"{name} row {int(np.argmax(rows))}: {fault} ({int(rows.sum())} of {len(rows)} rows)")
 
@@ -317,12 +312,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             published = from_nvidia(given.source, given.target, vocab=given.vocab, workers=given.workers)
             rows = sum(shard["rows"] for shard in published["shards"])
             print(f"{rows} samples of up to {published['seq_len']} tokens written to {given.target}")
-    except DataError as error:
+    except (DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 6
+        return getattr(error, "exit_code", 6)
     return 0
 
 

@@ -36,10 +36,18 @@ class Pairs:
     b_start: Ints
     b_length: Ints
     is_random_next: NDArray[np.bool_]
-    document: Ints
-    """of part A"""
-    stream: Keys
-    """key of what is still to be drawn for the sample"""
+    document: Ints  # of part A
+    stream: Keys  # key of what is still to be drawn for the sample
+
+
+def _targets(document_offsets: Ints, limit: int, short_seq_prob: float, keys: Keys) -> tuple[Ints, Keys, Ints]:
+    """Each document in each pass: its number, the key of its draws, and the tokens that its samples aim at."""
+    count = len(document_offsets) - 1
+    documents = np.tile(np.arange(count), len(keys))
+    streams = derived(np.repeat(keys, count), documents + 1)
+    for_short, for_target = bits(mix(streams), PURPOSES[:2])
+    targets = np.where(uniform(for_short) < short_seq_prob, 2 + below(for_target, limit - 1), np.int64(limit))
+    return documents, streams, targets
 
 
 def draw_pairs(sentence_offsets: Ints, document_offsets: Ints, limit: int, short_seq_prob: float, keys: Keys) -> Pairs:
@@ -53,11 +61,7 @@ def draw_pairs(sentence_offsets: Ints, document_offsets: Ints, limit: int, short
     taken until that is reached; a uniform cut gives A; B is the rest or, with probability 1/2 (always after a
     single sentence), text from a random sentence of another document on, and the unused rest is put back.
     """
-    count = len(document_offsets) - 1
-    documents = np.tile(np.arange(count), len(keys))
-    streams = derived(np.repeat(keys, count), documents + 1)
-    for_short, for_target = bits(mix(streams), PURPOSES[:2])
-    targets = np.where(uniform(for_short) < short_seq_prob, 2 + below(for_target, limit - 1), np.int64(limit))
+    documents, streams, targets = _targets(document_offsets, limit, short_seq_prob, keys)
     # reached[place] is np.searchsorted(sentence_offsets, place)
     gaps = np.diff(sentence_offsets, prepend=-1, append=sentence_offsets[-1] + limit)
     reached = np.repeat(np.arange(len(gaps), dtype=np.int32), gaps)  # half as much of the cache
@@ -91,6 +95,7 @@ def draw_pairs(sentence_offsets: Ints, document_offsets: Ints, limit: int, short
     drawn = np.flatnonzero(random_next)
     document, stream = documents[active[drawn]], streams[active[drawn]]
     for_document, for_start = bits(stream, 4 * numbers[drawn] + PURPOSES[2:])
+    count = len(document_offsets) - 1
     other = below(for_document, max(1, count - 1))
     other += (other >= document) & (count > 1)
     first, last = document_offsets[other], document_offsets[other + 1]
@@ -118,11 +123,7 @@ def draw_singles(
     These are the DOC-SENTENCES of RoBERTa (Liu et al. 2019, 4.2). No sentence is cut (none is longer than ``limit``),
     none is left out, and each is in one sample of a pass.
     """
-    count = len(document_offsets) - 1
-    documents = np.tile(np.arange(count), len(keys))
-    streams = derived(np.repeat(keys, count), documents + 1)
-    for_short, for_target = bits(mix(streams), PURPOSES[:2])
-    targets = np.where(uniform(for_short) < short_seq_prob, 2 + below(for_target, limit - 1), np.int64(limit))
+    documents, streams, targets = _targets(document_offsets, limit, short_seq_prob, keys)
     active, at = np.arange(len(streams)), document_offsets[documents]
     steps: list[tuple[NDArray[Any], ...]] = []
     while len(active):

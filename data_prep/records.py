@@ -9,30 +9,28 @@ from pathlib import Path
 from typing import Any
 
 from data_prep import formats
-from data_prep.books import PIECE, REPAIRS, counted, decode, document, lines_of, too_large
+from data_prep.books import PIECE, REPAIRS, counted, decode, document, lines_of
 from data_prep.document import Document, Tally, printable
 from data_prep.errors import DataError
 
 
-def json_documents(
-    path: Path, start: int, end: int, column: str = "text", *, max_document_mb: float, tally: Tally
-) -> Iterator[Document]:
+def json_documents(path: Path, start: int, end: int, tally: Tally, column: str = "text") -> Iterator[Document]:
     """Objects with the key `column` (and perhaps `id`, `title`) whose lines begin in bytes [start, end).
 
     Raises DataError naming file and line for anything else on a line; blank lines are allowed.
     """
-    limit = int(max_document_mb * 1e6)
+    longest = 8 * tally.limit  # JSON escapes may take six bytes for one
     with formats.opened(path) as file:
-        for offset, size, pieces in lines_of(file, start, end, 8 * limit):
+        for offset, size, pieces in lines_of(file, start, end, longest):
             if pieces and not b"".join(pieces).strip():
                 continue
             where = f"{path.name} at byte {offset}"
-            if size > 8 * limit:  # JSON escapes may take six bytes for one
+            if size > longest:
                 tally.counts["articles"] += 1
-                too_large(tally, where, max_document_mb)
+                tally.skip_too_large(where)
                 continue
             row = _row(b"".join(pieces), path, offset, column, tally)
-            yield from _record(path, row, column, where, max_document_mb, tally)
+            yield from _record(path, row, column, where, tally)
 
 
 def _row(line: bytes, path: Path, offset: int, column: str, tally: Tally) -> dict[str, Any]:
@@ -74,14 +72,14 @@ def look(path: Path, column: str, max_document_mb: float) -> None:
     """DataError for records that begin with what cannot be read."""
     match kind(path):
         case "json":
-            next(json_documents(path, 0, formats.END, column, max_document_mb=max_document_mb, tally=Tally()), None)
+            next(json_documents(path, 0, formats.END, Tally(max_document_mb), column), None)
         case "table":
-            next(table_documents(path, column, max_document_mb=max_document_mb, tally=Tally()), None)
+            next(table_documents(path, Tally(max_document_mb), column), None)
         case _:
             _column(path, list(parquet_file(path).schema_arrow.names), column)
 
 
-def table_documents(path: Path, column: str, *, max_document_mb: float, tally: Tally) -> Iterator[Document]:
+def table_documents(path: Path, tally: Tally, column: str) -> Iterator[Document]:
     """Rows of a CSV or TSV file (``.tsv``: tabs) whose header names `column`, and perhaps ``id`` and ``title``."""
     csv.field_size_limit(sys.maxsize)
     with formats.opened(path) as file:
@@ -97,21 +95,14 @@ def table_documents(path: Path, column: str, *, max_document_mb: float, tally: T
                     raise csv.Error(f"{cells} cells where the header names {header}; quote them")
                 if lacking:
                     tally.counts[REPAIRS[4]] += 1
-                yield from _record(path, row, column, where, max_document_mb, tally)
+                yield from _record(path, row, column, where, tally)
         except (csv.Error, UnicodeDecodeError) as error:
             raise DataError(
                 f"{path}:{rows.reader.line_num}: {printable(str(error), 120)}: write it again as UTF-8 CSV"
             ) from None
 
 
-def row_groups(path: Path) -> int:
-    """Number of row groups of a Parquet file, which can be read apart."""
-    return int(parquet_file(path).num_row_groups)
-
-
-def parquet_documents(
-    path: Path, start: int, end: int, column: str, *, max_document_mb: float, tally: Tally
-) -> Iterator[Document]:
+def parquet_documents(path: Path, start: int, end: int, tally: Tally, column: str) -> Iterator[Document]:
     """Rows of the row groups [start, end) of a Parquet file with a text `column`, and perhaps ``id`` and ``title``."""
     file = parquet_file(path)
     names = list(file.schema_arrow.names)
@@ -124,7 +115,7 @@ def parquet_documents(
             where = f"{path.name} row {number}"
             if not isinstance(row[column] or "", str):
                 raise DataError(f"{path} row {number}: column {column!r} is no text but {type(row[column]).__name__}")
-            yield from _record(path, row, column, where, max_document_mb, tally)
+            yield from _record(path, row, column, where, tally)
 
 
 def parquet_file(path: Path) -> Any:
@@ -170,13 +161,11 @@ def _column(path: Path, names: list[str], column: str) -> None:
         raise DataError(f"{path} has {names.count(column)} columns {column!r}: call the one with the text otherwise")
 
 
-def _record(
-    path: Path, row: dict[str, Any], column: str, where: str, max_document_mb: float, tally: Tally
-) -> Iterator[Document]:
+def _record(path: Path, row: dict[str, Any], column: str, where: str, tally: Tally) -> Iterator[Document]:
     tally.counts["articles"] += 1
     text, title = row[column] or "", str(row.get("title") or "")
-    if len(text.encode(errors="replace")) > max_document_mb * 1e6:
-        too_large(tally, title or where, max_document_mb)
+    if len(text.encode(errors="replace")) > tally.limit:
+        tally.skip_too_large(title or where)
         return
     key = "" if row.get("id") is None else f"{path.stem}-{row['id']}"
     if parsed := document(title, path.name, key, counted(text, tally), tally, where=title or where):

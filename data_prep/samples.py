@@ -20,10 +20,9 @@ from numpy.typing import NDArray
 
 from data_prep import manifest, splitmix
 from data_prep.errors import DataError
-from data_prep.fanout import Job, run_all
+from data_prep.fanout import Job, once, run_all
 from data_prep.hdf5 import Shard, token_dtype, write_shard
 from data_prep.pairs import SPECIAL_TOKENS, assemble, draw_pairs, draw_singles, truncate
-from data_prep.publish import remove_leftovers
 from data_prep.splitmix import Ints
 from data_prep.wordpiece import Encoder, Vocabulary, unknown_note
 
@@ -58,12 +57,9 @@ class Block:
 
     file: str
     split: str
-    sha256: str
-    """of the text shard"""
-    number: int
-    """among the blocks of its shard; the randomness of the first is keyed as if there were no other"""
-    part: int
-    """among the files of its shard"""
+    sha256: str  # of the text shard
+    number: int  # among the blocks of its shard; the randomness of the first is keyed as if there were no other
+    part: int  # among the files of its shard
     start: int
     end: int
     first_document: int
@@ -162,7 +158,8 @@ def publish_samples(
         value["notes"].append(f"{long} of {total} sentences are too long for {form}: cut into pieces, all kept")
     for line in value["notes"]:
         job.say(line)
-    return dict(run_all(functools.partial(_finish, job.out), [value], 1)[0])
+    once(manifest.finish, job.out, value)
+    return {key: item for key, item in value.items() if key not in ("shards", "special")}
 
 
 def make_samples(
@@ -321,10 +318,3 @@ def _totals(rows: list[dict[str, Any]], seq_len: int) -> dict[str, Any]:
         totals.update({key: value for key, value in row.items() if isinstance(value, int)})
     places = max(1, totals["rows"] * seq_len)
     return {"shards": len(rows), **totals, "padding": round(1 - totals["tokens"] / places, 4)}
-
-
-def _finish(out: Path, value: dict[str, Any]) -> dict[str, Any]:
-    manifest.publish_manifest(out, value)
-    manifest.remove_notes(out)
-    remove_leftovers(out)
-    return {key: item for key, item in value.items() if key not in ("shards", "special")}

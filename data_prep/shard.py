@@ -12,7 +12,6 @@ import hashlib
 import heapq
 import io
 import json
-from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,8 +23,8 @@ from numpy.typing import NDArray
 
 from data_prep import manifest, overlap, repeats
 from data_prep.errors import DataError
-from data_prep.fanout import Job, run_all
-from data_prep.publish import publish_bytes, publishing, remove_leftovers
+from data_prep.fanout import Job, once, run_all
+from data_prep.publish import publish_bytes, publishing
 from data_prep.sentences import splitter as make_splitter
 
 Split = Literal["train", "test"]
@@ -105,7 +104,7 @@ def run(
     )
     job.say(f"{sum(row['documents'] for row in counts)} documents in {len(files)} files indexed")
     names = [str(entry["file"]) for entry in files]
-    repeated = run_all(functools.partial(_select, job.out, deduplicate, replay_share), [names], 1)[0]
+    repeated = once(_select, job.out, names, deduplicate, replay_share)
     repetitions = (
         f"{repeated['documents']} documents and {repeated['lines']} long lines repeat an earlier one: "
         + ("left out" if deduplicate else "kept, data.deduplicate = true leaves them out")
@@ -134,7 +133,7 @@ def run(
     met = {number for shard in shards for number in shard.pop("evaluation")}
     totals = _totals(counts, shards, indexes.values())
     totals |= {"repeated": {**repeated, "left_out": deduplicate}, "notes": [repetitions]}
-    totals = dict(run_all(functools.partial(_finish, job.out, shards, totals, source), [language], 1)[0])
+    once(_finish, job.out, {"format": 1, "language": language, "source_manifest": source, "shards": shards, **totals})
     for row, line in overlap.told(sought, met):  # not in the manifest, which says which data these are
         job.say(line)
         totals.setdefault("evaluation", []).append(row)
@@ -217,29 +216,22 @@ def _index(
     if (facts := manifest.noted(path, identity)) is not None and _path(out, name, "rows").exists():
         return facts  # without rows it was killed while it tidied up
     manifest.verify(documents, [entry])
-    offsets, sizes, splits, draws, lines = array("q"), array("q"), array("B"), array("I"), array("L")
-    whole: list[bytes] = []
-    long: list[bytes] = []
-    long_sizes = array("q")
+    found: list[tuple[int, ...]] = []  # as INDEX has them
+    whole: list[tuple[int, int]] = []  # as `repeats.ROW`
+    long: list[tuple[int, int]] = []
     offset, origin = 0, documents / name
     with open(origin, "rb") as file:
         for line_number, line in enumerate(file, 1):
             document_id, text, source = _parse(line, origin, line_number)
-            offsets.append(offset)
-            (digest, *digests), (size, *others) = repeats.rows_of(text.encode())
-            whole.append(digest)
-            sizes.append(size)
-            long += digests
-            long_sizes.extend(others)
-            lines.append(len(others))
-            own = 0 if source not in general else REPLAY
-            splits.append(EMPTY if not text.strip() else own or int(held_out(document_id, fraction, seed)))
-            draws.append(_draw(document_id, seed) >> 32)
+            own, *others = repeats.rows_of(text.encode())
+            whole.append(own)
+            long += others
+            split = REPLAY if source in general else int(held_out(document_id, fraction, seed))
+            split = split if text.strip() else EMPTY
+            found.append((offset, own[1], split, _draw(document_id, seed) >> 32, len(others)))
             offset += len(line)
-    index = np.empty(len(offsets), INDEX)
-    index["offset"], index["bytes"], index["split"], index["lines"] = offsets, sizes, splits, lines
-    index["draw"] = draws
-    _publish(_path(out, name, "rows"), repeats.rows(whole + long, sizes + long_sizes))
+    index = np.array(found, INDEX)
+    _publish(_path(out, name, "rows"), np.array(whole + long, repeats.ROW))
     _publish(path, index)
     facts = {"documents": len(index), "skipped_empty": int((index["split"] == EMPTY).sum())}
     manifest.note(path, identity, facts)
@@ -252,7 +244,7 @@ def _publish(path: Path, array: NDArray[Any]) -> None:
     publish_bytes(path, buffer.getbuffer())
 
 
-def _select(out: Path, deduplicate: bool, share: float, names: Sequence[str]) -> dict[str, int]:
+def _select(out: Path, names: Sequence[str], deduplicate: bool, share: float) -> dict[str, int]:
     """Count what repeats in all documents files, and choose what makes the ``share`` to replay.
 
     Writes for each file its index with those marked that are left out, and the numbers of its lines that are.
@@ -379,13 +371,7 @@ def _totals(
     return totals
 
 
-def _finish(
-    out: Path, shards: list[dict[str, Any]], totals: dict[str, Any], source: str, language: str
-) -> dict[str, Any]:
-    value = {"format": 1, "language": language, "source_manifest": source, "shards": shards, **totals}
-    manifest.publish_manifest(out, value)
+def _finish(out: Path, value: dict[str, Any]) -> None:
+    manifest.finish(out, value)
     for path in out.glob(".*.npy"):
         path.unlink(missing_ok=True)
-    manifest.remove_notes(out)
-    remove_leftovers(out)
-    return totals

@@ -50,10 +50,9 @@ def run(job: Job, *, source: Path, vocab: Path, seq_len: int, test_fraction: flo
     if others := [path for path in _visible(source) if path not in files and path != vocab]:
         names = ", ".join(printable(str(path.relative_to(source))) for path in others[:5])
         job.say(f"{len(others)} files without sequences by their names, left out: {names}")
-    settings = (vocab, seq_len, test_fraction, seed)
     read = run_all(
-        functools.partial(_make, job.out, settings),
-        list(enumerate(map(str, files))),
+        functools.partial(_make, job.out, vocab, seq_len, test_fraction, seed),
+        list(enumerate(files)),
         job.workers,
         lambda done, total: job.say(f"{done} of {total} files of sequences read", done / total),
         [path.stat().st_size for path in files],
@@ -89,11 +88,12 @@ def _visible(source: Path) -> list[Path]:
     return sorted(path for path in source.rglob("*") if path.is_file() and not is_hidden(path, source))
 
 
-def _make(out: Path, settings: tuple[Path, int, float, int], item: tuple[int, str]) -> dict[str, Any]:
+def _make(
+    out: Path, vocab: Path, seq_len: int, test_fraction: float, seed: int, item: tuple[int, Path]
+) -> dict[str, Any]:
     """The shards of one file of sequences."""
-    vocab, seq_len, test_fraction, seed = settings
-    (number, name), vocabulary = item, Vocabulary.load(vocab, any_kind=True)
-    path, digest = Path(name), file_sha256(Path(name))
+    number, path = item
+    vocabulary, digest = Vocabulary.load(vocab, any_kind=True), file_sha256(path)
     blocks, rows, first, short = 0, [], 0, 0
     for ids, lengths in _blocks(_read(path, vocab)):
         _refuse_wrong(path, first, ids, lengths, vocabulary)
@@ -106,15 +106,12 @@ def _make(out: Path, settings: tuple[Path, int, float, int], item: tuple[int, st
             if len(shard.b_start):
                 target = out / f"{split}-{number:05d}{f'-{blocks:03d}' if blocks else ''}.hdf5"
                 full = int((np.diff(shard.offsets) == seq_len).sum())
-                counts = {"text_tokens": int(bare[chosen].sum()), "unknown_tokens": _unknown(shard, vocabulary)}
+                unknown = int((shard.tokens == vocabulary.special.get("unk", -1)).sum())
+                counts = {"text_tokens": int(bare[chosen].sum()), "unknown_tokens": unknown}
                 facts = {**write_shard(target, shard), "full_rows": full, **counts}
                 rows.append({"file": target.name, "split": split, **facts})
         first, blocks = first + len(lengths), blocks + 1
     return {"shards": rows, "sequences": first, "short": short, "sha256": digest}
-
-
-def _unknown(shard: Shard, vocabulary: Vocabulary) -> int:
-    return int((shard.tokens == vocabulary.special.get("unk", -1)).sum())
 
 
 def _held_out(ids: NDArray[np.int64], lengths: Ints, fraction: float, seed: int) -> NDArray[np.bool_]:

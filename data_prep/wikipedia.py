@@ -165,7 +165,9 @@ def read_site(path: Path) -> Site:
 
 
 def pages(path: Path, start: int, end: int, seam: dumpfile.Seam, max_text: int) -> Iterator[Page]:
-    """Pages that begin in one range of `dumpfile.ranges`; texts over `max_text` characters come as None."""
+    """Pages that begin in bytes [start, end), which are all of a file of one stream; texts over `max_text` characters
+    come as None.
+    """
     size = path.stat().st_size
     where = str(path) if (start, end) == (0, size) else f"{path} (part at byte {start})"
     parser = _Parser(where, max_text)
@@ -179,23 +181,14 @@ def pages(path: Path, start: int, end: int, seam: dumpfile.Seam, max_text: int) 
 
 
 def documents(
-    path: Path,
-    start: int,
-    end: int,
-    seam: dumpfile.Seam,
-    *,
-    site: Site,
-    max_document_mb: float,
-    tally: Tally,
-    source: str = "",
+    path: Path, start: int, end: int, seam: dumpfile.Seam, tally: Tally, site: Site, source: str
 ) -> Iterator[Document]:
-    """Articles of one part as documents; all pages are counted in `tally`.
+    """Articles of one part of the export `source` as documents; all pages are counted in `tally`.
 
-    Pages outside namespace 0 and redirects are no articles; an article over `max_document_mb` (of UTF-8 wikitext),
+    Pages outside namespace 0 and redirects are no articles; an article that is too large (of UTF-8 wikitext),
     of another content model (JSON, CSS) or without any prose is skipped by name.
     """
-    limit = int(max_document_mb * 1e6)
-    for page in pages(path, start, end, seam, limit):
+    for page in pages(path, start, end, seam, int(tally.limit)):
         tally.counts["pages"] += 1
         if page.ns.strip() != "0":
             tally.counts["pages_of_other_namespaces"] += 1
@@ -203,8 +196,8 @@ def documents(
             tally.counts["redirects"] += 1
         else:
             tally.counts["articles"] += 1
-            if page.text is None or (3 * len(page.text) > limit and len(page.text.encode()) > limit):
-                tally.skip(f"over max_document_mb ({max_document_mb:g})", page.title)
+            if page.text is None or (3 * len(page.text) > tally.limit and len(page.text.encode()) > tally.limit):
+                tally.skip_too_large(page.title)
                 continue
             if page.model != "wikitext":
                 tally.skip(f"no wikitext but {printable(page.model, 20)}", page.title)
@@ -212,11 +205,7 @@ def documents(
             text = clean(page.text, site.namespaces, tally.lost)
             if text:
                 title = "".join(c for c in page.title if c.isprintable())
-                yield Document(
-                    f"{site.name or (source or path.name).partition('.')[0]}-{page.id.strip()}",
-                    title,
-                    source or path.name,
-                    text,
-                )
+                wiki = site.name or source.partition(".")[0]
+                yield Document(f"{wiki}-{page.id.strip()}", title, source, text)
             else:
                 tally.skip("no prose", page.title)

@@ -20,25 +20,23 @@ from numpy.typing import NDArray
 
 from data_prep import manifest
 from data_prep.errors import DataError, refuse_pointer
-from data_prep.fanout import Job, run_all
+from data_prep.fanout import Job, once, run_all
 from data_prep.publish import publish_bytes, publishing, remove_leftovers
 from data_prep.tokenizer_json import special_of, tokens_of
 
 Ragged = tuple[NDArray[np.uint32], NDArray[np.int64]]
 Texts = Sequence[str] | Sequence[bytes]  # bytes are UTF-8, which nanotoken takes faster
 Encode = Callable[[Texts], Ragged]
+Case = dict[str, bool]  # how text is normalised: lowercase, strip_accents
 
 SPECIAL = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
 _ASCII_PARTS = re.compile(r"[0-9A-Za-z]+|[^0-9A-Za-z]")
 KNOWN_WORDS = 1_000_000  # about 200 MB
-TRAINING_TEXT_MB = 200
-"""Enough text for a vocabulary of 30,000; documents chosen by hash from all training shards."""
-ALPHABET_COVERAGE = 0.9999
-"""Share of the characters of the text that get a piece of their own; the rest become [UNK]."""
+TRAINING_TEXT_MB = 200  # enough for a vocabulary of 30,000; documents chosen by hash from all training shards
+ALPHABET_COVERAGE = 0.9999  # share of the characters of the text that get a piece of their own; the rest become [UNK]
 CAPITALS = 0.05
 """Share of words with capitals above which a vocabulary is not one for lower-cased text; bert-base-uncased has none."""
-UNKNOWN = 0.01
-"""Share of [UNK] in a text that is worth a line."""
+UNKNOWN = 0.01  # share of [UNK] in a text that is worth a line
 
 
 @dataclass(frozen=True)
@@ -127,10 +125,8 @@ def _tokens_of_json(path: Path, text: str) -> list[str]:
         model = json.loads(text)["model"]
         ids: dict[str, int] = model["vocab"]
         tokens = sorted(ids, key=ids.__getitem__)
-        whole = [ids[token] for token in tokens] == list(range(len(tokens))) and model.get("type") in (
-            None,
-            "WordPiece",
-        )
+        counted = [ids[token] for token in tokens] == list(range(len(tokens)))
+        whole = counted and model.get("type") in (None, "WordPiece")
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
         whole = False
     if not whole:
@@ -265,18 +261,16 @@ def run(job: Job, *, shards: Path, vocab_size: int, lowercase: bool, strip_accen
     manifest.verify(shards, entries, digests=False)
     sizes = [int(entry["bytes"]) for entry in entries]
     share = TRAINING_TEXT_MB * 1e6 / sum(sizes)
-    choose = functools.partial(_choose, shards, job.out, share, lowercase, strip_accents)
+    case = {"lowercase": lowercase, "strip_accents": strip_accents}
+    choose = functools.partial(_choose, shards, job.out, share, case)
     chosen = run_all(choose, entries, job.workers, None, sizes)
-    training = functools.partial(_train, job.out / "vocab.txt", chosen, vocab_size, lowercase, strip_accents)
-    facts = run_all(training, [0], 1)[0]
+    facts: dict[str, Any] = once(_train, job.out / "vocab.txt", chosen, vocab_size, case)
     if facts["vocab_size"] < vocab_size:
         job.say(f"the text yields only {facts['vocab_size']} of the {vocab_size} vocabulary entries asked for")
-    return dict(facts)
+    return facts
 
 
-def _choose(
-    shards: Path, out: Path, share: float, lowercase: bool, strip_accents: bool, entry: dict[str, Any]
-) -> dict[str, Any]:
+def _choose(shards: Path, out: Path, share: float, case: Case, entry: dict[str, Any]) -> dict[str, Any]:
     """Write the chosen documents of a shard to a file of its own; say which characters they have, and inside words."""
     counts, inside = np.zeros(0x110000, np.int64), np.zeros(0x110000, bool)
     path = out / f".{entry['file']}.sample.tmp"
@@ -286,7 +280,7 @@ def _choose(
             if int.from_bytes(digest, "big") < share * 2.0**64:
                 sample.write(document)
     for block in _blocks([path]):
-        _count(block, lowercase, strip_accents, counts, inside)
+        _count(block, case, counts, inside)
     seen = np.flatnonzero(counts)
     return {
         "file": str(path),
@@ -306,9 +300,7 @@ def _paragraphs(file: BinaryIO) -> Iterator[bytes]:
     yield b"".join(lines)
 
 
-def _train(
-    path: Path, chosen: list[dict[str, Any]], vocab_size: int, lowercase: bool, strip_accents: bool, _item: int
-) -> dict[str, Any]:
+def _train(path: Path, chosen: list[dict[str, Any]], vocab_size: int, case: Case) -> dict[str, Any]:
     counts: Counter[int] = Counter()
     for row in chosen:
         counts.update({int(code): count for code, count in row["counts"].items()})
@@ -316,7 +308,7 @@ def _train(
     continuing = alphabet & {chr(code) for row in chosen for code in row["inside"]}
     files = [Path(row["file"]) for row in chosen]
     blocks = functools.partial(_blocks, files, 1 << 16)  # the trainer reads 256 of them ahead
-    tokens = train(blocks, alphabet, continuing, vocab_size, lowercase, strip_accents)
+    tokens = train(blocks, alphabet, continuing, vocab_size, case)
     publish_bytes(path, "".join(token + "\n" for token in tokens).encode())
     remove_leftovers(path.parent)
     vocabulary = Vocabulary.load(path)
@@ -324,12 +316,7 @@ def _train(
 
 
 def train(
-    blocks: Callable[[], Iterator[str]],
-    alphabet: set[str],
-    continuing: set[str],
-    vocab_size: int,
-    lowercase: bool,
-    strip_accents: bool,
+    blocks: Callable[[], Iterator[str]], alphabet: set[str], continuing: set[str], vocab_size: int, case: Case
 ) -> list[str]:
     """Train a WordPiece vocabulary on the texts of ``blocks()``: tokens by id, the special ones first.
 
@@ -342,7 +329,7 @@ def train(
 
     while True:
         declared = [*SPECIAL.values(), *(f"##{character}" for character in sorted(continuing))]
-        tokenizer = BertWordPieceTokenizer(lowercase=lowercase, strip_accents=strip_accents)
+        tokenizer = BertWordPieceTokenizer(**case)
         tokenizer.train_from_iterator(
             blocks(),
             vocab_size=vocab_size,
@@ -367,14 +354,11 @@ def _alphabet(counts: Mapping[int, int], vocab_size: int) -> set[str]:
     return {chr(code) for code in frequent[: min(kept, max(1, vocab_size // 2))]}
 
 
-def _count(
-    block: str, lowercase: bool, strip_accents: bool, counts: NDArray[np.int64], inside: NDArray[np.bool_]
-) -> None:
+def _count(block: str, case: Case, counts: NDArray[np.int64], inside: NDArray[np.bool_]) -> None:
     """Add the characters of ``block``, as BERT normalises it, to ``counts``; mark those seen inside a word."""
     from tokenizers.normalizers import BertNormalizer
 
-    normalizer = BertNormalizer(lowercase=lowercase, strip_accents=strip_accents)
-    codes = np.frombuffer(normalizer.normalize_str(block).encode("utf-32-le"), np.uint32)
+    codes = np.frombuffer(BertNormalizer(**case).normalize_str(block).encode("utf-32-le"), np.uint32)
     in_block = np.bincount(codes)
     counts[: len(in_block)] += in_block
     splits = np.zeros(len(in_block), bool)

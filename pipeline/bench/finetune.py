@@ -51,7 +51,7 @@ from pipeline.finetune.predict import predict
 from pipeline.finetune.problems import SquadProblem
 from pipeline.finetune.samples import Samples
 from pipeline.finetune.squad import BLANKS
-from pipeline.finetune.task import Files, Finetuning
+from pipeline.finetune.task import Finetuning, Spec
 from pipeline.node.job import Job
 
 MODES, LENGTHS = ("train", "eval"), ("full", "invented")
@@ -172,13 +172,16 @@ def subject(
 ) -> Timed:
     """The engine's task, to train on ``file`` or to answer it; weights that the source does not have are random."""
     job = cast(Job, SimpleNamespace(rank=ranks.rank, out=out, say=lambda line: None))
-    files = (
-        Files(model=source.path, train=file, eval=None)
-        if mode == "train"
-        else Files(model=source.path, train=None, eval=file)
+    spec = Spec(
+        task=name,
+        config=config,
+        model=source.path,
+        train=file if mode == "train" else None,
+        eval=None if mode == "train" else file,
+        modes=["train" if mode == "train" else "prediction"],
+        scratch=not source.has_weights,
     )
-    what = "train" if mode == "train" else "prediction"
-    return Timed(job, ranks.device, name, config, files, [what], "", None, scratch=not source.has_weights)
+    return Timed(job, ranks.device, spec)
 
 
 # -------------------------------------------------------------------- training
@@ -214,7 +217,7 @@ def our_training(task: Timed, model: Model, ranks: Ranks) -> Iterator[Step]:
 def their_rows(task: Timed, ranks: Ranks, steps: range) -> Mapping[int, list[dict[str, torch.Tensor]]]:
     """A rank's micro-batches of each step as transformers' model takes them, with their labels."""
     assert task.samples is not None
-    samples, names = task.samples, ("start_positions", "end_positions") if task.name == SQUAD else ("labels",)
+    samples, names = task.samples, ("start_positions", "end_positions") if task.spec.task == SQUAD else ("labels",)
     made: dict[int, list[dict[str, torch.Tensor]]] = {}
     for number in steps:
         made[number] = []

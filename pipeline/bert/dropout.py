@@ -20,9 +20,8 @@ def keyed(*key: object) -> None:
     """Let all dropout from here on follow from ``key`` alone (seed, stage, batch, micro-batch), never from the rank."""
     digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
     seed = int.from_bytes(digest, "little") >> 1
-    torch.default_generator.manual_seed(
-        seed
-    )  # torch.manual_seed keeps the stack of each call for GPUs that are not there
+    # not torch.manual_seed, which keeps the stack of each call for GPUs that are not there
+    torch.default_generator.manual_seed(seed)
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.manual_seed(seed)
 

@@ -30,11 +30,6 @@ def layer_norm(values: Tensor, norm: nn.LayerNorm) -> Tensor:
     return functional.layer_norm(values, norm.normalized_shape, norm.weight, norm.bias, norm.eps).to(values.dtype)
 
 
-def residual_norm(values: Tensor, residual: Tensor, norm: nn.LayerNorm, p: float) -> Tensor:
-    """``norm`` of ``residual`` plus ``values`` after dropout, in their dtype: how both halves of a layer end."""
-    return layer_norm(residual + dropout(values, p), norm)
-
-
 @region
 def sum_norm(summands: Sequence[Tensor], norm: nn.LayerNorm, p: float, dtype: torch.dtype) -> Tensor:
     """Sum of embeddings ``[R, S, H]``, ``norm``, dropout; fp32 in, ``dtype`` out."""
@@ -67,7 +62,7 @@ def matmul_dtype(values: Tensor) -> torch.dtype:
 
 
 class ResidualOutput(nn.Module):
-    """Linear and `residual_norm`."""
+    """Linear, dropout, the sum with the residual and LayerNorm: how both halves of a layer end."""
 
     def __init__(self, config: BertConfig, in_features: int) -> None:
         super().__init__()
@@ -77,7 +72,7 @@ class ResidualOutput(nn.Module):
 
     def forward(self, values: Tensor, residual: Tensor) -> Tensor:
         """``[R, S, H]``."""
-        return residual_norm(self.dense(values), residual, self.LayerNorm, self.p if self.training else 0.0)
+        return layer_norm(residual + dropout(self.dense(values), self.p if self.training else 0.0), self.LayerNorm)
 
 
 class Attention(nn.Module):
@@ -125,14 +120,11 @@ class Layer(nn.Module):
 
 @region
 def run_layer(layer: nn.Module, hidden: Tensor, blocks: Blocks) -> Tensor:
-    """``layer(hidden, blocks)``."""
     out: Tensor = layer(hidden, blocks)
     return out
 
 
 class Encoder(nn.Module):
-    """The stack of layers."""
-
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
         self.layer = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))

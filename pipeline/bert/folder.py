@@ -28,13 +28,14 @@ from pipeline.bert.tensor_file import write_safetensors
 from pipeline.bert.tokenizer import CONFIG, FILES, PLAIN, AnyTokenizer, Tokenizer, read_tokenizer
 from pipeline.bert.weight_files import (
     State,
-    canonical,
     check_fit,
     cut,
     load_into,
+    padded,
     read_config,
     read_pickled,
     read_safetensors,
+    renamed,
 )
 from pipeline.errors import CheckpointError, ConfigError
 
@@ -167,13 +168,13 @@ def _has(names: Mapping[str, Any], prefix: str) -> bool:
 def load_hugging_face(folder: Path) -> tuple[BertConfig, State]:
     """Configuration and fp32 state of a folder with config.json and model.safetensors or pytorch_model.bin.
 
-    The vocabulary is padded to a multiple of 8 (see `canonical`). CheckpointError for anything that is not a
+    The vocabulary is padded to a multiple of 8 (see `padded`). CheckpointError for anything that is not a
     readable BERT.
     """
     config = read_config(folder / MODEL)
     for name, read in ((WEIGHTS, read_safetensors), (PICKLED, read_pickled)):
         if (folder / name).is_file():
-            return config, canonical(read(folder / name), config, origin=str(folder / name))
+            return config, padded(renamed(read(folder / name), origin=str(folder / name)), config.vocab_size)
     hint = " (weights in several files: save them as one)" if list(folder.glob("*.index.json")) else ""
     raise CheckpointError(f"{folder}: neither {WEIGHTS} nor {PICKLED} is there{hint}")
 

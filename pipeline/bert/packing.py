@@ -67,11 +67,6 @@ class Batch:
     slot: Tensor
     seq_len: int
 
-    @property
-    def fill(self) -> float:
-        """Share of slots that hold a real token."""
-        return self.slot.numel() / self.tokens.numel()
-
     @classmethod
     def of(cls, inputs: Mapping[str, Any]) -> Batch:
         """The batch whose `layout`, as tensors, and ``seq_len`` these are; others beside them are left alone."""

@@ -44,11 +44,6 @@ GELU_SHOWN_BY = {"grad_scaler": "tanh", "master params": "erf"}
 GELU_KEY = "hidden_act"  # what `write_nvidia` adds, since NVIDIA's files and configurations do not tell
 
 
-def canonical(state: Mapping[str, Any], config: BertConfig, *, origin: str) -> State:
-    """``state`` under our names, in fp32, without second names of tied tensors, its vocabulary padded."""
-    return padded(renamed(state, origin=origin), config.vocab_size)
-
-
 def renamed(state: Mapping[str, Any], *, origin: str) -> State:
     """``state`` under our names, in fp32, without second names of tied tensors; all values finite."""
     named: State = {}

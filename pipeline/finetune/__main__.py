@@ -26,7 +26,7 @@ from pipeline.run.rundir import RunDir
 from pipeline.words import absent_model
 
 if TYPE_CHECKING:
-    from pipeline.finetune.task import Files
+    from pipeline.finetune.task import Spec
 
 LAUNCH = "PIPELINE_LAUNCH"  # set: this process is one of the ranks that the command started
 
@@ -57,17 +57,23 @@ def main() -> int:
         return _start_ranks(arguments.processes)
 
     from pipeline.finetune.scores import collect
-    from pipeline.finetune.task import Files, finetune
+    from pipeline.finetune.task import Spec, finetune
 
-    files = Files(
-        model=_model_folder(arguments), train=arguments.train, eval=arguments.eval, mismatched=arguments.eval_mismatched
+    every_seed = Spec(
+        task=arguments.task,
+        config=config,
+        model=_model_folder(arguments),
+        train=arguments.train,
+        eval=arguments.eval,
+        mismatched=arguments.eval_mismatched,
+        modes=modes,
+        max_steps=arguments.max_steps,
     )
     run = RunDir(arguments.out)
     threads = arguments.threads or max(1, (os.cpu_count() or 1) // arguments.processes)
     for seed in config.seeds:
-        own = replace(config, seeds=(seed,))
-        job = _job(run, f"{arguments.task}-{seed}", threads, files, own)
-        finetune(job, arguments.task, own, files, modes, max_steps=arguments.max_steps)
+        spec = replace(every_seed, config=replace(config, seeds=(seed,)))
+        finetune(_job(run, f"{arguments.task}-{seed}", threads, spec), spec)
     if Topology.of(os.environ).rank > 0:
         return 0
     scores = collect(arguments.out, [run.stage(f"{arguments.task}-{seed}").path for seed in config.seeds])
@@ -99,10 +105,8 @@ def _check(arguments: argparse.Namespace, config: FinetuneConfig, modes: tuple[s
         raise ConfigError(f"{arguments.out / 'model'} was not made by this command; choose another output folder")
 
 
-def _job(run: RunDir, stage: str, threads: int, files: Files, config: FinetuneConfig) -> Job:
+def _job(run: RunDir, stage: str, threads: int, spec: Spec) -> Job:
     """This process's part of the next attempt at one seed; the attempts of another training are dropped."""
-    from pipeline.finetune.task import identity_of
-
     topology = Topology.of(os.environ)
     topology = replace(topology, launch=f"{topology.launch}/{stage}")
     folder = run.stage(stage)
@@ -113,7 +117,8 @@ def _job(run: RunDir, stage: str, threads: int, files: Files, config: FinetuneCo
             raise PeerLost(f"{stage}: rank {topology.rank} waited for rank 0, which began no attempt")
     else:
         folder.path.mkdir(parents=True, exist_ok=True)
-        made_from = {"training": identity_of(stage, config, replace(files, eval=None, mismatched=None), ("train",))}
+        trained = replace(spec, task=stage, eval=None, mismatched=None, modes=("train",), max_steps=None)
+        made_from = {"training": trained.identity}
         if folder.begun != made_from:
             shutil.rmtree(folder.path / "attempts", ignore_errors=True)
             publish_json(folder.path / "stage.json", made_from)
@@ -169,39 +174,36 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Writes scores.json, predictions.json (squad: nbest_predictions.json) and the fine-tuned model "
         "as a Hugging Face folder, model, into --out.",
     )
-    parser.add_argument("task", choices=DEFAULTS, help="which file format and head")
-    parser.add_argument(
-        "--model", type=Path, required=True, metavar="DIR", help="Hugging Face folder, or NVIDIA's .pt, to start from"
-    )
-    parser.add_argument("--config", type=Path, metavar="FILE", help="of a .pt: its bert_config.json")
-    parser.add_argument("--vocab", type=Path, metavar="FILE", help="of a .pt: its vocab.txt")
-    parser.add_argument("--train", type=Path, metavar="FILE", help="labelled file to train on")
-    parser.add_argument("--eval", type=Path, metavar="FILE", help="file to score on or to predict")
-    parser.add_argument("--eval-mismatched", type=Path, metavar="FILE", help="mnli: a second file to score on, apart")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where results go")
-    parser.add_argument("--text", metavar="COLUMN[,COLUMN]", help="classify: one or two (default: text, sentence)")
-    parser.add_argument("--label", metavar="COLUMN", help="classify: of the classes (default: label)")
-    parser.add_argument("--dataset", metavar="NAME", help="name shown in scores.json (default: name of --eval)")
-    parser.add_argument(
+    add = parser.add_argument
+    add("task", choices=DEFAULTS, help="which file format and head")
+    add("--model", type=Path, required=True, metavar="DIR", help="Hugging Face folder, or NVIDIA's .pt, to start from")
+    add("--config", type=Path, metavar="FILE", help="of a .pt: its bert_config.json")
+    add("--vocab", type=Path, metavar="FILE", help="of a .pt: its vocab.txt")
+    add("--train", type=Path, metavar="FILE", help="labelled file to train on")
+    add("--eval", type=Path, metavar="FILE", help="file to score on or to predict")
+    add("--eval-mismatched", type=Path, metavar="FILE", help="mnli: a second file to score on, apart")
+    add("--out", type=Path, required=True, metavar="DIR", help="where results go")
+    add("--text", metavar="COLUMN[,COLUMN]", help="classify: one or two (default: text, sentence)")
+    add("--label", metavar="COLUMN", help="classify: of the classes (default: label)")
+    add("--dataset", metavar="NAME", help="name shown in scores.json (default: name of --eval)")
+    add(
         "--mode",
         default="train,eval",
         metavar="MODES",
         help=f"comma-separated, of {', '.join(MODES)} (default: %(default)s); prediction needs no labels",
     )
-    parser.add_argument("--seed", type=int, nargs="+", metavar="N", help="one or more; every one is trained")
-    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="default: fp32")
-    parser.add_argument("--processes", type=int, default=1, metavar="N", help="ranks that train together (default: 1)")
-    parser.add_argument("--max-steps", type=int, metavar="N", help="end after so many steps, whatever --epochs says")
-    parser.add_argument(
-        "--threads", type=int, metavar="N", help="CPU threads of each process (default: the cores, shared)"
-    )
-    parser.add_argument("--version-2", action="store_true", help="squad: questions may have no answer")
+    add("--seed", type=int, nargs="+", metavar="N", help="one or more; every one is trained")
+    add("--precision", choices=PRECISIONS, default="fp32", help="default: fp32")
+    add("--processes", type=int, default=1, metavar="N", help="ranks that train together (default: 1)")
+    add("--max-steps", type=int, metavar="N", help="end after so many steps, whatever --epochs says")
+    add("--threads", type=int, metavar="N", help="CPU threads of each process (default: the cores, shared)")
+    add("--version-2", action="store_true", help="squad: questions may have no answer")
     defaults = {f.name: f.default for f in fields(FinetuneConfig) if f.default is not MISSING}
     for name, text in HELP.items():
         kind = {"int": int, "float": float}[str(FinetuneConfig.__annotations__[name])]
         values = [defaults.get(name)] if name in defaults else [f"{t} {v[name]}" for t, v in DEFAULTS.items()]
         listed = ", ".join(map(str, values))
-        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="N", help=f"{text} (default: {listed})")
+        add(f"--{name.replace('_', '-')}", type=kind, metavar="N", help=f"{text} (default: {listed})")
     return parser
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from pipeline.config import ClassifyConfig, FinetuneConfig
 from pipeline.finetune.options import SQUAD
 from pipeline.finetune.samples import Samples, join
-from pipeline.finetune.squad import Encode, read_squad
+from pipeline.finetune.squad import Encode, encode_each, read_squad
 from pipeline.finetune.table import Classes, Columns, Table, read_table, text_columns
 
 
@@ -98,16 +98,16 @@ def check(*, task: str, config: FinetuneConfig, train: Path, eval: Path, **other
 
 def build_samples(table: Table, encode: Encode, max_seq_len: int, *, cls: int, sep: int) -> Samples:
     """Samples of at most ``max_seq_len`` tokens: the longer text of a pair is cut first, ties cut the second."""
-    pieces = []
-    for column in table.texts:
-        ids, offsets = encode(column)
-        pieces.append(np.split(ids.astype(np.int64), offsets[1:-1]))
+    pieces = [encode_each(encode, column) for column in table.texts]
     if len(pieces) == 1:
-        cut = [piece[: max_seq_len - 2] for piece in pieces[0]]
-        return join(cut, None, cls=cls, sep=sep, targets=table.classes)
-    first, second = (np.array([len(piece) for piece in column]) for column in pieces)
-    room = max_seq_len - 3
-    kept = np.minimum(first, np.maximum(room - second, (room + 1) // 2))
-    a = [piece[:length] for piece, length in zip(pieces[0], kept.tolist(), strict=True)]
-    b = [piece[:length] for piece, length in zip(pieces[1], (room - kept).tolist(), strict=True)]
-    return join(a, b, cls=cls, sep=sep, targets=table.classes)
+        kept = [[max_seq_len - 2] * len(pieces[0])]
+    else:
+        first, second = (np.array([len(piece) for piece in column]) for column in pieces)
+        room = max_seq_len - 3
+        of_first = np.minimum(first, np.maximum(room - second, (room + 1) // 2))
+        kept = [of_first.tolist(), (room - of_first).tolist()]
+    cut = [
+        [piece[:length] for piece, length in zip(column, lengths, strict=True)]
+        for column, lengths in zip(pieces, kept, strict=True)
+    ]
+    return join(cut, cls=cls, sep=sep, targets=table.classes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,55 +30,19 @@ Logits = NDArray[np.float32]
 Ints = NDArray[np.int64]
 
 
-class Problem(Protocol):
-    """One task with its configuration; SQuAD or a GLUE task."""
-
-    metric: str  # the score that ranks runs
-    head: str  # the prefix of the task head's parameters
-    labels: tuple[str, ...]  # names of the classes, if any
-
-    def new_model(self, config: BertConfig) -> Model:
-        """A model whose outputs `loss_sum` and `rows` understand."""
-
-    def read_train(self, path: Path) -> tuple[Samples, dict[str, int], list[str]]:
-        """Samples with targets, counts to report, and the ids of examples that cannot be trained on."""
-
-    def read_eval(self, path: Path, *, labelled: bool) -> tuple[Samples, dict[str, int]]:
-        """Samples to predict, and counts to report; `judge` refers to the last file read."""
-
-    def loss_sum(self, outputs: Outputs, targets: Tensor) -> Tensor:
-        """Sum of the losses of N samples, fp32."""
-
-    def rows(self, outputs: Outputs) -> Tensor:
-        """Outputs as ``[N, L, 2]`` (start and end logits by token) or ``[N, labels]``."""
-
-    def widths(self, samples: Samples) -> Ints:
-        """How many logits each sample has ``[N]``."""
-
-    def shaped(self, logits: Logits) -> Logits:
-        """The logits of one sample, flat, as `judge` takes them."""
-
-    def judge(self, logits: Sequence[Logits], ranks: Ranks) -> tuple[dict[str, Any], dict[str, float]]:
-        """``(files, scores)`` from each sample's logits: JSON by file name, percent by metric (if labelled).
-
-        The ranks share the work; every one returns the same.
-        """
-
-    def baselines(self, train: Path) -> dict[str, dict[str, float]]:
-        """Scores on the last file judged of what needs no model, learnt from ``train``; none where there is no such."""
-
-
 class SquadProblem:
     """Extractive question answering."""
 
-    metric, head = "f1", "qa_outputs."
-    labels: tuple[str, ...] = ()
+    metric = "f1"  # the score that ranks runs
+    head = "qa_outputs."  # the prefix of the task head's parameters
+    labels: tuple[str, ...] = ()  # names of the classes, if any
 
     def __init__(self, config: FinetuneConfig, tokenizer: Tokenizer) -> None:
         self.config, self.tokenizer = config, tokenizer
         self.references: dict[str, list[str]] | None = None
 
     def new_model(self, config: BertConfig) -> Model:
+        """A model whose outputs `loss_sum` and `rows` understand."""
         return BertForQuestionAnswering(config)
 
     def _features(self, data: squad.Squad, *, training: bool) -> tuple[list[squad.Feature], list[str]]:
@@ -87,6 +51,7 @@ class SquadProblem:
         return squad.build_features(data, encoder.encode, self.config, cls=cls, sep=sep, training=training)
 
     def read_train(self, path: Path) -> tuple[Samples, dict[str, int], list[str]]:
+        """Samples with targets, counts to report, and the ids of examples that cannot be trained on."""
         data = squad.read_squad(path, version_2=self.config.version_2)
         features, skipped = self._features(data, training=True)
         counts = {
@@ -97,6 +62,7 @@ class SquadProblem:
         return _samples(features, [(feature.start, feature.end) for feature in features]), counts, skipped
 
     def read_eval(self, path: Path, *, labelled: bool) -> tuple[Samples, dict[str, int]]:
+        """Samples to predict, and counts to report; `judge` refers to the last file read."""
         data = squad.read_squad(path, version_2=self.config.version_2, answers=labelled)
         samples = self.ask(data)
         if labelled:
@@ -111,20 +77,28 @@ class SquadProblem:
         return _samples(self.features, None)
 
     def loss_sum(self, outputs: Outputs, targets: Tensor) -> Tensor:
+        """Sum of the losses of N samples, fp32."""
         start, end = outputs
         first = functional.cross_entropy(start.float(), targets[:, 0], reduction="sum")
         return (first + functional.cross_entropy(end.float(), targets[:, 1], reduction="sum")) / 2
 
     def rows(self, outputs: Outputs) -> Tensor:
+        """Outputs as ``[N, L, 2]``: start and end logits by token."""
         return torch.stack(outputs, dim=-1)
 
     def widths(self, samples: Samples) -> Ints:
+        """How many logits each sample has ``[N]``."""
         return 2 * samples.lengths
 
     def shaped(self, logits: Logits) -> Logits:
+        """The logits of one sample, flat, as `judge` takes them."""
         return logits.reshape(-1, 2)
 
     def judge(self, logits: Sequence[Logits], ranks: Ranks) -> tuple[dict[str, Any], dict[str, float]]:
+        """``(files, scores)`` from each sample's logits: JSON by file name, percent by metric (if labelled).
+
+        The ranks share the work; every one returns the same.
+        """
         basic = basic_tokenizer(lowercase=self.tokenizer.lowercase, strip_accents=self.tokenizer.strip_accents)
         every, count = self.data.questions, len(self.data.questions)
         own = every[ranks.rank * count // ranks.world_size : (ranks.rank + 1) * count // ranks.world_size]
@@ -149,6 +123,7 @@ class SquadProblem:
         return files, score(answers, self.references, version_2=self.config.version_2)
 
     def baselines(self, train: Path) -> dict[str, dict[str, float]]:
+        """Scores on the last file judged of what needs no model, learnt from ``train``; none where there is no such."""
         return {}
 
 
@@ -158,7 +133,9 @@ def _samples(features: Sequence[squad.Feature], targets: list[tuple[int, int]] |
 
 
 class GlueProblem:
-    """Classification of texts or pairs of them; predictions are keyed by the line in the file, from 1."""
+    """Classification of texts or pairs of them, by the methods of `SquadProblem`; predictions are keyed by the line in
+    the file, from 1.
+    """
 
     head = "classifier."
 
@@ -191,6 +168,7 @@ class GlueProblem:
         return functional.cross_entropy(outputs.float(), targets, reduction="sum")
 
     def rows(self, outputs: Outputs) -> Tensor:
+        """Outputs as ``[N, labels]``."""
         logits: Tensor = outputs
         return logits
 
@@ -226,6 +204,9 @@ class GlueProblem:
             "bag_of_words": naive_bayes(known, table.classes, asked),
         }
         return {name: self._scores(labels) for name, labels in predicted.items()}
+
+
+Problem = SquadProblem | GlueProblem
 
 
 def problem_of(

@@ -49,17 +49,11 @@ class Samples:
 
 
 def join(
-    a: Sequence[NDArray[np.int64]],
-    b: Sequence[NDArray[np.int64]] | None,
-    *,
-    cls: int,
-    sep: int,
-    targets: ArrayLike | None = None,
+    columns: Sequence[Sequence[NDArray[np.int64]]], *, cls: int, sep: int, targets: ArrayLike | None = None
 ) -> Samples:
-    """Samples [CLS] a [SEP] b [SEP], or [CLS] a [SEP] when there is no ``b``."""
-    opening, closing = np.array([cls]), np.array([sep])
-    if b is None:
-        samples = [np.concatenate([opening, first, closing]) for first in a]
-        return Samples.of(samples, [len(sample) for sample in samples], targets)
-    samples = [np.concatenate([opening, first, closing, second, closing]) for first, second in zip(a, b, strict=True)]
-    return Samples.of(samples, [len(first) + 2 for first in a], targets)
+    """Samples [CLS] a [SEP] of one column of texts, [CLS] a [SEP] b [SEP] of two."""
+    samples = [
+        np.concatenate([[cls], *(part for text in texts for part in (text, [sep]))])
+        for texts in zip(*columns, strict=True)
+    ]
+    return Samples.of(samples, [len(first) + 2 for first in columns[0]], targets)

@@ -19,7 +19,6 @@ from data_prep.errors import DataError
 from pipeline.config import FinetuneConfig
 
 BLANKS = " \t\r\n\u202f"
-FIRST_ID = 1_000_000_000
 Encode = Callable[[list[str]], tuple[NDArray[Any], NDArray[np.int64]]]  # texts → (ids, offsets)
 Kind = TypeVar("Kind")
 
@@ -57,7 +56,6 @@ class Feature:
     does not hold it.
     """
 
-    unique_id: int
     question: Question
     window: int
     tokens: NDArray[np.int64]
@@ -76,12 +74,12 @@ def read_squad(path: Path, *, version_2: bool = False, answers: bool = True) -> 
     contexts: list[str] = []
     questions: list[Question] = []
     seen: set[str] = set()
-    for number, article in enumerate(_items(_load(path), "data", f"{path}")):
+    for number, article in enumerate(_value(_load(path), "data", list, f"{path}")):
         where = f"{path}: article {number}"
-        for index, paragraph in enumerate(_items(article, "paragraphs", where)):
+        for index, paragraph in enumerate(_value(article, "paragraphs", list, where)):
             place = f"{where}, paragraph {index}"
             context = _value(paragraph, "context", str, place)
-            for entry in _items(paragraph, "qas", place):
+            for entry in _value(paragraph, "qas", list, place):
                 name = _value(entry, "id", str, place)
                 if name in seen:
                     raise DataError(f"{path}: question id {name!r} stands twice; ids must differ")
@@ -130,12 +128,8 @@ def _value(table: Any, key: str, kind: type[Kind], where: str) -> Kind:
     return value
 
 
-def _items(table: Any, key: str, where: str) -> list[Any]:
-    return _value(table, key, list, where)
-
-
 def _answers(entry: Any, where: str) -> tuple[tuple[str, int], ...]:
-    listed = _items(entry, "answers", where)
+    listed = _value(entry, "answers", list, where)
     return tuple((_value(a, "text", str, where), _value(a, "answer_start", int, where)) for a in listed)
 
 
@@ -170,9 +164,9 @@ def build_features(
     nothing else, are left out when ``training``.
     """
     contexts = _tokenise(squad.contexts, encode)
-    questions = _encode_each(encode, [question.text for question in squad.questions])
+    questions = encode_each(encode, [question.text for question in squad.questions])
     wanted = [q.answers[0][0] if training and q.answers else "" for q in squad.questions]
-    targets = _encode_each(encode, wanted)
+    targets = encode_each(encode, wanted)
     features: list[Feature] = []
     skipped: list[str] = []
     for question, asked, target in zip(squad.questions, questions, targets, strict=True):
@@ -183,8 +177,7 @@ def build_features(
             if span is None:
                 skipped.append(question.id)
                 continue
-        asked = asked[: config.max_query_length]
-        features += _windows(question, context, asked, span, config, cls, sep, FIRST_ID + len(features))
+        features += _windows(question, context, asked[: config.max_query_length], span, config, cls, sep)
     return features, skipped
 
 
@@ -192,7 +185,7 @@ def _tokenise(contexts: Sequence[str], encode: Encode) -> list[_Tokenised]:
     """Split every context into words and tokenise each distinct word once."""
     split = [split_words(context) for context in contexts]
     number = {word: i for i, word in enumerate(dict.fromkeys(w for words, _ in split for w in words))}
-    pieces = _encode_each(encode, list(number))
+    pieces = encode_each(encode, list(number))
     tokenised = []
     for words, char_word in split:
         own = [pieces[number[word]] for word in words]
@@ -203,7 +196,8 @@ def _tokenise(contexts: Sequence[str], encode: Encode) -> list[_Tokenised]:
     return tokenised
 
 
-def _encode_each(encode: Encode, texts: list[str]) -> list[NDArray[np.int64]]:
+def encode_each(encode: Encode, texts: list[str]) -> list[NDArray[np.int64]]:
+    """The ids of each text."""
     if not texts:
         return []
     ids, offsets = encode(texts)
@@ -238,7 +232,6 @@ def _windows(
     config: FinetuneConfig,
     cls: int,
     sep: int,
-    unique_id: int,
 ) -> Iterable[Feature]:
     """Cut a context into windows as long as the question leaves room for, ``doc_stride`` tokens apart."""
     room = config.max_seq_len - len(asked) - 3
@@ -253,7 +246,6 @@ def _windows(
         holds = span is not None and start <= span[0] and span[1] < start + length
         target = (span[0] - start + b_start, span[1] - start + b_start) if span and holds else (0, 0)
         yield Feature(
-            unique_id=unique_id + window,
             question=question,
             window=window,
             tokens=np.concatenate([[cls], asked, [sep], context.tokens[inside], [sep]]),

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -66,7 +66,8 @@ def answer_questions(
     nulls: dict[str, Candidate] = {}
     for feature, (start, end) in zip(features, logits, strict=True):
         name = feature.question.id
-        candidates[name] += _candidates(feature, start, end, config, words[feature.question.context], plain, vocabulary)
+        text = partial(_text, feature, words[feature.question.context], plain, vocabulary)
+        candidates[name] += _candidates(feature, start, end, config, text)
         null = Candidate("", float(start[0]), float(end[0]))
         if name not in nulls or null.score < nulls[name].score:
             nulls[name] = null
@@ -100,15 +101,9 @@ def _with_probabilities(best: list[Candidate]) -> list[dict[str, Any]]:
 
 
 def _candidates(
-    feature: Feature,
-    start: Logits,
-    end: Logits,
-    config: FinetuneConfig,
-    words: list[str],
-    plain: Callable[[str], str],
-    vocabulary: Sequence[str],
+    feature: Feature, start: Logits, end: Logits, config: FinetuneConfig, text_of: Callable[[int, int], str]
 ) -> list[Candidate]:
-    """The best valid spans of one window, at most ``n_best``, no text twice."""
+    """The best valid spans of one window, at most ``n_best``, no text twice; ``text_of`` a first and a last token."""
     starts, ends = (np.argsort(-values, kind="stable")[: config.n_best] for values in (start, end))
     window = len(feature.word)
     inside = [(x >= feature.b_start) & (x < feature.b_start + window) for x in (starts, ends)]
@@ -122,19 +117,14 @@ def _candidates(
     for first, last in zip(starts[s[order]].tolist(), ends[e[order]].tolist(), strict=True):
         if len(chosen) == config.n_best:
             break
-        text = _text(feature, first, last, words, plain, vocabulary)
+        text = text_of(first, last)
         if text not in chosen:
             chosen[text] = Candidate(text, float(start[first]), float(end[last]))
     return list(chosen.values())
 
 
 def _text(
-    feature: Feature,
-    first: int,
-    last: int,
-    words: list[str],
-    plain: Callable[[str], str],
-    vocabulary: Sequence[str],
+    feature: Feature, words: list[str], plain: Callable[[str], str], vocabulary: Sequence[str], first: int, last: int
 ) -> str:
     pieces = " ".join(vocabulary[token] for token in feature.tokens[first : last + 1].tolist())
     spoken = " ".join(pieces.replace(" ##", "").replace("##", "").split())

@@ -7,6 +7,7 @@ Called by the stages squad, mrpc and sst2 (and by squad-1, squad-2, … where th
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -47,16 +48,24 @@ Record = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Files:
-    """What one fine-tuning reads; ``mismatched`` is MNLI's second evaluation file, whose scores rank nothing.
+class Spec:
+    """What one fine-tuning does, and with what.
 
-    Raises DataError for what is no file: a pipe would be waited for.
+    ``modes``: train, eval (predict and score), prediction (labels are not needed); without train the folder ``model``
+    must hold one of this task. ``mismatched`` is MNLI's second evaluation file, whose scores rank nothing. With
+    ``scratch`` the weights are drawn from the seed instead: what the task's own examples teach, the baseline of all
+    pretraining. Raises DataError for what is no file: a pipe would be waited for.
     """
 
+    task: str
+    config: FinetuneConfig
     model: Path
     train: Path | None
     eval: Path | None
     mismatched: Path | None = None
+    modes: Sequence[str] = ("train", "eval")
+    max_steps: int | None = None
+    scratch: bool = False
 
     def __post_init__(self) -> None:
         for path in (self.train, *self.evaluations.values()):
@@ -68,91 +77,69 @@ class Files:
         """The files to predict, by the name that their scores end in."""
         return {name: path for name, path in (("", self.eval), (MISMATCHED, self.mismatched)) if path is not None}
 
+    @functools.cached_property
+    def identity(self) -> str:
+        """A digest of everything that decides the scores of one seed; how it is called and computed does not."""
+        files = {"train": self.train, "eval": self.eval, "mismatched": self.mismatched}
+        content = {
+            "task": self.task,
+            "modes": sorted(self.modes),
+            "config": science(dataclasses.replace(self.config, dataset="")),
+            "files": {name: file_sha256(path) for name, path in files.items() if path is not None},
+            "model": ModelFolder(self.model).sha256,
+            "max_steps": self.max_steps,
+            **({"scratch": True} if self.scratch else {}),
+        }
+        return json_sha256(content)
+
+    def check(self, out: Path) -> None:
+        """Refuse what cannot work, before anything is read or written into ``out``."""
+        config, longest = self.config, ModelFolder(self.model).config.max_position_embeddings
+        lines = [
+            f"mode {mode!r} is unknown; choose from {', '.join(MODES)}" for mode in self.modes if mode not in MODES
+        ]
+        if config.max_seq_len > longest:
+            lines.append(f"max_seq_len = {config.max_seq_len} exceeds the model's {longest} positions")
+        if self.task == SQUAD and config.max_query_length + 4 > config.max_seq_len:
+            lines.append(
+                f"max_query_length = {config.max_query_length} leaves no room for a context in max_seq_len = "
+                f"{config.max_seq_len}"
+            )
+        if "train" in self.modes and self.model.resolve().is_relative_to(out.resolve()):
+            lines.append(f"{self.model} lies in the output folder {out}, where training would replace it")
+        if lines:
+            raise ConfigError("\n".join(f"{self.task}: {line}" for line in lines))
+        autocast_for(config.precision, chosen_device())  # EnvironmentFault where this device cannot do it
+
 
 def run(
     job: Job, *, task: str, config: FinetuneConfig, model: Path, train: Path, eval: Path, scratch: bool = False
 ) -> Record:
-    """Fine-tune the Hugging Face folder ``model`` on file ``train`` with the one seed of ``config``; score on ``eval``.
+    """Fine-tune the Hugging Face folder ``model`` on file ``train`` with ``config``'s one seed; score on ``eval``."""
+    return finetune(job, Spec(task=task, config=config, model=model, train=train, eval=eval, scratch=scratch))
 
-    With ``scratch`` its weights are drawn from the seed instead: what the task's own examples teach, the baseline of
-    all pretraining.
+
+def finetune(job: Job, spec: Spec) -> Record:
+    """Do what ``spec`` says; a result that an earlier start of the same made is returned as it is.
 
     Leaves scores.json, predictions.json (squad: nbest_predictions.json too) and the folder ``model`` in ``job.out``;
     returns the content of scores.json. Raises ConfigError, DataError, CheckpointError and what
     `pipeline.engine.loop.train` raises.
     """
-    return finetune(job, task, config, Files(model=model, train=train, eval=eval), scratch=scratch)
-
-
-def finetune(
-    job: Job, task: str, config: FinetuneConfig, files: Files, modes: Sequence[str] = ("train", "eval"), *,
-    max_steps: int | None = None, scratch: bool = False,
-) -> Record:  # fmt: skip
-    """As `run`, doing only ``modes``: train, eval (predict and score), prediction (labels are not needed).
-
-    Without "train" the folder must hold a model of this task; without "eval" nothing is scored. A result that an
-    earlier start of the same made is returned as it is.
-    """
-    check(task, config, files, job.out, modes)
-    identity = identity_of(task, config, files, modes, max_steps, scratch)
-    scores = read_json(job.out / "scores.json")
-    if scores is not None and scores.get("identity") == identity:
+    spec.check(job.out)
+    scores = read_json(job.out / "scores.json") or {}
+    if scores.get("identity") == spec.identity:
         job.say(f"finished earlier, {in_words(scores['scores'])}")
         return scores
     if job.rank == 0:
         (job.out / "scores.json").unlink(missing_ok=True)  # those of another start
-    if "train" in modes:
-        train_task(
-            job, lambda ranks: Finetuning(job, ranks.device, task, config, files, modes, identity, max_steps, scratch)
-        )
-        scores = read_json(job.out / "scores.json")
-        assert scores is not None  # the task's last deed
-        return scores
+    if "train" in spec.modes:
+        train_task(job, lambda ranks: Finetuning(job, ranks.device, spec))
+        return read_json(job.out / "scores.json") or {}  # the task's last deed
     device = device_of(job)
     with joined(job, device) as (group, _), peers_named(job):
         ranks = Ranks(job.rank, job.world_size, group, device, job.heartbeat)
-        return Finetuning(job, ranks.device, task, config, files, modes, identity, None).predict_only(ranks)
-
-
-def identity_of(
-    task: str,
-    config: FinetuneConfig,
-    files: Files,
-    modes: Sequence[str],
-    max_steps: int | None = None,
-    scratch: bool = False,
-) -> str:
-    """A digest of everything that decides the scores of one seed; how it is called and computed does not."""
-    named = {"train": files.train, "eval": files.eval, "mismatched": files.mismatched}
-    content = {
-        "task": task,
-        "modes": sorted(modes),
-        "config": science(dataclasses.replace(config, dataset="")),
-        "files": {name: file_sha256(path) for name, path in named.items() if path is not None},
-        "model": ModelFolder(files.model).sha256,
-        "max_steps": max_steps,
-        **({"scratch": True} if scratch else {}),
-    }
-    return json_sha256(content)
-
-
-def check(task: str, config: FinetuneConfig, files: Files, out: Path, modes: Sequence[str]) -> None:
-    """Refuse what cannot work, before anything is read or written."""
-    lines = [f"mode {mode!r} is unknown; choose from {', '.join(MODES)}" for mode in modes if mode not in MODES]
-    folder = ModelFolder(files.model)
-    longest = folder.config.max_position_embeddings
-    if config.max_seq_len > longest:
-        lines.append(f"max_seq_len = {config.max_seq_len} exceeds the model's {longest} positions")
-    if task == SQUAD and config.max_query_length + 4 > config.max_seq_len:
-        lines.append(
-            f"max_query_length = {config.max_query_length} leaves no room for a context in max_seq_len = "
-            f"{config.max_seq_len}"
-        )
-    if "train" in modes and files.model.resolve().is_relative_to(out.resolve()):
-        lines.append(f"{files.model} lies in the output folder {out}, where training would replace it")
-    if lines:
-        raise ConfigError("\n".join(f"{task}: {line}" for line in lines))
-    autocast_for(config.precision, chosen_device())  # EnvironmentFault where this device cannot do it
+        return Finetuning(job, ranks.device, spec).predict_only(ranks)
 
 
 class Finetuning:
@@ -161,32 +148,22 @@ class Finetuning:
     losses_named: tuple[str, ...] = ("loss",)
     counts_named: tuple[str, ...] = ("samples", "tokens")
 
-    def __init__(
-        self,
-        job: Job,
-        device: torch.device,
-        task: str,
-        config: FinetuneConfig,
-        files: Files,
-        modes: Sequence[str],
-        identity: str,
-        max_steps: int | None,
-        scratch: bool = False,
-    ) -> None:
+    def __init__(self, job: Job, device: torch.device, spec: Spec) -> None:
+        self.job, self.spec = job, spec
+        self.config = config = spec.config
         self.arranged = arrangement(device.type, config.max_seq_len)
-        self.job, self.config, self.files, self.modes = job, config, files, modes
-        self.name, self.own_identity, self.seed, self.scratch = task, identity, config.seeds[0], scratch
-        self.source = ModelFolder(files.model)
-        self.problem = self._problem(() if "train" in modes else self.source.labels)
-        self.facts: Record = {"task": task, "dataset": config.dataset, "unit": "percent"}
-        self.samples = self._read_train() if files.train is not None and "train" in modes else None
+        self.seed = config.seeds[0]
+        self.source = ModelFolder(spec.model)
+        self.problem = self._problem(() if "train" in spec.modes else self.source.labels)
+        self.facts: Record = {"task": spec.task, "dataset": config.dataset, "unit": "percent"}
+        self.samples = self._read_train() if spec.train is not None and "train" in spec.modes else None
         self.evaluations = self._read_evaluations()
         settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in NO_SETTINGS}
         self.facts |= {**settings, "notes": list(filter(None, self._notes()))}
         for line in self.facts["notes"]:
             job.say(line)
         self.steps_in_epoch = math.ceil(len(self.samples or ()) / config.batch)
-        steps = min(config.epochs * self.steps_in_epoch, max_steps or config.epochs * self.steps_in_epoch)
+        steps = min(config.epochs * self.steps_in_epoch, spec.max_steps or config.epochs * self.steps_in_epoch)
         self.settings = Settings(
             steps=steps,
             say_every=max(1, steps // 10),
@@ -205,39 +182,39 @@ class Finetuning:
 
     def _problem(self, labels: tuple[str, ...]) -> Problem:
         """The task; the classes of one's own are ``labels``, or those of the training file."""
-        file = self.files.train if "train" in self.modes else self.files.eval
-        return problem_of(self.name, self.config, self.source.tokenizer, file, labels)
+        file = self.spec.train if "train" in self.spec.modes else self.spec.eval
+        return problem_of(self.spec.task, self.config, self.source.tokenizer, file, labels)
 
     def _read_train(self) -> Samples:
-        assert self.files.train is not None
-        samples, counts, skipped = self.problem.read_train(self.files.train)
+        assert self.spec.train is not None
+        samples, counts, skipped = self.problem.read_train(self.spec.train)
         self.facts |= counts
         if self.job.rank == 0:
             publish_json(self.job.out / SKIPPED, skipped)
         if skipped:
             more = f" and {len(skipped) - 5} more, all in {SKIPPED}" if len(skipped) > 5 else ""
             self.job.say(
-                f"{self.files.train}: {len(skipped)} examples are left out of training, their answer is not in their "
+                f"{self.spec.train}: {len(skipped)} examples are left out of training, their answer is not in their "
                 f"context: {', '.join(skipped[:5])}{more}"
             )
         if not len(samples):
-            raise DataError(f"{self.files.train}: no example is left to train on")
+            raise DataError(f"{self.spec.train}: no example is left to train on")
         return samples
 
     def _read_evaluations(self) -> dict[str, tuple[Problem, Samples]]:
         evaluations = {}
-        for name, path in self.files.evaluations.items() if {"eval", "prediction"} & set(self.modes) else ():
+        for name, path in self.spec.evaluations.items() if {"eval", "prediction"} & set(self.spec.modes) else ():
             problem = self._problem(self.problem.labels)
-            samples, counts = problem.read_eval(path, labelled="eval" in self.modes)
+            samples, counts = problem.read_eval(path, labelled="eval" in self.spec.modes)
             evaluations[name] = problem, samples
             self.facts |= {ending(key, name): count for key, count in counts.items()}
         return evaluations
 
     def _notes(self) -> Iterator[str]:
         """What people should know of the files' text."""
-        read = {self.files.evaluations[name]: samples for name, (_, samples) in self.evaluations.items()}
-        if self.files.train is not None and self.samples is not None:
-            read[self.files.train] = self.samples
+        read = {self.spec.evaluations[name]: samples for name, (_, samples) in self.evaluations.items()}
+        if self.spec.train is not None and self.samples is not None:
+            read[self.spec.train] = self.samples
         for path, samples in read.items():
             yield self.source.tokenizer.unknown_note(str(path), samples.tokens)
 
@@ -252,7 +229,7 @@ class Finetuning:
 
     def _model(self, seed: int | None) -> Model:
         model = self.problem.new_model(self.source.config)
-        if self.scratch and seed is not None:
+        if self.spec.scratch and seed is not None:
             initialise(model, self.source.config, torch.Generator().manual_seed(seed))
         else:
             self.source.load_into(model, self.problem.head, seed)
@@ -260,7 +237,7 @@ class Finetuning:
 
     def identity(self) -> Mapping[str, Any]:
         """All that decides the scores of this seed, as one digest."""
-        return {"finetune": self.own_identity}
+        return {"finetune": self.spec.identity}
 
     # ---------------------------------------------------------------- a batch
 
@@ -334,8 +311,8 @@ class Finetuning:
         """What the scores are worth: those of no model at all, by name."""
         baselines: dict[str, dict[str, float]] = {}
         for ending_, (problem, _) in self.evaluations.items():
-            assert self.files.train is not None
-            for name, scores in problem.baselines(self.files.train).items() if "eval" in self.modes else ():
+            assert self.spec.train is not None
+            for name, scores in problem.baselines(self.spec.train).items() if "eval" in self.spec.modes else ():
                 baselines.setdefault(name, {}).update({ending(key, ending_): value for key, value in scores.items()})
         return baselines
 
@@ -360,14 +337,14 @@ class Finetuning:
         return every
 
     def _publish(self, more: Record, scores: Mapping[str, float]) -> Record:
-        record = {**self.facts, "scores": scores, **more, "identity": self.own_identity}
+        record = {**self.facts, "scores": scores, **more, "identity": self.spec.identity}
         publish_json(self.job.out / "scores.json", record)
         return record
 
     def _card(self, scores: Mapping[str, float]) -> str:
         return (
             f"---\nlibrary_name: transformers\n---\n\n# BERT fine-tuned on {self.config.dataset}\n\n"
-            f"File format {self.name}, seed {self.seed}. On the evaluation file, in percent: {in_words(scores)}.\n"
+            f"File format {self.spec.task}, seed {self.seed}. On the evaluation file, in percent: {in_words(scores)}.\n"
         )
 
 

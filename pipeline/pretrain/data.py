@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from data_prep.errors import DataError
 from data_prep.hdf5 import Shard, read_listed
 from data_prep.manifest import SampleSet, load_verified
-from data_prep.masking import boundaries, mask_tokens, masked_counts
+from data_prep.masking import mask_tokens, masked_counts
 from data_prep.splitmix import Ints, derived, key, mix
 from pipeline.config import PhaseConfig, TrainConfig
 
@@ -147,21 +147,19 @@ class PretrainingData:
     def read(self, positions: Ints) -> MaskedSamples:
         """The samples at these positions, masked by (seed, epoch or 0, sample id)."""
         epoch, shard, row = self.order[positions]
-        samples = [sample(self.shards[number], place) for number, place in zip(shard, row, strict=True)]
-        lengths = np.array([len(tokens) for tokens, _, _ in samples], np.int64)
+        samples = (sample(self.shards[number], place) for number, place in zip(shard, row, strict=True))
+        parts, b_start, nsp = zip(*samples, strict=True)
+        lengths = np.array([len(part) for part in parts], np.int64)
         ids = self.first_id[shard] + row
         if self.train.masking == "dynamic":
             ids = ids + epoch * self.order.total  # another epoch masks like another sample
-        special = self.manifest.special
         tokens, places, labels = mask_tokens(
-            np.concatenate([tokens for tokens, _, _ in samples]).astype(np.int32),
+            np.concatenate(parts).astype(np.int32),
             lengths,
             ids,
             seed=self.train.seed,
-            epoch=0,
             vocab_size=self.manifest.vocab_size,
-            mask_id=special["mask"],
-            special_ids=boundaries(special),
+            special=self.manifest.special,
             masked_lm_prob=self.train.masked_lm_prob,
             max_predictions=self.phase.max_predictions,
             continuing=self.continuing,
@@ -170,8 +168,8 @@ class PretrainingData:
             ids=self.first_id[shard] + row,
             tokens=tokens.astype(np.int64),
             lengths=lengths,
-            b_start=np.array([b_start for _, b_start, _ in samples], np.int64),
-            nsp=np.array([nsp for _, _, nsp in samples], np.int64),
+            b_start=np.array(b_start, np.int64),
+            nsp=np.array(nsp, np.int64),
             positions=places.astype(np.int64),
             labels=labels.astype(np.int64),
         )

@@ -40,7 +40,7 @@ from pipeline.engine.state import TrainingState
 from pipeline.errors import ConfigError
 from pipeline.launch import code
 from pipeline.node.device import chosen_device
-from pipeline.pretrain.data import PretrainingData, SampleOrder
+from pipeline.pretrain.data import PretrainingData, SampleOrder, sample
 from pipeline.pretrain.task import Pretraining, settings_of
 from pipeline.run.files import read_jsonl
 from pipeline.run.rundir import RunDir
@@ -130,13 +130,13 @@ def _add(run: RunDir, to: Path, recipe: Recipe, name: str, steps: dict[str, list
 def _excerpt(shards: list[Shard], shard: NDArray[np.int64], row: NDArray[np.int64]) -> Arrays:
     """Some rows of some shards, each once: their places, lengths and content."""
     places = np.unique(np.stack([shard, row], axis=1), axis=0)
-    tokens = [shards[s].tokens[shards[s].offsets[r] : shards[s].offsets[r + 1]] for s, r in places]
+    tokens, b_start, is_random_next = zip(*(sample(shards[s], r) for s, r in places), strict=True)
     return {
         "places": places,
         "lengths": np.array([len(part) for part in tokens], np.int64),
         "tokens": np.concatenate(tokens),
-        "b_start": np.array([shards[s].b_start[r] for s, r in places], np.int64),
-        "is_random_next": np.array([shards[s].is_random_next[r] for s, r in places], np.int64),
+        "b_start": np.array(b_start, np.int64),
+        "is_random_next": np.array(is_random_next, np.int64),
     }
 
 
@@ -146,7 +146,7 @@ class Excerpt(PretrainingData):
     def __init__(self, facts: Mapping[str, Any], arrays: Arrays, phase: PhaseConfig, train: TrainConfig) -> None:
         own = {field.name: facts[field.name] for field in dataclasses.fields(SampleSet) if field.name in facts}
         self.phase, self.train, self.continuing = phase, train, arrays.get("continuing")
-        self.manifest = SampleSet(folder=Path(), **{**own, "shards": ()})
+        self.manifest = SampleSet(**{**own, "shards": ()})
         rows = [int(shard["rows"]) for shard in facts["shards"]]
         self.first_id = np.append(0, np.cumsum(rows))[:-1].astype(np.int64)
         self.order = SampleOrder(rows, train.seed)
@@ -173,6 +173,12 @@ class Replay(Pretraining):
         self.settings = settings_of(recipe.train, recipe.optimizer, phase)
 
 
+def fed(task: Replay, number: int, index: int, device: torch.device) -> Fed:
+    """A micro-batch of a batch as `Feed` gives it."""
+    read = task.read(number, index)
+    return Fed(index, on_device(read, device), read.counts, digest48(read))
+
+
 class OneBatch:
     """A feed of one batch, all of whose micro-batches are this process's."""
 
@@ -185,9 +191,7 @@ class OneBatch:
         return Batch(self.number, self.plan, [0] * len(self.task.counts_named))
 
     def micro_batch(self) -> Fed:
-        index = next(self.left)
-        read = self.task.read(self.number, index)
-        return Fed(index, on_device(read, self.device), read.counts, digest48(read))
+        return fed(self.task, self.number, next(self.left), self.device)
 
 
 def restored(task: Replay, saved: checkpoint.Checkpoint, device: torch.device) -> Accumulator:
@@ -218,12 +222,11 @@ def computed(task: Replay, accumulator: Accumulator) -> tuple[Sums, float]:
 
 def shares_of(task: Replay, accumulator: Accumulator, index: int) -> list[float]:
     """What one micro-batch of the next step adds to each loss."""
-    number, device = accumulator.state.batches, accumulator.ranks.device
-    read = task.read(number, index)
-    fed = Fed(index, on_device(read, device), read.counts, digest48(read))
+    number = accumulator.state.batches
+    micro_batch = fed(task, number, index, accumulator.ranks.device)
     plan = BatchPlan(task.size(number), task.settings.micro_batch, 1)
     with accumulator.autocast:
-        shares = accumulator.losses(number, fed, plan, accumulator.counts.tolist())
+        shares = accumulator.losses(number, micro_batch, plan, accumulator.counts.tolist())
     return [rounded(share) for share in shares.tolist()]
 
 

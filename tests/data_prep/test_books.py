@@ -16,8 +16,8 @@ from data_prep.errors import DataError
 
 def one_book(path: Path, data: bytes, limit_mb: float = 1) -> tuple[Document | None, Tally]:
     path.write_bytes(data)
-    tally = Tally()
-    return books.book(path, path.parent, max_document_mb=limit_mb, tally=tally), tally
+    tally = Tally(limit_mb)
+    return books.book(path, path.parent, tally), tally
 
 
 @pytest.mark.parametrize(
@@ -73,20 +73,20 @@ def test_what_is_repaired_is_counted_in_every_form(data: bytes, counts: dict[str
     row = json.dumps({"text": data.decode("utf-8-sig")}).encode()
     (tmp_path / "a.jsonl").write_bytes(data[:3] + row if data.startswith(b"\xef") else row)
     for read, name in ((books.text_documents, "a.txt"), (records.json_documents, "a.jsonl")):
-        path, tally = tmp_path / name, Tally()
-        assert list(read(path, 0, path.stat().st_size, max_document_mb=1, tally=tally))
+        path, tally = tmp_path / name, Tally(1)
+        assert list(read(path, 0, path.stat().st_size, tally))
         assert {key: tally.counts[key] for key in books.REPAIRS if tally.counts[key]} == counts
 
 
 def test_lone_surrogates_are_removed_and_counted(tmp_path: Path) -> None:
-    path, tally = tmp_path / "a.jsonl", Tally()
+    path, tally = tmp_path / "a.jsonl", Tally(1)
     path.write_bytes(rb'{"text": "Ein \ud800 Wort \udfff\u0000.", "title": "\u001b[31mrot\ud800"}')
-    (document,) = records.json_documents(path, 0, path.stat().st_size, max_document_mb=1, tally=tally)
+    (document,) = records.json_documents(path, 0, path.stat().st_size, tally)
     assert (document.title, document.text) == ("[31mrot", "Ein Wort .")
     assert tally.counts["control_characters_removed"] == 3
     path.write_bytes(b'{"text": "\xed\xa0\x80"}')  # the same, written as bytes
     with pytest.raises(DataError, match="invalid UTF-8 at byte 10"):
-        list(records.json_documents(path, 0, path.stat().st_size, max_document_mb=1, tally=tally))
+        list(records.json_documents(path, 0, path.stat().st_size, tally))
 
 
 def test_links_pipes_and_loops_among_the_books_are_refused(tmp_path: Path) -> None:
@@ -127,9 +127,9 @@ def test_folder_is_read_in_order_and_whole(tmp_path: Path) -> None:
 
 def in_parts(read: Callable[..., Iterable[Document]], path: Path, part_bytes: int) -> tuple[list[Document], Tally]:
     found: list[Document] = []
-    tally = Tally()
+    tally = Tally(0.0001)
     for start in range(0, path.stat().st_size, part_bytes):
-        found += read(path, start, start + part_bytes, max_document_mb=0.0001, tally=tally)
+        found += read(path, start, start + part_bytes, tally)
     return found, tally
 
 
@@ -221,7 +221,7 @@ def test_bad_json_names_file_and_line(line: bytes, message: str, tmp_path: Path)
     path = tmp_path / "d.jsonl"
     path.write_bytes(b'{"text": "fine"}\n\n' + line + b"\n")
     with pytest.raises(DataError) as caught:
-        list(records.json_documents(path, 0, 10**6, max_document_mb=1, tally=Tally()))
+        list(records.json_documents(path, 0, 10**6, Tally(1)))
     assert str(caught.value).startswith(f"{path}:3: ")
     assert message in str(caught.value)
     assert str(caught.value).isprintable()

@@ -101,10 +101,10 @@ def test_the_whole_right_file_or_none(tmp_path: Path, serve: Callable[..., str],
     if answer is is_another or (answer is drops and not ranges):
         why = "with sha256 .* published is" if answer is is_another else "promised 3000000"
         with pytest.raises(DataError, match=why):
-            download.fetch(url, path, "sha256", digest, lambda line: None)
+            download.fetch(url, path, "sha256", digest)
         assert not path.exists()
         return
-    download.fetch(url, path, "sha256", digest, lambda line: None)
+    download.fetch(url, path, "sha256", digest)
     assert path.read_bytes() == CONTENT
     assert [each.name for each in tmp_path.iterdir()] == ["file"]
 
@@ -120,13 +120,13 @@ def test_a_broken_download_goes_on_in_another_call_and_nothing_is_overwritten(
 
     url, digest, path = serve({"/file": once}) + "/file", hashlib.sha256(CONTENT).hexdigest(), tmp_path / "file"
     (tmp_path / ".file.part").write_bytes(CONTENT[:1_234_567])
-    download.fetch(url, path, "sha256", digest, lambda line: None)
+    download.fetch(url, path, "sha256", digest)
     assert (asked, path.read_bytes()) == ([1_234_567], CONTENT)
-    download.fetch(url, path, "sha256", digest, lambda line: None)
+    download.fetch(url, path, "sha256", digest)
     assert len(asked) == 1
     path.write_bytes(b"mine")
     with pytest.raises(DataError, match=r"is not the file of .* move it away"):
-        download.fetch(url, path, "sha256", digest, lambda line: None)
+        download.fetch(url, path, "sha256", digest)
     assert path.read_bytes() == b"mine"
 
 
@@ -137,10 +137,10 @@ def test_a_dump_is_checked_by_the_list_beside_it(tmp_path: Path, serve: Callable
     folder = "/enwiki/20261101"
     listed = {f"{folder}/enwiki-20261101-sha1sums.txt": lambda _, first: (sums[first:], len(sums) - first)}
     mirror = serve({f"{folder}/{name}": drops, **listed})
-    download.download(source, tmp_path, names, mirror, lambda line: None)
+    download.download(source, tmp_path, names, mirror)
     assert (tmp_path / name).read_bytes() == CONTENT
     with pytest.raises(NotReachable, match=r"20261102-sha1sums\.txt: HTTP 404"):
-        download.download(source, tmp_path, names | {"date": "20261102"}, mirror, lambda line: None)
+        download.download(source, tmp_path, names | {"date": "20261102"}, mirror)
 
 
 def test_without_a_network_one_line_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

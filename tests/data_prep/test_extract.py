@@ -114,7 +114,7 @@ def test_a_changed_input_is_read_again(
 ) -> None:
     job, path = FakeJob(tmp_path / "out"), inputs["jsonl"][0]
     finish = extract._finish
-    monkeypatch.setattr(extract, "_finish", lambda work: pytest.fail("killed"))
+    monkeypatch.setattr(extract, "_finish", lambda *_: pytest.fail("killed"))
     with pytest.raises(pytest.fail.Exception):
         extract.run(job, wikipedia=[], books=[], jsonl=[path], max_document_mb=1)
     monkeypatch.setattr(extract, "_finish", finish)

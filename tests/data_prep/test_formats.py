@@ -299,15 +299,15 @@ def test_all_unreadable_files_are_named_by_file_and_place(tmp_path: Path) -> Non
 )
 def test_windows_1252_is_known_by_its_bytes(text: str, encoding: str, read: bool, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(text.encode(encoding))
-    tally = Tally()
+    tally = Tally(1)
     if read:
-        document = books.book(tmp_path / "a.txt", tmp_path, max_document_mb=1, tally=tally)
+        document = books.book(tmp_path / "a.txt", tmp_path, tally)
         assert document is not None
         assert document.text == text
         assert tally.counts["texts_read_as_windows_1252"] == 1
     else:
         with pytest.raises(DataError, match="invalid UTF-8 at byte"):
-            books.book(tmp_path / "a.txt", tmp_path, max_document_mb=1, tally=tally)
+            books.book(tmp_path / "a.txt", tmp_path, tally)
 
 
 def test_what_is_no_book_is_left_out_and_named(tmp_path: Path) -> None:

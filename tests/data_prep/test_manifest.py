@@ -63,14 +63,17 @@ def test_a_changed_file_is_named(tmp_path: Path) -> None:
         load(tmp_path, "train")
 
 
-def test_each_file_is_verified_once_by_one_rank_and_then_trusted_for_a_time(tmp_path: Path) -> None:
+def test_each_file_is_verified_once_by_one_rank_and_then_trusted_for_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     samples = load(samples_folder(tmp_path), "train")
     record = tmp_path / "record"
     assert [verify_share(samples, record, rank=rank, ranks=3) for rank in range(3)] == [1, 1, 0]
     assert [verify_share(samples, record, rank=rank, ranks=2) for rank in range(2)] == [0, 0]
     assert verify_share(samples, record) == 0  # a requeue on another number of ranks
-    assert verify_share(samples, record, force=True) == 2
-    assert verify_share(samples, record, trusted_s=0.0) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr("data_prep.manifest.TRUSTED_S", 0.0)
+        assert verify_share(samples, record) == 2
     path = samples.shards[1].path
     content = path.read_bytes()
     path.write_bytes(content)  # the same bytes, changed later

@@ -1,4 +1,4 @@
-"""A sample's mask is a function of (seed, epoch, id) and its tokens; counts and shares are the reference's."""
+"""A sample's mask is a function of (seed, id) and its tokens; counts and shares are the reference's."""
 
 from __future__ import annotations
 
@@ -15,10 +15,8 @@ from data_prep.splitmix import bits, derived, key
 CLS, SEP, MASK, VOCAB = 101, 102, 103, 30522
 SETTINGS: dict[str, Any] = {
     "seed": 12345,
-    "epoch": 0,
     "vocab_size": VOCAB,
-    "mask_id": MASK,
-    "special_ids": (CLS, SEP),
+    "special": {"cls": CLS, "sep": SEP, "mask": MASK},
     "masked_lm_prob": 0.15,
     "max_predictions": 20,
 }
@@ -77,34 +75,30 @@ def test_the_result_fits_the_tokens(lengths: list[int], seed: int) -> None:
 def test_a_sample_is_masked_alike_in_every_batch(data: st.DataObject) -> None:
     lengths = data.draw(st.lists(st.integers(5, 90), min_size=2, max_size=12))
     chosen = data.draw(st.permutations(range(len(lengths))).map(lambda order: order[: len(order) // 2 + 1]))
-    epoch = data.draw(st.integers(0, 3))
     tokens, sizes = batch(lengths)
     ids = np.arange(len(sizes)) * 7919 + 5
-    keywords = SETTINGS | {"epoch": epoch}
-    together, _, _ = mask_tokens(tokens, sizes, ids, **keywords)
+    together, _, _ = mask_tokens(tokens, sizes, ids, **SETTINGS)
     starts = np.cumsum(sizes) - sizes
     pieces = [slice(starts[row], starts[row] + sizes[row]) for row in chosen]
     apart, _, _ = mask_tokens(
-        np.concatenate([tokens[piece] for piece in pieces]), sizes[list(chosen)], ids[list(chosen)], **keywords
+        np.concatenate([tokens[piece] for piece in pieces]), sizes[list(chosen)], ids[list(chosen)], **SETTINGS
     )
     assert (apart == np.concatenate([together[piece] for piece in pieces])).all()
 
 
-def test_seed_epoch_and_id_all_matter() -> None:
+def test_seed_and_id_both_matter() -> None:
     tokens, sizes = batch([100] * 3)
     ids = np.arange(3)
     base = mask_tokens(tokens, sizes, ids, **SETTINGS)[1].tolist()
     assert mask_tokens(tokens, sizes, ids, **SETTINGS)[1].tolist() == base
     for keywords, numbers in (
         (SETTINGS | {"seed": 12346}, ids),
-        (SETTINGS | {"epoch": 1}, ids),
         (SETTINGS | {"seed": 2**63 + 5}, ids),
         (SETTINGS, ids + 1),
     ):
         assert mask_tokens(tokens, sizes, numbers, **keywords)[1].tolist() != base
-    # (seed, epoch) are not merely added
-    swapped = mask_tokens(tokens, sizes, ids, **SETTINGS | {"seed": 12344, "epoch": 1})[1].tolist()
-    assert swapped != base
+    # seed and id are not merely added
+    assert mask_tokens(tokens, sizes, ids + 1, **SETTINGS | {"seed": 12344})[1].tolist() != base
 
 
 def test_80_10_10_and_uniform_places_and_words() -> None:
@@ -132,7 +126,7 @@ def test_80_10_10_and_uniform_places_and_words() -> None:
 def test_epochs_are_independent() -> None:
     tokens, sizes = batch([128] * 2000)
     first = set(mask_tokens(tokens, sizes, np.arange(2000), **SETTINGS)[1].tolist())
-    second = set(mask_tokens(tokens, sizes, np.arange(2000), **SETTINGS | {"epoch": 1})[1].tolist())
+    second = set(mask_tokens(tokens, sizes, np.arange(2000, 4000), **SETTINGS)[1].tolist())
     assert abs(len(first & second) / len(first) - 19 / 125) < 0.01
 
 

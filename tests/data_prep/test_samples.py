@@ -220,7 +220,7 @@ def test_what_another_setting_left_is_not_reused(tmp_path: Path) -> None:
     samples.run(FolderJob(tmp_path / "fresh"), shards=text, vocab=vocab, **SETTINGS | {"seq_len": 32})
     job = FolderJob(tmp_path / "out")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(samples, "_finish", lambda *_: [])  # as if killed before the manifest
+        patch.setattr(samples.manifest, "finish", lambda *_: None)  # as if killed before the manifest
         samples.run(job, shards=text, vocab=vocab, **SETTINGS)
     samples.run(job, shards=text, vocab=vocab, **SETTINGS | {"seq_len": 32})
     assert contents(job.out) == contents(tmp_path / "fresh")

@@ -58,12 +58,14 @@ WRITERS: dict[str, Callable[[list[str]], bytes]] = {
 
 def read(path: Path, part_bytes: int = 10**9, max_document_mb: float = 16) -> tuple[list[Document], Tally]:
     """All documents, read part by part, as the extract stage does."""
-    site, tally = wikipedia.read_site(path), Tally()
+    site, tally = wikipedia.read_site(path), Tally(max_document_mb)
     found: list[Document] = []
     seams = []
-    for start, end in dumpfile.ranges(path, part_bytes):
+    size = path.stat().st_size
+    step = size if dumpfile.is_one_stream(path) else part_bytes
+    for start in range(0, size, step):
         seam = dumpfile.Seam()
-        found += wikipedia.documents(path, start, end, seam, site=site, max_document_mb=max_document_mb, tally=tally)
+        found += wikipedia.documents(path, start, min(start + step, size), seam, tally, site, path.name)
         seams.append((seam.first, seam.stop))
     dumpfile.check_seams(path, seams)
     return found, tally
@@ -107,7 +109,7 @@ def test_parts_equal_the_whole(kind: str, write: Callable[[bytes], Path]) -> Non
     whole, tally = read(path)
     assert [document.id for document in whole] == [f"dewiki-{n}" for n in range(1, 61)]
     assert "Datei" not in whole[0].text + whole[1].text
-    assert (len(dumpfile.ranges(path, 500)) > 1) == (kind in ("plain", "multistream"))
+    assert dumpfile.is_one_stream(path) == (kind not in ("plain", "multistream"))
     for part_bytes in (1, 37, 500, 2000) if path.stat().st_size < 40_000 else (501, 4000):
         if path.stat().st_size / part_bytes < 3000:
             parts, again = read(path, part_bytes)

@@ -219,7 +219,9 @@ def test_the_vocabulary_is_made_from_all_documents_and_by_any_workers(
         assert [path.name for path in out.iterdir()] == ["vocab.txt"]
     assert made[0] == made[1]
     assert {"early", "middle", "late"} <= set(made[0].split("\n"))
-    chosen = wordpiece._choose(shards, tmp_path, 0.1, True, True, {"file": "train-00000.txt"})
+    chosen = wordpiece._choose(
+        shards, tmp_path, 0.1, {"lowercase": True, "strip_accents": True}, {"file": "train-00000.txt"}
+    )
     assert 0.05 < Path(chosen["file"]).stat().st_size / (shards / "train-00000.txt").stat().st_size < 0.15
 
 

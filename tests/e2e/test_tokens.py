@@ -165,7 +165,7 @@ def test_what_is_no_sequence_is_refused(tmp_path, ids, fault) -> None:
     values = [{"input_ids": row} for row in ([4, 5, 6, 7], ids)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in values))
     with pytest.raises(DataError) as raised:
-        tokens._make(tmp_path, (tmp_path / "tokenizer.json", 16, 0.5, 1), (0, str(tmp_path / "a.jsonl")))
+        tokens._make(tmp_path, tmp_path / "tokenizer.json", 16, 0.5, 1, (0, tmp_path / "a.jsonl"))
     assert fault in str(raised.value)
 
 
@@ -173,7 +173,7 @@ def test_an_alphabet_needs_mask_and_pad_alone(tmp_path) -> None:
     write_tokenizer(tmp_path / "tokenizer.json", ["A", "C", "[PAD]", "[MASK]"])
     assert Vocabulary.load(tmp_path / "tokenizer.json", any_kind=True).special == {"pad": 2, "mask": 3}
     (tmp_path / "a.jsonl").write_text('{"input_ids": [0, 1, 0, 1, 1, 0, 0]}\n')
-    made = tokens._make(tmp_path, (tmp_path / "tokenizer.json", 16, 1e-9, 1), (0, str(tmp_path / "a.jsonl")))
+    made = tokens._make(tmp_path, tmp_path / "tokenizer.json", 16, 1e-9, 1, (0, tmp_path / "a.jsonl"))
     assert [row["tokens"] for row in made["shards"]] == [7]  # nothing stands around them
     write_tokenizer(tmp_path / "tokenizer.json", ["A", "C", "[PAD]"])
     with pytest.raises(DataError, match=r"lacks \[MASK\] or <mask>"):

@@ -15,7 +15,7 @@ from pipeline.config import load_recipe
 from pipeline.finetune import glue
 from pipeline.finetune.baselines import majority, naive_bayes, terms
 from pipeline.finetune.table import read_table
-from pipeline.finetune.task import Files, Finetuning, identity_of, run
+from pipeline.finetune.task import Finetuning, Spec, run
 from pipeline.stages import table
 from support.toys import config_of, examples, write_model
 
@@ -81,10 +81,10 @@ def test_a_baseline_is_a_stage_of_its_own_and_changes_no_other() -> None:
 
 def test_without_pretraining_nothing_of_the_folder_is_left(tmp_path: Path, model: Path) -> None:
     data, config = examples(tmp_path, "sst2"), config_of("sst2")
-    files = Files(model=model, train=data, eval=data)
-    identity = identity_of("sst2", config, files, ("train",), scratch=True)
-    given = ("sst2", config, files, ("train",), identity, None)
-    tasks = [Finetuning(job(tmp_path / str(s), "sst2"), torch.device("cpu"), *given, s) for s in (False, True)]
+    spec = Spec(task="sst2", config=config, model=model, train=data, eval=data, modes=("train",))
+    tasks = [
+        Finetuning(job(tmp_path / str(s), "sst2"), torch.device("cpu"), replace(spec, scratch=s)) for s in (False, True)
+    ]
     kept, drawn = (task.model().state_dict() for task in tasks)
     name = "bert.encoder.layer.0.attention.self.query.weight"
     assert not torch.equal(kept[name], drawn[name])

@@ -47,8 +47,8 @@ def golden(tmp_path: Path) -> tuple[Squad, list[Feature]]:
 def golden_logits(features: list[Feature]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """The logits the golden vectors were made with; they run over the padding too."""
     position = np.arange(CONFIG.max_seq_len)
-    for feature in features:
-        phase = 0.7 * position + 0.31 * (feature.unique_id % 1000)
+    for number in range(len(features)):
+        phase = 0.7 * position + 0.31 * number
         yield np.round(5 * np.sin(phase), 6), np.round(5 * np.sin(phase + 1.3), 6)
 
 

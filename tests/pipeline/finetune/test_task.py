@@ -22,7 +22,7 @@ from pipeline.errors import CheckpointError, ConfigError, EnvironmentFault, Nume
 from pipeline.finetune.predict import predict
 from pipeline.finetune.problems import problem_of
 from pipeline.finetune.scores import collect
-from pipeline.finetune.task import Files, Finetuning, finetune, run
+from pipeline.finetune.task import Finetuning, Spec, finetune, run
 from pipeline.node.job import Job, Topology
 from pipeline.run.files import read_jsonl
 from pipeline.run.rundir import RunDir
@@ -194,7 +194,8 @@ def test_a_fine_tuned_folder_is_scored_and_predicts_unlabelled_files(tmp_path: P
     trained = run(job(tmp_path / "out"), task="sst2", config=config, model=model, train=data, eval=data)
 
     def only(mode: str, file: Path, source: Path) -> dict[str, Any]:
-        return finetune(job(tmp_path / mode), "sst2", config, Files(model=source, train=None, eval=file), (mode,))
+        spec = Spec(task="sst2", config=config, model=source, train=None, eval=file, modes=(mode,))
+        return finetune(job(tmp_path / mode), spec)
 
     tuned = tmp_path / "out" / "model"
     scored = only("eval", data, tuned)
@@ -275,8 +276,8 @@ def test_mnli_is_scored_on_both_files_apart(tmp_path: Path, model: Path) -> None
     swap = {"contradiction": "neutral", "neutral": "contradiction", "gold_label": "gold_label"}
     other = tmp_path / "dev_mismatched.tsv"
     other.write_text("".join("\t".join([*row[:3], swap[row[3]]]) + "\n" for row in rows[:9]))
-    files = Files(model=model, train=data, eval=data, mismatched=other)
-    result = finetune(job(tmp_path / "out", "mnli"), "mnli", config_of("mnli"), files)
+    spec = Spec(task="mnli", config=config_of("mnli"), model=model, train=data, eval=data, mismatched=other)
+    result = finetune(job(tmp_path / "out", "mnli"), spec)
     assert result["scores"] == {"accuracy": 100.0, "accuracy_mismatched": 0.0}  # the same sentences, other labels
     assert (result["examples"], result["examples_mismatched"]) == (32, 8)
     both = [read(tmp_path / "out" / name) for name in ("predictions.json", "mismatched_predictions.json")]
@@ -379,8 +380,8 @@ def test_a_batch_is_accumulated_in_as_many_passes_as_the_published_tables_say(
     monkeypatch.setattr(Finetuning, "losses", counting)
     data = examples(tmp_path, "mrpc", count=batch)
     config = config_of("mrpc", batch=batch, micro_batch=capacity, epochs=1)
-    files = Files(model=model, train=data, eval=data)
-    finetune(job(tmp_path / "out"), "mrpc", config, files, ("train",), max_steps=1)
+    spec = Spec(task="mrpc", config=config, model=model, train=data, eval=data, modes=("train",), max_steps=1)
+    finetune(job(tmp_path / "out"), spec)
     assert passes == [batch // accumulation] * accumulation
 
 
