@@ -39,7 +39,7 @@ def cancel(run: RunDir, stage: str | None) -> None:
 
 def cancel_jobs(run: RunDir, stage: str | None) -> None:
     """Cancel the run's jobs in Slurm; a running one saves first."""
-    jobs = live_jobs(run)
+    jobs = queue.patiently(lambda: live_jobs(run), say=print)
     journal = Journal.read(run)
     if stage is not None and journal is not None:
         wanted = and_dependents(journal, stage)

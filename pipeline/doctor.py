@@ -7,6 +7,7 @@ what to change: exit code 0, or 7. Nothing of it is left but its folder.
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from pipeline.launch.request import Request
 from pipeline.launch.start import to_slurm
 from pipeline.run.chain import made_with
 from pipeline.run.files import read_json
+from pipeline.run.journal import Journal
 from pipeline.run.state import first_error
 from pipeline.words import columns
 from slurm import queue, states
@@ -65,7 +67,12 @@ def main() -> int:
 
 def examine(asked: Request, folder: Path) -> tuple[dict[str, list[dict[str, Any]]], str]:
     """Send the job and lead it through stop, requeue and end; what the ranks noted by kind, and its log."""
-    (job,) = to_slurm(asked)
+    try:
+        (job,) = to_slurm(asked)
+    except Exception:
+        if not Journal.path(asked.run).exists():  # nothing was sent: the call put right may name the folder again
+            shutil.rmtree(asked.run.path)
+        raise
     ranks, said = asked.asked["pretrain"].resources.most_tasks, [""]
 
     def notes(kind: str) -> list[dict[str, Any]]:

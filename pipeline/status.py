@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -106,7 +105,7 @@ def look(run: RunDir, short: bool) -> tuple[list[str], bool]:
 def again(run: RunDir) -> str:
     """The command that goes on with a run."""
     command = "guard" if "command" in run.settings["recipe"] else "submit"
-    return f"python -m pipeline.{command} --run {shlex.quote(str(run.path))}"
+    return f"python -m pipeline.{command} --run {run.word}"
 
 
 def disk_use(run: RunDir) -> list[str]:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
 
-from pipeline.errors import run_command
+from pipeline.errors import ConfigError, run_command
 from pipeline.launch import estimate, request
 from pipeline.launch.family import start_family
 from pipeline.launch.request import Request
@@ -111,9 +111,14 @@ def by_node_count(words: Sequence[str]) -> dict[str, list[str]]:
 
 def compare_node_counts(by_count: dict[str, list[str]]) -> int:
     """``--test-only --nodes 1,2,4``: when pretraining would start and, where the rates are known, end on each."""
-    rows = [("nodes", "starts", "trains", "ends by", "")]
+    rows, refusals = [("nodes", "starts", "trains", "ends by", "")], []
     for count, words in by_count.items():
-        asked = request.of(words)
+        try:
+            asked = request.of(words)
+        except ConfigError as refused:  # of so many ranks, perhaps
+            refusals.append(refused)
+            rows.append((count, "never", "", "", str(refused)))
+            continue
         chain = planned(asked)
         todo = chain.select(asked.stages, set()) if asked.stages else chain.todo()
         jobs = [job for job in plan_jobs(chain, todo, asked) if job.section == "pretrain"]
@@ -132,6 +137,8 @@ def compare_node_counts(by_count: dict[str, list[str]]) -> int:
             ends = (datetime.fromisoformat(starts[0]) + timedelta(hours=hours)).isoformat(timespec="minutes")
         took = "not known: no [rates] in the profile" if hours is None else f"{hours:.1f} h"
         rows.append((count, *starts[:1], took, ends, "") if starts else (count, "?", took, "", ""))
+    if len(refusals) == len(by_count):
+        raise refusals[0]
     print("\n".join(columns(rows, right=(0, 2))))
     return 0
 

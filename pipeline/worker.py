@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from data_prep import manifest
 from data_prep.errors import DataError
@@ -41,6 +42,7 @@ from pipeline.node.preempt import StopRequest, stop_at_once
 from pipeline.node.supervise import looked_after, supervise
 from pipeline.run.chain import Chain, made_with
 from pipeline.run.files import as_shared, now, patiently
+from pipeline.run.incidents import lost_nodes
 from pipeline.run.rundir import Attempt, RunDir
 from pipeline.stage import Stage, function_of
 from slurm import verdict
@@ -93,7 +95,11 @@ def refuse_other_ranks(environment: Mapping[str, str]) -> None:
 
 
 def refuse_missing_packages(chain: Chain, names: Sequence[str]) -> None:
-    """EnvironmentFault, before any work, where this interpreter lacks what one of the stages imports."""
+    """EnvironmentFault, before any work, where this interpreter lacks what one of the stages imports; ConfigError
+    for a stage that there is not.
+    """
+    if unknown := [name for name in names if name not in chain.stages]:
+        raise ConfigError(f"no stage {unknown[0]!r}; the stages are {', '.join(chain.stages)}")
     stages = [chain.stages[name] for name in names if "command" not in chain.stages[name].config]
     needed = dict.fromkeys(package for stage in stages for package in PACKAGES_OF[stage.job])
     if missing := [package for package in needed if importlib.util.find_spec(package) is None]:
@@ -120,12 +126,12 @@ def run_stage(run: RunDir, name: str, command: tuple[str, ...] = ()) -> None:
     settings = patiently(lambda: run.settings, _say)
     os.environ[manifest.RECIPE] = json_sha256(settings["recipe"].get("data"))
     profile = restore(Profile, settings["profile"], str(run.path / "run.json"))
-    deadline = verdict.deadline() if topology.rank == 0 else None
-    stop = StopRequest(deadline=deadline, limit=verdict.limit(), warning_s=profile.signal_s)
+    near: dict[str, Any] = {"deadline": verdict.deadline(), "limit": verdict.limit(), "warning_s": profile.signal_s}
+    stop = StopRequest(**near, looks=topology.rank == 0)
     if stage.width == "ranks":
         stop.listen()
     else:
-        stop_at_once()
+        stop_at_once(stop)
     cores = os.environ.get("SLURM_CPUS_PER_TASK", "")  # that Slurm gave this task
     workers = int(cores) if profile.runner == "slurm" and cores.isdigit() else profile.processes
     job = Job(run, name, attempt, topology, workers=workers, threads=profile.threads, stop=stop)
@@ -153,7 +159,7 @@ def begin(run: RunDir, name: str, command: tuple[str, ...]) -> tuple[Chain, Stag
         if missing:
             raise DataError(
                 f"{name} needs {', '.join(missing)}, which is not done with the current configuration; "
-                f"run python -m pipeline.submit --run {run.path}"
+                f"run python -m pipeline.submit --run {run.word}"
             )
     if stage.job != "data" and stage.width != "ranks" and topology.rank > 0:
         if not stage.always:
@@ -167,7 +173,7 @@ def wait_for_rank_0(chain: Chain, name: str, topology: Topology) -> None:
 
     Raises SystemExit with rank 0's code where its attempt ended, StoppedCleanly when asked to stop.
     """
-    stop_at_once()
+    stop_at_once(StopRequest())
     attempt = joined_attempt(chain, name, topology)
 
     def look() -> int | None:
@@ -247,10 +253,19 @@ def take_attempt(chain: Chain, name: str, topology: Topology) -> Attempt:
             publish_json(folder.path / "stage.json", chain.record(name))
             attempt = folder.new_attempt(topology.launch, **topology.place)
         ring(topology, "attempt")
+        note_lost_node(chain.run, attempt, folder.attempts[:-1])
         facts = {"attempt": attempt.number, "world_size": topology.world_size}
         patiently(lambda: chain.run.event("started", stage=name, **facts), _say)  # others have joined the attempt
         return attempt
     return joined_attempt(chain, name, topology)
+
+
+def note_lost_node(run: RunDir, attempt: Attempt, earlier: Sequence[Attempt]) -> None:
+    """An event for the node that was lost under the stage's attempt before, in the same job."""
+    before, restart = [one for one in earlier if one.job_id == attempt.job_id], attempt.owner.get("restart", 0)
+    if before and (node := lost_nodes(run.path, attempt.job_id).get(str(restart - 1))):
+        facts = {"attempt": before[-1].number, "node": node}
+        patiently(lambda: run.event("lost_node", stage=before[-1].path.parents[1].name, **facts), _say)
 
 
 def resolve(chain: Chain, stage: Stage) -> dict[str, Path | list[Path]]:

@@ -248,6 +248,8 @@ disown # its end is no news
 trap 'kill -9 "$watching" 2>/dev/null; if [ "$gpus" -gt 0 ]; then note_gpu_s; fi' EXIT
 if [ "$deadline" -lt 9999999999 ]; then export JOB_DEADLINE=$deadline; fi
 
+echo "attempt $attempt: on $SLURM_JOB_NODELIST, this script on $SLURMD_NODENAME" # by which lost nodes are told later
+
 # nodes that an earlier attempt found to be bad do not take part
 spared=()
 if [ -s "$bad_nodes" ]; then
@@ -290,7 +292,8 @@ start_ranks() {
   if [ "$nodes" -gt "$usable" ]; then nodes=$usable; fi
   if [ -z "$cpus" ] || { [ -n "$width" ] && [ "$cpus" -gt "$share" ]; }; then cpus=$share; fi
   export JOB_RANKS=$((nodes * tasks)) # what the ranks must be as many as
-  srun --nodes="$nodes" --ntasks="$JOB_RANKS" --ntasks-per-node="$tasks" --cpus-per-task="$cpus" --export=ALL --kill-on-bad-exit=1 --unbuffered \
+  export PYTHONUNBUFFERED=1           # srun's --unbuffered gives ranks a terminal, for which they draw bars into the log
+  srun --nodes="$nodes" --ntasks="$JOB_RANKS" --ntasks-per-node="$tasks" --cpus-per-task="$cpus" --export=ALL --kill-on-bad-exit=1 \
     "${srun_args[@]}" "${without[@]}" "${program[@]}" "${arguments[@]}"
 }
 exit_code=0

@@ -257,7 +257,7 @@ def submit(
     ids: list[str] = re.findall(r"^\s*([0-9]+)(?:;\S*)?\s*$", answer.out, re.MULTILINE)
     if answer.ok and len(ids) == 1:
         return ids[0]
-    job_id = patiently(tagged, patience_s=patience_s, say=say) if answer.ok or ids else ""
+    job_id = patiently(tagged, patience_s=patience_s, say=say) if answer.ok or answer.out.strip() else ""
     if answer.ok and job_id:
         return job_id
     if answer.ok:

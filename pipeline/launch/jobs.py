@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pipeline.errors import ConfigError
 from pipeline.stage import Stage
 from slurm import flags, header
+from slurm.errors import FlagError
 from slurm.flags import Flag, Setting
 from slurm.profile import Profile
-from slurm.resources import Resources
+from slurm.resources import UNLIMITED, Resources, format_time, parse_duration
 from slurm.submission import JobPlan, Need
 
 REPORT_MIN, REPORT_GB = 30, 4.0  # the report reads small files
@@ -150,6 +151,17 @@ def _small(ask: Asked) -> Asked:
         resources=dataclasses.replace(one, mem_gb=mem_gb, time_min=time_min),
         left=ask.left,
     )
+
+
+def no_longer(ask: Asked, chunk: str) -> Asked:
+    """``ask`` with a time limit of at most ``chunk``. FlagError for no time at all."""
+    most, asked = parse_duration(chunk), ask.resources.time_min
+    if most == UNLIMITED:
+        raise FlagError(f"--chunk {chunk}: name a time of at least a minute, as 90m or 2h")
+    if asked and asked <= most:
+        return ask
+    settings = {**ask.settings, "time": Setting(format_time(most), "--chunk")}
+    return dataclasses.replace(ask, settings=settings, resources=dataclasses.replace(ask.resources, time_min=most))
 
 
 def asked_by(

@@ -16,7 +16,7 @@ from pipeline import batch
 from pipeline.config import TASKS, Recipe, TaskConfig, load_profile, load_recipe, restore
 from pipeline.errors import ConfigError
 from pipeline.launch import code
-from pipeline.launch.jobs import Asked, asked_by
+from pipeline.launch.jobs import Asked, asked_by, no_longer
 from pipeline.launch.own import write_recipe
 from pipeline.run.files import read_json
 from pipeline.run.rundir import RunDir
@@ -24,9 +24,9 @@ from pipeline.stages import Command, recipe_of
 from pipeline.strict_toml import homes
 from slurm import flags
 from slurm.profile import SECTIONS, Profile
-from slurm.resources import parse_duration, parse_nodes
+from slurm.resources import parse_nodes
 
-SLURM_ONLY = ("one-job", "test-only", "write-scripts", "max-gpu-hours", "allow-mixed")
+SLURM_ONLY = ("chunk", "one-job", "test-only", "write-scripts", "max-gpu-hours", "allow-mixed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +115,7 @@ def of(words: Sequence[str], command: Sequence[str] | None = None) -> Request:
         ranks = tuners = profile.ranks(1)
     else:
         asked = {section: asked_by(profile, section, nodes, line.flags, os.environ) for section in SECTIONS}
+        asked = {section: no_longer(ask, given.chunk) for section, ask in asked.items()} if given.chunk else asked
         ranks, nodes = asked["pretrain"].resources.most_tasks, asked["pretrain"].resources.nodes
         tuners = asked["finetune"].resources.most_tasks
     for name, otherwise in (("max_gpu_hours", 0.0), ("allow_mixed", False)):
@@ -140,12 +141,9 @@ def of(words: Sequence[str], command: Sequence[str] | None = None) -> Request:
 
 
 def _given(words: Sequence[str], options: Options) -> tuple[flags.CommandLine, argparse.Namespace]:
-    """Slurm's flags and the command's own options, with what --chunk and --seeds stand for."""
+    """Slurm's flags and the command's own options, with what --seeds stands for."""
     line = flags.split(words, sections=SECTIONS)
     given, unknown = options.parse_known_args(line.rest)
-    if given.chunk:
-        times = [flags.Flag("time", str(parse_duration(given.chunk)), section) for section in SECTIONS]
-        line = dataclasses.replace(line, flags=(*line.flags, *times))
     if faults := [_unknown(word, options) for word in unknown if word.startswith("-")] or unknown:
         raise ConfigError("\n".join(faults))
     if given.seeds:

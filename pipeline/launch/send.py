@@ -111,7 +111,7 @@ def finish_interrupted(run: RunDir, *, replace: bool, say: Say) -> list[queue.Qu
     elif journal is not None and journal.state == "releasing":
         release(run, journal, {job.id for job in live})
     if not replace:
-        stop = f"stop it with python -m pipeline.cancel {run.path}"
+        stop = f"stop it with python -m pipeline.cancel {run.word}"
         refuse_running(run, live, f"wait for it, {stop}, or submit with --replace")
     return live
 

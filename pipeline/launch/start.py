@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING
 
 from data_prep.publish import publish_json, publish_text
@@ -68,7 +69,7 @@ def start(asked: Request) -> int:
             return without_sending(chain, asked)
         todo = selected(chain, asked)
         if not todo:
-            return nothing_to_do(run)
+            return nothing_to_do(asked)
         move_aside(chain, asked)
         exit_code = run_chain(run, todo, profile.processes, profile.threads)
     if exit_code == 0:
@@ -129,9 +130,9 @@ def move_aside(chain: Chain, asked: Request) -> None:
         record.unlink(missing_ok=True)
 
 
-def nothing_to_do(run: RunDir) -> int:
-    print(f"{run.path}: everything is done, nothing to do")
-    show_results(run)
+def nothing_to_do(asked: Request) -> int:
+    print(f"{asked.run.path}: {', '.join(asked.stages) or 'everything'} is done, nothing to do")
+    show_results(asked.run)
     return 0
 
 
@@ -149,7 +150,7 @@ def to_slurm(asked: Request) -> list[SlurmJob]:
     with sending(asked) as sent:
         pass
     if sent:
-        print(f"watch it:  python -m pipeline.status {asked.run.path}")
+        print(f"watch it:  python -m pipeline.status {asked.run.word}")
     return sent
 
 
@@ -172,7 +173,7 @@ def sending(asked: Request, after: Sequence[Need] = (), any_need: bool = False) 
         try_out(asked, jobs)  # before anything of the run is changed
         begin(asked)
         if not todo:
-            nothing_to_do(asked.run)
+            nothing_to_do(asked)
             yield []
             return
         move_aside(chain, asked)
@@ -231,7 +232,7 @@ def without_sending(chain: Chain, asked: Request) -> int:
         for path in scripts.write_scripts(asked.write_scripts, asked, jobs):
             print(path)
         move_aside(chain, asked)
-        print(f"send them with  bash {asked.write_scripts / 'submit.sh'}")
+        print(f"send them with  bash {quote(str(asked.write_scripts / 'submit.sh'))}")
     if asked.test_only:
         for name, estimate in try_out(asked, jobs).items():
             print(f"{name}: {estimate}")
@@ -250,7 +251,7 @@ def to_pipe(asked: Request) -> int:
             jobs = plan_jobs(chain, selected(chain, asked), asked)
             move_aside(chain, asked)
             if not jobs:
-                return nothing_to_do(asked.run)
+                return nothing_to_do(asked)
             print(f"for | sbatch{''.join(f' {word}' for word in asked.extra)}: {scripts.describe(jobs[0])}")
             if jobs[1:]:
                 print(f"then {', '.join(job.name for job in jobs[1:])}, by the same call; --one-job has all in one")
@@ -273,7 +274,7 @@ def show_plan(chain: Chain, asked: Request) -> None:
     """``--dry-run``: nothing is written and nobody is asked."""
     todo = selected(chain, asked)
     if not todo:
-        print(f"{chain.run.path}: everything is done, nothing to do")
+        nothing_to_do(asked)
     if asked.local:
         return
     jobs = plan_jobs(chain, todo, asked)
@@ -281,6 +282,7 @@ def show_plan(chain: Chain, asked: Request) -> None:
         print(scripts.describe(job))
         for line in [] if job.stands_in_for else scripts.explain(job.settings):
             print(f"    {line}")
+        scripts.script_text(asked, job)  # refuses what cannot stand in it
     if hours := scripts.gpu_hours(jobs):
         print(f"at most {hours:.0f} GPU-hours if no job is started again")
     for line in idle_ranks(asked):
@@ -294,7 +296,7 @@ def refuse_if_slurm_runs_it(run: RunDir) -> None:
     except SlurmError as error:
         print(f"{run.path}: whether Slurm runs this is not known ({error})", file=sys.stderr)
         return
-    refuse_running(run, jobs, f"wait for it, or stop it with python -m pipeline.cancel {run.path}")
+    refuse_running(run, jobs, f"wait for it, or stop it with python -m pipeline.cancel {run.word}")
 
 
 def begin(asked: Request) -> None:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
+from pipeline.run.files import open_plain
 from pipeline.words import is_number, number, visible
 
 Event = Mapping[str, Any]
@@ -21,6 +26,24 @@ def incidents(events: Iterable[Event]) -> list[str]:
         if keys is not None:
             lines.setdefault((event["event"], *(str(event.get(key)) for key in keys)), []).append(event)
     return [visible(SAID[key[0]](same)) for key, same in lines.items()]
+
+
+def lost_nodes(run: Path, job: str) -> dict[str, str]:
+    """The node that was lost under an attempt of a Slurm job, by its number, as far as the job's log tells.
+
+    srun names it. With the node of the batch script nobody is left to say anything before the next attempt begins.
+    """
+    text, nodes = "", {}
+    for path in (run / "logs").glob(f"*-{job}.out") if re.fullmatch("[0-9]+", job) else ():
+        with contextlib.suppress(OSError), open_plain(path) as file:
+            text = file.read().decode(errors="replace")
+    begins = [*re.finditer(r"^attempt (\d{1,6}): on \S+, this script on ([\w.-]+)$", text, re.MULTILINE)]
+    for begin, after in itertools.zip_longest(begins, begins[1:]):
+        part = text[begin.end() : after.start() if after else len(text)]
+        named = re.findall(r"Node failure on ([\w.-]+)", part)
+        if named or (after and not re.search(r"^attempt \d+: code |\*\*\* (?:JOB|STEP) ", part, re.MULTILINE)):
+            nodes[begin[1]] = named[-1] if named else begin[2]
+    return nodes
 
 
 def short_host(name: Any) -> str:
@@ -57,9 +80,16 @@ def _gpu(events: list[Event]) -> str:
     return f"{event.get('stage', '?')}, attempt {event.get('attempt', '?')}: {event.get('line', '?')}{unfit}"
 
 
+def _lost(events: list[Event]) -> str:
+    return ", ".join(f"{event.get('stage', '?')}, attempt {event.get('attempt', '?')}" for event in events) + (
+        f": node {events[0].get('node', '?')} was lost"
+    )
+
+
 SAME = {
+    "lost_node": ("node",),
     "slow_rank": ("stage", "rank", "host"),
     "rolled_back": ("stage", "attempt", "step", "line"),
     "gpu_health": ("stage", "node", "gpu", "line"),
 }
-SAID = {"slow_rank": _slow, "rolled_back": _rolled_back, "gpu_health": _gpu}
+SAID = {"slow_rank": _slow, "rolled_back": _rolled_back, "gpu_health": _gpu, "lost_node": _lost}

@@ -12,6 +12,7 @@ import functools
 import json
 import os
 import re
+import shlex
 import socket
 import stat
 import struct
@@ -268,6 +269,11 @@ class RunDir:
     path: Path
 
     @property
+    def word(self) -> str:
+        """Its path as one word of a command to type."""
+        return shlex.quote(str(self.path))
+
+    @property
     def report(self) -> Path:
         return self.path / "report.html"
 
@@ -285,7 +291,7 @@ class RunDir:
         if settings is None:
             raise ConfigError(
                 f"{self.path}: not a run (no readable run.json); start one with "
-                f"python -m pipeline.submit --recipe R --cluster C --run {self.path}"
+                f"python -m pipeline.submit --recipe R --cluster C --run {self.word}"
             )
         odd = [key for key, kind in SETTINGS.items() if key in settings and not isinstance(settings[key], kind)]
         corpora = {} if odd else dict(settings.get("corpora") or {})
@@ -340,7 +346,7 @@ class RunDir:
                     raise InUseError(f"{path} is locked by a process that only reads it: take the file away") from None
                 raise InUseError(
                     f"{self.path}: {describe_owner(self._holder())} is using this run; wait for it, or stop it with "
-                    f"python -m pipeline.cancel {self.path}"
+                    f"python -m pipeline.cancel {self.word}"
                 ) from None
             os.ftruncate(descriptor, 0)
             holder = {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}

@@ -15,6 +15,7 @@ from typing import Any, Literal, Required, TypedDict, cast
 from pipeline.errors import RESTART_CODES
 from pipeline.run.chain import Chain
 from pipeline.run.files import now, open_plain
+from pipeline.run.incidents import lost_nodes
 from pipeline.run.journal import Journal, SentJob
 from pipeline.run.rundir import Attempt, RunDir
 from pipeline.words import in_short, is_number, visible
@@ -31,8 +32,9 @@ TOLD = {"stopped": ("cancelled", "verdict"), "restart": ("failed", "verdict"), "
 RULE: Mapping[Holder, Mapping[str, tuple[str, str]]] = {
     # what holds the stage: what its last attempt left → (state, what the reason is made of)
     "nobody": {**TOLD, "any": ("todo", "why")},
-    "silent": {**TOLD, "any": ("unknown", "nothing")},  # Slurm does not answer
-    "ended": {**TOLD, "any": ("failed", "job")},  # its job has ended, and the stage is not done
+    "silent": {**TOLD, "open": ("unknown", "progress"), "any": ("unknown", "nothing")},  # Slurm does not answer
+    # its job has ended, and the stage is not done; nobody has cancelled it
+    "ended": {**TOLD, "stopped": ("failed", "job"), "any": ("failed", "job")},
     "cancelled": {**TOLD, "any": ("cancelled", "job")},
     # the local runner, which starts again what it has not given up
     "runner": {"open": ("running", "progress"), "failed": ("failed", "verdict"), "any": ("waiting", "needs")},
@@ -149,7 +151,8 @@ class Look:
         row["state"], reason = rules.get(self.left(holder, job, attempts, verdict), rules["any"])
         row |= {"reason": "", **({"job": sent.id} if sent else {})}
         blocked = [need for need in self.chain.stages[self.name].needs if self.before[need].get("fails")]
-        if holder in ("ended", "cancelled") and not attempts and blocked:
+        always = self.chain.stages[self.name].always
+        if holder in ("ended", "cancelled") and not attempts and blocked and not always:
             reason = f"not begun: it needs {', '.join(blocked)}"
             return cast(Row, {**row, "state": "todo", "reason": reason, "fails": True})
         if reason == "why":
@@ -166,10 +169,15 @@ class Look:
             row["reason"] = f"waits for {self.at_work(sent)} in the same job"
         elif sent and reason == "job":
             row["reason"] = over(self.chain.run, sent.id) or (in_words(job) if job else "")
-            row["reason"] += ": its batch script was killed" if attempts and attempts[-1].lost_script else ""
-            row["reason"] += "" if attempts else first_error(self.chain.run, sent.id)
+            if attempts and attempts[-1].lost_script:
+                row["reason"] += ": its batch script was killed"
+            elif verdict:
+                row["reason"] += f": {verdict.get('line')}"
+            elif not self.began(sent):
+                row["reason"] += first_error(self.chain.run, sent.id)
         elif job and reason == "start":
-            row["reason"] = "starts" if job.state == "RUNNING" else in_words(job)
+            again = f"{history(attempts, job.id)}; " if attempts else ""
+            row["reason"] = again + ("starts" if job.state == "RUNNING" else in_words(job))
         elif job and self.sent and reason == "queue":
             row |= queued(job, attempts, self.sent.journal.names)
         return cast(Row, row)
@@ -201,6 +209,11 @@ class Look:
         gone = over(self.chain.run, sent.id)
         left = (stage for stage in sent.stages if stage in self.todo)
         return next(stage for stage in left if not gone or self.chain.stages[stage].always)
+
+    def began(self, sent: SentJob) -> bool:
+        """Whether a job has come to an attempt of any of its stages."""
+        folders = (self.chain.run.stage(stage) for stage in sent.stages)
+        return any(attempt.job_id == sent.id for folder in folders for attempt in folder.attempts)
 
     def verdict(self, attempts: Sequence[Attempt]) -> Mapping[str, Any]:
         """Of the last attempt: its own, else (it was killed) that of the runner which gave it up; empty without one."""
@@ -283,6 +296,7 @@ def history(attempts: Sequence[Attempt], job: str) -> str:
     A job that was cancelled never comes back: what was stopped and is ``job`` again was preempted.
     """
     counts: dict[str, int] = {}
+    lost_in = {each: lost_nodes(attempts[0].path.parents[3], each) for each in {one.job_id for one in attempts}}
     for attempt in attempts:
         ended = attempt.verdict or {"code": None, "cause": None}
         out_of = {"time_limit": "out of time", "gpu_hours": "out of GPU-hours"}
@@ -290,6 +304,8 @@ def history(attempts: Sequence[Attempt], job: str) -> str:
         lost = "ran out of memory" if ended["cause"] == "memory" else "lost a rank"
         words = {75: asked, 76: lost, 77: "met a bad node", 130: "interrupted", None: "killed"}
         word = words.get(ended["code"], f"failed with code {ended['code']}")
+        if node := lost_in[attempt.job_id].get(str(attempt.owner.get("restart", 0))):
+            word = f"lost node {node}"
         word = "lost its batch script" if attempt.lost_script else word
         counts[word] = counts.get(word, 0) + 1
     often = {1: "", 2: " twice"}

@@ -48,9 +48,11 @@ def test_a_loop_through_preemption_and_a_killed_node(slurm, folder: Path, user, 
         slurm.wait(lambda: len(attempts()) == 3, "the loop goes on without the node", 90)
         assert int(attempts()[2]) >= int(attempts()[1])
         assert node not in slurm.words("job", job)["NodeList"]
+        assert f"preempted, lost node {node}" in call("status", run).stdout
         slurm.wait(lambda: slurm.state(job) in ("COMPLETED", "FAILED"), f"{job} has ended", 90)
         assert states(run) == {"command": "done"}, said(run)
         assert len(re.findall("finished at 200", said(run))) == 2
+        assert "\x1b" not in said(run)  # no terminal: neither ours nor anybody's bars are drawn into the log
     finally:
         cluster.heal(slurm.layout, node)
     assert "everything is done" in call("guard", "--run", run, **at_home).stdout

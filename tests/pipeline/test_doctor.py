@@ -109,3 +109,5 @@ def test_what_cannot_be_proved_is_refused(tmp_path) -> None:
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "has no Slurm" in done.stderr
     assert "is there already" in call("doctor", "devcluster", "--run", tmp_path).stderr
+    refused = call("doctor", "devcluster", "--run", tmp_path / "new", env={**os.environ, "PATH": "/nowhere"})
+    assert (refused.returncode, (tmp_path / "new").exists()) == (9, False), refused.stderr

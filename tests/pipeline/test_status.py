@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -26,14 +27,16 @@ from pipeline.report.facts import gather
 from pipeline.run import account
 from pipeline.run.chain import Chain
 from pipeline.run.files import append_jsonl
+from pipeline.run.incidents import incidents
 from pipeline.run.journal import Journal, SentJob
 from pipeline.run.rundir import Attempt, RunDir
-from pipeline.run.state import RULE, Holder, Left, Sent, State, survey
+from pipeline.run.state import RULE, Holder, Left, Row, Sent, State, survey
 from pipeline.stages import table
 from pipeline.status import disk_use, look, show_log
 from pipeline.strict_toml import table_of
 from pipeline.watch import follow_log, goes_on, short_line, watch
 from pipeline.words import in_short
+from pipeline.worker import note_lost_node
 from slurm import queue
 from slurm.queue import QueuedJob
 from support.running import ROOT, TWO_PHASES, call, command
@@ -238,7 +241,7 @@ def test_the_rule_has_a_state_for_everything_that_may_be():
     for rules in RULE.values():
         assert {state for state, _ in rules.values()} <= set(get_args(State)) - {"done"}
         assert set(rules) - {"any"} <= set(get_args(Left))
-    for holder in ("nobody", "ended", "cancelled", "silent"):  # what an attempt said stands, whatever Slurm forgot
+    for holder in ("nobody", "cancelled", "silent"):  # what an attempt said stands, whatever Slurm forgot
         states = [RULE[holder][left][0] for left in ("stopped", "restart", "failed")]
         assert states == ["cancelled", "failed", "failed"]
 
@@ -275,10 +278,73 @@ def test_a_job_that_its_batch_script_ended(run):
     for job in ({"7": QueuedJob(id="7", state="FAILED")}, {}):  # also when Slurm has forgotten it
         row = next(row for row in survey(run, Sent(sent_as(QueuedJob(id="7", state="")).journal, job)) if "job" in row)
         assert (row["state"], row["reason"]) == ("failed", "exit 137: code 76, 2 attempts without progress")
+    run.stage("phase1").new_attempt("7-0-0", job_id="7").write_verdict(75, "stopped by SIGUSR2", 0)
+    row = phase1(run, sent_as(QueuedJob(id="7", state="FAILED")))
+    why = "exit 137: code 76, 2 attempts without progress: stopped by SIGUSR2"
+    assert (row["state"], row["reason"]) == ("failed", why)  # asked to stop it was, but nobody has cancelled it
+    shutil.rmtree(run.stage("phase1").path)
     over.unlink()
     os.mkfifo(over)
     row = next(row for row in survey(run, sent_as(QueuedJob(id="7", state="COMPLETED"))) if "job" in row)
     assert (row["state"], row["reason"]) == ("todo", "not done yet")  # it ran, and there is more to do since
+
+
+def phase1(run: RunDir, sent: Sent) -> Row:
+    return next(row for row in survey(run, sent) if row["name"] == "phase1")
+
+
+def test_while_slurm_does_not_answer_the_figures_are_those_of_the_files(run):
+    attempt = at_work(run, range(5, 30, 5))
+    append_jsonl(attempt.metrics, {"step": 30, "loss": 6.3, "time": time.time() - 5})
+    row = phase1(run, Sent(sent_as(QueuedJob(id="7", state="RUNNING")).journal, {}, "down"))
+    assert (row["state"], row["step"]) == ("unknown", 30)
+    assert re.search(r"step 30, loss 6\.3, .*, [5-9] s ago", row["reason"]), row
+
+
+def test_a_stage_that_its_job_never_came_to_is_told_nothing_of_the_log(run):
+    """The job was cancelled in the stage before; a line on the way says that something is not found."""
+    run.stage("phase1").new_attempt("7-0-0", job_id="7").write_verdict(75, "asked to stop", 0)
+    log = run.path / "logs" / "pretrain-7.out"
+    log.parent.mkdir()
+    log.write_text("phase1: no GPU monitoring on n1: libnvidia-ml.so.1 is not found\n")
+    rows = {row["name"]: row for row in survey(run, sent_as(QueuedJob(id="7", state="CANCELLED")))}
+    assert (rows["phase2"]["state"], rows["phase2"]["reason"]) == ("cancelled", "cancelled")
+
+
+def test_a_report_that_could_not_be_made_says_why_itself(run):
+    """It needs nothing that failed: it is made all the same."""
+    jobs = [
+        SentJob(name=name, stages=(stage,), needs=(), held_by_us=False, id=number)
+        for name, stage, number in (("data", "extract", "7"), ("report", "report", "8"))
+    ]
+    journal = Journal(submission="s", state="released", jobs=tuple(jobs))
+    known = {number: QueuedJob(id=number, state="FAILED") for number in ("7", "8")}
+    (run.path / "logs").mkdir()
+    (run.path / "logs/report-8.out").write_text("execve(): /venv/python: No such file\n")
+    row = survey(run, Sent(journal, known))[-1]
+    assert (row["name"], row["state"]) == ("report", "failed")
+    assert "/venv/python: No such file" in row["reason"]
+
+
+def test_a_lost_node_is_named(run):
+    """By srun, or, where the node of the batch script was lost, by the attempt that came after it."""
+    log = run.path / "logs" / "pretrain-7.out"
+    log.parent.mkdir()
+    log.write_text(
+        "attempt 0: on n[1-2], this script on n1\nsrun: error: Node failure on n2\n"
+        "slurmstepd-n1: error: *** JOB 7 ON n1 CANCELLED DUE TO NODE FAILURE ***\n"
+        "attempt 1: on n[3-4], this script on n3\nphase1: step 10\nattempt 1: no rank said why it ended\n"
+        "attempt 2: on n[1-2], this script on n1\nattempt 2: code 75; Slurm is ending this job\n"
+        "attempt 3: on n[1-2], this script on n1\n"
+    )
+    for restart, code in ((0, 75), (1, None), (2, 75), (3, None)):
+        attempt = run.stage("phase1").new_attempt(f"7-{restart}-0", job_id="7", restart=restart)
+        if code:
+            attempt.write_verdict(code, "asked", 0)
+        note_lost_node(run, attempt, run.stage("phase1").attempts[:-1])
+    row = phase1(run, sent_as(QueuedJob(id="7", state="RUNNING")))
+    assert row["reason"] == "lost node n2, lost node n3, preempted, attempt 4"
+    assert incidents(run.events) == ["phase1, attempt 1: node n2 was lost", "phase1, attempt 2: node n3 was lost"]
 
 
 def test_log_of_the_newest_attempt(run, capsys):

@@ -90,3 +90,4 @@ def test_an_interpreter_without_packages_does_not_begin(tmp_path: Path, stage: s
     done = subprocess.run([sys.executable, "-S", "-m", "pipeline.worker", run, stage], **bare)
     one_line(done, 7, f"{sys.executable} has no package {packages}; install it there")
     assert not (run / "stages").exists()
+    one_line(call("worker", run, "phase9"), 2, "no stage 'phase9'; the stages are extract, shard")

@@ -126,6 +126,7 @@ GREETING = "echo ---; echo '  Welcome to the Lab'; echo '--> host 12 OK'\n"
         ("echo 900; echo 42; echo 7", ["sbatch", "squeue"]),  # a budget looks like an id
         ("echo 'job 42 is yours'", ["sbatch", "squeue"]),
         ("echo 42; exit 3", ["sbatch", "squeue", "scancel"]),
+        ("echo 'job 42 is yours'; exit 3", ["sbatch", "squeue", "scancel"]),
     ],
 )
 def test_sbatch_may_print_anything(stub, tmp_path: Path, prints: str, commands: list[str]) -> None:

@@ -96,6 +96,36 @@ def test_submit_sh_where_sbatch_greets_or_says_nothing(tmp_path: Path) -> None:
     assert (tmp_path / "log").read_text().splitlines()[2:] == ["scancel 411"]
 
 
+@pytest.mark.parametrize("ends_with", ["0", "3"])
+@pytest.mark.parametrize("prints", ['"Submitted as $id"', '"12345\n$id"', '"$id\n12345"'])
+def test_submit_sh_asks_by_comment_where_sbatch_prints_no_id_or_several(
+    tmp_path: Path, prints: str, ends_with: str
+) -> None:
+    """Nothing is left of a job that a wrapper took to Slurm and then failed, and no stranger's job is touched."""
+    chain = [JobPlan(name=name, section="data", stages=()) for name in ("a", "b")]
+    tags = {job.name: [f"--comment=key/by-hand/{job.name} my  words"] for job in chain}
+    (tmp_path / "submit.sh").write_text(submission.submit_sh(chain, tags))
+    take = f'id=41$(($(wc -l <log) + 1)); echo "$id ${{2#*=}}" >>jobs; printf {prints}; code={ends_with}'
+    for name, body in (("sbatch", take), ("squeue", "cat jobs; exit"), ("scontrol", ""), ("scancel", "")):
+        (tmp_path / name).write_text(f'#!/bin/bash\ncode=0\n{body}\necho "{name} $*" >>log\nexit $code\n')
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "log").touch()
+    (tmp_path / "jobs").write_text("399 key/by-hand/a my  words\n400 key/by-hand/c\n")
+    call = {"args": ["bash", "submit.sh"], "cwd": tmp_path, "capture_output": True, "text": True, "check": False}
+    done = subprocess.run(**call, env={"PATH": f"{tmp_path}:/usr/bin:/bin"})
+    later = [line for line in (tmp_path / "log").read_text().splitlines() if not line.startswith("sbatch")]
+    if ends_with == "0":
+        assert done.stdout == "411\n412\n", done.stderr
+        assert later == ["scontrol release 411", "scontrol release 412"]
+    else:
+        assert (done.returncode, "gave no job id" in done.stderr) == (1, True)
+        assert later == ["scancel 411"]
+        (tmp_path / "sbatch").write_text("#!/bin/bash\necho 12345\nexit 1\n")  # greets, and is refused
+        (tmp_path / "log").unlink()
+        assert subprocess.run(**call, env={"PATH": f"{tmp_path}:/usr/bin:/bin"}).returncode == 1
+        assert not (tmp_path / "log").exists()
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -130,7 +160,7 @@ def test_the_hand_written_stage_script_ends_with_it_too(job, tmp_path: Path) -> 
     assert code == 6, said
     assert calls[0] == (
         "srun --nodes=3 --ntasks=6 --ntasks-per-node=2 --cpus-per-task=1 --export=ALL --kill-on-bad-exit=1 "
-        "--unbuffered --overcommit "
+        "--overcommit "
         f"{sys.executable} -m pipeline.worker a run phase1 phase2"
     )
     assert (tmp_path / "a run" / "jobs" / "7.over").read_text() == "6 ended with code 6\n"

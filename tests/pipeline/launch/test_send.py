@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import bz2
+import contextlib
 import dataclasses
+import io
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import cancel
+from pipeline import cancel, submit
 from pipeline.config import load_profile, load_recipe
 from pipeline.errors import ConfigError, InUseError
 from pipeline.launch import code, jobs, request, scripts, start
@@ -22,12 +25,13 @@ from pipeline.launch.request import Request
 from pipeline.node.preempt import STOP_SIGNALS, StopRequest
 from pipeline.run.chain import Chain
 from pipeline.run.family import runs_of
-from pipeline.run.journal import Journal, SentJob
+from pipeline.run.journal import Journal, SentJob, refuse_running, run_key
 from pipeline.run.rundir import RunDir
 from pipeline.stages import table
 from slurm import queue, refusal, script
-from slurm.errors import FlagError
+from slurm.errors import ControllerDown, FlagError
 from slurm.flags import Flag, Setting
+from slurm.profile import PROFILES as PROFILES_DIR
 from slurm.profile import SECTIONS
 from slurm.resources import parse_nodes
 from slurm.submission import JobPlan, Need
@@ -177,10 +181,66 @@ def test_a_file_for_a_pipe_is_all_that_is_printed(tmp_path) -> None:
     assert not (run / "jobs.json").exists()
 
 
-def test_a_chunk_is_the_time_limit_of_every_job(tmp_path) -> None:
-    for text, minutes in (("2h", 120), ("45m", 45), ("1-00:00:00", 1440)):
+def test_no_job_is_longer_than_a_chunk(tmp_path) -> None:
+    """And none that asks for less becomes longer; the profile's are 24, 24 and 8 hours."""
+    for text, minutes in (("2h", (120, 120, 120)), ("45m", (45, 45, 45)), ("10h", (600, 540, 480))):
         asked = asked_for(tmp_path / "run", "generic", "--chunk", text, "-t", "9:00:00")
-        assert {ask.resources.time_min for ask in asked.asked.values()} == {minutes}
+        assert tuple(asked.asked[section].resources.time_min for section in SECTIONS) == minutes
+    assert asked.asked["data"].settings["time"] == Setting("10:00:00", "--chunk")
+    with pytest.raises(FlagError, match="--chunk 0: name a time"):
+        asked_for(tmp_path / "run", "generic", "--chunk", "0")
+    with pytest.raises(ConfigError, match="--chunk: means nothing"):
+        asked_for(tmp_path / "run", "local", "--chunk", "2h")
+
+
+def test_a_command_to_type_is_one_for_a_shell_wherever_the_run_lies(tmp_path) -> None:
+    run = RunDir(tmp_path / "it's a run")
+    live = [queue.QueuedJob(id="7", state="RUNNING", comment=f"{run_key(run)}/by-hand/data")]
+    with pytest.raises(InUseError) as refused:
+        refuse_running(run, live, f"stop it with python -m pipeline.cancel {run.word}")
+    assert shlex.split(f"x{str(refused.value).partition('cancel')[2]}")[1:] == [str(run.path)]
+    for words in (["--stages", "extract"], []):
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            start.nothing_to_do(asked_for(run.path, "generic", *words))
+        assert out.getvalue() == f"{run.path}: {'extract' if words else 'everything'} is done, nothing to do\n"
+
+
+def test_a_node_count_that_cannot_be_is_a_line_beside_the_others(monkeypatch, tmp_path, capsys) -> None:
+    monkeypatch.setattr(submit, "try_out", lambda asked, jobs: {"pretrain": "Job 7 to start at 2026-01-01T00:00:00"})
+    run = ["--recipe", "bert_large", "--cluster", "generic", "--run", str(tmp_path / "run"), "--test-only"]
+    assert submit.compare_node_counts(submit.by_node_count([*run, "--nodes", "1,99999"])) == 0
+    _, first, second = capsys.readouterr().out.splitlines()
+    assert first.split()[:2] == ["1", "2026-01-01T00:00:00"]
+    assert second.split()[:2] == ["99999", "never"]
+    assert "cannot share a global_batch" in second
+    with pytest.raises(ConfigError, match="cannot share a global_batch"):
+        submit.compare_node_counts(submit.by_node_count([*run, "--nodes", "88888,99999"]))
+
+
+def test_a_dry_run_refuses_what_cannot_stand_in_a_script(tmp_path) -> None:
+    profile = tmp_path / "site.toml"
+    profile.write_text((PROFILES_DIR / "generic.toml").read_text() + '[env]\n"A B" = "x"\n')
+    asked = asked_for(tmp_path / "run", str(profile), "--dry-run")
+    with pytest.raises(FlagError, match="'A B': a variable's name"):
+        start.show_plan(start.planned(asked), asked)
+
+
+def test_cancel_asks_again_while_the_controller_is_down(fake, tmp_path, monkeypatch, capsys) -> None:
+    run = RunDir(tmp_path / "run")
+    run.path.mkdir()
+    send_once(run)
+    answers = iter([ControllerDown("squeue: no answer"), None])
+
+    def jobs() -> dict[str, queue.QueuedJob]:
+        if down := next(answers, None):
+            raise down
+        return fake.jobs()
+
+    monkeypatch.setattr(queue, "jobs", jobs)
+    monkeypatch.setattr(RunDir, "event", lambda self, *words, **values: None)
+    cancel.cancel_jobs(run, None)
+    assert not fake.live()
+    assert "squeue: no answer; asking again for" in capsys.readouterr().out
 
 
 def test_each_seed_is_a_job_of_its_own_where_that_is_wanted() -> None:

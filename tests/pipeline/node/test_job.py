@@ -20,7 +20,7 @@ from pipeline.errors import (
     cause_of,
 )
 from pipeline.node.job import Topology
-from pipeline.node.preempt import STOP_SIGNALS, StopRequest
+from pipeline.node.preempt import STOP_SIGNALS, StopRequest, stop_at_once
 from pipeline.run.rundir import Attempt, StageDir
 from slurm import verdict
 from slurm.errors import FlagError, SlurmError
@@ -98,9 +98,16 @@ def test_a_signal_near_a_limit_is_caused_by_the_limit(left_s, environ, cause):
     stop.listen()
     os.kill(os.getpid(), signal.SIGUSR2)
     assert stop.cause == cause
+    stop_at_once(stop)
+    with pytest.raises(StoppedCleanly, match="stopped by SIGUSR2") as stopped:
+        os.kill(os.getpid(), signal.SIGUSR2)
+    assert stopped.value.cause == cause
 
 
 def test_a_deadline_that_comes_near_is_the_cause():
+    other = StopRequest(deadline=time.time() + 10, looks=False)  # of another rank, whose clock may differ
+    other.after_step(step_s=1.0, save_s=0.0)
+    assert other.reason is None
     stop = StopRequest(deadline=time.time() + 10, limit="gpu_hours")
     assert stop.cause is None
     stop.after_step(step_s=1.0, save_s=0.0)

@@ -3,14 +3,26 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 # their values are already in the scripts
-for name in "${!SBATCH_@}" SLURM_CLUSTERS; do unset "$name"; done
-# the id among what a site's sbatch prints: the last line that is one
+for name in "${!SBATCH_@}" "${!SQUEUE_@}" SLURM_CLUSTERS; do unset "$name"; done
+# the id in what a site's sbatch prints: its only line that is one, else the newest job's with the comment
 send() {
-  local said id
-  said=$(sbatch "$@") || return
-  id=$(sed -nE 's/^ *([0-9]+)(;.*)?$/\1/p' <<<"$said" | tail -n 1)
-  if [ -z "$id" ]; then echo "sbatch gave no job id (squeue shows a held job): $said" >&2; return 1; fi
-  echo "$id"
+  local said id word code=0
+  said=$(sbatch "$@") || code=$?
+  id=$(sed -nE 's/^ *([0-9]+)(;.*)?$/\1/p' <<<"$said")
+  if [[ ! $id =~ ^[0-9]+$ ]]; then id=; fi
+  if [ -z "$id" ] || [ "$code" != 0 ]; then
+    for word; do case $word in --comment=*) id=$(tagged "${word#*=}") ;; esac; done
+  fi
+  if [ "$code" = 0 ] && [ -n "$id" ]; then echo "$id" && return; fi
+  # a wrapper that failed after Slurm had taken the job
+  if [ -n "$id" ] && grep -qw "$id" <<<"$said"; then scancel "$id"; fi
+  echo "sbatch gave no job id: $said" >&2
+  return 1
+}
+tagged() {
+  squeue --noheader --states=all --user="$(id -u)" --format='%i %k' | while read -r id comment; do
+    if [ "$comment" = "$1" ]; then echo "$id"; fi
+  done | sort -n | tail -n 1
 }
 sent=()
 trap 'code=$?; if [ "$code" -ne 0 ] && [ "${#sent[@]}" -gt 0 ]; then scancel "${sent[@]}"; fi' EXIT
