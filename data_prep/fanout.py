@@ -25,7 +25,7 @@ from typing import Any, Protocol, TypeVar
 from data_prep import liveness
 from data_prep.errors import DataError
 from data_prep.liveness import Watch, keep_freed_memory
-from data_prep.publish import publish_json
+from data_prep.publish import WRITE, plain, publish_json
 
 Item = TypeVar("Item")
 Progress = Callable[[int, int], None]
@@ -219,7 +219,8 @@ def _show_life(path: Path) -> None:
     """Say every few seconds, in a file, that this task is not stopped."""
     for number in itertools.count():
         with suppress(OSError):  # by rename: whoever is stopped just then has still said who it is
-            path.with_suffix(".new").write_text(f"{number} process {os.getpid()} on {socket.gethostname()}")
+            with os.fdopen(plain(path.with_suffix(".new"), WRITE), "w") as file:
+                file.write(f"{number} process {os.getpid()} on {socket.gethostname()}")
             path.with_suffix(".new").replace(path)
         time.sleep(liveness.WATCH_S)
 

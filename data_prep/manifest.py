@@ -13,10 +13,21 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.errors import DataError
-from data_prep.publish import SEAL, file_sha256, is_sealed, json_sha256, publish_json, publish_sealed
+from data_prep.publish import (
+    SEAL,
+    WRITE,
+    file_sha256,
+    is_sealed,
+    json_sha256,
+    open_plain,
+    plain,
+    publish_json,
+    publish_sealed,
+)
 
 NAME = "manifest.json"
 FORMAT = 1
+MOST_BYTES = 1 << 26
 TRUSTED_S = 7 * 86400.0
 MADE_BY = "made_by"
 RECIPE = "RECIPE_SHA256"  # names the digest of [data] of the recipe that a stage runs for, the same on every cluster
@@ -92,7 +103,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of ``folder``; DataError when it is missing, unreadable or does not match its seal."""
     path = folder / NAME
     try:
-        value = json.loads(path.read_bytes())
+        with open_plain(path, MOST_BYTES) as file:
+            value = json.loads(file.read())
     except FileNotFoundError:
         raise DataError(f"{path} is missing: the stage that makes this folder has not finished") from None
     except (ValueError, RecursionError) as error:
@@ -200,15 +212,16 @@ def verify_share(
             verify_file(shard.path, shard.bytes, shard.sha256)
             read += 1
             with suppress(OSError):  # lost or cut short, the next start verifies again: no reason to end or to wait
-                if on_record.is_file() or not on_record.exists():
-                    on_record.write_text(json.dumps({**now, "when": time.time()}), encoding="utf-8")
+                with os.fdopen(plain(on_record, WRITE), "w") as file:
+                    json.dump({**now, "when": time.time()}, file)
     return read
 
 
 def _is_trusted(on_record: Path, now: Mapping[str, Any], trusted_s: float) -> bool:
     """Whether the record says ``now``, not too long ago. What is no small file is no record, and not waited for."""
     try:
-        row = json.loads(on_record.read_bytes()) if on_record.is_file() and on_record.stat().st_size < 4096 else {}
+        with open_plain(on_record, 4096) as file:
+            row = json.loads(file.read())
         age_s = time.time() - float(row.pop("when"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return False
@@ -223,7 +236,8 @@ def note(path: Path, identity: str, facts: Mapping[str, Any]) -> None:
 def noted(path: Path, identity: str) -> dict[str, Any] | None:
     """Facts of ``path`` if an earlier, killed try finished it from the same ``identity``; else None."""
     try:
-        note = json.loads(_note_path(path).read_bytes())
+        with open_plain(_note_path(path), MOST_BYTES) as file:
+            note = json.loads(file.read())
         whole = note["identity"] == identity and note["bytes"] == path.stat().st_size
         return dict(note["facts"]) if whole else None
     except (OSError, ValueError, KeyError, TypeError):

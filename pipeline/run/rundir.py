@@ -13,7 +13,6 @@ import json
 import os
 import re
 import socket
-import stat
 import struct
 import time
 from collections import defaultdict
@@ -22,9 +21,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_prep.publish import publish_json
+from data_prep.publish import APPEND, open_plain, plain, publish_json
 from pipeline.errors import CAUSES, Cause, ConfigError, InUseError
-from pipeline.run.files import NONE_THERE, appeared, append_jsonl, now, open_plain, read_json, read_jsonl
+from pipeline.run.files import NONE_THERE, appeared, append_jsonl, now, read_json, read_jsonl
 from pipeline.words import is_number
 
 SETTINGS = {"recipe": dict, "profile": dict, "corpora": dict, "data_dir": str}  # of run.json, in every version
@@ -175,7 +174,7 @@ class StageDir:
 
         A process that stopped in there, or a file system without locks, keeps nobody longer than 30 seconds.
         """
-        with open(self.path.parent.parent / "begin.lock", "w", encoding="utf-8") as file:
+        with os.fdopen(plain(self.path.parent.parent / "begin.lock", APPEND), "ab") as file:
             deadline = time.monotonic() + BEGINNING_S
             while time.monotonic() < deadline:
                 try:
@@ -329,10 +328,8 @@ class RunDir:
     def held(self) -> Iterator[None]:
         """Hold the run for one runner. InUseError names the process that holds it already."""
         path = self.path / "lock"
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+        descriptor = plain(path, os.O_RDWR | os.O_CREAT)
         try:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise ConfigError(f"{path}: not a plain file; take it away")
             try:
                 fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
             except BlockingIOError:

@@ -13,9 +13,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Required, TypedDict, cast
 
+from data_prep.publish import open_plain
 from pipeline.errors import RESTART_CODES
 from pipeline.run.chain import Chain
-from pipeline.run.files import now, open_plain
+from pipeline.run.files import now
 from pipeline.run.journal import Journal, SentJob
 from pipeline.run.rundir import Attempt, RunDir
 from pipeline.words import in_short, is_number, visible
