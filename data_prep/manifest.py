@@ -211,9 +211,9 @@ def verify_share(
         if force or not _is_trusted(on_record, now, trusted_s):
             verify_file(shard.path, shard.bytes, shard.sha256)
             read += 1
-            with suppress(OSError):  # lost or cut short, the next start verifies again: no reason to end or to wait
-                with os.fdopen(plain(on_record, WRITE), "w") as file:
-                    json.dump({**now, "when": time.time()}, file)
+            # lost or cut short, the next start verifies again: no reason to end or to wait
+            with suppress(OSError), os.fdopen(plain(on_record, WRITE), "w") as file:
+                json.dump({**now, "when": time.time()}, file)
     return read
 
 
