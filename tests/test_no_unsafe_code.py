@@ -138,8 +138,7 @@ def faults_in(source: str) -> Iterator[str]:
     inside = {id(node) for function in functions for node in ast.walk(function)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and id(node) not in inside and in_full(node.func, names) == "h5py.File":
-            if opens_to_read(node):
-                yield f"{node.lineno}: h5py.File outside a function"
+            yield from [f"{node.lineno}: h5py.File outside a function"] * opens_to_read(node)
     for node in ast.walk(tree):
         for fault in faults_of(node, names, own, called):
             yield f"{getattr(node, 'lineno', 0)}: {fault}"
@@ -151,9 +150,10 @@ def handed_on(tree: ast.AST, names: Names) -> Iterator[str]:
     imports = [item for node in ast.walk(tree) if isinstance(node, ast.Import) for item in node.names]
     modules = {item.asname or item.name.partition(".")[0] for item in imports}
     for node in ast.walk(tree):
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and id(node) not in looked_into:
-            if node.id in modules and names[node.id].partition(".")[0] in IMPORTED:
-                yield f"{node.lineno}: the module {node.id} handed on"
+        match node:
+            case ast.Name(id=name, ctx=ast.Load()) if name in modules and id(node) not in looked_into:
+                if names[name].partition(".")[0] in IMPORTED:
+                    yield f"{node.lineno}: the module {name} handed on"
 
 
 def faults_of(node: ast.AST, names: Names, own: set[str], called: set[int]) -> Iterator[str]:

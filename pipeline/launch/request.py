@@ -85,7 +85,7 @@ def of(words: Sequence[str], command: Sequence[str] | None = None) -> Request:
         raise ConfigError(f"--run {run.path}: is a file; name a folder, which may be new")
     origin = str(run.path / "run.json")
     stored, own = read_json_of(run.path / "run.json")
-    stored = stored or {}
+    stored = run.checked(stored, whole=True) if stored else {}
     # What is to be trained, and where: from the call, from the run, or written for one's own text.
     if given.text or given.start or given.language or given.replay:
         take_own(run, given)

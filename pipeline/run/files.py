@@ -26,7 +26,7 @@ DIGEST = re.compile("[0-9a-f]{64}")
 # What stands under these names in any file of ours, or is left out: readers need not ask again.
 TEXTS = {*("line", "cause", "host", "event", "launch", "fingerprint")}
 FIGURES = {*("loss", "mlm_loss", "nsp_loss", "learning_rate", "grad_norm", "step_s", "unigram_loss")}  # also not finite
-WHOLE = ("world_size", "nodes")
+WHOLE = ("world_size", "nodes", "version")
 NUMBERS = {
     **dict.fromkeys(("time", "since", "started", "finished", "duration_s", "step", "attempt", "pid"), 2.0**53),
     **dict.fromkeys(WHOLE, 2**20),

@@ -286,23 +286,23 @@ class RunDir:
                 f"{self.path}: not a run (no readable run.json); start one with "
                 f"python -m pipeline.submit --recipe R --cluster C --run {self.path}"
             )
-        odd = [key for key, kind in SETTINGS.items() if key in settings and not isinstance(settings[key], kind)]
-        corpora = {} if odd else dict(settings.get("corpora") or {})
-        odd += [f"corpora.{name}" for name, facts in corpora.items() if not isinstance(facts, dict)]
-        self._refuse(odd)
-        return settings
+        return self.checked(settings)
 
     @property
     def whole_settings(self) -> dict[str, Any]:
         """As ``settings``; ConfigError where one that every run has is missing."""
-        settings = self.settings
-        self._refuse([key for key in SETTINGS if key not in settings])
-        return settings
+        return self.checked(self.settings, whole=True)
 
-    def _refuse(self, odd: list[str]) -> None:
+    def checked(self, settings: dict[str, Any], *, whole: bool = False) -> dict[str, Any]:
+        """What was read of run.json; ConfigError where a part is of another kind than ours, or missing in the whole."""
+        odd = [key for key, kind in SETTINGS.items() if not isinstance(settings.get(key, kind()), kind)]
+        odd += [key for key in SETTINGS if whole and key not in settings]
+        corpora = {} if odd else dict(settings.get("corpora") or {})
+        odd += [f"corpora.{name}" for name, facts in corpora.items() if not isinstance(facts, dict)]
         if odd:
             where = self.path / "run.json"
             raise ConfigError(f"{where}: damaged: {', '.join(odd)} missing or of another kind; bring back a copy of it")
+        return settings
 
     @property
     def data_dir(self) -> Path:

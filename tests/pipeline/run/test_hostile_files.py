@@ -146,6 +146,7 @@ def told(run: RunDir) -> Iterator[str]:
         lambda: rows.append(Sent.of(run)) or str(look(run, short=True)[0]),
         lambda: json.dumps(times.to_dict()) if (times := account_of(Chain.of(run), events_of(run), [])) else "",
         lambda: render(gather(run, held=False)),
+        lambda: " ".join(Chain.of(run).older()),
     ):
         try:
             yield say()
@@ -174,7 +175,7 @@ def test_folders_of_odd_names_are_no_attempts(name: str, whole: Path, tmp_path: 
     shutil.copytree(whole, tmp_path / "run")
     (tmp_path / "run" / PHASE / "attempts" / name).mkdir()
     assert len(RunDir(tmp_path / "run").stage("phase1").attempts) == 1
-    assert len(list(told(RunDir(tmp_path / "run")))) == 4
+    assert len(list(told(RunDir(tmp_path / "run")))) == 5
 
 
 @pytest.mark.parametrize("place", [f"{PHASE}/attempts", PHASE, "stages"])
@@ -183,7 +184,7 @@ def test_harm_in_place_of_a_folder(kind: str, place: str, whole: Path, tmp_path:
     shutil.copytree(whole, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / place)
     KINDS[kind](tmp_path / "run" / place)
-    assert len(list(told(RunDir(tmp_path / "run")))) == 4
+    assert len(list(told(RunDir(tmp_path / "run")))) == 5
 
 
 def test_nothing_is_written_into_a_pipe(tmp_path: Path) -> None:
@@ -261,6 +262,6 @@ def test_looking_at_a_run_opens_nothing_for_writing(whole: Path, monkeypatch: py
     with RunDir(whole).held():
         opened.clear()
         assert RunDir(whole).is_held()
-        assert len(list(told(RunDir(whole)))) == 4
+        assert len(list(told(RunDir(whole)))) == 5
     assert len(opened) > 20
     assert not any(flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) for flags in opened)
