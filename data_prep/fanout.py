@@ -61,7 +61,7 @@ def run_all(
     else over files in the folder that EXCHANGE names. ``progress(done, total)`` is called as results arrive.
     ``sizes`` (in any unit) let the longest items begin first, and tasks get equal shares of the size.
 
-    Raises the DataError or OSError of the first item that failed; DataError when a worker process was killed, or
+    Raises the DataError, OSError or MemoryError of the first item that failed; DataError when a worker process was killed, or
     stopped or stuck (STOPPED_S, STUCK_S); RuntimeError with the worker's traceback for a defect.
     """
     keep_freed_memory()
@@ -355,7 +355,11 @@ def _attempt(function: Callable[[Item], Any], item: Item) -> Outcome:
         return ["data", str(error)]
     except OSError as error:
         return ["os", error.errno, error.strerror or str(error), error.filename and str(error.filename)]
+    except MemoryError:
+        return ["memory"]
     except Exception as error:
+        if hasattr(error, "exit_code"):
+            raise  # the signal handler's of whoever runs this here: no fault of the item, but a stop that was asked for
         return ["defect", f"{type(error).__name__}: {error}", traceback.format_exc()]
 
 
@@ -366,6 +370,8 @@ def _values(outcomes: list[Outcome]) -> list[Any]:
             raise DataError(details[0])
         if kind == "os":
             raise OSError(*details)
+        if kind == "memory":
+            raise MemoryError
         raise RuntimeError(f"{details[0]}\n{details[1]}")
     return [value for _, value in outcomes]
 
