@@ -61,8 +61,8 @@ def run_all(
     else over files in the folder that EXCHANGE names. ``progress(done, total)`` is called as results arrive.
     ``sizes`` (in any unit) let the longest items begin first, and tasks get equal shares of the size.
 
-    Raises the DataError, OSError or MemoryError of the first item that failed; DataError when a worker process was killed, or
-    stopped or stuck (STOPPED_S, STUCK_S); RuntimeError with the worker's traceback for a defect.
+    Raises the DataError, OSError or MemoryError of the first item that failed; DataError when a worker process was
+    killed, or stopped or stuck (STOPPED_S, STUCK_S); RuntimeError with the worker's traceback for a defect.
     """
     keep_freed_memory()
     size = tasks(os.environ)

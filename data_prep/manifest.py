@@ -28,6 +28,8 @@ from data_prep.publish import (
 NAME = "manifest.json"
 FORMAT = 1
 MOST_BYTES = 1 << 26
+OF_SET = {"seq_len": int, "vocab_size": int, "vocab_sha256": str, "seed": int, "special": dict}
+OF_SHARD = {"file": str, "rows": int, "tokens": int, "bytes": int, "sha256": str}
 TRUSTED_S = 7 * 86400.0
 MADE_BY = "made_by"
 RECIPE = "RECIPE_SHA256"  # names the digest of [data] of the recipe that a stage runs for, the same on every cluster
@@ -157,17 +159,28 @@ def load(folder: Path, split: str) -> SampleSet:
     if manifest.get("format") != FORMAT:
         raise DataError(f"{folder / NAME} has format {manifest.get('format')}, this version reads {FORMAT}")
     try:
-        entries = [entry for entry in manifest["shards"] if entry["split"] == split]
+        entries = [_typed(entry, OF_SHARD) for entry in manifest["shards"] if entry["split"] == split]
+        facts = _typed(manifest, OF_SET)
+        special = _typed(facts["special"], dict.fromkeys(("mask", *facts["special"]), int))
+        if not (0 < facts["vocab_size"] <= 1 << 31 and all(0 <= n < facts["vocab_size"] for n in special.values())):
+            raise ValueError(f"its special tokens, {special}, lie outside of its {facts['vocab_size']} tokens")
         shards = tuple(
             ShardFile(path, split, entry["rows"], entry["tokens"], entry["bytes"], entry["sha256"])
             for path, entry in zip(verify(folder, entries, digests=False), entries, strict=True)
         )
-        facts = {key: manifest[key] for key in ("seq_len", "vocab_size", "vocab_sha256", "seed", "special")}
         return SampleSet(folder=folder, **facts, shards=shards, sha256=data_sha256(manifest))
     except KeyError as error:
         raise DataError(f"{folder / NAME} lacks {error}: it is not the manifest of a samples folder") from None
     except (TypeError, ValueError) as error:
         raise DataError(f"{folder / NAME} is not the manifest of a samples folder: {error}") from None
+
+
+def _typed(values: Mapping[str, Any], kinds: Mapping[str, type]) -> dict[str, Any]:
+    """The members that ``kinds`` names; KeyError for one that is missing, TypeError for one of another type."""
+    for key, kind in kinds.items():
+        if type(values[key]) is not kind:
+            raise TypeError(f"{key} is {str(values[key])[:40]!r}, no {kind.__name__}")
+    return {key: values[key] for key in kinds}
 
 
 def load_verified(folder: Path, split: str) -> SampleSet:

@@ -10,8 +10,9 @@ import shutil
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from io import BufferedReader
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import IO, Any
 
 SEAL = "manifest_sha256"
 WRITE, APPEND = os.O_WRONLY | os.O_CREAT | os.O_TRUNC, os.O_RDWR | os.O_CREAT | os.O_APPEND
@@ -36,7 +37,7 @@ def plain(path: Path, flags: int) -> int:
     raise OSError(errno.EEXIST, "no plain file lies there, take it away", str(path))
 
 
-def open_plain(path: Path, most_bytes: int = 1 << 62) -> BinaryIO:
+def open_plain(path: Path, most_bytes: int = 1 << 62) -> BufferedReader:
     """A file of such a folder to read in bytes. OSError where it is none, or has more bytes."""
     file = os.fdopen(plain(path, os.O_RDONLY), "rb")
     if os.fstat(file.fileno()).st_size <= most_bytes:

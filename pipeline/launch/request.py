@@ -15,15 +15,14 @@ from typing import Any, NoReturn
 from pipeline import batch
 from pipeline.config import TASKS, Recipe, TaskConfig, load_profile, load_recipe, restore
 from pipeline.errors import ConfigError
-from pipeline.launch import code
+from pipeline.launch import code, foreign
 from pipeline.launch.jobs import Asked, asked_by
 from pipeline.launch.own import write_recipe
-from pipeline.run.files import read_json_of
 from pipeline.run.rundir import RunDir
 from pipeline.stages import Command, recipe_of
 from pipeline.strict_toml import homes
 from slurm import flags
-from slurm.profile import PROFILES, SECTIONS, Profile
+from slurm.profile import SECTIONS, Profile
 from slurm.resources import parse_duration, parse_nodes
 
 SLURM_ONLY = ("one-job", "test-only", "write-scripts", "max-gpu-hours", "allow-mixed")
@@ -83,17 +82,13 @@ def of(words: Sequence[str], command: Sequence[str] | None = None) -> Request:
     run = RunDir(given.run)
     if run.path.exists() and not run.path.is_dir():
         raise ConfigError(f"--run {run.path}: is a file; name a folder, which may be new")
-    origin = str(run.path / "run.json")
-    stored, own = read_json_of(run.path / "run.json")
-    stored = run.checked(stored, whole=True) if stored else {}
+    stored, own, origin = foreign.read(run)
     # What is to be trained, and where: from the call, from the run, or written for one's own text.
     if given.text or given.start or given.language or given.replay:
         take_own(run, given)
     if not stored and (not (given.recipe or command) or given.cluster is None):
         raise ConfigError(f"{run.path} is not a run yet: name {options.needed}")
     profile = load_profile(given.cluster) if given.cluster is not None else restore(Profile, stored["profile"], origin)
-    if given.cluster is None and not (own or is_shipped(profile)):
-        refuse_foreign(origin, f"the profile of {profile.name!r}, which says what jobs run: name it again by --cluster")
     recipe: Recipe | Command
     if command:
         recipe = Command(command=tuple(command), saves=_saves(run, stored, given.saves))
@@ -101,8 +96,7 @@ def of(words: Sequence[str], command: Sequence[str] | None = None) -> Request:
         recipe = load_recipe(given.recipe, given.settings, gpus=profile.gpus_per_node > 0)
     else:
         recipe = recipe_of(stored, origin, given.settings)
-        if isinstance(recipe, Command) and not own:
-            refuse_foreign(origin, "its command: name it again, python -m pipeline.guard … -- COMMAND")
+    foreign.refuse(origin, own, given.cluster is None, profile, isinstance(recipe, Command) and not command)
     if not given.replace:
         refuse_other(run, stored, recipe.name)
     if isinstance(recipe, Command):
@@ -143,19 +137,6 @@ def of(words: Sequence[str], command: Sequence[str] | None = None) -> Request:
         verify=given.verify,
         **{name: getattr(given, name) for name in (*SWITCHES, *VALUES)},
     )
-
-
-def is_shipped(profile: Profile) -> bool:
-    """Whether nothing of a profile is of its own but what every machine's has: then it names no code to run."""
-    if profile.runner == "local":
-        return True
-    known = profile.name in {path.stem for path in PROFILES.glob("*.toml")}
-    return known and dataclasses.replace(load_profile(profile.name), processes=profile.processes) == profile
-
-
-def refuse_foreign(origin: str, what: str) -> NoReturn:
-    """Whoever may write into the run folder is not to say what this user's processes run."""
-    raise ConfigError(f"{origin}: is another user's, or others may write it, so it is not asked for {what}")
 
 
 def _given(words: Sequence[str], options: Options) -> tuple[flags.CommandLine, argparse.Namespace]:

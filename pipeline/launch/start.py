@@ -328,7 +328,7 @@ def begin(asked: Request) -> None:
         "commit": commit,
         "code": asked.code,
     }
-    with masked(OF_OTHERS):  # in a folder of a group, too: who goes on relies on it (request.refuse_foreign)
+    with masked(OF_OTHERS):  # in a folder of a group, too: who goes on relies on it (foreign.py)
         publish_json(run.path / "run.json", settings)
     run.event(
         "submitted",

@@ -148,7 +148,7 @@ def machine() -> dict[str, str]:
     if "torch" in sys.modules:
         import torch
 
-        if torch.cuda.is_initialized():
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             return {"device": torch.cuda.get_device_name(), "cuda": str(torch.version.cuda), "driver": driver_version()}
     return {"device": processor()}
 
