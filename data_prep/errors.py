@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from data_prep.publish import open_plain
+
 POINTER = b"version https://git-lfs"
 
 
@@ -21,6 +23,6 @@ class DataError(Exception):
 
 def refuse_pointer(path: Path, error: type[Exception] = DataError) -> None:
     """Raise ``error`` when the file ``path`` is what Git LFS leaves in place of a file that it has not fetched."""
-    with open(path, "rb") as file:
+    with open_plain(path) as file:
         if file.read(len(POINTER)) == POINTER:
             raise error(f"{path} is a Git LFS pointer, not the file itself: run git lfs pull where it was cloned")

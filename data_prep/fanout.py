@@ -26,7 +26,7 @@ from typing import Any, Protocol, TypeVar
 from data_prep import liveness
 from data_prep.errors import DataError
 from data_prep.liveness import Watch, keep_freed_memory
-from data_prep.publish import publish_json
+from data_prep.publish import WRITE, plain, publish_json
 
 Item = TypeVar("Item")
 Progress = Callable[[int, int], None]
@@ -73,8 +73,8 @@ def run_all(
     else over files in the folder that EXCHANGE names. ``progress(done, total)`` is called as results arrive.
     ``sizes`` (in any unit) let the longest items begin first, and tasks get equal shares of the size.
 
-    Raises the DataError or OSError of the first item that failed; DataError when a worker process was killed, or
-    stopped or stuck (STOPPED_S, STUCK_S); RuntimeError with the worker's traceback for a defect.
+    Raises the DataError, OSError or MemoryError of the first item that failed; DataError when a worker process was
+    killed, or stopped or stuck (STOPPED_S, STUCK_S); RuntimeError with the worker's traceback for a defect.
     """
     keep_freed_memory()
     work = Work(function, items, sizes or [1] * len(items), workers, progress)
@@ -212,7 +212,8 @@ def _show_life(path: Path) -> None:
     """Say every few seconds, in a file, that this task is not stopped."""
     for number in itertools.count():
         with suppress(OSError):  # by rename: whoever is stopped just then has still said who it is
-            path.with_suffix(".new").write_text(f"{number} process {os.getpid()} on {socket.gethostname()}")
+            with os.fdopen(plain(path.with_suffix(".new"), WRITE), "w") as file:
+                file.write(f"{number} process {os.getpid()} on {socket.gethostname()}")
             path.with_suffix(".new").replace(path)
         time.sleep(liveness.WATCH_S)
 
@@ -346,7 +347,11 @@ def _attempt(function: Callable[[Item], Any], item: Item) -> Outcome:
         return ["data", str(error)]
     except OSError as error:
         return ["os", error.errno, error.strerror or str(error), error.filename and str(error.filename)]
+    except MemoryError:
+        return ["memory"]
     except Exception as error:
+        if hasattr(error, "exit_code"):
+            raise  # the signal handler's of whoever runs this here: no fault of the item, but a stop that was asked for
         return ["defect", f"{type(error).__name__}: {error}", traceback.format_exc()]
 
 
@@ -357,6 +362,8 @@ def _values(outcomes: list[Outcome]) -> list[Any]:
             raise DataError(details[0])
         if kind == "os":
             raise OSError(*details)
+        if kind == "memory":
+            raise MemoryError
         raise RuntimeError(f"{details[0]}\n{details[1]}")
     return [value for _, value in outcomes]
 

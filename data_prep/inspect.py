@@ -16,18 +16,18 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.document import printable
-from data_prep.errors import DataError
+from data_prep.errors import DataError, escaped
 from data_prep.hdf5 import Shard, read_listed
 from data_prep.manifest import SampleSet, load
 from data_prep.masking import mask_tokens
-from data_prep.publish import file_sha256
+from data_prep.publish import file_sha256, open_plain
 from data_prep.wordpiece import Vocabulary
 
 
 def main() -> int:
     options = parser().parse_args()
     try:
-        print("\n".join(described(options)))
+        print("\n".join(map(escaped, described(options))))  # tokens and titles are text of others
     except (DataError, OSError) as error:
         print(error, file=sys.stderr)
         return 3
@@ -107,11 +107,15 @@ def origin(stages: Path, samples: SampleSet, shard: Shard, row: int) -> Iterator
     sentence = next(block for n, block in enumerate(_blocks(text)) if n == shard.document[row])
     yield f"A is from document {shard.document[row]} of {text.name}, which begins: {printable(sentence, 100)}"
     for path in sorted((stages / "extract").glob("documents-*.jsonl")):
-        with open(path, encoding="utf-8") as file:
+        with open_plain(path) as file:
             for line in file:
-                document = json.loads(line)
-                if " ".join(document["text"].split()).startswith(sentence):
-                    yield f"title: {printable(document['title'])}; source: {document['source']} ({path.name})"
+                try:
+                    document = json.loads(line)
+                    words, title, source = (str(document[key]) for key in ("text", "title", "source"))
+                except (ValueError, KeyError, TypeError, RecursionError):
+                    raise DataError(f"{path} holds a line that is no document of ours") from None
+                if " ".join(words.split()).startswith(sentence):
+                    yield f"title: {printable(title)}; source: {source} ({path.name})"
                     return
     yield f"its document is not in {stages / 'extract'}"
 

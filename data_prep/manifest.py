@@ -13,10 +13,24 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.errors import DataError
-from data_prep.publish import SEAL, file_sha256, is_sealed, json_sha256, publish_json, publish_sealed, remove_leftovers
+from data_prep.publish import (
+    SEAL,
+    WRITE,
+    file_sha256,
+    is_sealed,
+    json_sha256,
+    open_plain,
+    plain,
+    publish_json,
+    publish_sealed,
+    remove_leftovers,
+)
 
 NAME = "manifest.json"
 FORMAT = 1
+MOST_BYTES = 1 << 26
+OF_SET = {"seq_len": int, "vocab_size": int, "vocab_sha256": str, "seed": int, "special": dict}
+OF_SHARD = {"file": str, "rows": int, "tokens": int, "bytes": int, "sha256": str}
 TRUSTED_S = 7 * 86400.0
 MADE_BY = "made_by"
 RECIPE = "RECIPE_SHA256"  # names the digest of [data] of the recipe that a stage runs for, the same on every cluster
@@ -97,7 +111,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of ``folder``; DataError when it is missing, unreadable or does not match its seal."""
     path = folder / NAME
     try:
-        value = json.loads(path.read_bytes())
+        with open_plain(path, MOST_BYTES) as file:
+            value = json.loads(file.read())
     except FileNotFoundError:
         raise DataError(f"{path} is missing: the stage that makes this folder has not finished") from None
     except (ValueError, RecursionError) as error:
@@ -150,17 +165,28 @@ def load(folder: Path, split: str) -> SampleSet:
     if manifest.get("format") != FORMAT:
         raise DataError(f"{folder / NAME} has format {manifest.get('format')}, this version reads {FORMAT}")
     try:
-        entries = [entry for entry in manifest["shards"] if entry["split"] == split]
+        entries = [_typed(entry, OF_SHARD) for entry in manifest["shards"] if entry["split"] == split]
+        facts = _typed(manifest, OF_SET)
+        special = _typed(facts["special"], dict.fromkeys(("mask", *facts["special"]), int))
+        if not (0 < facts["vocab_size"] <= 1 << 31 and all(0 <= n < facts["vocab_size"] for n in special.values())):
+            raise ValueError(f"its special tokens, {special}, lie outside of its {facts['vocab_size']} tokens")
         shards = tuple(
             ShardFile(path, entry["rows"], entry["tokens"], entry["bytes"], entry["sha256"])
             for path, entry in zip(verify(folder, entries, digests=False), entries, strict=True)
         )
-        facts = {key: manifest[key] for key in ("seq_len", "vocab_size", "vocab_sha256", "seed", "special")}
         return SampleSet(**facts, shards=shards, sha256=data_sha256(manifest))
     except KeyError as error:
         raise DataError(f"{folder / NAME} lacks {error}: it is not the manifest of a samples folder") from None
     except (TypeError, ValueError) as error:
         raise DataError(f"{folder / NAME} is not the manifest of a samples folder: {error}") from None
+
+
+def _typed(values: Mapping[str, Any], kinds: Mapping[str, type]) -> dict[str, Any]:
+    """The members that ``kinds`` names; KeyError for one that is missing, TypeError for one of another type."""
+    for key, kind in kinds.items():
+        if type(values[key]) is not kind:
+            raise TypeError(f"{key} is {str(values[key])[:40]!r}, no {kind.__name__}")
+    return {key: values[key] for key in kinds}
 
 
 def load_verified(folder: Path, split: str) -> SampleSet:
@@ -196,16 +222,17 @@ def verify_share(samples: SampleSet, record: Path, *, rank: int = 0, ranks: int 
         if not _is_trusted(on_record, now):
             verify_file(shard.path, shard.bytes, shard.sha256)
             read += 1
-            with suppress(OSError):  # lost or cut short, the next start verifies again: no reason to end or to wait
-                if on_record.is_file() or not on_record.exists():
-                    on_record.write_text(json.dumps({**now, "when": time.time()}), encoding="utf-8")
+            # lost or cut short, the next start verifies again: no reason to end or to wait
+            with suppress(OSError), os.fdopen(plain(on_record, WRITE), "w") as file:
+                json.dump({**now, "when": time.time()}, file)
     return read
 
 
 def _is_trusted(on_record: Path, now: Mapping[str, Any]) -> bool:
     """Whether the record says ``now``, not too long ago. What is no small file is no record, and not waited for."""
     try:
-        row = json.loads(on_record.read_bytes()) if on_record.is_file() and on_record.stat().st_size < 4096 else {}
+        with open_plain(on_record, 4096) as file:
+            row = json.loads(file.read())
         age_s = time.time() - float(row.pop("when"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return False
@@ -220,7 +247,8 @@ def note(path: Path, identity: str, facts: Mapping[str, Any]) -> None:
 def noted(path: Path, identity: str) -> dict[str, Any] | None:
     """Facts of ``path`` if an earlier, killed try finished it from the same ``identity``; else None."""
     try:
-        note = json.loads(_note_path(path).read_bytes())
+        with open_plain(_note_path(path), MOST_BYTES) as file:
+            note = json.loads(file.read())
         whole = note["identity"] == identity and note["bytes"] == path.stat().st_size
         return dict(note["facts"]) if whole else None
     except (OSError, ValueError, KeyError, TypeError):

@@ -7,12 +7,43 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from io import BufferedReader
 from pathlib import Path
 from typing import IO, Any
 
 SEAL = "manifest_sha256"
+WRITE, APPEND = os.O_WRONLY | os.O_CREAT | os.O_TRUNC, os.O_RDWR | os.O_CREAT | os.O_APPEND
+
+
+def plain(path: Path, flags: int) -> int:
+    """The descriptor of a file in a folder into which others may write. OSError where something else lies in its place.
+
+    They could plant a pipe, which would be waited for, or a device, which never ends; and, where we write, a link, by
+    which we would change another file of our own.
+    """
+    follow = 0 if flags == os.O_RDONLY else os.O_NOFOLLOW
+    try:
+        descriptor = os.open(path, flags | follow | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if follow and error.errno == errno.ELOOP:
+            raise OSError(errno.EEXIST, "a link lies there, take it away", str(path)) from None
+        raise
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return descriptor
+    os.close(descriptor)
+    raise OSError(errno.EEXIST, "no plain file lies there, take it away", str(path))
+
+
+def open_plain(path: Path, most_bytes: int = 1 << 62) -> BufferedReader:
+    """A file of such a folder to read in bytes. OSError where it is none, or has more bytes."""
+    file = os.fdopen(plain(path, os.O_RDONLY), "rb")
+    if os.fstat(file.fileno()).st_size <= most_bytes:
+        return file
+    file.close()
+    raise OSError(errno.EEXIST, f"not a plain file of at most {most_bytes >> 20} MB", str(path))
 
 
 @contextmanager
@@ -98,7 +129,7 @@ def json_sha256(value: Mapping[str, Any]) -> str:
 
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file as 64 hexadecimal digits, read in pieces."""
-    with open(path, "rb") as file:
+    with open_plain(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

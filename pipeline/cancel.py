@@ -27,10 +27,11 @@ def main() -> int:
 
 def cancel(run: RunDir, stage: str | None) -> None:
     """Stop the run, or on Slurm a stage of it, and say so."""
-    if run.settings["profile"]["runner"] == "local" and run.is_held():
+    runner = run.whole_settings["profile"].get("runner")
+    if runner == "local" and run.is_held():
         publish_text(run.cancel_request, "")
         print(f"{run.path}: asked to stop; it saves first, then ends")
-    elif Journal.path(run).exists() or run.settings["profile"]["runner"] == "slurm":
+    elif Journal.path(run).exists() or runner == "slurm":
         with run.held():  # not while a submit is sending
             cancel_jobs(run, stage)
     else:

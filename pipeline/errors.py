@@ -127,6 +127,16 @@ def of_server(error: BaseException | None) -> bool:
     return error is not None and of_ours and of_server(error.__cause__ or error.__context__)
 
 
+LIMITS = {errno.EMFILE: "ulimit -n", errno.ENFILE: "sysctl fs.file-max", errno.EAGAIN: "ulimit -u"}
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether this process did not get the memory that it asked for, be it to load a library."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, MemoryError) or (isinstance(error, ImportError) and "failed to map segment" in str(error))
+
+
 NO_TF32 = "precision = tf32 needs a CUDA device; use fp32 or bf16 on a CPU"  # when asked, and where it would run
 OURS = ("pipeline", "data_prep", "slurm")
 
@@ -155,8 +165,11 @@ def describe(error: BaseException) -> tuple[str, int]:
         return escaped(f"storage: {error.strerror}: {where}; start me again when the server is back"), 76
     if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] not in OURS:
         return no_package(str(error.name)), EnvironmentFault.exit_code
-    if isinstance(error, MemoryError):
+    if lacks_memory(error):
         return f"out of memory on {socket.gethostname()}; ask for more, or work with fewer processes", 2
+    if isinstance(error, OSError) and error.errno in LIMITS:
+        limit = LIMITS[error.errno]
+        return f"{socket.gethostname()}: {error.strerror}; raise the limit, see {limit}", EnvironmentFault.exit_code
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", 130
     return f"{type(error).__name__}: {error}", 1
@@ -166,6 +179,8 @@ def cause_of(error: BaseException) -> Cause:
     """Why an attempt ended, as a word that programs read."""
     if of_server(error):
         return "disk"
+    if lacks_memory(error):
+        return "memory"
     return getattr(error, "cause", None) or CAUSES.get(describe(error)[1], "defect")
 
 

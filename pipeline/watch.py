@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
-from pipeline.run.files import open_plain
+from data_prep.publish import open_plain
 from pipeline.run.rundir import Attempt, StageDir
 from pipeline.run.state import Row
 from pipeline.words import in_short, visible

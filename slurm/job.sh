@@ -167,9 +167,11 @@ for ((waited = 0; ; waited += 10)); do
 done
 mkdir -p "$state" || fail "$state: cannot be made" 6
 series=$state/${stands_in_for:-$SLURM_JOB_ID}
-# whoever may write into the run folder could plant a pipe, which would be waited for, or a device
+# whoever may write into the run folder could plant a pipe, which would be waited for, a device, or a link, by which
+# another file of the job's owner would be changed
+if [ -L "$state" ]; then fail "$state: a link; take it away" 6; fi
 for file in "$state/$this".{verdict,killed,gpu_s.new} "$series".{over,tries,bad_nodes}; do
-  if [ -e "$file" ] && [ ! -f "$file" ]; then fail "$file: not a plain file; take it away" 6; fi
+  if [ -L "$file" ] || { [ -e "$file" ] && [ ! -f "$file" ]; }; then fail "$file: not a plain file; take it away" 6; fi
 done
 if [ -s "$series.over" ]; then
   read_line "$series.over" '^([0-9]{1,3}) ([[:print:]]{1,300})$' || fail "$series.over: not readable; take it away" 6

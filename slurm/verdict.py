@@ -7,10 +7,12 @@ come together the job is not started again.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+import stat
 from collections.abc import Iterable, Mapping
-from typing import Literal
+from typing import Literal, TextIO
 
 VERDICT = "JOB_VERDICT"  # path of the verdict of this attempt
 TRIES = "JOB_TRIES"  # path of the list of attempts since the last progress, one a line
@@ -42,24 +44,39 @@ def give(code: int, bad_nodes: Iterable[str] = (), environ: Mapping[str, str] | 
 
 def read_over(path: str | os.PathLike[str]) -> tuple[int, str] | None:
     """Exit code and reason of a job that its batch script ended for good; None where it did not."""
-    if not os.path.isfile(path):  # a planted pipe would be waited for
+    try:
+        with _plain(path, os.O_RDONLY) as file:
+            line = re.match(r"([0-9]{1,3}) (.{1,300})", file.read(4096))
+    except (FileNotFoundError, FileExistsError):
         return None
-    with open(path, encoding="utf-8", errors="replace") as file:
-        line = re.match(r"([0-9]{1,3}) (.{1,300})", file.read(4096))
     return (int(line[1]), line[2]) if line else None
+
+
+def _plain(path: str | os.PathLike[str], flags: int) -> TextIO:
+    """A file, opened; FileExistsError where a pipe, which would be waited for, or a link was planted in its place."""
+    try:
+        handle = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENXIO):
+            raise
+    else:
+        if stat.S_ISREG(os.fstat(handle).st_mode):
+            return os.fdopen(handle, "r" if flags == os.O_RDONLY else "a", encoding="utf-8", errors="replace")
+        os.close(handle)
+    raise FileExistsError(errno.EEXIST, "no plain file lies there, take it away", os.fspath(path))
 
 
 def begin_try(name: str, path: str | os.PathLike[str]) -> None:
     """Note an attempt before it starts; the batch script does the same with ``echo``."""
-    with open(path, "a", encoding="utf-8") as file:
+    with _plain(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND) as file:
         file.write(f"{name}\n")
 
 
 def may_try_again(path: str | os.PathLike[str]) -> bool:
     """Whether fewer than ``TRIES_WITHOUT_PROGRESS`` attempts have started since the last progress."""
     try:
-        with open(path, encoding="utf-8") as file:
-            return len(file.readlines()) < TRIES_WITHOUT_PROGRESS
+        with _plain(path, os.O_RDONLY) as file:
+            return file.read(1 << 16).count("\n") < TRIES_WITHOUT_PROGRESS
     except FileNotFoundError:
         return True
 

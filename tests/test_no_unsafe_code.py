@@ -7,7 +7,6 @@ Names are resolved first, through imports, their aliases and plain assignments: 
 from __future__ import annotations
 
 import ast
-import itertools
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,8 +21,23 @@ MODULES = {
     *("pickle", "_pickle", "cPickle", "pickletools", "shelve", "marshal", "dill", "cloudpickle", "joblib"),
     *("jsonpickle", "code", "codeop", "runpy", "torch.distributed.checkpoint", "torch.package", "torch.hub"),
     *("multiprocessing.managers", "multiprocessing.shared_memory", "xmlrpc", "asyncore", "cffi"),
+    *(
+        "timeit",
+        "pdb",
+        "bdb",
+        "profile",
+        "cProfile",
+        "trace",
+        "pty",
+        "imp",
+        "zipimport",
+        "importlib.machinery",
+        "copyreg",
+    ),
+    *("logging.config", "site", "pandas", "torch.serialization", "torch.utils.cpp_extension", "torch.export"),
 }
-BUILTINS = {"eval", "exec", "compile", "__import__", "breakpoint"}
+WORDS = {"code", "profile", "site", "trace"}  # of MODULES, and of the language
+BUILTINS = {"eval", "exec", "compile", "__import__", "breakpoint", "__builtins__", "globals"}
 ANYWHERE = {  # methods and functions by their last name, whatever they hang on
     *("broadcast_object_list", "all_gather_object", "gather_object", "scatter_object_list", "send_object_list"),
     *("recv_object_list", "bcast", "allgather", "alltoall", "sendrecv"),  # these pickle, mpi4py's lower case too
@@ -31,14 +45,19 @@ ANYWHERE = {  # methods and functions by their last name, whatever they hang on
     *("DelayedSubmission", "pickle_dump", "cloudpickle_dump", "map_array"),  # submitit's
     *("load_library", "LoadLibrary", "load_inline", "unpack_archive", "extractall"),
     *("ExternalLink", "SoftLink", "VirtualLayout", "create_virtual_dataset"),  # h5py's ways out of a file
+    *("__dict__", "__builtins__", "__globals__", "__subclasses__", "FunctionType", "cdll"),
+    *("read_pickle", "load_module", "h5f", "addsitedir"),
     *("Pipe", "Pool", "Manager", "Listener", "Client", "JoinableQueue", "ProcessPoolExecutor"),  # they pickle
 }
 RESOLVED = (
-    r"os\.(system|startfile|exec[lv]\w*|spawn[lv]\w*|posix_spawnp?)",
+    r"(.*\.)?_?os\.(system|startfile|exec[lv]\w*|spawn[lv]\w*|posix_spawnp?)",
     r"(yaml|ruamel\.yaml)\.(?!safe_|CSafe|Safe)\w*[lL]oad\w*",
     r"(.*\.)?(dcp\.load|jit\.load|np\.fromregex|numpy\.fromregex|importlib\.reload|builtins\.(eval|exec|compile))",
     r"mpi4py\.(.*\.)?i?(send|recv|ssend|bsend|rsend|gather|scatter|reduce|allreduce|scan|exscan|isend|irecv)",
     r"(multiprocessing|torch\.multiprocessing)\.(Queue|SimpleQueue)",
+    r"(.*\.)?(serialization|npyio|_legacy_load|cpp_extension|torch\.hub|torch\.export)\.\w+",
+    r"numpy\.(loads|lib\.format\.\w+)",
+    r"sys\.(modules\.\w+|path)|asyncio\.(create_)?subprocess\w*",
     r"submitit\.(?!SlurmExecutor\b|SlurmJob\b).*",  # all else of it goes through pickles
 )
 IN_FULL = {"torch.load": 2, "numpy.load": 1, "np.load": 1}  # called by this name, with at most so many plain arguments
@@ -49,6 +68,7 @@ WITH_CONSTANT = {  # the first argument of each is written there, not computed
 KEYWORDS: Mapping[str, bool | None] = {  # what each must be; None: not given at all
     **{"weights_only": True, "shell": False, "allow_pickle": False, "trust_remote_code": False},
     **{"pickle_module": None, "preexec_fn": None},
+    "executable": None,
 }
 SHELLS = re.compile(r"(.*/)?(ba|da|z|k|c|tc)?sh")
 
@@ -86,7 +106,19 @@ def names_in(tree: ast.AST) -> dict[str, str]:
     return names
 
 
-IMPORTED = {"torch", "numpy", "os", "yaml", "mpi4py", "multiprocessing", "importlib", "ctypes", "h5py", "builtins"}
+IMPORTED = {
+    "torch",
+    "numpy",
+    "os",
+    "yaml",
+    "mpi4py",
+    "multiprocessing",
+    "importlib",
+    "ctypes",
+    "h5py",
+    "builtins",
+    "sys",
+}
 
 
 def in_full(node: ast.AST, names: Names) -> str:
@@ -101,9 +133,27 @@ def faults_in(source: str) -> Iterator[str]:
     tree = ast.parse(source)
     names, own = names_in(tree), {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
     called = {id(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    yield from handed_on(tree, names)
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    inside = {id(node) for function in functions for node in ast.walk(function)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and id(node) not in inside and in_full(node.func, names) == "h5py.File":
+            yield from [f"{node.lineno}: h5py.File outside a function"] * opens_to_read(node)
     for node in ast.walk(tree):
         for fault in faults_of(node, names, own, called):
             yield f"{getattr(node, 'lineno', 0)}: {fault}"
+
+
+def handed_on(tree: ast.AST, names: Names) -> Iterator[str]:
+    """Modules that are more than the left side of a point: kept or given under a name that no rule here resolves."""
+    looked_into = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    imports = [item for node in ast.walk(tree) if isinstance(node, ast.Import) for item in node.names]
+    modules = {item.asname or item.name.partition(".")[0] for item in imports}
+    for node in ast.walk(tree):
+        match node:
+            case ast.Name(id=name, ctx=ast.Load()) if name in modules and id(node) not in looked_into:
+                if names[name].partition(".")[0] in IMPORTED:
+                    yield f"{node.lineno}: the module {name} handed on"
 
 
 def faults_of(node: ast.AST, names: Names, own: set[str], called: set[int]) -> Iterator[str]:
@@ -125,13 +175,20 @@ def faults_of(node: ast.AST, names: Names, own: set[str], called: set[int]) -> I
                 yield f"{full} not called at once"
             if name == "submit" and not full.endswith("queue.submit"):
                 yield "submitit's submit"
-        case ast.Constant(value=str(text)) if text in MODULES - {"code"}:
+        case ast.Constant(value=str(text)) if text in MODULES - WORDS:
             yield f"the module name {text!r}"
         case ast.List(elts=words) | ast.Tuple(elts=words):
             said = [word.value if isinstance(word, ast.Constant) else None for word in words]
-            for word, after in itertools.pairwise(said):
+            for before, word, after in zip(["", *said], said, said[1:], strict=False):
                 if isinstance(word, str) and SHELLS.fullmatch(word) and re.fullmatch(r"-\w*c", str(after)):
                     yield "a shell's -c"
+                elif re.fullmatch(r"-\w*c|-S", str(word)) and after is None and not SHELLS.fullmatch(str(before)):
+                    yield f"{word} and a computed text"
+        case ast.Dict(keys=keys):
+            given = [key.value for key in keys if isinstance(key, ast.Constant)]
+            yield from (f"{word!r}: in a table of keywords" for word in given if word in KEYWORDS)
+        case ast.Subscript(value=ast.Attribute() as table) if in_full(table, names) == "sys.modules":
+            yield "sys.modules[…]"
         case ast.Call():
             yield from faults_of_call(node, names)
         case ast.FunctionDef() | ast.AsyncFunctionDef():
@@ -157,7 +214,11 @@ def faults_of_call(call: ast.Call, names: Names) -> Iterator[str]:
         yield f"{full} with * or too many plain arguments"
     if full == "torch.load" and "weights_only" not in said:
         yield "torch.load without weights_only=True"
-    if full in WITH_CONSTANT and not (call.args and within_reach(call.args[0])):
+    if re.fullmatch(r"subprocess\.(run|Popen|call|check_\w+)", full) and len(call.args) > 1:
+        yield f"{full} with more than one plain argument"
+    if isinstance(call.func, ast.Attribute) and call.func.attr == "extract":
+        yield "extract"
+    if full in WITH_CONSTANT and not (call.args and all(map(within_reach, call.args))):
         yield f"a computed {full.rpartition('.')[2]}"
 
 
@@ -194,6 +255,20 @@ def test_the_packages_hold_nothing_unsafe() -> None:
     assert len(files()) > 60
 
 
+HANDED_ON = (
+    *("(o := os)", "[os][0]", "{'a': os}['a']", "(os if x else None)", "(None or os)", "f(os)"),
+    *(
+        "o: Any = os\no",
+        "a, *b = os, 1\na",
+        "(a, b), c = (os, 1), 2\na",
+        "for o in [os]: pass\no",
+        "self.o = os\nself.o",
+    ),
+)
+HELD = (
+    *("def f(x, o=os): o.system(x)", "def f(): return os\nf().system('x')", "[o.system('x') for o in (os,)]"),
+    *("class A:\n    o = os\nA.o.system('x')", "match os:\n    case o: o.system('x')", "getattr(os, 'sys' + 'tem')(x)"),
+)
 UNSAFE = (
     *(f"import {name}" for name in sorted(MODULES)),
     *(f"import {name} as harmless, os" for name in sorted(MODULES)),
@@ -231,6 +306,25 @@ UNSAFE = (
     ),
     *("importlib.import_module(f'{room}.x')", "tarfile.open(path).extractall(folder)"),
     *("def f():\n    h5py.File(path)['x']", "def f():\n    from h5py import File as F\n    F(path, 'r')['x']"),
+    *("getattr(torch, 'load')(path)".replace("getattr", "import torch\ngetattr"), "import os\nvars(os)['system']('x')"),
+    *(f"import os\n{text}.system('x')" for text in HANDED_ON),
+    *(f"import os\n{text}" for text in HELD),
+    *("import shutil\nshutil.os.system('x')", "import os.path as q\nq.os.system('x')", "os.__dict__['system']('x')"),
+    *("__builtins__['eval'](text)", "globals()['__builtins__']", "import sys\nsys.modules['os']", "sys.path.append(x)"),
+    *("subprocess.run(['sh'] + ['-c', text])", "run(['sh', *['-c', text]])", "run(x, executable='/bin/sh')"),
+    *("run([sys.executable, '-c', text])", "run(['env', '-S', text])"),
+    *("subprocess.run(text, **{'shell': True})", "subprocess.run(x, -1, None, None, None, None, None, True, True)"),
+    *("torch.serialization.load(path)", "from torch.serialization import load", "torch.hub.load(a, b)"),
+    *("torch.export.load(path)", "torch.utils.cpp_extension.load(x)", "np.lib.npyio.load(path, None, True)"),
+    *("import numpy as np\nnp.lib.format.read_array(f, True)", "from numpy import loads", "ctypes.cdll[path]"),
+    *(
+        "h5py.File(path)['x']",
+        "class A:\n    f = h5py.File(path)",
+        "g = lambda p: h5py.File(p)['x']",
+        "h5py.h5f.open(p)",
+    ),
+    *("asyncio.create_subprocess_exec('sh', '-c', x)", "tarfile.open(p).extract(m, folder)"),
+    *("g = [lambda: eval]", "import importlib.util as u\nu.spec_from_file_location('x', path)"),
     *("executor.submit(function)", "super().submit(function)", "submitit.AutoExecutor(folder)"),
     *("from submitit.core.utils import DelayedSubmission", "import submitit.core.utils as u\nu.pickle_dump(x, y)"),
 )

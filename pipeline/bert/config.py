@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.errors import refuse_pointer
+from data_prep.manifest import MOST_BYTES
+from data_prep.publish import open_plain
 from pipeline.errors import ConfigError
 
 VOCAB_MULTIPLE = 8
@@ -162,7 +164,8 @@ def read_object(path: Path, error: type[Exception]) -> dict[str, Any]:
     """The JSON object in a file of a model folder; ``error`` when there is none."""
     try:
         refuse_pointer(path, error)
-        values = json.loads(path.read_text(encoding="utf-8"))
+        with open_plain(path, MOST_BYTES) as file:
+            values = json.loads(file.read().decode())
         if not isinstance(values, dict):
             raise ValueError(f"a JSON object is needed, found {type(values).__name__}")
         return values

@@ -5,7 +5,6 @@ Attempts form one history: each records in ``attempt.json`` the attempt and step
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -29,6 +28,7 @@ from pipeline.engine.checkpoint_folder import (
     verify,
 )
 from pipeline.errors import CheckpointError, PipelineError, StorageError, of_server
+from pipeline.run.files import read_json
 
 if TYPE_CHECKING:
     from pipeline.engine.staging import Values
@@ -308,11 +308,13 @@ def rotate(attempt_dir: Path, keep: int) -> None:
 
 
 def _attempts(stage_dir: Path) -> list[Path]:
-    return [path for path in stage_dir.glob("attempts/*") if path.name.isdigit()]
+    return [path for path in stage_dir.glob("attempts/*") if path.name.isdecimal() and not path.is_symlink()]
 
 
 def _step_folders(attempt_dir: Path) -> list[Path]:
-    return [path for path in attempt_dir.glob("step-*") if path.name.removeprefix("step-").isdigit()]
+    """Those of the attempt itself: rotation deletes in them, and a link may lead to another run's."""
+    folders = [path for path in attempt_dir.glob("step-*") if path.name.removeprefix("step-").isdecimal()]
+    return [folder for folder in folders if not folder.is_symlink()]
 
 
 def step_of(folder: Path) -> int:
@@ -325,9 +327,9 @@ def _resumed_from(attempt_dir: Path) -> dict[str, int] | None:
     Raises StorageError where the file system does not say.
     """
     try:
-        record = json.loads((attempt_dir / "attempt.json").read_bytes())["resumed_from"]
+        record = (read_json(attempt_dir / "attempt.json") or {})["resumed_from"]
         return {} if record is None else {"attempt": int(record["attempt"]), "step": int(record["step"])}
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError):
         return None
     except OSError as error:
         raise StorageError(f"{attempt_dir / 'attempt.json'} cannot be read: {error.strerror}") from error

@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.publish import SEAL, file_sha256, is_sealed, publish_sealed, sync_folder
+from data_prep.publish import SEAL, file_sha256, is_sealed, open_plain, publish_sealed, sync_folder
 from pipeline.bert.tensor_file import write_safetensors
 from pipeline.errors import CheckpointError, InUseError, NumericalError, StorageError
-from pipeline.run.files import read_json
+from pipeline.run.files import MOST_JSON_BYTES, read_json
 from pipeline.run.rundir import describe_owner
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -177,8 +177,8 @@ def verify(folder: Path) -> None:
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a checkpoint folder, checked against its own hash, our format and the folder's name."""
-    with _reading(folder, MANIFEST):
-        content = (folder / MANIFEST).read_bytes()
+    with _reading(folder, MANIFEST), open_plain(folder / MANIFEST, MOST_JSON_BYTES) as file:
+        content = file.read()
     try:
         manifest = json.loads(content)
     except (ValueError, RecursionError) as error:

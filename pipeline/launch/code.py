@@ -11,6 +11,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 
 import pipeline
 from pipeline.errors import EnvironmentFault
+from pipeline.run.files import OF_OTHERS
 from pipeline.run.rundir import RunDir
 
 ROOT = Path(pipeline.__file__).parents[1]  # the checkout
@@ -52,11 +54,15 @@ def of_run(stored: Mapping[str, Any]) -> str:
 def is_intact(copy: Path) -> bool:
     """Whether a copy still is what its name says, with nothing added, and ours.
 
-    Who else may write into the run folder could leave a copy of other code there, with its right name.
+    Who else may write into the run folder could leave a copy of other code there, with its right name; of files of
+    ours, too, that he may write.
     """
-    paths = [path for path in copy.rglob("*") if path.is_symlink() or not path.is_dir()]
-    if any(path.is_symlink() or not path.is_file() or path.stat().st_uid != os.geteuid() for path in paths):
-        return False
+    every = [copy, *copy.rglob("*")] if os.path.lexists(copy) else []
+    kinds = (stat.S_IFREG, stat.S_IFDIR)
+    for status in map(os.lstat, every):
+        if status.st_uid != os.geteuid() or status.st_mode & OF_OTHERS or stat.S_IFMT(status.st_mode) not in kinds:
+            return False
+    paths = [path for path in every if not path.is_dir()]
     return digest(copy, [str(path.relative_to(copy)) for path in paths]) == copy.name
 
 

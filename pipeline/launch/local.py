@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -60,9 +60,12 @@ class Running:
 class LocalRunner:
     """Runs the stages of ``todo`` in the foreground."""
 
-    def __init__(self, chain: Chain, todo: Mapping[str, str], processes: int, threads: int) -> None:
+    def __init__(
+        self, chain: Chain, todo: Mapping[str, str], processes: int, threads: int, command: Sequence[str] = ()
+    ) -> None:
         self.chain, self.run, self.slots, self.threads = chain, chain.run, processes, threads
         self.waiting = list(todo)
+        self.command = command  # as it was given: what stands in run.json may have been changed since
         self.running: list[Running] = []
         self.failed: dict[str, int] = {}
         (self.run.path / "jobs").mkdir(exist_ok=True)
@@ -139,8 +142,8 @@ class LocalRunner:
             TRIES: str(self._tries(name)),
         }
         command = [sys.executable, "-m", "pipeline.worker", str(self.run.path), name]
-        if words := self.chain.stages[name].config.get("command"):
-            command += ["--", *words]
+        if self.command:
+            command += ["--", *self.command]
         begin_try(environment["PIPELINE_LAUNCH"], self._tries(name))
         print(f"{name}", flush=True)
         return Running(
@@ -182,7 +185,7 @@ class LocalRunner:
         return self.run.path / "jobs" / f"local-{name}.tries"
 
 
-def run_chain(run: RunDir, todo: Mapping[str, str], processes: int, threads: int) -> int:
+def run_chain(run: RunDir, todo: Mapping[str, str], processes: int, threads: int, command: Sequence[str] = ()) -> int:
     """Run ``todo`` of a held run; returns the exit code of the first failed stage, or 0."""
     run.cancel_request.unlink(missing_ok=True)
-    return LocalRunner(Chain.of(run), todo, processes, threads).loop()
+    return LocalRunner(Chain.of(run), todo, processes, threads, command).loop()

@@ -15,10 +15,9 @@ from typing import Any, NoReturn
 from pipeline import batch
 from pipeline.config import TASKS, Recipe, TaskConfig, load_profile, load_recipe, restore
 from pipeline.errors import ConfigError
-from pipeline.launch import code
+from pipeline.launch import code, foreign
 from pipeline.launch.jobs import Asked, asked_by, no_longer
 from pipeline.launch.own import write_recipe
-from pipeline.run.files import read_json
 from pipeline.run.rundir import RunDir
 from pipeline.stages import Command, recipe_of
 from pipeline.strict_toml import homes
@@ -83,7 +82,7 @@ def of(words: Sequence[str], command: Sequence[str] | None = None) -> Request:
     run = RunDir(given.run)
     if run.path.exists() and not run.path.is_dir():
         raise ConfigError(f"--run {run.path}: is a file; name a folder, which may be new")
-    stored, origin = read_json(run.path / "run.json") or {}, str(run.path / "run.json")
+    stored, own, origin = foreign.read(run)
     # What is to be trained, and where: from the call, from the run, or written for one's own text.
     if given.text or given.start or given.language or given.replay:
         take_own(run, given)
@@ -97,6 +96,7 @@ def of(words: Sequence[str], command: Sequence[str] | None = None) -> Request:
         recipe = load_recipe(given.recipe, given.settings, gpus=profile.gpus_per_node > 0)
     else:
         recipe = recipe_of(stored, origin, given.settings)
+    foreign.refuse(origin, own, given.cluster is None, profile, isinstance(recipe, Command) and not command)
     if not given.replace:
         refuse_other(run, stored, recipe.name)
     if isinstance(recipe, Command):

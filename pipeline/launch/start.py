@@ -22,7 +22,7 @@ from pipeline.launch.local import run_chain
 from pipeline.launch.request import Request
 from pipeline.monitor.cpu import has_gpu
 from pipeline.run.chain import Chain, made_with
-from pipeline.run.files import read_json
+from pipeline.run.files import OF_OTHERS, masked, read_json
 from pipeline.run.journal import Journal, live_jobs, refuse_running
 from pipeline.run.rundir import RunDir
 from pipeline.run.state import rows_of
@@ -71,7 +71,7 @@ def start(asked: Request) -> int:
         if not todo:
             return nothing_to_do(asked)
         move_aside(chain, asked)
-        exit_code = run_chain(run, todo, profile.processes, profile.threads)
+        exit_code = run_chain(run, todo, profile.processes, profile.threads, asked.command)
     if exit_code == 0:
         show_results(run)
     return exit_code
@@ -315,24 +315,23 @@ def begin(asked: Request) -> None:
     if asked.code != stored.get("code"):
         commit, diff = code.version()
         publish_text(run.path / "code.diff", diff)
-    publish_json(
-        run.path / "run.json",
-        {
-            **stored,
-            "format": 1,
-            "recipe": table_of(asked.recipe),
-            "profile": dataclasses.asdict(asked.profile),
-            "nodes": asked.nodes[1],
-            "node_range": "-".join(map(str, dict.fromkeys(asked.nodes))),
-            "max_gpu_hours": asked.max_gpu_hours,
-            "allow_mixed": asked.allow_mixed,
-            "corpora": corpora.identities(asked),
-            "data_dir": os.path.relpath(asked.data_dir.resolve(), run.path.resolve()),
-            "versions": made_with(),
-            "commit": commit,
-            "code": asked.code,
-        },
-    )
+    settings = {
+        **stored,
+        "format": 1,
+        "recipe": table_of(asked.recipe),
+        "profile": dataclasses.asdict(asked.profile),
+        "nodes": asked.nodes[1],
+        "node_range": "-".join(map(str, dict.fromkeys(asked.nodes))),
+        "max_gpu_hours": asked.max_gpu_hours,
+        "allow_mixed": asked.allow_mixed,
+        "corpora": corpora.identities(asked),
+        "data_dir": os.path.relpath(asked.data_dir.resolve(), run.path.resolve()),
+        "versions": made_with(),
+        "commit": commit,
+        "code": asked.code,
+    }
+    with masked(OF_OTHERS):  # in a folder of a group, too: who goes on relies on it (foreign.py)
+        publish_json(run.path / "run.json", settings)
     run.event(
         "submitted",
         recipe=asked.recipe.name,

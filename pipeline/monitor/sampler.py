@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data_prep.publish import APPEND, plain
 from pipeline.monitor import health
 from pipeline.monitor.fold import Fold
 from pipeline.monitor.health import Finding
@@ -194,7 +195,7 @@ class Sampler:
         path = self._folder / f"{self._node}.jsonl"
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            with open(path, "ab+") as file:
+            with os.fdopen(plain(path, APPEND), "ab+") as file:
                 end = file.seek(0, os.SEEK_END)
                 file.seek(max(0, end - 1))
                 cut = not self._begun and file.read(1) not in (b"", b"\n")  # an attempt before ended within a line

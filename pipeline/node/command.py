@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.fanout import die_with_parent
+from data_prep.publish import APPEND, plain
 from pipeline.errors import ConfigError, NodeFault, PeerLost, StoppedCleanly
 from pipeline.node.bell import until
 from pipeline.node.device import DEFAULTS
@@ -52,7 +53,7 @@ def run(job: Job, *, command: Sequence[str], saves: str) -> dict[str, Any]:
                     counted = seen
                     verdict.made_progress()
     judge(job, code)
-    (job.attempt.path / f"ended-{job.rank}").touch()
+    os.close(plain(job.attempt.path / f"ended-{job.rank}", APPEND))
     if not until(job.topology, "done", lambda: all_ended(job), math.inf, opens=2, asked=job.stop.asked):
         judge(job, code)  # it may have been asked to stop meanwhile
         raise PeerLost(f"rank {job.rank}: its command ended with 0, another rank's did not")

@@ -144,9 +144,11 @@ def why_no_gpu(cuda: str | None, driver: str) -> str:
 
 def machine() -> dict[str, str]:
     """What this process works on: ``device``, and of a GPU ``cuda`` and ``driver``. Starts no GPU."""
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_initialized():
-        return {"device": torch.cuda.get_device_name(), "cuda": str(torch.version.cuda), "driver": driver_version()}
+    if "torch" in sys.modules:
+        import torch
+
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            return {"device": torch.cuda.get_device_name(), "cuda": str(torch.version.cuda), "driver": driver_version()}
     return {"device": processor()}
 
 
@@ -172,7 +174,7 @@ def fault_of(error: Exception, job: Job, micro_batch: int | None) -> PipelineErr
         return ConfigError(f"{where}: {too_large(job.stage, micro_batch, 'GPU')} ({line.split('. GPU')[0]})")
     if isinstance(error, MemoryError) or "DefaultCPUAllocator: " in line:
         return ConfigError(f"{where}: {too_large(job.stage, micro_batch, 'machine')} ({line or 'no memory left'})")
-    if not isinstance(error, getattr(torch, "AcceleratorError", ())) and not line.lower().startswith("cuda"):
+    if type(error).__name__ != "AcceleratorError" and not line.lower().startswith("cuda"):
         return None
     if any(word.lower() in line.lower() for word in BROKEN):
         return NodeFault(

@@ -24,7 +24,7 @@ from pipeline.errors import PeerLost, PipelineError
 from pipeline.node.bell import ring, until
 from pipeline.node.device import fault_of
 from pipeline.node.job import LOOPBACK, Job, rendezvous_host
-from pipeline.run.files import read_json
+from pipeline.run.files import masked, read_json
 
 PEER_TIMEOUT_S = 120.0  # longer than any honest wait between two collectives
 LOOPBACKS = ("127.", "::1")  # how its addresses begin
@@ -96,11 +96,8 @@ def _meet(job: Job, host: str, at_the_end: contextlib.ExitStack) -> Store:
                 place["host"], place["port"], job.world_size, True,
                 timeout=timeout, wait_for_workers=False, master_listen_fd=listener.detach(),
             )  # fmt: skip
-        previous = os.umask(0o077)
-        try:
+        with masked(0o077):
             publish_json(meeting, place)
-        finally:
-            os.umask(previous)
         ring(job.topology, "rendezvous")
     else:
         answer = until(job.topology, "rendezvous", lambda: read_json(meeting), PEER_TIMEOUT_S)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
+from data_prep.publish import APPEND, plain
 from pipeline.node.heartbeat import Heartbeat
 from pipeline.node.preempt import StopRequest
 from pipeline.node.screen import Screen
@@ -103,5 +104,5 @@ class Job:
 
     def _log(self, line: str) -> None:
         # a full disk costs lines of the log, not the training
-        with contextlib.suppress(OSError), open(self.attempt.log, "a", encoding="utf-8") as file:
-            file.write(f"{time.strftime('%H:%M:%S')} {line}\n")
+        with contextlib.suppress(OSError), os.fdopen(plain(self.attempt.log, APPEND), "ab") as file:
+            file.write(f"{time.strftime('%H:%M:%S')} {line}\n".encode(errors="backslashreplace"))

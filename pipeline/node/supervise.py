@@ -22,6 +22,7 @@ from types import FrameType
 from typing import Any, BinaryIO, NoReturn
 
 from data_prep.fanout import die_with_parent
+from data_prep.publish import APPEND, plain
 from pipeline.errors import Cause, exit_code_of
 from pipeline.monitor.sampler import Sampler
 from pipeline.node.bell import Bell, ring
@@ -293,7 +294,7 @@ class Watch:
         time.sleep(0.5)
         stacks = os.pread(self.stacks.fileno(), 1 << 20, 0)
         head = f"=== rank {self.job.rank} on {self.host}, process {self.pid}\n".encode()
-        with contextlib.suppress(OSError), open(self.job.attempt.path / "stacks.txt", "ab", buffering=0) as file:
+        with contextlib.suppress(OSError), os.fdopen(plain(self.job.attempt.path / "stacks.txt", APPEND), "ab") as file:
             file.write(head + stacks + b"\n")
 
 

@@ -14,9 +14,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
+from data_prep.publish import APPEND, open_plain, plain
 from pipeline.errors import of_server
 from pipeline.words import is_number
 
+OF_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 T = TypeVar("T")
 MOST_JSON_BYTES, MOST_LINES_BYTES, LONGEST_LINE = 1 << 23, 1 << 27, 1 << 18
 NONE_THERE = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO, errno.EEXIST}  # or something that is not ours
@@ -24,7 +26,7 @@ DIGEST = re.compile("[0-9a-f]{64}")
 # What stands under these names in any file of ours, or is left out: readers need not ask again.
 TEXTS = {*("line", "cause", "host", "event", "launch", "fingerprint")}
 FIGURES = {*("loss", "mlm_loss", "nsp_loss", "learning_rate", "grad_norm", "step_s", "unigram_loss")}  # also not finite
-WHOLE = ("world_size", "nodes")
+WHOLE = ("world_size", "nodes", "version")
 NUMBERS = {
     **dict.fromkeys(("time", "since", "started", "finished", "duration_s", "step", "attempt", "pid"), 2.0**53),
     **dict.fromkeys(WHOLE, 2**20),
@@ -46,35 +48,39 @@ def as_shared(folder: Path) -> None:
             os.umask(0o002)
 
 
-def open_plain(path: Path, most_bytes: int = MOST_LINES_BYTES) -> BinaryIO:
-    """A file of a run folder to read in bytes. OSError where it is none of ours.
-
-    Whoever may write into the folder could plant a pipe, which would be waited for, a device, which never ends, or
-    more than fits into memory.
-    """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
-    status = os.fstat(descriptor)
-    if stat.S_ISREG(status.st_mode) and status.st_size <= most_bytes:
-        return os.fdopen(descriptor, "rb")
-    os.close(descriptor)
-    raise OSError(errno.EEXIST, f"not a plain file of at most {most_bytes >> 20} MB", str(path))
+@contextlib.contextmanager
+def masked(bits: int) -> Iterator[None]:
+    """What is made in there does not get these bits of its mode, whatever the umask."""
+    previous = os.umask(bits)
+    os.umask(previous | bits)
+    try:
+        yield
+    finally:
+        os.umask(previous)
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
     """The object in a JSON file; None when there is no such file or it holds something else."""
+    return read_json_of(path)[0]
+
+
+def read_json_of(path: Path) -> tuple[dict[str, Any] | None, bool]:
+    """As ``read_json``, and whether the file is this user's and nobody else may write it."""
     try:
         with open_plain(path, MOST_JSON_BYTES) as file:
-            return parsed(file.read())
+            status = os.fstat(file.fileno())
+            own = status.st_uid == os.geteuid() and not status.st_mode & OF_OTHERS
+            return parsed(file.read()), own
     except OSError as error:
         if error.errno in NONE_THERE:
-            return None
+            return None, False
         raise  # a server that fails must not make a finished stage look unfinished
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSON-lines file; a line that a kill or a full disk left unfinished is dropped."""
     try:
-        with open_plain(path) as file:
+        with open_plain(path, MOST_LINES_BYTES) as file:
             lines = [*lines_of(file)]
     except FileNotFoundError:
         return []
@@ -134,12 +140,9 @@ def append_jsonl(path: Path, record: Mapping[str, Any]) -> None:
     What a full disk cut off is ended by a line feed when the next one comes. Raises OSError.
     """
     line = (json.dumps(record) + "\n").encode()
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK | os.O_NOCTTY, 0o666)
+    descriptor = plain(path, APPEND)
     try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError(errno.EEXIST, "in its place lies no plain file", str(path))
-        size = status.st_size
+        size = os.fstat(descriptor).st_size
         if size and os.pread(descriptor, 1, size - 1) != b"\n":
             line = b"\n" + line
         if os.write(descriptor, line) < len(line):

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.run.files import lines_of, open_plain, parsed
+from data_prep.publish import open_plain
+from pipeline.run.files import lines_of, parsed
 from pipeline.run.incidents import short_host
 from pipeline.run.rundir import RunDir
 from pipeline.words import is_number

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.run.files import open_plain
+from data_prep.publish import open_plain
+from pipeline.run.files import MOST_LINES_BYTES
 from pipeline.words import is_number, number, visible
 
 Event = Mapping[str, Any]
@@ -35,7 +36,7 @@ def lost_nodes(run: Path, job: str) -> dict[str, str]:
     """
     text, nodes = "", {}
     for path in (run / "logs").glob(f"*-{job}.out") if re.fullmatch("[0-9]+", job) else ():
-        with contextlib.suppress(OSError), open_plain(path) as file:
+        with contextlib.suppress(OSError), open_plain(path, MOST_LINES_BYTES) as file:
             text = file.read().decode(errors="replace")
     begins = [*re.finditer(r"^attempt (\d{1,6}): on \S+, this script on ([\w.-]+)$", text, re.MULTILINE)]
     for begin, after in itertools.zip_longest(begins, begins[1:]):

@@ -14,7 +14,6 @@ import os
 import re
 import shlex
 import socket
-import stat
 import struct
 import time
 from collections import defaultdict
@@ -23,9 +22,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_prep.publish import publish_json
+from data_prep.publish import APPEND, open_plain, plain, publish_json
 from pipeline.errors import CAUSES, Cause, ConfigError, InUseError
-from pipeline.run.files import NONE_THERE, appeared, append_jsonl, now, open_plain, read_json, read_jsonl
+from pipeline.run.files import NONE_THERE, appeared, append_jsonl, now, read_json, read_jsonl
 from pipeline.words import is_number
 
 SETTINGS = {"recipe": dict, "profile": dict, "corpora": dict, "data_dir": str}  # of run.json, in every version
@@ -176,7 +175,7 @@ class StageDir:
 
         A process that stopped in there, or a file system without locks, keeps nobody longer than 30 seconds.
         """
-        with open(self.path.parent.parent / "begin.lock", "w", encoding="utf-8") as file:
+        with os.fdopen(plain(self.path.parent.parent / "begin.lock", APPEND), "ab") as file:
             deadline = time.monotonic() + BEGINNING_S
             while time.monotonic() < deadline:
                 try:
@@ -293,23 +292,23 @@ class RunDir:
                 f"{self.path}: not a run (no readable run.json); start one with "
                 f"python -m pipeline.submit --recipe R --cluster C --run {self.word}"
             )
-        odd = [key for key, kind in SETTINGS.items() if key in settings and not isinstance(settings[key], kind)]
-        corpora = {} if odd else dict(settings.get("corpora") or {})
-        odd += [f"corpora.{name}" for name, facts in corpora.items() if not isinstance(facts, dict)]
-        self._refuse(odd)
-        return settings
+        return self.checked(settings)
 
     @property
     def whole_settings(self) -> dict[str, Any]:
         """As ``settings``; ConfigError where one that every run has is missing."""
-        settings = self.settings
-        self._refuse([key for key in SETTINGS if key not in settings])
-        return settings
+        return self.checked(self.settings, whole=True)
 
-    def _refuse(self, odd: list[str]) -> None:
+    def checked(self, settings: dict[str, Any], *, whole: bool = False) -> dict[str, Any]:
+        """What was read of run.json; ConfigError where a part is of another kind than ours, or missing in the whole."""
+        odd = [key for key, kind in SETTINGS.items() if not isinstance(settings.get(key, kind()), kind)]
+        odd += [key for key in SETTINGS if whole and key not in settings]
+        corpora = {} if odd else dict(settings.get("corpora") or {})
+        odd += [f"corpora.{name}" for name, facts in corpora.items() if not isinstance(facts, dict)]
         if odd:
             where = self.path / "run.json"
             raise ConfigError(f"{where}: damaged: {', '.join(odd)} missing or of another kind; bring back a copy of it")
+        return settings
 
     @property
     def data_dir(self) -> Path:
@@ -335,10 +334,8 @@ class RunDir:
     def held(self) -> Iterator[None]:
         """Hold the run for one runner. InUseError names the process that holds it already."""
         path = self.path / "lock"
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+        descriptor = plain(path, os.O_RDWR | os.O_CREAT)
         try:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise ConfigError(f"{path}: not a plain file; take it away")
             try:
                 fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
             except BlockingIOError:

@@ -12,9 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Required, TypedDict, cast
 
+from data_prep.publish import open_plain
 from pipeline.errors import RESTART_CODES
 from pipeline.run.chain import Chain
-from pipeline.run.files import now, open_plain
+from pipeline.run.files import now
 from pipeline.run.incidents import lost_nodes
 from pipeline.run.journal import Journal, SentJob
 from pipeline.run.rundir import Attempt, RunDir

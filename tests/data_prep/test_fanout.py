@@ -56,6 +56,20 @@ def die(item: int) -> int:
     return item
 
 
+def hungry(_item: int) -> None:
+    raise MemoryError
+
+
+class Stopped(Exception):
+    """As a signal handler of the process raises it, in whose midst the work is done."""
+
+    exit_code = 75
+
+
+def stopped(_item: int) -> None:
+    raise Stopped("stopped by SIGTERM")
+
+
 def own_pid(item: int) -> int:
     time.sleep(0.05)
     return os.getpid() + 0 * item
@@ -355,3 +369,16 @@ def test_mpi_ranks_share_the_work_and_all_get_the_results(tmp_path: Path) -> Non
         check=True,
     )
     check_shared(done.stdout)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_stop_in_the_midst_of_the_work_is_no_defect(count: int) -> None:
+    """A vocabulary is one item of work, done by the process that Slurm asks to stop."""
+    with pytest.raises(Stopped):
+        run_all(stopped, range(count), 1)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_lack_of_memory_is_said_to_be_one(workers: int) -> None:
+    with pytest.raises(MemoryError):
+        run_all(hungry, range(3), workers)

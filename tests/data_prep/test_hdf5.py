@@ -101,7 +101,8 @@ def test_a_full_disk_is_an_oserror_that_names_the_file(tmp_path: Path, monkeypat
 def samples_folder(folder: Path, lengths: list[int]) -> Path:
     path = folder / "train-00000.hdf5"
     facts = write_shard(path, shard(lengths))
-    keys = {"format": 1, "seq_len": 512, "vocab_size": 30000, "vocab_sha256": "ab" * 32, "seed": 7, "special": {}}
+    known = {"mask": 4}
+    keys = {"format": 1, "seq_len": 512, "vocab_size": 30000, "vocab_sha256": "ab" * 32, "seed": 7, "special": known}
     publish_manifest(folder, {**keys, "shards": [{"file": path.name, "split": "train", **facts}]})
     return path
 

@@ -72,3 +72,11 @@ def test_what_is_no_sample_is_said_in_a_line(tmp_path: Path) -> None:
         assert done.returncode == 3
         assert line in done.stderr
         assert done.stderr.count("\n") == 1
+
+
+def test_a_vocabulary_of_others_writes_nothing_to_the_terminal(tmp_path: Path) -> None:
+    _, folder = samples_in_words(tmp_path, every_second="\x1b]0;title\x07\x1b[2J")
+    done = inspect(folder / "train-00000.hdf5", "--sample", 3)
+    assert done.returncode == 0, done.stderr
+    assert r"\x1b]0;title\x07" in done.stdout
+    assert all(character.isprintable() or character == "\n" for character in done.stdout)

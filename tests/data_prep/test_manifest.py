@@ -100,8 +100,8 @@ def test_a_record_is_opened_once_however_many_ranks_there_are(tmp_path: Path, mo
     samples, record = load(samples_folder(tmp_path), "train"), tmp_path / "record"
     assert verify_share(samples, record) == 2
     opened: list[Path] = []
-    plain = Path.read_bytes
-    monkeypatch.setattr(Path, "read_bytes", lambda path: (opened.append(path), plain(path))[1])
+    plain = manifest.open_plain
+    monkeypatch.setattr(manifest, "open_plain", lambda path, most: (opened.append(path), plain(path, most))[1])
     assert [verify_share(samples, record, rank=rank, ranks=64) for rank in range(64)] == [0] * 64
     assert sorted(path.name for path in opened) == ["train-00000.hdf5.json", "train-00001.hdf5.json"]
 
@@ -162,3 +162,39 @@ def test_a_manifest_says_what_made_it_and_other_versions_make_the_same_data(
     publish_manifest(tmp_path, {key: v for key, v in read_manifest(tmp_path).items() if key not in ("made_by", SEAL)})
     assert read_manifest(tmp_path)["made_by"] == {"data_recipe_sha256": "ab12", "python": "4.0"}
     assert load(tmp_path, "train").sha256 == before
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "line"),
+    [
+        ("vocab_size", "9", "vocab_size is '9', no int"),
+        ("seq_len", True, "seq_len is 'True', no int"),
+        ("special", [1], r"special is '\[1\]', no dict"),
+        ("special", {}, "lacks 'mask'"),
+        ("special", {"mask": None}, "mask is 'None', no int"),
+        ("special", {"mask": 30522}, "special tokens, .* lie outside of its 30522 tokens"),
+        ("special", {"mask": 3, "pad": -1}, "special tokens, .* lie outside"),
+        ("vocab_size", 10**30, "special tokens, .* lie outside"),
+        ("shards", [5], "not the manifest"),
+        ("shards", [{"split": "train", "file": "x", "rows": 1.5}], "rows is '1.5', no int"),
+    ],
+)
+def test_what_a_manifest_says_is_of_its_kind_and_in_range(tmp_path: Path, where: str, value: object, line: str) -> None:
+    """It is sealed, but whoever wrote it may be another: a token out of range would be read beside the embeddings."""
+    described = read_manifest(samples_folder(tmp_path))
+    publish_manifest(tmp_path, {**{key: part for key, part in described.items() if key != SEAL}, where: value})
+    with pytest.raises(DataError, match=line):
+        load(tmp_path, "train")
+
+
+@pytest.mark.timeout(20)
+def test_a_pipe_for_a_manifest_or_a_shard_is_not_waited_for(tmp_path: Path) -> None:
+    samples_folder(tmp_path)
+    (tmp_path / "train-00000.hdf5").unlink()
+    os.mkfifo(tmp_path / "train-00000.hdf5")
+    with pytest.raises(OSError, match="no plain file"):
+        manifest.file_sha256(tmp_path / "train-00000.hdf5")
+    (tmp_path / "manifest.json").unlink()
+    os.mkfifo(tmp_path / "manifest.json")
+    with pytest.raises(OSError, match="no plain file"):
+        load(tmp_path, "train")

@@ -25,5 +25,14 @@ def test_a_file_server_that_went_away_is_no_end(name: str, capsys: pytest.Captur
 
 def test_a_full_disk_still_ends_it_and_memory_is_asked_for() -> None:
     assert describe(OSError(errno.ENOSPC, "No space left on device", "f"))[1] == 6
-    line, code = describe(MemoryError())
-    assert (code, "out of memory" in line) == (2, True)
+    lacking = (
+        MemoryError(),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),  # of mmap and fork
+        ImportError("libtorch_python.so: failed to map segment from shared object"),
+    )
+    for error in lacking:
+        line, code = describe(error)
+        assert (code, "out of memory" in line, cause_of(error)) == (2, True, "memory")
+    for number, where in ((errno.EMFILE, "ulimit -n"), (errno.EAGAIN, "ulimit -u")):
+        line, code = describe(OSError(number, os.strerror(number)))
+        assert (code, line.endswith(f"raise the limit, see {where}")) == (7, True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import describe
+from pipeline.launch.local import run_chain
 from pipeline.node.command import environment, judge, newest
 from pipeline.node.device import DEFAULTS
 from pipeline.node.job import Job, Topology
@@ -72,6 +74,37 @@ def test_another_command_in_run_json_is_not_run(tmp_path: Path) -> None:
     one_line(done, 2, "run.json: its command is not the one that was sent")
     assert not (tmp_path / "planted").exists()
     one_line(call("report", run), 2, "a run of a command")
+
+
+@pytest.mark.parametrize("others", ["may write it", "wrote it"])
+def test_a_command_that_others_may_have_written_is_not_run(tmp_path: Path, others: str) -> None:
+    run, planted = tmp_path / "run", tmp_path / "planted"
+    begun = call("guard", "--run", run, "--cluster", "local", "--saves", tmp_path / "saved", "--", "true")
+    assert begun.returncode == 0, begun.stdout + begun.stderr
+    settings = json.loads((run / "run.json").read_text())
+    settings["recipe"]["command"] = ["touch", str(planted)]
+    (run / "run.json").write_text(json.dumps(settings))
+    if others == "may write it":
+        (run / "run.json").chmod(0o664)
+    else:
+        os.chown(run / "run.json", 12345, -1)
+    for module in ("guard", "submit"):
+        one_line(call(module, "--run", run, "--remake", "command"), 2, "is another user's, or others may write it")
+    assert not planted.exists()
+    (run / "run.json").unlink()
+    words = ("--cluster", "local", "--saves", tmp_path / "saved", "--", "true")
+    assert call("guard", "--run", run, *words).returncode == 0
+    assert (run / "run.json").stat().st_mode & 0o777 == 0o644
+
+
+def test_the_local_runner_starts_the_command_that_it_was_given(tmp_path: Path) -> None:
+    run, planted = tmp_path / "run", tmp_path / "planted"
+    assert call("guard", "--run", run, "--cluster", "local", "--saves", run, "--", "true").returncode == 0
+    settings = json.loads((run / "run.json").read_text())
+    settings["recipe"]["command"] = ["touch", str(planted)]
+    (run / "run.json").write_text(json.dumps(settings))
+    assert run_chain(RunDir(run), {"command": ""}, 1, 1, ("true",)) == 2
+    assert not planted.exists()
 
 
 def test_what_guard_must_be_told(tmp_path: Path) -> None:

@@ -397,6 +397,24 @@ def test_a_planted_pipe_is_not_waited_for(job, tmp_path: Path, name: str) -> Non
     assert job(gpus=4, max_gpu_s=12000)[0] == 0
 
 
+@pytest.mark.parametrize(
+    "name", ["7.0.verdict", "7.over", "7.tries", "7.bad_nodes", "7.0.gpu_s.new", "7.0.killed", "."]
+)
+def test_nothing_is_written_through_a_link(job, tmp_path: Path, name: str) -> None:
+    state, elsewhere = tmp_path / "it's jobs", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "file").write_text("precious\n")
+    if name == ".":
+        state.symlink_to(elsewhere)
+    else:
+        state.mkdir()
+        (state / name).symlink_to(elsewhere / "file")
+    code, calls, said = job(gpus=4, max_gpu_s=12000, CODE="6")
+    assert (code, calls, "take it away" in said) == (6, [], True)
+    assert (elsewhere / "file").read_text() == "precious\n"
+    assert len(list(elsewhere.iterdir())) == 1
+
+
 @pytest.mark.parametrize("number", [errno.ESHUTDOWN, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.ESTALE])
 def test_a_file_server_that_is_away_is_waited_for(job, tmp_path: Path, number: int) -> None:
     """Ten minutes, in which it may come back; then the job is queued again. A folder that is refused ends it."""

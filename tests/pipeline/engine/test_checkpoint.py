@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from safetensors.numpy import load_file
 
-from data_prep.publish import json_sha256
+from data_prep.publish import json_sha256, publish_sealed
 from pipeline.bert.tensor_file import write_safetensors
 from pipeline.engine import checkpoint, checkpoint_folder, storage
 from pipeline.engine.checkpoint import Saver, check_identity, lineage, listing, newest_verified, read, rotate, save
@@ -290,6 +291,44 @@ def test_rotation_keeps_the_newest_of_the_history_and_the_permanent_ones(stage_d
     rotate(second, 2)
     left = sorted(str(f.relative_to(stage_dir / "attempts")) for f in stage_dir.glob("attempts/*/step-*"))
     assert left == ["0001/step-00000100", "0001/step-00000300", "0002/step-00000350"]
+
+
+def test_rotation_deletes_nothing_behind_a_link(stage_dir, tmp_path):
+    """Who else may write into the run could have it delete checkpoints of another."""
+    theirs = new_attempt(tmp_path / "other", 1)
+    for step in (1, 2):
+        save_step(theirs, step)
+    attempt = new_attempt(stage_dir, 2)
+    (stage_dir / "attempts" / "0001").symlink_to(theirs)
+    (attempt / "step-00000003").symlink_to(theirs / "step-00000001")
+    for step in (10, 20, 30):
+        save_step(attempt, step)
+    rotate(attempt, 1)
+    assert [folder.name for folder in lineage(stage_dir)] == ["step-00000030"]
+    assert len([folder for folder in theirs.glob("step-*") if checkpoint.is_whole(folder)]) == 2
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("name", ["manifest.json", "weights.safetensors", "attempt.json"])
+def test_a_pipe_in_a_checkpoint_is_not_waited_for(stage_dir, attempt, name):
+    for step in (1, 2):
+        save_step(attempt, step)
+    path = attempt / "step-00000002" / name
+    if name == "attempt.json":
+        path = attempt / name
+    else:  # whoever can write knows the seal, too
+        manifest = checkpoint.read_manifest(path.parent)
+        manifest["files"][checkpoint_folder.WEIGHTS]["bytes"] = 0
+        publish_sealed(path.with_name("manifest.json"), manifest)
+    path.unlink()
+    os.mkfifo(path)
+    if name == "attempt.json":
+        with pytest.raises(CheckpointError, match=r"no readable attempt.json"):
+            newest_verified(stage_dir, print)
+    else:
+        assert newest_verified(stage_dir, print).step == 1
+    with suppress(StorageError):
+        listing(stage_dir.parent.parent, check=True)
 
 
 # ---------------------------------------------------------------- the saver

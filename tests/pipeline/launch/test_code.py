@@ -128,6 +128,12 @@ def test_neither_a_place_elsewhere_nor_a_strangers_copy_is_taken_for_the_runs_co
         assert not code.is_intact(copy)
 
 
+@pytest.mark.parametrize("name", ["pipeline/worker.py", "pipeline", "."])
+def test_files_of_ours_that_others_may_write_or_move_are_no_copy(copy: Path, name: str) -> None:
+    (copy / name).chmod(0o775)
+    assert not code.is_intact(copy)
+
+
 def submitted(run: Path, *words: object) -> subprocess.CompletedProcess[str]:
     return call("submit", "--run", run, *words)
 

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from data_prep.publish import publish_json
+from pipeline import cancel
+from pipeline.config import load_profile
 from pipeline.errors import ConfigError, EnvironmentFault
 from pipeline.launch import request
 from pipeline.launch.start import start
+from pipeline.run.rundir import RunDir
+from support.reporting import begin
 from support.running import SMALL, call
 
 RUN = ["--run", "RUN"]
@@ -203,3 +210,48 @@ def test_weights_to_start_from_are_looked_at_before_the_data_are_made(folder):
     assert "cut/model.pt" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (folder / "RUN").exists()
+
+
+def begun(folder: Path, **changed: Any) -> Path:
+    """A run, some parts of whose run.json are others, or (None) missing."""
+    run = RunDir(folder / "run")
+    begin(run.path)
+    settings = {**run.settings, **changed}
+    (run.path / "run.json").unlink()
+    (run.path / "run.json").write_text(json.dumps({key: value for key, value in settings.items() if value is not None}))
+    (run.path / "run.json").chmod(0o644)
+    return run.path
+
+
+@pytest.mark.parametrize("value", [None, 5, "x", [], [1], True, 1e400])
+@pytest.mark.parametrize("key", ["recipe", "profile", "corpora"])
+def test_a_damaged_run_is_said_to_be(tmp_path: Path, key: str, value: object, monkeypatch) -> None:
+    run = begun(tmp_path, **{key: value})
+    monkeypatch.setattr("sys.argv", ["cancel", str(run)])
+    for go_on in (lambda: request.of(["--run", str(run)]), lambda: request.of(["--run", str(run)], []), cancel.main):
+        with pytest.raises(ConfigError, match=rf"run.json: damaged: {key} missing or of another kind"):
+            go_on()
+
+
+@pytest.mark.parametrize("part", [{"setup": ["touch x"]}, {"env": {"LD_PRELOAD": "/x.so"}}, {"python": "x"}, {}])
+def test_what_jobs_run_is_not_taken_from_a_file_that_others_may_write(tmp_path: Path, part: dict[str, Any]) -> None:
+    """But a profile that comes with the pipeline is as it is there."""
+    profile = dataclasses.asdict(load_profile("generic"))
+    run = begun(tmp_path, profile={**profile, **part})
+    assert request.of(["--run", str(run)]).profile.setup == tuple(part.get("setup", ()))
+    (run / "run.json").chmod(0o664)
+    if not part:
+        assert request.of(["--run", str(run)]).profile.name == "generic"
+        return
+    with pytest.raises(ConfigError, match=r"others may write it.* name it again by --cluster"):
+        request.of(["--run", str(run)])
+    assert request.of(["--run", str(run), "--cluster", "generic"]).profile.env == {}
+
+
+def test_a_profile_of_others_is_not_looked_for_elsewhere(tmp_path: Path) -> None:
+    own = tmp_path / "evil.toml"
+    own.write_text(f'name = "{own}"\nsetup = ["touch x"]\n')
+    run = begun(tmp_path, profile=dataclasses.asdict(load_profile(str(own))))
+    (run / "run.json").chmod(0o664)
+    with pytest.raises(ConfigError, match=r"others may write it"):
+        request.of(["--run", str(run)])

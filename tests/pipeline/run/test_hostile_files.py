@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -12,7 +13,12 @@ from typing import Any
 
 import pytest
 
-from pipeline.errors import ConfigError, describe
+from data_prep.manifest import SampleSet, ShardFile, verify_share
+from data_prep.publish import file_sha256, publish_json
+from pipeline.errors import describe
+from pipeline.monitor.sampler import Sampler
+from pipeline.node.job import Job, Topology
+from pipeline.node.supervise import Watch
 from pipeline.report.facts import gather
 from pipeline.report.render import render
 from pipeline.run.chain import Chain
@@ -20,6 +26,7 @@ from pipeline.run.rundir import Attempt, RunDir
 from pipeline.run.state import Sent, events_of
 from pipeline.status import account_of, look
 from pipeline.watch import print_log
+from slurm.verdict import begin_try
 from support.reporting import HOSTILE, SCORES, begin, finish, start, train
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(20)]  # nothing is waited for
@@ -139,6 +146,7 @@ def told(run: RunDir) -> Iterator[str]:
         lambda: rows.append(Sent.of(run)) or str(look(run, short=True)[0]),
         lambda: json.dumps(times.to_dict()) if (times := account_of(Chain.of(run), events_of(run), [])) else "",
         lambda: render(gather(run, held=False)),
+        lambda: " ".join(Chain.of(run).older()),
     ):
         try:
             yield say()
@@ -167,7 +175,7 @@ def test_folders_of_odd_names_are_no_attempts(name: str, whole: Path, tmp_path: 
     shutil.copytree(whole, tmp_path / "run")
     (tmp_path / "run" / PHASE / "attempts" / name).mkdir()
     assert len(RunDir(tmp_path / "run").stage("phase1").attempts) == 1
-    assert len(list(told(RunDir(tmp_path / "run")))) == 4
+    assert len(list(told(RunDir(tmp_path / "run")))) == 5
 
 
 @pytest.mark.parametrize("place", [f"{PHASE}/attempts", PHASE, "stages"])
@@ -176,18 +184,55 @@ def test_harm_in_place_of_a_folder(kind: str, place: str, whole: Path, tmp_path:
     shutil.copytree(whole, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / place)
     KINDS[kind](tmp_path / "run" / place)
-    assert len(list(told(RunDir(tmp_path / "run")))) == 4
+    assert len(list(told(RunDir(tmp_path / "run")))) == 5
 
 
 def test_nothing_is_written_into_a_pipe(tmp_path: Path) -> None:
     begin(tmp_path / "run")
     for name in ("lock", "events.jsonl"):
         KINDS["a pipe"](tmp_path / "run" / name)
-    with pytest.raises(ConfigError, match="lock: not a plain file"), RunDir(tmp_path / "run").held():
-        pass
-    with pytest.raises(OSError, match="no plain file") as caught:
-        RunDir(tmp_path / "run").event("submitted")
-    assert describe(caught.value)[1] == 6
+    run = RunDir(tmp_path / "run")
+    for write in (lambda: run.held().__enter__(), lambda: run.event("submitted")):
+        with pytest.raises(OSError, match="no plain file") as caught:
+            write()
+        assert describe(caught.value)[1] == 6
+
+
+def test_nothing_is_written_through_a_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which whoever may write into the run could plant: the file behind it is another of the user's own."""
+    run, precious = begin(tmp_path / "run").run, tmp_path / "precious"
+    precious.write_text("precious\n")
+    attempt = run.stage("phase1").new_attempt("1-0-0")
+    job = Job(run, "phase1", attempt, Topology(0, 1, 0, "1-0-0"), workers=1, threads=1)
+    stacks = open(precious, "rb")  # noqa: SIM115
+    watch = Watch(job, os.getpid(), stacks, [])
+    monkeypatch.setattr(os, "kill", lambda pid, number: None)
+    sampler = Sampler(run.stage("phase1").path, {"node": "n"}, say=print, on_warning=print, on_fatal=print)
+    sampler._lines.append("{}\n")
+    samples = SampleSet(run.path, 8, 9, "", 1, {}, (ShardFile(precious, "train", 1, 1, 9, file_sha256(precious)),), "")
+    writers: dict[str, Callable[[], object]] = {
+        "lock": lambda: run.held().__enter__(),
+        "begin.lock": lambda: run.stage("phase1").beginning().__enter__(),
+        "events.jsonl": lambda: run.event("submitted"),
+        f"{PHASE}/attempts/0001/log.txt": lambda: job.say("$(touch x)"),
+        f"{PHASE}/attempts/0001/stacks.txt": watch._keep_stacks,
+        f"{PHASE}/attempts/0001/verdict.json": lambda: attempt.write_verdict(1, "x", 0),
+        f"{PHASE}/n.jsonl": sampler._write,
+        f"{PHASE}/attempts/0001/precious.json": lambda: verify_share(samples, attempt.path),
+        "jobs/local-x.tries": lambda: begin_try("x", run.path / "jobs/local-x.tries"),
+        "run.json": lambda: publish_json(run.path / "run.json", {}),
+    }
+    (run.path / "jobs").mkdir()
+    for name, write in writers.items():
+        for target in (precious, tmp_path / "new"):
+            (run.path / name).unlink(missing_ok=True)
+            (run.path / name).symlink_to(target)
+            with contextlib.suppress(OSError):
+                write()
+            assert precious.read_text() == "precious\n", name
+            assert not (tmp_path / "new").exists(), name
+    watch.bell.close()
+    stacks.close()
 
 
 def test_a_log_cannot_write_to_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -196,7 +241,7 @@ def test_a_log_cannot_write_to_the_terminal(tmp_path: Path, capsys: pytest.Captu
     assert print_log(attempt) == attempt.log.stat().st_size
     assert capsys.readouterr().out == "one\n\\x1b[2J\\xfftwo\nhalf"
     KINDS["a pipe"](attempt.log)
-    with pytest.raises(OSError, match="not a plain file"):
+    with pytest.raises(OSError, match="no plain file"):
         print_log(attempt)
 
 
@@ -217,6 +262,6 @@ def test_looking_at_a_run_opens_nothing_for_writing(whole: Path, monkeypatch: py
     with RunDir(whole).held():
         opened.clear()
         assert RunDir(whole).is_held()
-        assert len(list(told(RunDir(whole)))) == 4
+        assert len(list(told(RunDir(whole)))) == 5
     assert len(opened) > 20
     assert not any(flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) for flags in opened)
