@@ -279,13 +279,14 @@ fi
 least=$(tr , '\n' <<<"${SLURM_JOB_CPUS_PER_NODE:-${SLURM_CPUS_ON_NODE:-1}}" | sed 's/(.*//' | sort -n | head -n 1)
 # Slurm numbers a job's steps from 0 in each attempt, and an srun that outlived its attempt ends its step by number:
 # empty steps give neighbouring attempts, of two steps at a time, different numbers
+beside=(--overlap --mem=0 --gres=none --mpi=none) # a step that waits for no other to be cleared away
 for ((step = 0; step < attempt % 4 * 2; step++)); do
-  timeout 60 srun --nodes=1 --ntasks=1 --export=ALL true </dev/null >/dev/null 2>&1
+  timeout 60 srun --nodes=1 --ntasks=1 "${beside[@]}" --export=ALL true </dev/null >/dev/null 2>&1
 done
 if [ -n "$SLURMD_NODENAME" ]; then
   given=$(declare -p attempt most_tries requeue series state this && declare -f stand_in)
   env -u SLURM_GPUS -u SLURM_GPUS_PER_NODE -u SLURM_GPUS_PER_TASK \
-    srun --nodes=1 --ntasks=1 --nodelist="$SLURMD_NODENAME" --overlap --mem=0 --gres=none --mpi=none --export=ALL \
+    srun --nodes=1 --ntasks=1 --nodelist="$SLURMD_NODENAME" "${beside[@]}" --export=ALL \
     bash -c "$given; stand_in $$" </dev/null >/dev/null 2>&1 &
   disown
 fi
@@ -323,7 +324,7 @@ fi
 
 # whether the job's program starts at all on one of its nodes
 starts() {
-  timeout 60 srun --nodes=1 --ntasks=1 --nodelist="$1" --export=ALL "${srun_args[@]}" "${program[@]}" --version
+  timeout 60 srun --nodes=1 --ntasks=1 --nodelist="$1" --overlap --export=ALL "${srun_args[@]}" "${program[@]}" --version
 } >/dev/null 2>&1 </dev/null
 
 if [ "$exit_code" != 0 ]; then leave_to_next; fi
