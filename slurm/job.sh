@@ -325,7 +325,7 @@ fi
 # whether the job's program starts at all on one of its nodes
 starts() {
   timeout 60 srun --nodes=1 --ntasks=1 --nodelist="$1" --overlap --export=ALL "${srun_args[@]}" "${program[@]}" --version
-} >/dev/null 2>&1 </dev/null
+} 2>&1 </dev/null
 
 if [ "$exit_code" != 0 ]; then leave_to_next; fi
 case $exit_code in
@@ -337,12 +337,16 @@ sleep 2 # ranks hear of a cancel before others do
 wait_if_ended
 if [ $silent = yes ]; then
   all=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
-  good=$(
-    for node in $all; do starts "$node" && echo "$node" & done
+  tried=$(
+    for node in $all; do starts "$node" && echo "it starts on $node" & done
     wait
   )
-  # on none: no fault of a node
-  if [ -n "$good" ]; then nodes=$(grep -vxF "$good" <<<"$all"); fi
+  good=$(sed -n 's/^it starts on //p' <<<"$tried")
+  if [ -n "$good" ]; then
+    nodes=$(grep -vxF "$good" <<<"$all")
+  elif grep -qE 'execve\(\): .*(No such file|Permission denied)' <<<"$tried"; then # no fault of a node
+    over "the program is on none of the nodes: python, setup and container of the profile say where it is" 7
+  fi
   for node in $nodes; do echo "attempt $attempt: the program does not start on $node"; done
 fi
 for node in $nodes; do echo "$node" >>"$bad_nodes"; done

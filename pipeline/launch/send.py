@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import secrets
+import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -84,12 +85,14 @@ class Executor(submitit.SlurmExecutor):
                 "no srun on PATH: this machine has no Slurm; --write-scripts DIR writes what would be sent"
             ) from None
 
-    def send(self, job: JobPlan, ids: Mapping[str, str], tag: str, extra: Sequence[str], say: Say) -> SlurmJob:
+    def send(
+        self, job: JobPlan, file: Path, ids: Mapping[str, str], tag: str, extra: Sequence[str], say: Say
+    ) -> SlurmJob:
         """One job, exactly once whatever the controller does; SlurmError in Slurm's words when it is refused."""
         words = sbatch_args(job, ids, [f"--comment={tag}", *extra])
         arguments = [ids[job.stands_in_for]] if job.stands_in_for else []
         try:
-            job_id = queue.submit(Path(self.folder) / job.file, words, arguments, tag=tag, say=say)
+            job_id = queue.submit(file, words, arguments, tag=tag, say=say)
         except Refused as refused:
             few = "MaxSubmitJob" in str(refused) and not job.parts
             hint = "; --one-job sends the chain as one job" if few else ""
@@ -141,14 +144,17 @@ def send(
     first = tuple(after) or tuple(Need(job=job.id, kind="afterany") for job in old)
     ids = {need.job: need.job for need in first}
     try:
-        for job in jobs:
-            if not job.stands_in_for:
-                publish_text(run.path / "jobs" / job.file, script_text(request, job))
-            hold = ["--hold"] if first and not job.needs else []  # besides waiting for those jobs
-            waits = job if job.needs else dataclasses.replace(job, needs=first, any_need=any_need)
-            tag = tag_of(run, job, submission)
-            sent[job.name] = executor.send(waits, ids, tag, [*hold, *request.extra], say)
-            ids[job.name] = sent[job.name].job_id
+        with tempfile.TemporaryDirectory() as own:  # in the run's folder others might change what sbatch is to read
+            for job in jobs:
+                file = Path(own) / job.file
+                if not job.stands_in_for:
+                    file.write_text(script_text(request, job), encoding="utf-8")
+                    publish_text(run.path / "jobs" / job.file, file.read_text(encoding="utf-8"))  # to be looked at
+                hold = ["--hold"] if first and not job.needs else []  # besides waiting for those jobs
+                waits = job if job.needs else dataclasses.replace(job, needs=first, any_need=any_need)
+                tag = tag_of(run, job, submission)
+                sent[job.name] = executor.send(waits, file, ids, tag, [*hold, *request.extra], say)
+                ids[job.name] = sent[job.name].job_id
         journal = Journal.of(jobs, submission, {name: job.job_id for name, job in sent.items()})
         journal.write(run)
         yield list(sent.values())

@@ -171,7 +171,11 @@ def test_the_hand_written_stage_script_ends_with_it_too(job, tmp_path: Path) -> 
 
 SQUEUE = 'case $* in *%T*) echo "${STATE:-RUNNING}" ;; *) echo "${LEFT:-UNLIMITED}" ;; esac'
 SRUN = """\
-case $* in *--nodelist=*--version) [[ $* != *--nodelist=n[$DUMB]* ]]; exit ;; esac
+case $* in *--nodelist=*--version)
+  if [[ $* != *--nodelist=n[$DUMB]* ]]; then exit; fi
+  if [ -n "$LACKS" ]; then echo "slurmstepd: error: execve(): python: No such file or directory" >&2; fi
+  exit 2 ;;
+esac
 env | LC_ALL=C sort >environment
 echo "srun $*" >>log; printenv JOB_DEADLINE >>log; printenv JOB_LIMIT >>log
 if [ -n "$SPEND" ]; then echo 1000 >"$SPEND"; fi
@@ -270,6 +274,14 @@ def test_nodes_on_which_nothing_starts_are_left_out(job, code: str) -> None:
     for other in ({"DUMB": "123"}, {"DUMB": "0"}, {"DUMB": "2", "SAY": "76"}):
         (_, calls, said) = job(CODE=code, **other, SLURM_JOB_ID="8")
         assert "does not start" not in said, other
+
+
+def test_a_program_that_is_on_no_node_is_not_tried_again(job) -> None:
+    code, calls, said = job(CODE="2", DUMB="123", LACKS="yes")
+    assert (code, asked(calls)) == (7, 0), said
+    assert "the program is on none of the nodes" in said
+    code, calls, said = job(CODE="2", DUMB="12", LACKS="yes", SLURM_JOB_ID="8")
+    assert (asked(calls, 8), "does not start on n1" in said) == (1, True)
 
 
 def test_without_requeue_the_code_stays(job) -> None:

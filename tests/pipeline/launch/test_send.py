@@ -9,6 +9,7 @@ import io
 import os
 import shlex
 import signal
+import stat
 import subprocess
 import sys
 from collections.abc import Callable
@@ -532,6 +533,23 @@ def send_once(run: RunDir, replace: bool = False) -> None:
     old = finish_interrupted(run, replace=replace, say=lambda line: None)
     with send(asked_for(run.path), ready(cluster="generic", nodes="2"), old, lambda line: None):
         pass
+
+
+def test_what_slurm_is_to_read_nobody_else_can_change(fake, tmp_path, monkeypatch) -> None:
+    """sbatch reads each file from a folder of this user alone; the one in the run's folder is to be looked at."""
+    read: dict[str, tuple[int, str]] = {}
+    accept = fake.submit
+
+    def submit(file: Path, *given: object, **more: object) -> str:
+        read[file.name] = (stat.S_IMODE(file.parent.stat().st_mode), file.read_text())
+        return accept(file, *given, **more)
+
+    monkeypatch.setattr(queue, "submit", submit)
+    send_once(RunDir(tmp_path))
+    assert {mode for mode, _ in read.values()} == {0o700}
+    assert {name: text for name, (_, text) in read.items()} == {
+        file.name: file.read_text() for file in tmp_path.glob("jobs/*.sbatch")
+    }
 
 
 @pytest.mark.slow
