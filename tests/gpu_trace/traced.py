@@ -15,8 +15,8 @@ from pipeline.bert.config import BertConfig
 from pipeline.bert.heads import BertForPreTraining, BertForQuestionAnswering, pretraining_loss_sums
 from pipeline.bert.packing import Batch, arrangement, layout
 from pipeline.bert.regions import compile_regions
-from pipeline.engine.backend import build
 from pipeline.engine.cast import CastWeights
+from pipeline.engine.optim import Lamb
 from pipeline.engine.reduce import GradientBuffer
 
 SEQ_LEN, LENGTHS = 128, [128] * 20 + [77] * 12
@@ -86,7 +86,7 @@ def optimizer(trace: Trace) -> dict[str, Any]:
     """Facts of a step of LAMB on BERT-large, and the bytes that it moves."""
     with DEVICE:
         model = BertForPreTraining(LARGE)
-    lamb = build("lamb", "torch", model.named_parameters(), gradients=GradientBuffer(list(model.parameters())))
+    lamb = Lamb(model.named_parameters(), gradients=GradientBuffer(list(model.parameters())))
     trace.operations.clear()
     trace.traffic.clear()
     lamb.step(1e-3, max_grad_norm=1.0)

@@ -209,7 +209,7 @@ def test_nothing_is_written_through_a_link(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(os, "kill", lambda pid, number: None)
     sampler = Sampler(run.stage("phase1").path, {"node": "n"}, say=print, on_warning=print, on_fatal=print)
     sampler._lines.append("{}\n")
-    samples = SampleSet(run.path, 8, 9, "", 1, {}, (ShardFile(precious, "train", 1, 1, 9, file_sha256(precious)),), "")
+    samples = SampleSet(8, 9, "", 1, {}, (ShardFile(precious, 1, 1, 9, file_sha256(precious)),), "")
     writers: dict[str, Callable[[], object]] = {
         "lock": lambda: run.held().__enter__(),
         "begin.lock": lambda: run.stage("phase1").beginning().__enter__(),
