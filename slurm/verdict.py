@@ -53,7 +53,10 @@ def read_over(path: str | os.PathLike[str]) -> tuple[int, str] | None:
 
 
 def _plain(path: str | os.PathLike[str], flags: int) -> TextIO:
-    """A file, opened; FileExistsError where a pipe, which would be waited for, or a link was planted in its place."""
+    """A file, opened; FileExistsError where a pipe, which would be waited for, or a link was planted in its place.
+
+    As `data_prep.publish.plain`, of which this package, which stands alone, knows nothing.
+    """
     try:
         handle = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     except OSError as error:

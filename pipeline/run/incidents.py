@@ -1,4 +1,4 @@
-"""What stood out in a run, in words: slow ranks, steps gone back, and GPUs that are not well, from its events."""
+"""What stood out in a run, in words, from its events; and which nodes were lost, from the logs of its Slurm jobs."""
 
 from __future__ import annotations
 
