@@ -21,8 +21,8 @@ from pipeline.launch.request import Request
 from pipeline.launch.start import to_slurm
 from pipeline.run.chain import made_with
 from pipeline.run.files import read_json
+from pipeline.run.joblog import first_error
 from pipeline.run.journal import Journal
-from pipeline.run.state import first_error
 from pipeline.words import columns
 from slurm import queue, states
 
@@ -112,7 +112,7 @@ def judge(asked: Request, notes: Mapping[str, Sequence[Mapping[str, Any]]], log:
     ranks = resources.most_tasks
     if len(began) < ranks:
         change = "python, modules, setup, container of the profile say how nodes find the interpreter"
-        yield Row("no", "ranks", f"{len(began)} of {ranks} answered{first_error(asked.run, '*')}", change)
+        yield Row("no", "ranks", f"{len(began)} of {ranks} answered{first_error(asked.run.path, '*')}", change)
         return
     by_node: dict[str, list[Mapping[str, Any]]] = {}
     for note in began:

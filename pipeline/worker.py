@@ -42,7 +42,7 @@ from pipeline.node.preempt import StopRequest, stop_at_once
 from pipeline.node.supervise import looked_after, supervise
 from pipeline.run.chain import Chain, made_with
 from pipeline.run.files import as_shared, now, patiently
-from pipeline.run.incidents import lost_nodes
+from pipeline.run.joblog import ends
 from pipeline.run.rundir import Attempt, RunDir
 from pipeline.stage import Stage, function_of
 from slurm import verdict
@@ -263,8 +263,9 @@ def take_attempt(chain: Chain, name: str, topology: Topology) -> Attempt:
 def note_lost_node(run: RunDir, attempt: Attempt, earlier: Sequence[Attempt]) -> None:
     """An event for the node that was lost under the stage's attempt before, in the same job."""
     before, restart = [one for one in earlier if one.job_id == attempt.job_id], attempt.owner.get("restart", 0)
-    if before and (node := lost_nodes(run.path, attempt.job_id).get(str(restart - 1))):
-        facts = {"attempt": before[-1].number, "node": node}
+    end = ends(run.path, attempt.job_id).get(str(restart - 1)) if before else None
+    if end and end.node:
+        facts = {"attempt": before[-1].number, "node": end.node}
         patiently(lambda: run.event("lost_node", stage=before[-1].path.parents[1].name, **facts), _say)
 
 

@@ -97,6 +97,10 @@ ask() {
   if [ "$answer" = COMPLETING ]; then ended=yes; fi # TERM may reach this shell late, or never
   wait_if_ended
   leave_to_next
+  # with time to spare Slurm signals the ranks alone, as somebody's scancel does; this tells the two apart
+  if [[ $shown =~ \ PreemptTime=([0-9T:-]+) ]] && [ "$(date -d "${BASH_REMATCH[1]}" +%s)" -ge "$began" ]; then
+    preempted=', preempted'
+  fi
   answer=$(timeout 60 scontrol requeue "$SLURM_JOB_ID" 2>&1)
 }
 # has Slurm queue this job again, and waits to be ended
@@ -114,7 +118,7 @@ again() {
     sleep "$pause"
     pause=$((pause < 16 ? pause * 2 : 30))
   done
-  echo "attempt $attempt: code $exit_code, requeued"
+  echo "attempt $attempt: code $exit_code$preempted, requeued"
   trap - TERM
   sleep 120 # Slurm ends this shell
   exit "$last"
@@ -155,7 +159,7 @@ stand_in() { # the shell's process; runs in a bash of its own, with the variable
 at_work=
 attempt=${SLURM_RESTART_COUNT:-0}
 this=$SLURM_JOB_ID.$attempt
-exit_code=76 last=76 end=9999999999
+exit_code=76 last=76 end=9999999999 began=0 preempted=''
 # a file server that went away comes back: ten minutes here, then in the queue
 gone='ransport endpoint|timed out|Host is down|No route to host|Stale file handle|reset by peer|caused connection abort|Remote I/O'
 for ((waited = 0; ; waited += 10)); do

@@ -1,16 +1,10 @@
-"""What stood out in a run, in words, from its events; and which nodes were lost, from the logs of its Slurm jobs."""
+"""What stood out in a run, in words, from its events."""
 
 from __future__ import annotations
 
-import contextlib
-import itertools
-import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
-from data_prep.publish import open_plain
-from pipeline.run.files import MOST_LINES_BYTES
 from pipeline.words import is_number, number, visible
 
 Event = Mapping[str, Any]
@@ -27,24 +21,6 @@ def incidents(events: Iterable[Event]) -> list[str]:
         if keys is not None:
             lines.setdefault((event["event"], *(str(event.get(key)) for key in keys)), []).append(event)
     return [visible(SAID[key[0]](same)) for key, same in lines.items()]
-
-
-def lost_nodes(run: Path, job: str) -> dict[str, str]:
-    """The node that was lost under an attempt of a Slurm job, by its number, as far as the job's log tells.
-
-    srun names it. With the node of the batch script nobody is left to say anything before the next attempt begins.
-    """
-    text, nodes = "", {}
-    for path in (run / "logs").glob(f"*-{job}.out") if re.fullmatch("[0-9]+", job) else ():
-        with contextlib.suppress(OSError), open_plain(path, MOST_LINES_BYTES) as file:
-            text = file.read().decode(errors="replace")
-    begins = [*re.finditer(r"^attempt (\d{1,6}): on \S+, this script on ([\w.-]+)$", text, re.MULTILINE)]
-    for begin, after in itertools.zip_longest(begins, begins[1:]):
-        part = text[begin.end() : after.start() if after else len(text)]
-        named = re.findall(r"Node failure on ([\w.-]+)", part)
-        if named or (after and not re.search(r"^attempt \d+: code |\*\*\* (?:JOB|STEP) ", part, re.MULTILINE)):
-            nodes[begin[1]] = named[-1] if named else begin[2]
-    return nodes
 
 
 def short_host(name: Any) -> str:

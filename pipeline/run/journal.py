@@ -10,7 +10,7 @@ from pathlib import Path
 
 from data_prep.publish import publish_json
 from pipeline.config import restore
-from pipeline.errors import InUseError
+from pipeline.errors import RESTART_CODES, InUseError
 from pipeline.run.files import read_json
 from pipeline.run.rundir import RunDir
 from slurm import queue, states
@@ -95,14 +95,29 @@ def name_of(job: queue.QueuedJob) -> str:
     return job.comment.split(" ")[0].split("/")[2]
 
 
+def by_hand(run: RunDir) -> dict[str, str]:
+    """Slurm jobs that no submission has sent, but ``stage.sbatch`` or an ``srun``: the stage that each is at by its id.
+
+    They are known by the last attempts of stages, and may be started again.
+    """
+    sent, found = Journal.read(run), {}
+    for path in sorted(run.path.glob("stages/*")):
+        for attempt in run.stage(path.name).attempts[-1:]:
+            job, code = str(attempt.owner.get("job_id", "")), (attempt.verdict or {"code": None})["code"]
+            if job.isdigit() and code in (None, *RESTART_CODES) and not (sent and job in sent.names):
+                found[job] = path.name
+    return found
+
+
 def live_jobs(run: RunDir) -> list[queue.QueuedJob]:
     """The run's jobs that wait or run, oldest first. Raises ControllerDown, SlurmError.
 
     Told by the journal's ids, then by their comments, which sites and users rewrite: a job of the journal is given
-    back with the comment that it was sent with.
+    back with the comment that it was sent with. One that was sent by hand has the submission ``by-hand``.
     """
     key, journal = run_key(run), Journal.read(run)
-    tags = {number: f"{key}/{journal.submission}/{name}" for number, name in journal.names.items()} if journal else {}
+    tags = {number: f"{key}/by-hand/{stage}" for number, stage in by_hand(run).items()}
+    tags |= {number: f"{key}/{journal.submission}/{name}" for number, name in journal.names.items()} if journal else {}
     jobs = (dataclasses.replace(job, comment=tags.get(job.id, job.comment)) for job in queue.jobs().values())
     ours = (job for job in jobs if job.comment.startswith(f"{key}/") and not job.ended)
     return sorted(ours, key=lambda job: int(job.id))

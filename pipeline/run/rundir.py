@@ -334,7 +334,12 @@ class RunDir:
     def held(self) -> Iterator[None]:
         """Hold the run for one runner. InUseError names the process that holds it already."""
         path = self.path / "lock"
-        descriptor = plain(path, os.O_RDWR | os.O_CREAT)
+        try:
+            descriptor = plain(path, os.O_RDWR | os.O_CREAT)
+        except PermissionError:
+            raise ConfigError(
+                f"{self.path}: you may not change this run; its owner can (--share group lets others)"
+            ) from None
         try:
             try:
                 fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))

@@ -6,18 +6,16 @@ and ``submit`` say what it says.
 
 from __future__ import annotations
 
-import contextlib
-import re
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Required, TypedDict, cast
 
-from data_prep.publish import open_plain
 from pipeline.errors import RESTART_CODES
 from pipeline.run.chain import Chain
 from pipeline.run.files import now
-from pipeline.run.incidents import lost_nodes
-from pipeline.run.journal import Journal, SentJob
+from pipeline.run.joblog import ends, first_error
+from pipeline.run.journal import Journal, SentJob, by_hand
 from pipeline.run.rundir import Attempt, RunDir
 from pipeline.words import in_short, is_number, visible
 from slurm import queue
@@ -29,6 +27,7 @@ State = Literal["todo", "waiting", "running", "done", "failed", "cancelled", "un
 Holder = Literal["nobody", "silent", "ended", "cancelled", "runner", "queued", "behind", "job"]
 Left = Literal["nothing", "open", "stopped", "restart", "failed"]
 
+LIMITS = {"time_limit": "out of time", "gpu_hours": "out of GPU-hours"}
 TOLD = {"stopped": ("cancelled", "verdict"), "restart": ("failed", "verdict"), "failed": ("failed", "verdict")}
 RULE: Mapping[Holder, Mapping[str, tuple[str, str]]] = {
     # what holds the stage: what its last attempt left → (state, what the reason is made of)
@@ -80,16 +79,23 @@ class Sent:
 
     @classmethod
     def of(cls, run: RunDir) -> Sent | None:
-        """None for a run that was never sent."""
-        journal = Journal.read(run)
-        if journal is None:
+        """None for a run that was never sent, and that no job sent by hand is at either."""
+        journal, extra = Journal.read(run), by_hand(run)
+        if journal is None and not extra:
             return None
-        ids = [job.id for job in journal.jobs if job.id]
+        sent = journal or Journal(submission="by-hand", state="released", jobs=())
+        ids = [job.id for job in sent.jobs if job.id]
+        silent, known = "", {}
         try:
-            known = queue.jobs(ids)
-            return cls(journal, {**queue.accounted(one for one in ids if one not in known), **known})
+            known = queue.jobs([*ids, *extra])
+            known = {**queue.accounted(one for one in ids if one not in known), **known}
+            extra = {job: at for job, at in extra.items() if job in known and not known[job].ended}
         except SlurmError as error:
-            return cls(journal, {}, str(error))
+            silent = str(error)
+        if journal is None and not extra:
+            return None
+        more = (SentJob(name=at, stages=(at,), needs=(), held_by_us=False, id=job) for job, at in extra.items())
+        return cls(dataclasses.replace(sent, jobs=(*sent.jobs, *more)), known, silent)
 
     def job_of(self, stage: str) -> SentJob | None:
         """The job that was sent for a stage; None where Slurm never took one."""
@@ -175,7 +181,7 @@ class Look:
             elif verdict:
                 row["reason"] += f": {verdict.get('line')}"
             elif not self.began(sent):
-                row["reason"] += first_error(self.chain.run, sent.id)
+                row["reason"] += first_error(self.chain.run.path, sent.id)
         elif job and reason == "start":
             again = f"{history(attempts, job.id)}; " if attempts else ""
             row["reason"] = again + ("starts" if job.state == "RUNNING" else in_words(job))
@@ -247,17 +253,6 @@ def over(run: RunDir, job: str) -> str:
     return visible(f"exit {words[0]}: {words[1]}") if words else ""
 
 
-def first_error(run: RunDir, job: str) -> str:
-    """What the log of a job that came to no attempt says first of an error, and where that log is; else empty."""
-    for path in (run.path / "logs").glob(f"*-{job}.out"):
-        with contextlib.suppress(OSError), open_plain(path) as file:
-            lines = [line.strip() for line in file.read(1 << 16).decode(errors="replace").splitlines() if line.strip()]
-            wrong = [line for line in lines if re.search("error|no such file|not found|denied", line, re.IGNORECASE)]
-            wrong = [line for line in wrong if "Exited with exit code" not in line] or wrong  # srun's echo of a rank
-            return visible(f": {(wrong or lines)[0][:200]} ({path})") if lines else ""
-    return ""
-
-
 def queued(job: queue.QueuedJob, attempts: Sequence[Attempt], names: Mapping[str, str]) -> dict[str, Any]:
     """Of a job in the queue: how its attempts ended, what it waits for, and when Slurm means to start it."""
     again = f"{history(attempts, job.id)}; " if attempts else ""
@@ -294,19 +289,23 @@ def progress(chain: Chain, name: str, attempts: Sequence[Attempt]) -> dict[str, 
 def history(attempts: Sequence[Attempt], job: str) -> str:
     """How the attempts of a stage ended, in the order of first mention: "preempted twice, lost a rank".
 
-    A job that was cancelled never comes back: what was stopped and is ``job`` again was preempted.
+    A job that was cancelled never comes back: what was stopped and is ``job`` again, and nothing else is known of it,
+    was preempted.
     """
     counts: dict[str, int] = {}
-    lost_in = {each: lost_nodes(attempts[0].path.parents[3], each) for each in {one.job_id for one in attempts}}
+    told = {each: ends(attempts[0].path.parents[3], each) for each in {one.job_id for one in attempts}}
     for attempt in attempts:
         ended = attempt.verdict or {"code": None, "cause": None}
-        out_of = {"time_limit": "out of time", "gpu_hours": "out of GPU-hours"}
-        asked = out_of.get(ended["cause"], "preempted" if attempt.job_id == job else "stopped")
-        lost = "ran out of memory" if ended["cause"] == "memory" else "lost a rank"
+        code, cause = ended["code"], ended["cause"]
+        asked = "preempted" if attempt.job_id == job else "stopped"
+        lost = "ran out of memory" if cause == "memory" else "lost a rank"
         words = {75: asked, 76: lost, 77: "met a bad node", 130: "interrupted", None: "killed"}
-        word = words.get(ended["code"], f"failed with code {ended['code']}")
-        if node := lost_in[attempt.job_id].get(str(attempt.owner.get("restart", 0))):
-            word = f"lost node {node}"
+        word = words.get(code, f"failed with code {code}")
+        end = told[attempt.job_id].get(str(attempt.owner.get("restart", 0)))
+        if end and (end.node or (end.words and code in (75, 76, None))):
+            word = end.words
+        if cause in LIMITS:
+            word = LIMITS[cause]
         word = "lost its batch script" if attempt.lost_script else word
         counts[word] = counts.get(word, 0) + 1
     often = {1: "", 2: " twice"}

@@ -16,16 +16,26 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
 
 
 def test_preempted_and_resumed_by_itself(slurm, prepared, reference, tmp_path) -> None:
-    """A job of higher priority takes all nodes: nothing trained is lost, and the weights are the same."""
+    """A job of higher priority takes all nodes: nothing trained is lost, and the weights are the same.
+
+    So it is after somebody's signal and after a requeue by hand, and status tells the three apart.
+    """
     job = sent(prepared, "--nodes", 2, "--stages", "phase1")["pretrain"]
     slurm.wait(lambda: len(metrics(prepared, 1)) >= 20, "phase 1 trains", 60)
     slurm.sbatch("sleep 2", tmp_path, "--partition=high", "--nodes=4", "--exclusive")
     slurm.wait_state(job, "PENDING", limit_s=40)
     assert states(prepared)["phase1"] == "waiting"
+    assert "preempted; " in call("status", prepared).stdout
+    for attempt, stop in ((2, ("scancel", "--signal=TERM")), (3, ("scontrol", "requeue"))):
+        slurm.wait(lambda n=attempt: len(metrics(prepared, n)) >= 20, f"attempt {attempt} trains", 60)
+        slurm.call(*stop, job)
+    slurm.wait(lambda: metrics(prepared, 4), "attempt 4 trains", 60)
+    assert "preempted, stopped by a signal, requeued by hand, " in call("status", prepared).stdout
     wait_done(slurm, prepared, job)
-    steps = metrics(prepared, 1)[-1]["step"]
-    assert steps < 400
-    assert resumed_at(prepared, 2) == steps
+    for attempt in (1, 2, 3):
+        steps = metrics(prepared, attempt)[-1]["step"]
+        assert steps < 400
+        assert resumed_at(prepared, attempt + 1) == steps
     assert digests(prepared)[LAST] == digests(reference)[LAST]
 
 

@@ -347,6 +347,41 @@ def test_a_lost_node_is_named(run):
     assert incidents(run.events) == ["phase1, attempt 1: node n2 was lost", "phase1, attempt 2: node n3 was lost"]
 
 
+ON = "attempt {}: on n[1-2], this script on n1\n"
+HAND = " DUE TO JOB REQUEUE"
+
+
+def by_slurm(what: str, why: str) -> str:
+    return f"slurmstepd-n1: error: *** {what} 7 ON n1 CANCELLED AT 2026-11-28T10:48:22{why} ***\n"
+
+
+@pytest.mark.parametrize(
+    ("log", "code", "cause", "words"),
+    [
+        (by_slurm("JOB", " DUE TO PREEMPTION"), 75, None, "preempted"),
+        (by_slurm("STEP", " DUE TO PREEMPTION"), None, None, "preempted"),
+        ("attempt 0: code 75, preempted, requeued\n" + by_slurm("JOB", HAND), 75, None, "preempted"),
+        (by_slurm("JOB", HAND), 75, None, "requeued by hand"),
+        (by_slurm("JOB", HAND), None, None, "requeued by hand"),
+        ("attempt 0: code 75, requeued\n" + by_slurm("JOB", HAND), 75, None, "stopped by a signal"),
+        ("attempt 0: code 75, requeued\n", 75, "time_limit", "out of time"),
+        (by_slurm("JOB", " DUE TO TIME LIMIT"), None, None, "out of time"),
+        ("attempt 0: code 76, requeued\n" + by_slurm("JOB", HAND), 76, None, "lost a rank"),
+        (by_slurm("STEP", ""), 77, None, "met a bad node"),
+        (by_slurm("STEP", ""), None, None, "killed"),
+    ],
+)  # fmt: skip
+def test_how_an_attempt_ended_in_the_words_of_its_log(run, log, code, cause, words):
+    """Seen on a real Slurm; the line of its own requeue follows that of a script which asked for it."""
+    (run.path / "logs").mkdir()
+    (run.path / "logs/pretrain-7.out").write_text(ON.format(0) + log + ON.format(1))
+    attempt = run.stage("phase1").new_attempt("7-0-0", job_id="7", restart=0)
+    if code:
+        attempt.write_verdict(code, "asked", 0, cause)
+    run.stage("phase1").new_attempt("7-1-0", job_id="7", restart=1)
+    assert phase1(run, sent_as(QueuedJob(id="7", state="RUNNING")))["reason"] == f"{words}, attempt 2"
+
+
 def test_log_of_the_newest_attempt(run, capsys):
     for number in (1, 2):
         run.stage("extract").new_attempt("x").log.write_text(f"attempt {number}\n")
