@@ -73,7 +73,7 @@ def measured(folder: Path, attempts: int) -> Iterator[Row]:
     seconds, fewer = (min(costs("pipeline.plan", *words, each)[0] for _ in range(LOOKS)) for each in numbers)
     yield {"what": f"plan of {PLANNED:,} numbers of nodes", "unit": "s", "value": seconds, "bar": PLAN_S,
            "control": fewer}  # fmt: skip
-    size = sum(file.stat().st_size for file in large.glob("stages/*/gpu/*")) / 1e6
+    size = sum(file.stat().st_size for file in large.glob("gpu/*")) / 1e6
     unfolded = len(json.dumps(reading(random.Random(0), 0.0))) * WEEK_S * NODES * GPUS / 1e6
     yield {"what": "GPU samples of a week", "unit": "MB", "value": size, "bar": SAMPLES_MB, "control": unfolded}
 
@@ -121,7 +121,7 @@ def invent(path: Path, attempts: int) -> None:
         (folder.path / "stage.json").write_text(json.dumps(chain.record(name)))
         ends = [round(number * steps / count) for number in range(count + 1)]
         step_s = WEEK_S / len(recipe.phases) / steps
-        gpus = Gpus(folder.path)
+        gpus = Gpus(chain.run.path, name, began)
         for first, last in itertools.pairwise(ends):
             attempt = folder.new_attempt(f"123456.{first}")
             began = fill(chain, attempt, name, (first, last), began, step_s, stopped=last < steps)
@@ -160,19 +160,22 @@ def fill(
 class Gpus:
     """The samples of all GPUs of a stage: the windows of one, written for each under its own name."""
 
-    def __init__(self, stage: Path) -> None:
-        self.folder, self.began, self.draw = stage / "gpu", 0.0, random.Random(0)
-        self.folder.mkdir()
+    def __init__(self, run: Path, stage: str, began: float) -> None:
+        self.folder, self.stage, self.began, self.draw = run / "gpu", stage, began, random.Random(0)
+        self.folder.mkdir(exist_ok=True)
 
     def sample(self, attempt: int, began: float, ended: float) -> None:
         """What an attempt adds to ``gpu/NODE.jsonl``, read once a second from ``began`` to ``ended``."""
-        self.began = self.began or began
-        fold, windows = Fold(age_s=began - self.began), []
+        fold, windows, which = (
+            Fold(age_s=began - self.began),
+            [],
+            {"stage": self.stage, "begun": self.began, "attempt": attempt},
+        )
         for second in range(round(ended - began)):
             if (window := fold.add(float(second), reading(self.draw, float(second)))) is not None:
-                windows.append({"time": round(began + second, 3), "attempt": attempt, **window})
+                windows.append({"time": round(began + second, 3), **which, **window})
         if (window := fold.close()) is not None:
-            windows.append({"time": round(ended, 3), "attempt": attempt, **window})
+            windows.append({"time": round(ended, 3), **which, **window})
         for node in range(NODES):
             own = [
                 {"gpu": gpu, "uuid": f"GPU-{node:08x}-1234-5678-9abc-{gpu:012x}", "name": "NVIDIA A100-SXM4-80GB"}

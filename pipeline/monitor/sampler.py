@@ -29,8 +29,8 @@ NOT_SAMPLED = ("remap_pending", "remap_failed", "recovery_action")
 class Sampler:
     """Writes one line per GPU and window to ``folder/NODE.jsonl`` and judges what it reads, in daemon threads.
 
-    A GPU is read every ``interval_s``; the windows (`Fold`) grow with the age of the stage, ``age_s`` at the start.
-    The file is the stage's: each line has the number of the attempt, one of ``labels`` (stage, attempt, node).
+    A GPU is read every ``interval_s``; the windows (`Fold`) grow with the age of the stage, ``begun`` in Unix time.
+    The file is the run's: each line has stage and attempt, of ``labels`` (stage, attempt, node), and ``begun``.
     ``say`` gets a line about the monitoring itself (no driver), each at most once. ``on_warning(line, facts)`` gets
     each new finding once, ``on_fatal(line)`` the first fatal one, whose facts are then in ``fatal``; facts are stage,
     attempt, node, gpu, uuid, verdict and line. All are called from the sampler's threads. Nothing here raises, and no
@@ -46,10 +46,10 @@ class Sampler:
         on_warning: Callable[[str, dict[str, Any]], None],
         on_fatal: Callable[[str], None],
         interval_s: float = 1.0,
-        age_s: float = 0.0,
+        begun: float,
     ) -> None:
         self.fatal: dict[str, Any] | None = None
-        self._folder, self._labels, self._interval_s, self._age_s = folder, dict(labels), interval_s, age_s
+        self._folder, self._labels, self._interval_s, self._begun_at = folder, dict(labels), interval_s, begun
         self._node = str(labels["node"])
         self._say, self._on_warning, self._on_fatal = say, on_warning, on_fatal
         self._told: set[str] = set()
@@ -58,6 +58,7 @@ class Sampler:
         self._lines: deque[str] = deque(maxlen=100_000)  # a bound should the file system hang for hours
         self._asked: dict[int, float] = {}  # when the driver was asked about a GPU and has not answered yet
         self._uuids: dict[int, str] = {}
+        self._unsaid: dict[int, str] = {}  # UUIDs that no line has yet
         self._main = self._thread(self._run)
         self._writable, self._begun = True, False
 
@@ -128,9 +129,9 @@ class Sampler:
             unread = Finding("not sampled", "warn", f"is not sampled: {health.RETURN_CODES[fault.code][1]}")
             self._judge(index, health.of_code(fault.code) or [unread])
             return
-        self._uuids[index] = gpu.uuid
+        self._uuids[index] = self._unsaid[index] = gpu.uuid
         before: dict[str, Any] = {}
-        fold, now = Fold(self._age_s), time.time()
+        fold, now = Fold(max(0.0, time.time() - self._begun_at)), time.time()
         while not self._stopping.is_set():
             now = time.time()
             started = self._asked[index] = time.monotonic()
@@ -148,8 +149,10 @@ class Sampler:
     def _keep(self, now: float, gpu: nvml.Gpu, window: dict[str, Any] | None) -> None:
         """Have a window written, where there is one."""
         if window is not None:
-            head = {"time": round(now, 3), "attempt": self._labels["attempt"], "gpu": gpu.index}
-            which = {key: text for key, text in (("uuid", gpu.uuid), ("name", gpu.name)) if text}
+            head = {"time": round(now, 3), "stage": self._labels["stage"], "begun": self._begun_at}
+            head |= {"attempt": self._labels["attempt"], "gpu": gpu.index}
+            which = {"uuid": self._unsaid.pop(gpu.index, ""), "name": gpu.name}
+            which = {key: text for key, text in which.items() if text}
             self._lines.append(json.dumps({**head, **which, **window}, separators=(",", ":")) + "\n")
 
     def _judge(self, index: int, findings: list[Finding]) -> None:

@@ -30,6 +30,7 @@ from pipeline.node.device import too_large
 from pipeline.node.heartbeat import Beat
 from pipeline.node.job import Job
 from pipeline.node.preempt import STOP_SIGNALS
+from pipeline.run.gpu_samples import begun_at
 from slurm import verdict
 
 HANG_S = 45.0  # without a beat while working; or five times the longest honest pause, if that is more
@@ -157,6 +158,7 @@ def _gpus_watched(job: Job) -> Iterator[list[Facts]]:
     if job.topology.local_rank != 0:
         yield unfit
         return
+    begun = job.patiently(lambda: begun_at(job.run.stage(job.stage))) or time.time()
     labels: dict[str, str | int] = {"stage": job.stage, "attempt": job.attempt.number, "node": socket.gethostname()}
 
     def warn(line: str, facts: Facts) -> None:
@@ -166,10 +168,7 @@ def _gpus_watched(job: Job) -> Iterator[list[Facts]]:
     def end(line: str) -> None:
         unfit.append(sampler.fatal or {"line": line})
 
-    stage = job.run.stage(job.stage)
-    first = job.patiently(lambda: stage.attempts[0].owner)
-    age_s = max(0.0, time.time() - first.get("time", time.time()))
-    sampler = Sampler(stage.path / "gpu", labels, say=job.say, on_warning=warn, on_fatal=end, age_s=age_s)
+    sampler = Sampler(job.run.path / "gpu", labels, say=job.say, on_warning=warn, on_fatal=end, begun=begun)
     with sampler:
         yield unfit
 

@@ -1,14 +1,14 @@
-"""The GPU samples of a run (``stages/STAGE/gpu/NODE.jsonl``) brought down to what a page can show.
+"""The GPU samples of a run (``gpu/NODE.jsonl``) brought down to what a page can show.
 
 Read line by line: up to version 0.1, whose attempts had each a folder of their own for them, a day of 256 GPUs was
-gigabytes. Above ``MOST_BYTES`` only every k-th line is read.
+gigabytes; some runs have a folder for each stage. Above ``MOST_BYTES`` only every k-th line is read.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,11 @@ from typing import Any
 from data_prep.publish import open_plain
 from pipeline.run.files import lines_of, parsed
 from pipeline.run.incidents import short_host
-from pipeline.run.rundir import RunDir
+from pipeline.run.rundir import RunDir, StageDir
 from pipeline.words import is_number
 
+Line = dict[str, Any]
+Files = Sequence[tuple[Path, Line]]
 METRICS = ("utilization_pct", "memory_used_mb", "power_w", "temperature_c", "sm_clock_mhz")
 MOST_BINS = 240  # points of time that a chart shows
 MOST_BYTES = 50_000_000
@@ -130,26 +132,36 @@ class GpuSamples:
         return there[local_rank] if local_rank < len(there) else None
 
 
-def read(run: RunDir, stages: Iterable[str], most_bytes: int = MOST_BYTES) -> GpuSamples | None:
+def read(run: RunDir, stages: Collection[str], most_bytes: int = MOST_BYTES) -> GpuSamples | None:
     """The samples of the run's stages, in order; None when there are none."""
-    files = [(stage, path) for stage in stages for path in _files(run.stage(stage).path)]
-    size = sum(path.stat().st_size for _, path in files if path.exists())
+    files = [each for stage in stages for each in _older(run.stage(stage).path, stage)]
+    files += [(path, {}) for path in sorted(run.path.glob("gpu/*.jsonl"))]
+    begun = {stage: begun_at(run.stage(stage)) for stage in stages}
+    size = sum(path.stat().st_size for path, _ in files if path.exists())
     stride = next((step for step in STRIDES if size / step <= most_bytes), STRIDES[-1])
-    spans = _spans(files, stride)
-    return _folded(files, spans, stride) if spans else None
+    spans = _spans(files, begun, stride)
+    return _folded(files, begun, spans, stride) if spans else None
 
 
-def _files(stage: Path) -> list[Path]:
-    return [*sorted(stage.glob("attempts/*/gpu/*.jsonl")), *sorted(stage.glob("gpu/*.jsonl"))]
+def begun_at(stage: StageDir) -> float | None:
+    """Unix time of a stage's first attempt; None where that is not (yet) on record."""
+    times = [attempt.owner.get("time") for attempt in stage.attempts[:1]]
+    return times[0] if times and is_number(times[0]) else None
 
 
-def _spans(files: list[tuple[str, Path]], stride: int) -> dict[tuple[str, int], Span]:
+def _older(stage: Path, name: str) -> list[tuple[Path, Line]]:
+    """Files of a stage alone, or of one attempt, with what their place says of every line."""
+    ours = [(path, {"stage": name}) for path in sorted(stage.glob("gpu/*.jsonl"))]
+    numbered = sorted(stage.glob("attempts/[0-9]*/gpu/*.jsonl"))
+    return [*((path, {"stage": name, "attempt": int(path.parts[-3])}) for path in numbered), *ours]
+
+
+def _spans(files: Files, begun: Mapping[str, float | None], stride: int) -> dict[tuple[str, int], Span]:
     """Each attempt that was sampled, by stage and number, laid behind the one before it."""
-    ends: dict[str, dict[int, tuple[float, float]]] = {stage: {} for stage, _ in files}
-    for number, (stage, path) in enumerate(files):
-        for line in filter(None, _lines(path, number % stride, stride)):
-            began, ended = ends[stage].get(line["attempt"], (line["time"], line["time"]))
-            ends[stage][line["attempt"]] = min(began, line["time"]), max(ended, line["time"])
+    ends: dict[str, dict[int, tuple[float, float]]] = {stage: {} for stage in begun}
+    for line in filter(None, _lines(files, begun, stride)):
+        began, ended = ends[line["stage"]].get(line["attempt"], (line["time"], line["time"]))
+        ends[line["stage"]][line["attempt"]] = min(began, line["time"]), max(ended, line["time"])
     spans: dict[tuple[str, int], Span] = {}
     offset = 0.0
     for stage, attempts in ends.items():
@@ -159,43 +171,46 @@ def _spans(files: list[tuple[str, Path]], stride: int) -> dict[tuple[str, int], 
     return spans
 
 
-def _folded(files: list[tuple[str, Path]], spans: dict[tuple[str, int], Span], stride: int) -> GpuSamples:
+def _folded(
+    files: Files, begun: Mapping[str, float | None], spans: dict[tuple[str, int], Span], stride: int
+) -> GpuSamples:
     """Every ``stride``-th line of the files, folded into the GPUs that they tell of."""
     length = sum(span.ended - span.began for span in spans.values())
     bins = max(1, min(MOST_BINS, int(length / stride)))
     gpus: dict[tuple[str, int], Gpu] = {}
     unread = 0
-    for number, (stage, path) in enumerate(files):
-        for line in _lines(path, number % stride, stride):
-            if line is None:
-                unread += 1
-                continue
-            span = spans.get((stage, line["attempt"]))
-            if span is None:  # written since
-                continue
-            key = (short_host(line.get("node", path.stem)), line["gpu"])
-            gpu = gpus.setdefault(key, Gpu(*key, pause_s=max(PAUSE_S, 2.0 * stride)))
-            at = span.offset + min(max(line["time"], span.began), span.ended) - span.began
-            gpu.add({**line, "stage": stage}, stage, min(int(at / (length or 1) * bins), bins - 1))
+    for line in _lines(files, begun, stride):
+        if line is None:
+            unread += 1
+            continue
+        span = spans.get((line["stage"], line["attempt"]))
+        if span is None:  # written since
+            continue
+        key = (short_host(line["node"]), line["gpu"])
+        gpu = gpus.setdefault(key, Gpu(*key, pause_s=max(PAUSE_S, 2.0 * stride)))
+        at = span.offset + min(max(line["time"], span.began), span.ended) - span.began
+        gpu.add(line, line["stage"], min(int(at / (length or 1) * bins), bins - 1))
     return GpuSamples([*spans.values()], [gpus[key] for key in sorted(gpus)], bins, unread, stride)
 
 
-def _lines(path: Path, first: int, stride: int) -> Iterator[dict[str, Any] | None]:
-    """The objects of every ``stride``-th line from ``first`` on, all with time, GPU and attempt; None: a damaged one.
+def _lines(files: Files, begun: Mapping[str, float | None], stride: int) -> Iterator[Line | None]:
+    """The objects of every ``stride``-th line of the stages, with stage, attempt, time and GPU; None: a damaged one.
 
-    Each file begins elsewhere: those of nodes at the same work are alike line by line.
+    Each file begins elsewhere: those of nodes at the same work are alike line by line. ``begun`` tells lines of a stage
+    from those of one that was moved aside, whose attempts have the same numbers.
     """
-    folder = path.parent.parent.name  # of an attempt, up to version 0.1
-    number = int(folder) if folder.isdecimal() else None
-    try:
-        with open_plain(path, MOST_FILE_BYTES) as file:
-            for raw in itertools.islice(lines_of(file), first, None, stride):
-                line = parsed(raw) or {}
-                attempt = number if number is not None else line.get("attempt")
-                whole = is_number(line.get("time")) and type(line.get("gpu")) is type(attempt) is int
-                yield {**line, "attempt": attempt} if whole else None
-    except OSError:
-        yield None
+    for number, (path, told) in enumerate(files):
+        try:
+            with open_plain(path, MOST_FILE_BYTES) as file:
+                for raw in itertools.islice(lines_of(file), number % stride, None, stride):
+                    line = {"node": path.stem, **(parsed(raw) or {}), **told}
+                    whole = is_number(line.get("time")) and type(line.get("gpu")) is type(line.get("attempt")) is int
+                    if not whole or not isinstance(line.get("stage"), str):
+                        yield None
+                    elif line["stage"] in begun and line.get("begun", begun[line["stage"]]) == begun[line["stage"]]:
+                        yield line
+        except OSError:
+            yield None
 
 
 def _list(value: Any) -> list[Any]:

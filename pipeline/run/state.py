@@ -295,8 +295,8 @@ def history(attempts: Sequence[Attempt], job: str) -> str:
     counts: dict[str, int] = {}
     told = {each: ends(attempts[0].path.parents[3], each) for each in {one.job_id for one in attempts}}
     for attempt in attempts:
-        ended = attempt.verdict or {"code": None, "cause": None}
-        code, cause = ended["code"], ended["cause"]
+        ended = attempt.verdict or {}
+        code, cause = ended.get("code"), ended.get("cause")
         asked = "preempted" if attempt.job_id == job else "stopped"
         lost = "ran out of memory" if cause == "memory" else "lost a rank"
         words = {75: asked, 76: lost, 77: "met a bad node", 130: "interrupted", None: "killed"}

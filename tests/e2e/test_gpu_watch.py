@@ -62,7 +62,7 @@ def test_a_lost_gpu_ends_the_attempt_with_77_and_loses_nothing(small_run, driver
     resumed = json.loads((attempt.with_name("0002") / "attempt.json").read_text())["resumed_from"]
     assert (resumed or {"step": 0})["step"] == max(steps, default=0)
     assert json.loads((run / "stages/phase1/done.json").read_text())["attempt"] == 2
-    samples = [json.loads(line) for line in (run / f"stages/phase1/gpu/{host}.jsonl").read_text().splitlines()]
+    samples = [json.loads(line) for line in (run / f"gpu/{host}.jsonl").read_text().splitlines()]
     assert {(line["gpu"], line["attempt"]) for line in samples} == {
         (gpu, number) for gpu in (0, 1) for number in (1, 2)
     }

@@ -35,7 +35,7 @@ class Watched:
             "on_fatal": self.fatal.append,
         }
         labels: dict[str, str | int] = {"stage": "phase1", "attempt": 3, "node": "n01"}
-        self.sampler = Sampler(folder, labels, **(told | callbacks), interval_s=interval_s)
+        self.sampler = Sampler(folder, labels, **(told | callbacks), interval_s=interval_s, begun=time.time())
 
     def lines(self, gpu: int = 0) -> list[dict[str, Any]]:
         """Complete lines of one GPU."""

@@ -19,7 +19,7 @@ import pytest
 from pipeline.monitor import health
 
 FIELDS = {
-    "time", "attempt", "gpu", "uuid", "name", "utilization_pct", "memory_used_mb",
+    "time", "stage", "begun", "attempt", "gpu", "name", "utilization_pct", "memory_used_mb",
     "memory_total_mb", "power_w", "energy_j", "temperature_c", "sm_clock_mhz", "memory_clock_mhz", "throttle",
     "ecc_corrected", "ecc_uncorrected", "xid",
 }  # fmt: skip
@@ -79,10 +79,12 @@ def test_a_line_has_the_fields_of_the_contract(driver: Path, tmp_path: Path) -> 
     assert told(found) == QUIET
     assert not found["torch"]
     for line in found["lines"]:
-        assert set(line) == FIELDS
-    first = {key: value for key, value in found["lines"][0].items() if key != "time"}
+        assert set(line) - {"uuid"} == FIELDS
+    uuids = {gpu: [line.get("uuid") for line in found["lines"] if line["gpu"] == gpu] for gpu in (0, 1)}
+    assert [(known[0], set(known[1:])) for known in uuids.values()] == [(uuid, {None}) for uuid in UUIDS]
+    first = {key: value for key, value in found["lines"][0].items() if key not in ("time", "begun")}
     assert first == {
-        "attempt": 3, "gpu": 0, "uuid": UUIDS[0],
+        "stage": "phase1", "attempt": 3, "gpu": 0, "uuid": UUIDS[0],
         "name": "NVIDIA Fake 100", "utilization_pct": 97, "memory_used_mb": 40960, "memory_total_mb": 81920,
         "power_w": 412.5, "energy_j": 1234567.0, "temperature_c": 61, "sm_clock_mhz": 1980, "memory_clock_mhz": 2619,
         "throttle": ["power cap"], "ecc_corrected": 3, "ecc_uncorrected": 0, "xid": [],
@@ -115,7 +117,7 @@ def test_every_return_code_at_every_moment(driver: Path, tmp_path: Path) -> None
             continue
         assert warned == ([(0, "warn")] if verdict == "warn" else []), case
         assert all(meaning in line for line in found["fatal"]), case
-        full = [line for line in lines if set(line) == FIELDS]
+        full = [line for line in lines if set(line) - {"uuid"} == FIELDS]
         assert len(full) == (2 if moment == "later" else 0), case
         assert code == health.GPU_IS_LOST or "power_w" not in lines[-1], case
 
@@ -175,14 +177,14 @@ def test_what_is_refused_or_unknown_is_left_out(driver: Path, tmp_path: Path) ->
 def test_an_old_driver_says_what_it_can(library: Callable[..., Path], tmp_path: Path) -> None:
     found = child(library("-DOLD"), "contract", tmp_path)
     assert told(found) == QUIET
-    assert all(set(line) == FIELDS - {"energy_j", "xid"} for line in found["lines"])
+    assert all(set(line) - {"uuid"} == FIELDS - {"energy_j", "xid"} for line in found["lines"])
     assert found["lines"][0]["throttle"] == ["power cap"]
 
 
 def test_functions_that_pynvml_lacks_are_done_without(driver: Path, tmp_path: Path) -> None:
     found = child(driver, "shrunk_package", tmp_path)
     assert told(found) == QUIET
-    assert all(set(line) == FIELDS - {"power_w"} for line in found["lines"])
+    assert all(set(line) - {"uuid"} == FIELDS - {"power_w"} for line in found["lines"])
 
 
 def test_states_are_told_once_and_only_new_ones_are_fatal(driver: Path, tmp_path: Path) -> None:

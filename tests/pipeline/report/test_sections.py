@@ -20,7 +20,7 @@ from pipeline.report.render import render
 from pipeline.run import gpu_samples
 from pipeline.run.account import PARTS
 from pipeline.run.chain import Chain
-from pipeline.run.rundir import Attempt
+from pipeline.run.rundir import Attempt, StageDir
 from support.reporting import HOSTILE, begin, finish, finished_run, page_of, start, train
 
 BEGAN = 1_000_000.0
@@ -94,13 +94,14 @@ def test_a_run_that_has_not_begun_says_so(tmp_path):
 
 def sample(attempt: Attempt, node: str, gpus: int, seconds: int, began: float = BEGAN, **more: object) -> None:
     """GPU i of a node at 300 + i watts, one line a second; ``more`` for GPU 1."""
-    folder = attempt.path.parents[1] / "gpu"
+    stage, folder = attempt.path.parents[1], attempt.path.parents[3] / "gpu"
     folder.mkdir(exist_ok=True)
+    which = {"stage": stage.name, "begun": gpu_samples.begun_at(StageDir(stage)), "attempt": attempt.number}
     with (folder / f"{node.replace('/', '')[:40]}.jsonl").open("a") as file:
         for second in range(seconds + 1):
             for gpu in range(gpus):
                 line = {"time": began + second, "node": node, "gpu": gpu, "uuid": f"GPU-{gpu}", "name": "Example 80GB"}
-                line |= {"attempt": attempt.number}
+                line |= which
                 line |= {"utilization_pct": 90 + gpu, "memory_used_mb": 40_000, "power_w": 300 + gpu}
                 line |= {"energy_j": 5e6 + second * (300 + gpu), "temperature_c": 60, "sm_clock_mhz": 1410}
                 line |= {"throttle": ["software power cap"] if second % 2 else [], "xid": []}
@@ -127,7 +128,7 @@ def test_energy_without_a_counter_comes_from_power_and_a_new_driver_counts_anew(
     chain = begin(tmp_path / "run")
     attempt = start(chain, "phase1")
     sample(attempt, "node1", 2, 60, energy_j=None)
-    path = attempt.path.parents[1] / "gpu" / "node1.jsonl"
+    path = chain.run.path / "gpu/node1.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     for line in lines:
         if line["gpu"] == 0 and line["time"] >= BEGAN + 30:
@@ -174,16 +175,21 @@ def test_up_to_eight_gpus_have_a_line_each_and_more_a_band():
     assert flagged.points == series["node1 GPU 3"]
 
 
-@pytest.mark.parametrize("where", ["the stage", "each attempt"])
+@pytest.mark.parametrize("where", ["the run", "each stage", "each attempt"])
 def test_attempts_are_laid_end_to_end(tmp_path, where):
     chain = begin(tmp_path / "run")
     sample(start(chain, "phase1"), "node1", 1, 100)
     sample(start(chain, "phase1"), "node2", 1, 60, began=BEGAN + 90_000)
-    if where == "each attempt":  # as up to version 0.1
-        for path, attempt in zip(sorted((chain.run.stage("phase1").path / "gpu").iterdir()), (1, 2), strict=True):
-            folder = chain.run.stage("phase1").path / "attempts" / f"{attempt:04d}" / "gpu"
-            folder.mkdir()
-            path.rename(folder / path.name)
+    for number, path in enumerate(sorted((chain.run.path / "gpu").iterdir()), start=1):
+        stage = chain.run.stage("phase1").path  # up to version 0.1 each attempt had a folder, then each stage
+        folder = {"each stage": stage / "gpu", "each attempt": stage / f"attempts/{number:04d}/gpu"}.get(where)
+        if folder:
+            folder.mkdir(exist_ok=True)
+            lines = [json.loads(line) for line in path.read_text().splitlines()]
+            drop = ("stage", "begun", "attempt") if where == "each attempt" else ("stage", "begun")
+            lines = [{key: line[key] for key in line if key not in drop} for line in lines]
+            (folder / path.name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+            path.unlink()
     found = gpu_samples.read(chain.run, ["extract", "phase1"])
     assert found is not None
     assert [(span.attempt, span.offset) for span in found.spans] == [(1, 0.0), (2, 100.0)]
@@ -192,12 +198,25 @@ def test_attempts_are_laid_end_to_end(tmp_path, where):
     assert (first[0], first[-1], second[0], second[-1]) == (0, 100, 100, 159)
 
 
+def test_samples_of_a_stage_that_was_made_again_are_not_its_own(tmp_path):
+    chain = begin(tmp_path / "run")
+    sample(start(chain, "phase1"), "node1", 1, 100)
+    chain.run.stage("phase1").move_aside()
+    again = start(chain, "phase1")
+    sample(again, "node1", 1, 60, began=BEGAN + 1000)
+    sample(start(chain, "phase2"), "node1", 1, 60, began=BEGAN + 2000)
+    found = gpu_samples.read(chain.run, ["phase1"])
+    assert found is not None
+    assert [(span.attempt, span.began - BEGAN) for span in found.spans] == [(1, 1000)]
+    assert (found.gpus[0].samples, found.unread) == (61, 0)
+
+
 @pytest.mark.slow
 def test_much_is_read_in_strides_that_meet_every_gpu(tmp_path):
     chain = begin(tmp_path / "run")
     attempt = start(chain, "phase1")
     sample(attempt, "node1", 8, 3000)
-    size = (attempt.path.parents[1] / "gpu" / "node1.jsonl").stat().st_size
+    size = (chain.run.path / "gpu/node1.jsonl").stat().st_size
     whole, part = (gpu_samples.read(chain.run, ["phase1"], most_bytes=limit) for limit in (size, size // 10))
     assert whole is not None
     assert part is not None

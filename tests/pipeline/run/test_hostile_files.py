@@ -35,7 +35,7 @@ PHASE = "stages/phase1"
 FILES = (
     *("run.json", "events.jsonl", "jobs.json", "lock", f"{PHASE}/stage.json", f"{PHASE}/done.json"),
     *(f"{PHASE}/attempts/0001/{name}" for name in ("owner.json", "attempt.json", "verdict.json", "metrics.jsonl")),
-    *(f"{PHASE}/gpu/n1.jsonl", "stages/phase2/attempts/0001/verdict.json", "stages/squad/scores.json"),
+    *("gpu/n1.jsonl", "stages/phase2/attempts/0001/verdict.json", "stages/squad/scores.json"),
     *("stages/squad/done.json", "stages/phase2/attempts/0001/metrics.jsonl", "cancel"),
 )
 TALL = 200_000
@@ -113,7 +113,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     first = start(chain, "phase1")
     train(first, "phase1", 1, 50, None, 400)
     first.write_verdict(75, "asked to stop", 0)
-    samples = chain.run.stage("phase1").path / "gpu"
+    samples = chain.run.path / "gpu"
     samples.mkdir()
     sample = {"job": "1", "stage": "phase1", "attempt": 1, "node": "n1", "gpu": 0, "uuid": "u", "name": "H100"}
     figures = {"utilization_pct": 50, "power_w": 100.5, "energy_j": 1.0, "throttle": ["power"], "xid": [79]}
@@ -207,7 +207,7 @@ def test_nothing_is_written_through_a_link(tmp_path: Path, monkeypatch: pytest.M
     stacks = open(precious, "rb")  # noqa: SIM115
     watch = Watch(job, os.getpid(), stacks, [])
     monkeypatch.setattr(os, "kill", lambda pid, number: None)
-    sampler = Sampler(run.stage("phase1").path, {"node": "n"}, say=print, on_warning=print, on_fatal=print)
+    sampler = Sampler(run.path / "gpu", {"node": "n"}, say=print, on_warning=print, on_fatal=print, begun=0.0)
     sampler._lines.append("{}\n")
     samples = SampleSet(8, 9, "", 1, {}, (ShardFile(precious, 1, 1, 9, file_sha256(precious)),), "")
     writers: dict[str, Callable[[], object]] = {
@@ -217,12 +217,13 @@ def test_nothing_is_written_through_a_link(tmp_path: Path, monkeypatch: pytest.M
         f"{PHASE}/attempts/0001/log.txt": lambda: job.say("$(touch x)"),
         f"{PHASE}/attempts/0001/stacks.txt": watch._keep_stacks,
         f"{PHASE}/attempts/0001/verdict.json": lambda: attempt.write_verdict(1, "x", 0),
-        f"{PHASE}/n.jsonl": sampler._write,
+        "gpu/n.jsonl": sampler._write,
         f"{PHASE}/attempts/0001/precious.json": lambda: verify_share(samples, attempt.path),
         "jobs/local-x.tries": lambda: begin_try("x", run.path / "jobs/local-x.tries"),
         "run.json": lambda: publish_json(run.path / "run.json", {}),
     }
-    (run.path / "jobs").mkdir()
+    for name in ("jobs", "gpu"):
+        (run.path / name).mkdir()
     for name, write in writers.items():
         for target in (precious, tmp_path / "new"):
             (run.path / name).unlink(missing_ok=True)
