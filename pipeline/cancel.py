@@ -9,7 +9,7 @@ from data_prep.publish import publish_text
 from pipeline.errors import ConfigError, run_command
 from pipeline.run.family import runs_of
 from pipeline.run.files import as_shared
-from pipeline.run.journal import Journal, live_jobs, name_of
+from pipeline.run.journal import Journal, by_hand, live_jobs, name_of
 from pipeline.run.rundir import RunDir
 from slurm import queue
 
@@ -31,7 +31,7 @@ def cancel(run: RunDir, stage: str | None) -> None:
     if runner == "local" and run.is_held():
         publish_text(run.cancel_request, "")
         print(f"{run.path}: asked to stop; it saves first, then ends")
-    elif Journal.path(run).exists() or runner == "slurm":
+    elif Journal.path(run).exists() or runner == "slurm" or by_hand(run):
         with run.held():  # not while a submit is sending
             cancel_jobs(run, stage)
     else:

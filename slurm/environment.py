@@ -7,10 +7,10 @@ import re
 import socket
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
-
-from slurm.script import JOB_SH
+from pathlib import Path
 
 KEPT = ("SLURM_CONF", "SLURM_JWT", "SLURM_SACK_SOCKET")
+JOB_SH = Path(__file__).with_name("job.sh").read_text(encoding="utf-8")
 FOREIGN = re.search(r"^foreign='(.*?)'$", JOB_SH, re.DOTALL | re.MULTILINE)[1].split()  # type: ignore[index]
 OF_SLURM = ("SLURM*", "SBATCH_*")
 

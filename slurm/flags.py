@@ -5,13 +5,12 @@ Where a value comes from: flag > SBATCH_* environment > profile. ``flags.csv`` i
 
 from __future__ import annotations
 
-import csv
 import difflib
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
+from slurm import rows_of
 from slurm.errors import FlagError
 
 
@@ -28,12 +27,6 @@ class Option:
     argument: str
     scope: str
     variable: str
-
-
-def rows_of(table: str) -> list[dict[str, str]]:
-    """The rows of a CSV file of this package."""
-    with Path(__file__).with_name(table).open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
 
 
 # options of which sbatch takes one: the one of the stronger source removes the others

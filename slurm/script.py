@@ -10,14 +10,12 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
+from slurm.environment import JOB_SH
 from slurm.errors import FlagError
 from slurm.flags import Setting, check_text
 from slurm.header import header, header_line, path_pattern
 from slurm.resources import Resources
-
-JOB_SH = Path(__file__).with_name("job.sh").read_text(encoding="utf-8")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,12 +6,11 @@ import re
 from collections.abc import Mapping
 from datetime import datetime
 
-from slurm.flags import rows_of
+from slurm import rows_of
 from slurm.queue import QueuedJob
 
-STATES, REASONS = (
-    {row["name"]: row["words"] for row in rows_of("states.csv") if row["kind"] == kind} for kind in ("state", "reason")
-)
+ROWS = rows_of("states.csv")
+STATES, REASONS = ({row["name"]: row["words"] for row in ROWS if row["kind"] == kind} for kind in ("state", "reason"))
 LIMIT = re.compile(r"(?P<whose>QOS|Assoc)(?P<scope>Grp|Max)(?P<what>\w+?)(?P<per>Per\w+|Limit)?$")
 
 

@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from data_prep.publish import publish_json
 from pipeline.config import restore
@@ -14,7 +15,9 @@ from pipeline.errors import RESTART_CODES, InUseError
 from pipeline.run.files import read_json
 from pipeline.run.rundir import RunDir
 from slurm import queue, states
-from slurm.submission import JobPlan
+
+if TYPE_CHECKING:
+    from slurm.submission import JobPlan
 
 OLD_NAMES = {"sending": "submission", "ours": "held_by_us"}  # in files of version 0.1
 

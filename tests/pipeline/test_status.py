@@ -19,7 +19,7 @@ from typing import get_args
 import pytest
 
 from pipeline.config import load_profile, load_recipe
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, InUseError
 from pipeline.launch import request
 from pipeline.launch.local import run_chain
 from pipeline.launch.start import selected
@@ -28,7 +28,7 @@ from pipeline.run import account
 from pipeline.run.chain import Chain
 from pipeline.run.files import append_jsonl
 from pipeline.run.incidents import incidents
-from pipeline.run.journal import Journal, SentJob
+from pipeline.run.journal import Journal, SentJob, live_jobs, name_of, refuse_running, submission_of
 from pipeline.run.rundir import Attempt, RunDir
 from pipeline.run.state import RULE, Holder, Left, Row, Sent, State, survey
 from pipeline.stages import table
@@ -345,6 +345,26 @@ def test_a_lost_node_is_named(run):
     row = phase1(run, sent_as(QueuedJob(id="7", state="RUNNING")))
     assert row["reason"] == "lost node n2, lost node n3, preempted, attempt 4"
     assert incidents(run.events) == ["phase1, attempt 1: node n2 was lost", "phase1, attempt 2: node n3 was lost"]
+
+
+def test_a_job_sent_by_hand_is_known_by_its_attempt(run, monkeypatch):
+    """Running or queued again: it is at work on its stage, and a submit or a cancel finds it. Ended: as before."""
+    known = {}
+    monkeypatch.setattr(queue, "jobs", lambda ids=None: known)
+    monkeypatch.setattr(queue, "accounted", lambda ids: {})
+    attempt = run.stage("phase1").new_attempt("9-0-0", job_id="9", restart=0)
+    assert Sent.of(run) is None
+    known["9"] = QueuedJob(id="9", state="RUNNING")
+    assert phase1(run, Sent.of(run))["state"] == "running"
+    (job,) = live_jobs(run)
+    assert (name_of(job), submission_of(job)) == ("phase1", "by-hand")
+    with pytest.raises(InUseError, match="phase1 \\(job 9, running\\) of this run is at work"):
+        refuse_running(run, [job], "wait for it")
+    attempt.write_verdict(75, "asked", 0)
+    known["9"] = QueuedJob(id="9", state="PENDING", reason="Resources")
+    assert phase1(run, Sent.of(run))["reason"].startswith("preempted; ")
+    known["9"] = QueuedJob(id="9", state="CANCELLED")
+    assert (Sent.of(run), live_jobs(run)) == (None, [])
 
 
 ON = "attempt {}: on n[1-2], this script on n1\n"

@@ -156,6 +156,12 @@ def test_the_hand_written_stage_script_ends_with_it_too(job, tmp_path: Path) -> 
     """Slurm runs a copy that lies elsewhere; Python says where the rest is."""
     (tmp_path / "job.sh").write_text(STAGE.read_text())
     words = {"PYTHON": sys.executable, "PYTHONPATH": str(STAGE.parents[1]), "TASKS_PER_NODE": "2"}
+    assert job(None, "a run", "phase1", "phase2", **words)[::2] == (
+        2, "a run: no run (no run.json); begin one with python -m pipeline.submit\n"
+    )  # fmt: skip
+    assert not (tmp_path / "a run").exists()
+    (tmp_path / "a run").mkdir()
+    (tmp_path / "a run/run.json").touch()
     code, calls, said = job(None, "a run", "phase1", "phase2", CODE="6", **words)
     assert code == 6, said
     assert calls[0] == (
@@ -165,7 +171,7 @@ def test_the_hand_written_stage_script_ends_with_it_too(job, tmp_path: Path) -> 
     )
     assert (tmp_path / "a run" / "jobs" / "7.over").read_text() == "6 ended with code 6\n"
     assert job(None, "run")[0] == 2
-    code, _, said = job(None, "run", "phase1", **words | {"PYTHON": "/bin/false"})
+    code, _, said = job(None, "a run", "phase1", **words | {"PYTHON": "/bin/false"})
     assert (code, "finds no package slurm" in said) == (7, True)
 
 
