@@ -38,7 +38,7 @@ def main() -> int:
         parser.error("--watch goes with the table or --short; a log is followed with --log STAGE -f")
     if arguments.follow and not arguments.log:
         parser.error("-f needs --log STAGE")
-    gc.freeze()  # what was imported stays: it is not looked through again while thousands of lines are read
+    gc.set_threshold(100_000)  # tens of thousands of lines are read, in which nothing refers to itself
     runs = runs_of(arguments.run)
     if len(runs) > 1:
         return show_family(runs, parser, arguments)
