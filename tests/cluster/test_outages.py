@@ -33,7 +33,10 @@ pytestmark = [pytest.mark.cluster, pytest.mark.chaos, pytest.mark.timeout(400)]
 
 def test_stops_when_its_gpu_hours_are_spent(slurm, prepared, user) -> None:
     """0.05 GPU-hours are 90 s of two GPUs: saved half a minute before, ended with 2, refused when sent again."""
-    cluster = site(user, "gpus_per_node = 1")
+    blind = user.home / "python-without-gpus"  # those of this cluster are claimed only
+    blind.write_text(f'#!/bin/sh\nCUDA_VISIBLE_DEVICES= exec {user.python} "$@"\n')
+    blind.chmod(0o755)
+    cluster = site(user, f'gpus_per_node = 1\npython = "{blind}"')
     words = ["--nodes", 2, "--stages", "phase1", "--set", "phase1.steps=100000", "--set", "phase1.warmup=0.01"]
     job = sent(prepared, *words, "--max-gpu-hours", "0.05", cluster=cluster)["pretrain"]
     slurm.wait(lambda: slurm.state(job) in ("FAILED", "COMPLETED"), "the job has ended", 120)

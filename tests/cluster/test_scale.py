@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.run.rundir import RunDir
 from slurm.devcluster import cluster
 from slurm.profile import PROFILES
 from support.running import ROOT, SMALL, call
@@ -78,20 +79,20 @@ def test_the_same_losses_on_any_number_of_nodes(slurm, small_data, tmp_path: Pat
         said = "".join(path.read_text() for path in (run / "logs").iterdir())
         assert slurm.state(job) == "COMPLETED", said
         assert f"64 samples a step = {nodes} ranks x up to {32 // nodes} micro-batches of 2" in said
-        lines = (run / "stages/phase1/attempts/0001/metrics.jsonl").read_text().splitlines()
-        losses[nodes] = [line["loss"] for line in map(json.loads, lines) if "loss" in line]
+        # of whichever attempt: on a machine that is busy 32 processes may lose a peer
+        losses[nodes] = [line["loss"] for line in RunDir(run).stage("phase1").metrics() if "loss" in line]
         assert len(losses[nodes]) == 20
         assert losses[nodes] == pytest.approx(losses[1], rel=1e-6), f"{nodes} nodes"
 
 
-def test_bert_large_on_256_tasks(slurm, tmp_path: Path) -> None:
+def test_bert_large_on_256_tasks(slurm, small_data, tmp_path: Path) -> None:
     """NVIDIA's run: 32 nodes of 8 GPUs, fp16; 256 x 1 samples a rank in phase 1, 32 x 4 in phase 2."""
     run, data, probe = tmp_path / "run", tmp_path / "data", tmp_path / "probe"
     probe.write_text(PROBE.format(python=sys.executable, root=str(ROOT)))
     probe.chmod(0o755)
     profile = tmp_path / "dgx.toml"
     profile.write_text(f'python = "{probe}"\n' + (PROFILES / "dgx_a100_80g.toml").read_text())
-    corpora(data)
+    corpora(data, small_data)
     words = ["--recipe", "bert_large", "--cluster", profile, "--data", data, "--set", "train.precision=fp16", "--hold"]
     job = submitted(run, *words, "--nodes", MOST)["pretrain"]
     assert len(slurm.call("squeue", "-h", "-o", "%A").split()) == 4
@@ -110,10 +111,18 @@ def test_bert_large_on_256_tasks(slurm, tmp_path: Path) -> None:
     assert shares == {((256, 32 // MOST, 65536 // ranks), (32, 4 * 32 // MOST, 32768 // ranks))}
 
 
-def corpora(folder: Path) -> None:
-    """The files that bert_large names, with a line in each: nothing reads them here."""
-    names = ["enwiki-latest-pages-articles-multistream.xml.bz2", "books/a.txt", "vocab.txt"]
-    names += ["squad/train-v1.1.json", "squad/dev-v1.1.json", "mrpc/train.tsv", "mrpc/dev.tsv"]
-    for name in [*names, "sst2/train.tsv", "sst2/dev.tsv"]:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text("x\n")
+def corpora(folder: Path, small: Path) -> None:
+    """The files that bert_large names, small ones: they are looked at, and nothing reads them here."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"word{number}" for number in range(30_522 - 5))]
+    (folder / "books").mkdir(parents=True)
+    (folder / "books/a.txt").write_text("A book. It is short.\n")
+    (folder / "vocab.txt").write_text("".join(f"{word}\n" for word in words))
+    shutil.copy(small / "enwiki-table-markup.xml.bz2", folder / "enwiki-latest-pages-articles-multistream.xml.bz2")
+    for task, ending, source in (
+        ("squad", "v1.1.json", "qa.json"),
+        ("mrpc", "tsv", "pairs.tsv"),
+        ("sst2", "tsv", "sentiment.tsv"),
+    ):
+        (folder / task).mkdir()
+        for part in ("train", "dev"):
+            shutil.copy(small / source, folder / task / f"{part}{'-' if task == 'squad' else '.'}{ending}")
