@@ -40,6 +40,14 @@ def number(value: Any, digits: int = 4) -> str:
     return f"{value:.{digits}g}"
 
 
+def whole_numbers(text: str, least: int, most: int) -> list[int]:
+    """``1,2,4-6`` as numbers. ValueError for anything else, or others; a range rises, by less than 100,000."""
+    spans = [[int(end) for end in part.split("-")] for part in text.split(",")]
+    if any(len(s) > 2 or not least <= s[0] <= s[-1] <= min(most, s[0] + 99_999) for s in spans):
+        raise ValueError(text)
+    return [count for span in spans for count in range(span[0], span[-1] + 1)]
+
+
 def spoken(name: str) -> str:
     """A key as words."""
     return name.replace("_", " ").strip()
