@@ -17,11 +17,11 @@ def main() -> int:
     parser.add_argument("--html", type=to_write, metavar="FILE", help="write the tables with curves as one page, too")
     arguments = parser.parse_args()
     sides, changes = sides_of(arguments.runs)
+    lines = in_terminal(sides, changes)
     if arguments.html:
         publish_text(arguments.html, as_page(sides, changes))  # before a reader of what follows goes away
-    print("\n".join(in_terminal(sides, changes)))
-    if arguments.html:
-        print(arguments.html)
+        lines.append(str(arguments.html))
+    print("\n".join(lines))
     return 0
 
 

@@ -90,10 +90,9 @@ def positive(text: str) -> float:
 
 def node_counts(text: str) -> list[int]:
     """``1,2,4-6`` as a list of node counts."""
-    try:
-        return whole_numbers(text, 1, 100_000)
-    except ValueError:
-        raise ConfigError(f"--nodes {text}: write it as 4, 1,2,4 or 1-64, of 1 to 100000") from None
+    if counts := whole_numbers(text.replace(" ", ""), 1, 100_000):
+        return counts
+    raise ConfigError(f"--nodes {text}: write it as 4, 1,2,4 or 1-64, of 1 to 100000")
 
 
 def rows(recipe: Recipe, profile: Profile, nodes: list[int], with_ranks: bool = False) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 import unicodedata
@@ -41,11 +42,12 @@ def number(value: Any, digits: int = 4) -> str:
 
 
 def whole_numbers(text: str, least: int, most: int) -> list[int]:
-    """``1,2,4-6`` as numbers. ValueError for anything else, or others; a range rises, by less than 100,000."""
+    """``1,2,4-6`` as numbers; none for anything else, or a range that falls or has more than 100,000."""
+    if not re.fullmatch(r"([0-9]{1,19}(-[0-9]{1,19})?(,(?!$)|$))+", text):
+        return []
     spans = [[int(end) for end in part.split("-")] for part in text.split(",")]
-    if any(len(s) > 2 or not least <= s[0] <= s[-1] <= min(most, s[0] + 99_999) for s in spans):
-        raise ValueError(text)
-    return [count for span in spans for count in range(span[0], span[-1] + 1)]
+    fit = all(least <= span[0] <= span[-1] <= min(most, span[0] + 99_999) for span in spans)
+    return [count for span in spans for count in range(span[0], span[-1] + 1)] if fit else []
 
 
 def spoken(name: str) -> str:

@@ -101,11 +101,9 @@ def fitted(folder: Path, recipe: Recipe, base: Rates) -> Rates:
         steps = [line["step_s"] for line in run.stage(name).metrics() if "step_s" in line]
         own = theirs.phases.get(name)
         if steps and own and own.micro_batch and name in starts:
-            kinds = [
-                (*shape_of(r.model).values(), r.train.precision, p.seq_len) for r, p in ((theirs, own), (recipe, phase))
-            ]
+            kinds = [(shape_of(r.model), r.train.precision, p.seq_len) for r, p in ((theirs, own), (recipe, phase))]
             if kinds[0] != kinds[1]:
-                named = "hidden size, layers, heads, inner size, precision and seq_len"
+                named = "shape, precision and seq_len"
                 raise ConfigError(f"--fit {folder}: {named} of its {name} are {kinds[0]}, not {kinds[1]}; fit another")
             plan = BatchPlan(own.global_batch, own.micro_batch, starts[name])
             rates[name] = fit({plan: statistics.median(steps)}, base, recipe)

@@ -144,8 +144,9 @@ def _given(words: Sequence[str], options: Options) -> tuple[flags.CommandLine, a
     """Slurm's flags and the command's own options, with what --seeds stands for."""
     line = flags.split(words, sections=SECTIONS)
     given, unknown = options.parse_known_args(line.rest)
-    if faults := [_unknown(word, options) for word in unknown if word.startswith("-")] or unknown:
-        raise ConfigError("\n".join(faults))
+    if unknown:
+        odd = [_unknown(word, options) for word in unknown if word.startswith("-")]
+        raise ConfigError("\n".join(odd) or f"{' '.join(unknown)}: belongs to no option; --help lists them")
     if given.seeds:
         task, seeds = given.seeds
         if task not in TASKS:
@@ -172,10 +173,7 @@ def _nodes(line: flags.CommandLine, stored: Mapping[str, Any], profile: Profile)
 def seeds_of(text: str) -> tuple[str, list[int]]:
     """``mrpc=0-4,7``: what to repeat, and the seeds, for argparse."""
     what, _, numbers = text.partition("=")
-    try:
-        seeds = whole_numbers(numbers, 0, 2**63 - 1)
-    except ValueError:
-        seeds = []
+    seeds = whole_numbers(numbers, 0, 2**63 - 1)
     if what not in ("pretrain", *TASKS) or not 0 < len(seeds) == len(set(seeds)):
         raise argparse.ArgumentTypeError(f"{text}: as in pretrain=0-4 or mrpc=0-9,20, and none twice")
     return what, seeds
