@@ -52,7 +52,7 @@ def main() -> int:
         text = seeds_page(arguments.run.resolve().name, [(each, overall(each)) for each in facts], time.time())
     else:
         text = render(facts[0])
-    out = arguments.out or to_write(str(RunDir(arguments.run).report))
+    out = arguments.out or to_write(str(RunDir(arguments.run).report), "--out FILE elsewhere")
     publish_text(out, text)
     print(out)
     return 0

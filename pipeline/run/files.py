@@ -36,13 +36,13 @@ SERVER_S = 600.0  # so long a file server that went away is waited for; then the
 CLOCK_S = time.time() - time.monotonic()  # when this process began, by its own clock from then on
 
 
-def to_write(word: str) -> Path:
+def to_write(word: str, advice: str = "name a file elsewhere") -> Path:
     """A file that a command is to write, for argparse; its folder is made. StorageError, before any work."""
     path = Path(word)
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise StorageError(f"{path} is a folder, or its folder takes no files; name a file elsewhere")
+        raise StorageError(f"{path} is a folder, or its folder takes no files; {advice}")
     return path
 
 
