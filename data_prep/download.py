@@ -45,7 +45,7 @@ def main() -> int:
     add("--wiki", default="enwiki", help="dewiki, simplewiki, … (enwiki)")
     add("--mirror", metavar="URL", help="instead of https://HOST, before the paths of sources.toml")
     chosen = options.parse_args()
-    if chosen.source == "wikipedia" and not (chosen.date or "").isdigit():
+    if chosen.source == "wikipedia" and not (chosen.date or "").isdecimal():
         options.error("wikipedia needs --date YYYYMMDD; https://dumps.wikimedia.org/enwiki lists what there is")
     try:
         download(known[chosen.source], chosen.to, {"wiki": chosen.wiki, "date": chosen.date}, chosen.mirror)

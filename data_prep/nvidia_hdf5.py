@@ -273,7 +273,7 @@ def from_nvidia(source: Path, target: Path, *, vocab: Path, workers: int = 1) ->
 
 def _natural(path: Path) -> list[Any]:
     pieces = re.split(r"(\d+)", str(path))
-    return [int(piece) if piece.isdigit() else piece for piece in pieces]
+    return [int(piece) if piece.isdecimal() else piece for piece in pieces]
 
 
 def _from_file(vocabulary: Vocabulary, work: tuple[Path, Path, str]) -> dict[str, Any]:

@@ -28,6 +28,8 @@ def main() -> int:
 def cancel(run: RunDir, stage: str | None) -> None:
     """Stop the run, or on Slurm a stage of it, and say so."""
     runner = run.whole_settings["profile"].get("runner")
+    if runner == "local" and stage is not None:
+        raise ConfigError(f"{run.path} runs on this machine as a whole: leave {stage!r} out to stop it")
     if runner == "local" and run.is_held():
         publish_text(run.cancel_request, "")
         print(f"{run.path}: asked to stop; it saves first, then ends")

@@ -313,7 +313,7 @@ def differences(before: Any, now: Any, defaults: Mapping[str, Any] = NOTHING, wh
     """
     known: Mapping[str, Any] = NOTHING
     if dataclasses.is_dataclass(now) and not isinstance(now, type):
-        known, defaults, now = vars(now), defaults_of(type(now)), _scientific(now)
+        known, defaults, now = vars(now), defaults_of(type(now)), _scientific(now, before)
     if not (isinstance(before, Mapping) and isinstance(now, Mapping)):
         return [] if before == science(now) else [f"{where} was {before}, is {science(now)}"]
     lines = []
@@ -328,13 +328,14 @@ def differences(before: Any, now: Any, defaults: Mapping[str, Any] = NOTHING, wh
 ABSENT = "(absent)"
 
 
-def _scientific(value: Any) -> dict[str, Any]:
-    scientific = {}
-    for spec in dataclasses.fields(value):
-        counts = spec.metadata.get("science", True)
-        if getattr(value, counts) if isinstance(counts, str) else counts:
-            scientific[spec.name] = getattr(value, spec.name)
-    return scientific
+def _scientific(value: Any, before: Any = None) -> dict[str, Any]:
+    """Its scientific fields; of one that is so while another is on, if that was on in the record ``before``, too."""
+
+    def counts(on: bool | str) -> Any:
+        return getattr(value, on) and (not isinstance(before, Mapping) or before.get(on)) if isinstance(on, str) else on
+
+    fields = dataclasses.fields(value)
+    return {spec.name: getattr(value, spec.name) for spec in fields if counts(spec.metadata.get("science", True))}
 
 
 def _contradictions(recipe: Recipe) -> list[str]:

@@ -23,7 +23,7 @@ from pipeline.launch import corpora, estimate
 from pipeline.launch.estimate import Rates
 from pipeline.launch.request import micro_batch_limit
 from pipeline.run.interruptions import advise, chance_of_none, expected_restarts, young_s
-from pipeline.words import columns, number
+from pipeline.words import columns, number, size, whole_numbers
 from slurm.profile import Profile
 
 COLUMNS = ("phase", "nodes", "world_size", "global_batch", "rank_batch", "micro_batch", "accumulation", "balance")
@@ -90,15 +90,9 @@ def positive(text: str) -> float:
 
 def node_counts(text: str) -> list[int]:
     """``1,2,4-6`` as a list of node counts."""
-    counts: list[int] = []
-    for part in text.split(","):
-        first, dash, last = part.partition("-")
-        if not first.strip().isdigit() or (dash and not last.strip().isdigit()):
-            raise ConfigError(f"--nodes {text}: write it as 4, 1,2,4 or 1-64")
-        counts += range(int(first), int(last if dash else first) + 1)
-    if not counts or min(counts) < 1 or max(counts) > 100_000:
-        raise ConfigError(f"--nodes {text}: needs counts from 1 to 100000")
-    return counts
+    if counts := whole_numbers(text.replace(" ", ""), 1, 100_000):
+        return counts
+    raise ConfigError(f"--nodes {text}: write it as 4, 1,2,4 or 1-64, of 1 to 100000")
 
 
 def rows(recipe: Recipe, profile: Profile, nodes: list[int], with_ranks: bool = False) -> list[dict[str, Any]]:
@@ -130,7 +124,7 @@ def estimates(recipe: Recipe, profile: Profile, rates: Rates, row: dict[str, Any
     """Memory of one GPU and, where the rates know the phase, seconds of a step by part, and hours of all steps."""
     name = row["phase"]
     phase = recipe.phases[name]
-    known: dict[str, Any] = {"memory_gb": round(estimate.memory_gb(recipe, phase, row["micro_batch"]), 1)}
+    known: dict[str, Any] = {"memory_gb": float(f"{estimate.memory_gb(recipe, phase, row['micro_batch']):.3g}")}
     if profile.gpu_memory_gb is not None:
         known["fitting_micro"] = estimate.largest_micro_batch(recipe, phase, profile.gpu_memory_gb)
     if name in rates.sequences_per_s:
@@ -147,7 +141,7 @@ def totals(planned: list[dict[str, Any]], recipe: Recipe, price: float | None) -
     runs = []
     for nodes in dict.fromkeys(row["nodes"] for row in planned):
         own = [row for row in planned if row["nodes"] == nodes]
-        run: dict[str, Any] = {"nodes": nodes, "disk_gb": round(estimate.disk_gb(recipe), 1)}
+        run: dict[str, Any] = {"nodes": nodes, "disk_gb": estimate.disk_gb(recipe)}
         if all("hours" in row for row in own):
             run |= {key: sum(row[key] for row in own) for key in ("hours", "gpu_hours")}
             if price is not None:
@@ -234,8 +228,8 @@ def show_estimates(planned: list[dict[str, Any]], runs: list[dict[str, Any]], ra
     print(f"rates {source}; memory_gb and fitting_micro are arithmetic{holds}")
     for run in runs:
         spent = f"{number(run['hours'])} h, {number(run['gpu_hours'])} GPU-hours, " if "hours" in run else ""
-        cost = f"cost {run['cost']:,.0f}, " if "cost" in run else ""
-        print(f"{run['nodes']} node{'s' if run['nodes'] > 1 else ''}: {spent}{cost}{run['disk_gb']:g} GB of disk")
+        spent += f"cost {run['cost']:,.0f}, " if "cost" in run else ""
+        print(f"{run['nodes']} node{'s' if run['nodes'] > 1 else ''}: {spent}{size(1e9 * run['disk_gb'])} of disk")
 
 
 def preparation(recipe: Recipe, data_dir: Path, workers: float) -> str:
@@ -243,10 +237,10 @@ def preparation(recipe: Recipe, data_dir: Path, workers: float) -> str:
     if absent := [name for name in recipe.data.corpora if not (data_dir / name).exists()]:
         raise ConfigError(f"{data_dir / absent[0]}: no such file; --data names the folder of the corpora")
     hours, mb = corpora.core_hours(recipe, data_dir), corpora.WORKER_MB
-    text, disk = (of(recipe, data_dir) / 1e9 for of in (corpora.text_bytes, corpora.estimated_bytes))
+    text, disk = (size(of(recipe, data_dir)) for of in (corpora.text_bytes, corpora.estimated_bytes))
     return (
-        f"data: at most {text:.1f} GB of text; {disk:.1f} GB on the disk with the run; {hours:.1f} h of one core, "
-        f"{hours / workers:.1f} h with {workers:g} workers where the disk keeps up; {mb} MB of memory a worker, "
+        f"data: at most {text} of text; {disk} on the disk with the run; {number(hours, 2)} h of one core, "
+        f"{number(hours / workers, 2)} h with {workers:g} workers where the disk keeps up; {mb} MB of memory a worker, "
         f"{mb * workers / 1000:.1f} GB together"
     )
 
@@ -276,8 +270,8 @@ def show(planned: list[dict[str, Any]]) -> None:
         better = row.get("better_micro_batch")
         print(line + (f"  --set {row['phase']}.micro_batch={better} would balance the ranks" if better else ""))
     print(
-        "world_size x rank_batch x steps is the same training for every row: "
-        "rank_batch = micro_batch x accumulation, global_batch never changes"
+        "global_batch, the sum of all ranks' batches, never changes; "
+        "rank_batch = micro_batch x accumulation, of the busiest rank; balance = mean / largest"
     )
 
 

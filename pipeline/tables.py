@@ -21,6 +21,7 @@ from pipeline.report import page
 from pipeline.report.facts import gather
 from pipeline.report.published import Cell, Value, cells_of, definitions, in_words, of_bench, of_inference, of_run
 from pipeline.run.family import runs_of
+from pipeline.run.files import to_write
 from pipeline.words import columns, number
 
 
@@ -164,8 +165,8 @@ def parser() -> argparse.ArgumentParser:
     add("name", nargs="?", help="a table (default: list them all)")
     add("--from", dest="sources", type=Path, nargs="+", default=[], metavar="RUN|FILE", help="what was measured")
     add("--recipe", default="bert_large", help="whose model's figures count (default: bert_large, the page's)")
-    add("--csv", type=Path, metavar="FILE", help="write the cells there")
-    add("--html", type=Path, metavar="FILE", help="write the tables there")
+    add("--csv", type=to_write, metavar="FILE", help="write the cells there")
+    add("--html", type=to_write, metavar="FILE", help="write the tables there")
     add("--page", action="store_true", help="print docs/reproduce.md")
     return options
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 import unicodedata
@@ -38,6 +39,15 @@ def number(value: Any, digits: int = 4) -> str:
     if isinstance(value, int) or abs(value) >= 1000:
         return f"{value:,.0f}"
     return f"{value:.{digits}g}"
+
+
+def whole_numbers(text: str, least: int, most: int) -> list[int]:
+    """``1,2,4-6`` as numbers; none for anything else, or a range that falls or has more than 100,000."""
+    if not re.fullmatch(r"([0-9]{1,19}(-[0-9]{1,19})?(,(?!$)|$))+", text):
+        return []
+    spans = [[int(end) for end in part.split("-")] for part in text.split(",")]
+    fit = all(least <= span[0] <= span[-1] <= min(most, span[0] + 99_999) for span in spans)
+    return [count for span in spans for count in range(span[0], span[-1] + 1)] if fit else []
 
 
 def spoken(name: str) -> str:

@@ -81,7 +81,7 @@ def main() -> int:
 def refuse_other_ranks(environment: Mapping[str, str]) -> None:
     """EnvironmentFault where srun started more or fewer ranks than the job has, ConfigError under an mpiexec."""
     ranks, asked = Topology.of(environment).world_size, environment.get("JOB_RANKS", "")
-    if asked.isdigit() and ranks != int(asked):
+    if asked.isdecimal() and ranks != int(asked):
         raise EnvironmentFault(
             f"{ranks} ranks were started and the job has {asked} (nodes times tasks): look for what changes it in the "
             "profile's srun_args and in the environment"
@@ -133,7 +133,7 @@ def run_stage(run: RunDir, name: str, command: tuple[str, ...] = ()) -> None:
     else:
         stop_at_once(stop)
     cores = os.environ.get("SLURM_CPUS_PER_TASK", "")  # that Slurm gave this task
-    workers = int(cores) if profile.runner == "slurm" and cores.isdigit() else profile.processes
+    workers = int(cores) if profile.runner == "slurm" and cores.isdecimal() else profile.processes
     job = Job(run, name, attempt, topology, workers=workers, threads=profile.threads, stop=stop)
     keep_freed_memory()
     if stage.width == "ranks":

@@ -127,7 +127,7 @@ def _gres(text: str) -> tuple[str, int]:
     for part in re.sub(r"\([^)]*\)", "", text).split(","):
         words = part.split(":")
         if words[0] == "gpu":
-            count = words[-1] if len(words) > 1 and words[-1].isdigit() else ""
+            count = words[-1] if len(words) > 1 and words[-1].isdecimal() else ""
             return ":".join(words[1 : len(words) - bool(count)]), int(count or 1)
     return "", 0
 
@@ -183,7 +183,7 @@ def _ending(config: dict[str, str], chosen: dict[str, str]) -> Iterator[str]:
     elif "CANCEL" in mode:
         yield "# check: a job preempted in this partition is cancelled; submit again then, it continues"
     grace = chosen.get("GraceTime", "0")
-    grace_s = int(grace) if grace.isdigit() else 0
+    grace_s = int(grace) if grace.isdecimal() else 0
     sends = "preempt_send_user_signal" in config.get("SlurmctldParameters", "")
     if sends and grace_s:
         yield f"signal_s = {max(SIGNAL_S, grace_s)}  # preempt_send_user_signal, GraceTime={grace_s}"
@@ -263,7 +263,7 @@ def _time(section: str, text: str) -> str:
 
 
 def _least(nodes: list[dict[str, str]], key: str) -> int:
-    return min((int(node[key]) for node in nodes if node.get(key, "").isdigit()), default=0)
+    return min((int(node[key]) for node in nodes if node.get(key, "").isdecimal()), default=0)
 
 
 def _string(text: str) -> str:

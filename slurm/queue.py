@@ -199,7 +199,7 @@ def beyond_limits(known: str, partition: str, asked: Resources) -> str:
             if time_min is not None and most != UNLIMITED and (time_min == UNLIMITED or time_min > most):
                 most_time = f"{format_time(most)} of time and not {format_time(time_min)}; -t {format_time(most)}"
                 faults.append(f"partition {name} allows {most_time} has a stage go on in as many jobs as it needs")
-            elif record.get("MaxNodes", "").isdigit() and asked.nodes[0] > int(record["MaxNodes"]):
+            elif record.get("MaxNodes", "").isdecimal() and asked.nodes[0] > int(record["MaxNodes"]):
                 faults.append(f"partition {name} allows {record['MaxNodes']} nodes and not {asked.nodes[0]} (--nodes)")
             else:
                 return ""

@@ -126,3 +126,8 @@ def test_a_name_that_does_not_exist_is_noticed():
     assert exists("tests/faults/checkpoints*.py")
     assert not exists("pipeline/stage.py:Stage.nothing")
     assert not exists("pipeline/nothing.py")
+
+
+def test_digits_are_those_that_int_reads(product):
+    """``str.isdigit`` takes ``²`` as well; ``isdecimal`` does not."""
+    assert [relative(path) for path in product if ".isdigit()" in path.read_text(encoding="utf-8")] == []

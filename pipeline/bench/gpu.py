@@ -25,6 +25,7 @@ from data_prep.fanout import die_with_parent
 from data_prep.publish import publish_json
 from pipeline.errors import ConfigError
 from pipeline.node.device import set_defaults
+from pipeline.run.files import to_write
 
 FORMAT = 1
 TOTAL_S = 480.0
@@ -95,7 +96,7 @@ def main(arguments: list[str]) -> int:
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m pipeline.bench gpu", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("gpu.json"), metavar="FILE", help="default: gpu.json")
+    parser.add_argument("--out", type=to_write, default=Path("gpu.json"), metavar="FILE", help="default: gpu.json")
     parser.add_argument("--tiny", action="store_true", help="the same blocks on a small model, also without a GPU")
     parser.add_argument("--only", action="append", default=[], metavar="BLOCK,…", help="some of the blocks")
     parser.add_argument("--pack", type=Path, metavar="FILE", help="write all of this as one .py that needs torch alone")

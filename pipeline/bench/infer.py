@@ -20,6 +20,7 @@ from data_prep.liveness import keep_freed_memory
 from data_prep.publish import publish_json
 from pipeline.config import PRECISIONS, InferenceConfig, restore
 from pipeline.errors import ConfigError
+from pipeline.run.files import to_write
 
 if TYPE_CHECKING:
     import torch
@@ -247,14 +248,14 @@ def parser() -> argparse.ArgumentParser:
     add("--threads", type=int, default=os.cpu_count() or 1, metavar="N", help="CPU threads")
     add("--alone", action="store_true", help="do not time transformers")
     add("--json", action="store_true", help="print the figures as JSON")
-    add("--out", type=Path, metavar="FILE", help="write the figures there, too")
+    add("--out", type=to_write, metavar="FILE", help="write the figures there, too")
     return parser  # fmt: skip
 
 
 def _config(options: argparse.Namespace, precision: str) -> InferenceConfig:
     """The command line as configuration; ConfigError with a line for each bad value."""
     given: dict[str, Any] = {
-        "batches": [int(n) if n.isdigit() else n for n in options.batches.split(",")],
+        "batches": [int(n) if n.isdecimal() else n for n in options.batches.split(",")],
         "seconds": options.seconds,
         "precision": precision,
         "compare": not options.alone,
@@ -263,5 +264,5 @@ def _config(options: argparse.Namespace, precision: str) -> InferenceConfig:
         task, equals, tokens = setting.partition("=")
         if task not in ("squad", "glue") or not equals:
             raise ConfigError(f"--seq {setting}: write it as squad=384,glue=128")
-        given[f"{task}_seq_len"] = int(tokens) if tokens.isdigit() else tokens
+        given[f"{task}_seq_len"] = int(tokens) if tokens.isdecimal() else tokens
     return restore(InferenceConfig, given, "command line")

@@ -30,6 +30,7 @@ from pipeline.launch.request import Request, hours
 from pipeline.launch.scripts import spent_gpu_hours
 from pipeline.launch.start import planned
 from pipeline.run.family import DATA, runs_of
+from pipeline.run.files import to_write
 from pipeline.run.rundir import RunDir
 from pipeline.run.state import Sent, survey
 from pipeline.stages import training_of
@@ -103,7 +104,7 @@ def parser() -> argparse.ArgumentParser:
     add("--max-gpu-hours", type=hours, default=0.0, metavar="H", help=limit_help)
     add("--dry-run", action="store_true", help="show the rows and what they cost; send nothing")
     add("--json", action="store_true", help="figures instead of the table")
-    add("--out", type=Path, metavar="FILE", help="write the figures there, too")
+    add("--out", type=to_write, metavar="FILE", help="write the figures there, too")
     return options
 
 

@@ -21,7 +21,6 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,6 +38,7 @@ from pipeline.engine.ranks import Ranks
 from pipeline.errors import ConfigError, EnvironmentFault, PeerLost, PipelineError, describe
 from pipeline.node.device import claimed, set_defaults
 from pipeline.node.distributed import of_peer
+from pipeline.run.files import to_write
 from pipeline.words import columns
 
 DIFFERENT = 4  # micro-batches that take turns, so that no timing rests on one shape
@@ -87,7 +87,7 @@ def common_options(parser: argparse.ArgumentParser) -> None:
     add("--beside", choices=["transformers"], help="time this on the same samples by turns")
     add("--threads", type=int, help="CPU threads of each process (default: the cores, shared)")
     add("--json", action="store_true", help="figures instead of the table")
-    add("--out", type=Path, metavar="FILE", help="write the figures there, too")
+    add("--out", type=to_write, metavar="FILE", help="write the figures there, too")
 
 
 def numbers(text: str) -> list[int]:
@@ -119,7 +119,7 @@ def of_precision(text: str, precision: str) -> int | None:
         return None
     named = {name: value for name, _, value in (part.rpartition("=") for part in text.split(","))}
     value = named.get(precision, named.get(""))
-    if value is None or not value.isdigit() or int(value) < 1:
+    if value is None or not value.isdecimal() or int(value) < 1:
         raise ConfigError(f"{text!r}: give a number, or one for each precision, as tf32=128,fp16=256")
     return int(value)
 

@@ -21,6 +21,7 @@ PADDINGS = (8, 64, 128)  # multiples to which others pad the rows of a vocabular
 # The tensors with one row per token of the padded vocabulary.
 VOCAB_ROWS = ("bert.embeddings.word_embeddings.weight", "cls.predictions.bias")
 SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
 ACTIVATIONS = ("erf", "tanh")
 INITS = ("bert", "nvidia")
 # Names that transformers has for the two GELUs; the first of each kind is the one we write.

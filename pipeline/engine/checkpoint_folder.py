@@ -69,7 +69,7 @@ def step_folder(attempt_dir: Path, step: int) -> Path:
 def label(folder: Path) -> str:
     """How messages name a checkpoint: by step and attempt where its folders have our names."""
     step, attempt = folder.name.removeprefix("step-"), folder.parent.name
-    if step.isdigit() and attempt.isdigit():
+    if step.isdecimal() and attempt.isdecimal():
         return f"checkpoint step {int(step)} (attempt {int(attempt)})"
     return f"checkpoint {folder}"
 
@@ -270,9 +270,9 @@ def _fence(attempt_dir: Path, owner: Mapping[str, Any] | None) -> None:
 
     The second happens when the stage's folder was moved aside and begun anew.
     """
-    number = int(attempt_dir.name) if attempt_dir.name.isdigit() else None
+    number = int(attempt_dir.name) if attempt_dir.name.isdecimal() else None
     try:
-        numbers = [int(path.name) for path in attempt_dir.parent.glob("[0-9]*") if path.name.isdigit()]
+        numbers = [int(path.name) for path in attempt_dir.parent.glob("[0-9]*") if path.name.isdecimal()]
         newest = max(numbers, default=0)
         holder = owner_of(attempt_dir) if owner is not None else None
         successor = owner_of(attempt_dir.with_name(f"{newest:04d}"))

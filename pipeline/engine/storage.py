@@ -54,7 +54,7 @@ def quota_left(folder: Path) -> float | None:
 def limit_less_use(lines: Sequence[str]) -> float | None:
     """Bytes from the last line that has a use and limits in KiB; None where there is none."""
     for words in (line.replace("*", "").split() for line in reversed(lines)):
-        if len(words) >= 4 and words[1].isdigit() and words[3].isdigit():
+        if len(words) >= 4 and words[1].isdecimal() and words[3].isdecimal():
             used, limit = int(words[1]), int(words[3])
             return max(0, limit - used) * 1024 if limit else math.inf
     return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from pipeline.config import TASKS, Recipe
 from pipeline.errors import ConfigError, StorageError
 from pipeline.launch.request import Request
 from pipeline.run.chain import Chain
-from pipeline.stage import function_of
+from pipeline.stage import Stage, function_of
 from pipeline.stages import Command
 from pipeline.words import absent_model, size
 
@@ -23,9 +23,10 @@ VOCAB_S, WORKER_MB = 120, 300
 FEW_FILES = 1000  # of a folder: so many are opened to see whether one changed
 
 
-def missing(request: Request) -> list[Path]:
-    """Corpora that are not there and that the run does not know either."""
-    names = [name for name in corpora_of(request.recipe) if name not in request.stored.get("corpora", {})]
+def missing(request: Request, wanted: Sequence[Stage] = ()) -> list[Path]:
+    """Corpora that are not there, and that the run does not know either or a ``wanted`` stage is to read."""
+    known = request.stored.get("corpora", {}).keys() - {name for stage in wanted for name in stage.corpora}
+    names = [name for name in corpora_of(request.recipe) if name not in known]
     return [path for name in names if not (path := request.data_dir / name).exists()]
 
 
@@ -36,12 +37,14 @@ def check(request: Request, chain: Chain) -> None:
     First those that are missing, then what stages that are still to be made say of what is inside; at last StorageError
     for too little space.
     """
+    todo = chain.todo(chain.with_followers(request.remake))
+    wanted = [chain.stages[name] for name in todo if not request.stages or name in request.stages]
     hint = "run make fetch, or " if request.local else ""
     faults: list[Exception] = [
         ConfigError(f"{path}: no such file; {hint}name the folder that has it with --data DIR")
-        for path in missing(request)
+        for path in missing(request, wanted)
     ]
-    faults += unfit(request, chain)
+    faults += unfit(request, wanted)
     if len(faults) == 1:
         raise faults[0]
     if faults:
@@ -53,15 +56,14 @@ def check(request: Request, chain: Chain) -> None:
         raise StorageError(f"{parent}: about {size(needed)} are needed for this run, {size(free)} are free")
 
 
-def unfit(request: Request, chain: Chain) -> Iterator[Exception]:
+def unfit(request: Request, wanted: Sequence[Stage]) -> Iterator[Exception]:
     """What the stages' own checks say of the files that are here; each set of files is asked about once."""
     asked = set()
 
     def here(text: str) -> Path:
         return request.data_dir / text.removeprefix("data:")
 
-    wanted = [name for name in chain.todo() if not request.stages or name in request.stages]
-    for stage in (chain.stages[name] for name in wanted):
+    for stage in wanted:
         inputs: dict[str, Any] = {
             key: here(text) if isinstance(text, str) else tuple(map(here, text))
             for key, text in stage.inputs.items()

@@ -14,10 +14,12 @@ from pathlib import Path
 
 from pipeline.batch import BatchPlan
 from pipeline.bert import costs
-from pipeline.bert.config import BertConfig, padded_vocab
-from pipeline.config import ModelConfig, PhaseConfig, Recipe
+from pipeline.bert.config import LARGE, BertConfig, padded_vocab, shape_of
+from pipeline.config import PhaseConfig, Recipe
 from pipeline.errors import ConfigError
 from pipeline.run.rundir import RunDir
+from pipeline.stages import training_of
+from pipeline.words import is_number
 from slurm.profile import Profile
 
 MEMORY_GB_S, REDUCE_GB_S, HOST_S = 1700.0, 150.0, 0.005  # where the profile declares none
@@ -26,7 +28,6 @@ STATE_BYTES = 16  # a parameter: weight, gradient and two moments, float32
 STEP_BYTES = 8  # a parameter: what LAMB holds for a moment
 SLOT_BYTES = 36  # a token, layer and hidden unit: what the backward needs of a compiled 16-bit forward (measured, H100)
 USABLE = 0.92  # of a GPU's memory: the rest is CUDA's, NCCL's and lost between tensors
-LARGE = (1024, 24, 4096)
 
 
 @dataclass(frozen=True)
@@ -77,28 +78,34 @@ def measured(path: Path, recipe: Recipe, base: Rates) -> Rates:
         blocks = json.loads(path.read_text(encoding="utf-8"))["blocks"]
         rows = {name: blocks[name]["all_on"] for name in recipe.phases if "all_on" in blocks.get(name, {})}
         lamb_ms, gpu = blocks.get("lamb", {}).get("torch", {}).get("ms"), blocks["env"].get("gpu", "a CPU")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"--rates {path}: not a JSON file of `python -m pipeline.bench gpu`: {error}") from error
-    large = shape_of(recipe.model) == LARGE
-    config = config_of(recipe)
-    rates = {}
-    for name, row in rows.items():
-        length = round(row["mean_tokens"])
-        own = costs.training_flops(config, [length], round(0.15 * length))
-        rates[name] = row["sequences_per_s"] if large else 1e12 * row["tflops"] / own
-    lamb_s = lamb_ms / 1e3 * costs.parameters(config) / costs.parameters(large_config()) if lamb_ms else None
+        large, config, rates = shape_of(recipe.model) == LARGE, config_of(recipe), {}
+        published = BertConfig(vocab_size=padded_vocab(30522), **(asdict(recipe.model) | LARGE))
+        for name, row in rows.items():
+            length = round(row["mean_tokens"])
+            own = costs.training_flops(config, [length], round(0.15 * length))
+            rates[name] = row["sequences_per_s"] if large else 1e12 * row["tflops"] / own
+        lamb_s = lamb_ms / 1e3 * costs.parameters(config) / costs.parameters(published) if lamb_ms else None
+        if not all(is_number(rate) and rate > 0 for rate in (*rates.values(), *([] if lamb_s is None else [lamb_s]))):
+            raise ValueError("its rates must be numbers above 0")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        raise ConfigError(f"--rates {path}: not a JSON file of `python -m pipeline.bench gpu`: {error!r}") from error
     return replace(base, sequences_per_s=rates, source=f"measured on {gpu} ({path.name})", extra_s={}, lamb_s=lamb_s)
 
 
 def fitted(folder: Path, recipe: Recipe, base: Rates) -> Rates:
-    """From the median step of a run's phases, on as many GPUs as it had: what a step takes once is taken off."""
+    """From the median step of a run's phases, less what a step takes once. ConfigError for one of another training."""
     run, rates = RunDir(folder), {}
+    theirs = training_of(run.settings, str(folder))
     starts = {e["stage"]: int(e["world_size"]) for e in run.events if e.get("event") == "started" and "world_size" in e}
     for name, phase in recipe.phases.items():
         steps = [line["step_s"] for line in run.stage(name).metrics() if "step_s" in line]
-        micro_batch = run.settings["recipe"].get(name, {}).get("micro_batch") if steps else None
-        if micro_batch and name in starts:
-            plan = BatchPlan(phase.global_batch, micro_batch, starts[name])
+        own = theirs.phases.get(name)
+        if steps and own and own.micro_batch and name in starts:
+            kinds = [(shape_of(r.model), r.train.precision, p.seq_len) for r, p in ((theirs, own), (recipe, phase))]
+            if kinds[0] != kinds[1]:
+                named = "shape, precision and seq_len"
+                raise ConfigError(f"--fit {folder}: {named} of its {name} are {kinds[0]}, not {kinds[1]}; fit another")
+            plan = BatchPlan(own.global_batch, own.micro_batch, starts[name])
             rates[name] = fit({plan: statistics.median(steps)}, base, recipe)
     if not rates:
         raise ConfigError(f"--fit {folder}: no step of {' or '.join(recipe.phases)} is on record there")
@@ -168,18 +175,6 @@ def disk_gb(recipe: Recipe) -> float:
     return (12 * checkpoints + 4) * costs.parameters(config_of(recipe)) / 1e9
 
 
-def shape_of(model: ModelConfig) -> tuple[int, int, int]:
-    return model.hidden_size, model.num_hidden_layers, model.intermediate_size
-
-
 def config_of(recipe: Recipe) -> BertConfig:
     """The model's shape, with the vocabulary that the recipe names."""
     return BertConfig(vocab_size=padded_vocab(recipe.data.vocab_size), **asdict(recipe.model))
-
-
-def large_config() -> BertConfig:
-    hidden, layers, inner = LARGE
-    return BertConfig(
-        vocab_size=padded_vocab(30522), hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=16,
-        intermediate_size=inner,
-    )  # fmt: skip

@@ -141,7 +141,7 @@ class LocalRunner:
             "PYTHONUNBUFFERED": "1",
             TRIES: str(self._tries(name)),
         }
-        command = [sys.executable, "-m", "pipeline.worker", str(self.run.path), name]
+        command = [sys.executable, "-m", "pipeline.worker", str(self.run.path.absolute()), name]
         if self.command:
             command += ["--", *self.command]
         begin_try(environment["PIPELINE_LAUNCH"], self._tries(name))

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 from pipeline import batch
-from pipeline.config import TASKS, Recipe, TaskConfig, load_profile, load_recipe, restore
+from pipeline.config import TASKS, PhaseConfig, Recipe, TaskConfig, load_profile, load_recipe, restore
 from pipeline.errors import ConfigError
 from pipeline.launch import code, foreign
 from pipeline.launch.jobs import Asked, asked_by, no_longer
@@ -21,6 +20,7 @@ from pipeline.launch.own import write_recipe
 from pipeline.run.rundir import RunDir
 from pipeline.stages import Command, recipe_of
 from pipeline.strict_toml import homes
+from pipeline.words import whole_numbers
 from slurm import flags
 from slurm.profile import SECTIONS, Profile
 from slurm.resources import parse_nodes
@@ -144,8 +144,9 @@ def _given(words: Sequence[str], options: Options) -> tuple[flags.CommandLine, a
     """Slurm's flags and the command's own options, with what --seeds stands for."""
     line = flags.split(words, sections=SECTIONS)
     given, unknown = options.parse_known_args(line.rest)
-    if faults := [_unknown(word, options) for word in unknown if word.startswith("-")] or unknown:
-        raise ConfigError("\n".join(faults))
+    if unknown:
+        odd = [_unknown(word, options) for word in unknown if word.startswith("-")]
+        raise ConfigError("\n".join(odd) or f"{' '.join(unknown)}: belongs to no option; --help lists them")
     if given.seeds:
         task, seeds = given.seeds
         if task not in TASKS:
@@ -172,14 +173,9 @@ def _nodes(line: flags.CommandLine, stored: Mapping[str, Any], profile: Profile)
 def seeds_of(text: str) -> tuple[str, list[int]]:
     """``mrpc=0-4,7``: what to repeat, and the seeds, for argparse."""
     what, _, numbers = text.partition("=")
-    seeds: list[int] = []
-    for part in numbers.split(","):
-        ends = part.split("-")
-        if what not in ("pretrain", *TASKS) or not all(end.isdecimal() for end in ends) or len(ends) > 2:
-            raise argparse.ArgumentTypeError(f"{text}: as in pretrain=0-4 or mrpc=0-9,20")
-        seeds += range(int(ends[0]), int(ends[-1]) + 1)
-    if not seeds or len(set(seeds)) < len(seeds):
-        raise argparse.ArgumentTypeError(f"{text}: the smaller seed first, and none twice")
+    seeds = whole_numbers(numbers, 0, 2**63 - 1)
+    if what not in ("pretrain", *TASKS) or not 0 < len(seeds) == len(set(seeds)):
+        raise argparse.ArgumentTypeError(f"{text}: as in pretrain=0-4 or mrpc=0-9,20, and none twice")
     return what, seeds
 
 
@@ -362,37 +358,33 @@ def choose_micro_batches(
     if isinstance(recipe, Command):
         return recipe
 
-    def chosen(name: str, global_batch: int, limit: Callable[[], int], ranks: int) -> int:
+    def chosen(name: str, global_batch: int, ranks: int) -> int:
         kept = (stored.get("recipe", {}).get(name) or {}).get("micro_batch")
-        if kept and not any(s.startswith(f"{name}.micro_batch=") for s in settings):
+        if kept and not any(s.partition("=")[0].strip() == f"{name}.micro_batch" for s in settings):
             return min(int(kept), global_batch)
-        return batch.plan(global_batch, limit(), ranks).micro_batch
+        return batch.plan(global_batch, micro_batch_limit(recipe, profile, name), ranks).micro_batch
 
     phases, tasks = {}, {}
     for name, phase in recipe.phases.items():
-        limit = functools.partial(micro_batch_limit, recipe, profile, name)
-        phases[name] = dataclasses.replace(phase, micro_batch=chosen(name, phase.global_batch, limit, ranks))
+        phases[name] = dataclasses.replace(phase, micro_batch=chosen(name, phase.global_batch, ranks))
     for name in TASKS:
-        task = getattr(recipe, name)
-        if task is not None:
-            limit = functools.partial(task_limit, recipe, profile, name)
-            tasks[name] = dataclasses.replace(task, micro_batch=chosen(name, task.batch, limit, tuners))
+        if (task := getattr(recipe, name)) is not None:
+            tasks[name] = dataclasses.replace(task, micro_batch=chosen(name, task.batch, tuners))
     return dataclasses.replace(recipe, phases=phases, **tasks)
 
 
-def task_limit(recipe: Recipe, profile: Profile, name: str) -> int:
-    """A task's micro_batch limited by the profile's, if that says anything."""
-    task: TaskConfig = getattr(recipe, name)
-    return min(task.micro_batch, profile.micro_batch.get(f"{recipe.name}.{name}.{task.precision}", task.micro_batch))
-
-
-def micro_batch_limit(recipe: Recipe, profile: Profile, phase_name: str) -> int:
-    """The recipe's micro_batch limited by the profile's; ConfigError when neither names one."""
-    key = f"{recipe.name}.{phase_name}.{recipe.train.precision}"
-    given = [value for value in (recipe.phases[phase_name].micro_batch, profile.micro_batch.get(key)) if value]
+def micro_batch_limit(recipe: Recipe, profile: Profile, name: str) -> int:
+    """A phase's or task's micro_batch limited by the profile's, which is said; ConfigError when neither names one."""
+    part: PhaseConfig | TaskConfig = recipe.phases.get(name) or getattr(recipe, name)
+    key = f"{recipe.name}.{name}.{part.precision if isinstance(part, TaskConfig) else recipe.train.precision}"
+    wanted, allowed = part.micro_batch, profile.micro_batch.get(key)
+    if wanted and allowed and allowed < wanted:
+        print(f"{key}: micro_batch = {wanted} is more than cluster profile {profile.name!r} allows in [micro_batch]: "
+              f"{allowed} is taken", file=sys.stderr)  # fmt: skip
+    given = [value for value in (wanted, allowed) if value]
     if not given:
         raise ConfigError(
             f"no micro_batch for {key}: cluster profile {profile.name!r} has no such key in "
-            f"[micro_batch]; add it, or give --set {phase_name}.micro_batch=N"
+            f"[micro_batch]; add it, or give --set {name}.micro_batch=N"
         )
     return min(given)

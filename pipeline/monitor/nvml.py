@@ -76,7 +76,7 @@ def visible(environment: Mapping[str, str], count: int) -> list[int]:
 
 def _index(word: str, count: int) -> int | None:
     """The index that a number, a UUID or the beginning of a UUID names."""
-    if word.isdigit():
+    if word.isdecimal():
         return int(word) if int(word) < count else None
     if not word.startswith("GPU-"):
         return None

@@ -99,7 +99,7 @@ def gpus_given(environment: MutableMapping[str, str]) -> int | None:
     if visible is not None and visible.strip() in ("", "-1"):
         return 0
     count = environment.get("SLURM_GPUS_ON_NODE", "")
-    if count.isdigit():
+    if count.isdecimal():
         return int(count)
     return None if visible is None or visible == "NoDevFiles" else len(visible.split(","))
 
@@ -112,7 +112,7 @@ def runs_on(capability: tuple[int, int], compiled: Iterable[str]) -> bool:
     for name in compiled:
         kind, _, digits = name.partition("_")
         major, minor = divmod(int("".join(filter(str.isdigit, digits)) or 0), 10)
-        if not digits.isdigit():  # sm_90a: that one alone
+        if not digits.isdecimal():  # sm_90a: that one alone
             fits = (major, minor) == capability
         elif kind == "sm":
             fits = major == capability[0] and minor <= capability[1]
@@ -200,4 +200,4 @@ def _install(major: int) -> str:
 
 def _major(version: str) -> int:
     first = version.partition(".")[0]
-    return int(first) if first.isdigit() else 0
+    return int(first) if first.isdecimal() else 0

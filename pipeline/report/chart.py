@@ -117,8 +117,8 @@ def tick_label(value: float, step: float, largest: float) -> str:
         digits = max(0, math.floor(math.log10(abs(value)) + 1e-9) + decimals) if step < 1 else 3
         mantissa, _, exponent = f"{value:.{min(digits, 12)}e}".partition("e")
         return f"{mantissa.rstrip('0').rstrip('.') if '.' in mantissa else mantissa}e{int(exponent)}"
-    for unit, scale in (("M", 1e6), ("k", 1e3)):
-        if largest >= 10 * scale and step >= scale / 10:
+    for unit, scale, least in (("M", 1e6, 1e6), ("k", 1e3, 1e4)):
+        if largest >= least and step >= scale / 10:
             return f"{value / scale:,.{0 if step >= scale else 1}f}{unit}"
     return f"{value:,.{decimals}f}"
 

@@ -142,10 +142,10 @@ def is_seed(key: str) -> bool:
 def pooled(sides: Sequence[Side]) -> list[Side]:
     """The sides, those that differ in seeds and in nothing else as one, which then has a spread."""
     groups: dict[Any, list[Side]] = {}
-    for side in sides:
+    for number, side in enumerate(sides):
         alone = not side.values or sum(other.values == side.values for other in sides) > 1  # the same seed: no spread
         rest = tuple((key, value) for key, value in side.values.items() if not is_seed(key))
-        groups.setdefault(side.name if alone else rest, []).append(side)
+        groups.setdefault(number if alone else rest, []).append(side)
     return [
         Side(
             " + ".join(side.name for side in group),

@@ -25,7 +25,8 @@ def context_in_words(figures: Mapping[str, Any]) -> str:
     than = f"nats {'better' if gain >= 0 else 'worse'} than word counts"
     better = f"where a word is hidden it is {abs(gain):.2f} ± {error:.2f} {than}"
     if gain <= 3 * error:
-        return f"The model has not learnt to use context: {better}, no more than chance."
+        chance = ", no more than chance" if gain >= -3 * error else ""
+        return f"The model has not learnt to use context: {better}{chance}."
     if not is_number(control):
         return f"Of hidden words: {better}; the control, the same words in random order, comes at the end of the phase."
     left = f"{control:.2f} with the words around in random order"

@@ -23,7 +23,6 @@ from pipeline.report.curves import median_of
 from pipeline.report.facts import Facts
 from pipeline.words import is_number, number
 
-LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
 BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
 OFFICIAL = {"squad": ("SQuAD v1.1", 10570), "mrpc": ("MRPC", 408), "sst2": ("SST-2", 872)}  # evaluation examples
 SCHEDULE = {"phase1": (128, 65536, 7038), "phase2": (512, 32768, 1563)}  # seq_len, global_batch, steps

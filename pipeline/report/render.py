@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.publish import publish_text
-from pipeline.errors import ConfigError, StorageError
+from pipeline.errors import ConfigError
 from pipeline.node.job import Job
 from pipeline.report import chart, page
 from pipeline.report.card import card
@@ -34,6 +34,7 @@ from pipeline.report.sections import (
 )
 from pipeline.report.times import time_section
 from pipeline.run.family import runs_of
+from pipeline.run.files import to_write
 from pipeline.run.rundir import RunDir
 from pipeline.words import duration, is_number, moment, number, percent, with_error
 
@@ -41,7 +42,7 @@ from pipeline.words import duration, is_number, moment, number, percent, with_er
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m pipeline.report", description=__doc__)
     parser.add_argument("run", type=Path, help="run directory, or the folder of runs of --seeds pretrain=")
-    parser.add_argument("--out", type=Path, help="the file to write (default: RUN/report.html)")
+    parser.add_argument("--out", type=to_write, help="the file to write (default: RUN/report.html)")
     arguments = parser.parse_args()
     runs = runs_of(arguments.run)
     facts = [gather(run, held=run.is_held()) for run in runs if len(runs) == 1 or run.path.name.startswith("seed-")]
@@ -51,12 +52,8 @@ def main() -> int:
         text = seeds_page(arguments.run.resolve().name, [(each, overall(each)) for each in facts], time.time())
     else:
         text = render(facts[0])
-    out = arguments.out or RunDir(arguments.run).report
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        publish_text(out, text)
-    except OSError as error:
-        raise StorageError(f"{out} cannot be written: {error.strerror or error}; --out FILE elsewhere") from error
+    out = arguments.out or to_write(str(RunDir(arguments.run).report), "--out FILE elsewhere")
+    publish_text(out, text)
     print(out)
     return 0
 

@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.batch import BatchPlan
-from pipeline.bert.config import shape_of
+from pipeline.bert.config import LARGE, shape_of
 from pipeline.report.facts import Facts
 from pipeline.report.learnt import dataset
 from pipeline.report.page import Html, folded, join, note, section, table, tag
-from pipeline.report.published import LARGE, cells_of, definitions, is_ratio, of_run, other_model, published
+from pipeline.report.published import cells_of, definitions, is_ratio, of_run, other_model, published
 from pipeline.report.scores import shown_scores
 from pipeline.strict_toml import table_of
 from pipeline.words import duration, is_number, number, percent, size, spoken
@@ -52,9 +52,9 @@ MADE = {
 
 def made(facts: Facts, name: str) -> str:
     """What a finished stage made, from its result; a fine-tuning task by the name of its data."""
-    if name in facts.scores:
-        return f"{dataset(facts.scores[name])}: {shown_scores(facts.scores[name])}"
-    result = facts.results.get(name, {})
+    result = facts.scores.get(name) or facts.results.get(name, {})  # without pretraining, or of one seed: its own
+    if isinstance(result.get("scores"), Mapping):
+        return f"{dataset(result)}: {shown_scores(result)}"
     parts = MADE.get(name.rstrip("_0123456789"), ())
     words = [put.format(number(value)) for key, put in parts if (value := at(result, key))]
     return ", ".join(words) or in_words(result)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from data_prep.publish import APPEND, open_plain, plain
-from pipeline.errors import of_server
+from pipeline.errors import StorageError, of_server
 from pipeline.words import is_number
 
 OF_OTHERS = stat.S_IWGRP | stat.S_IWOTH
@@ -34,6 +34,16 @@ NUMBERS = {
 
 SERVER_S = 600.0  # so long a file server that went away is waited for; then the attempt ends with 76
 CLOCK_S = time.time() - time.monotonic()  # when this process began, by its own clock from then on
+
+
+def to_write(word: str, advice: str = "name a file elsewhere") -> Path:
+    """A file that a command is to write, for argparse; its folder is made. StorageError, before any work."""
+    path = Path(word)
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise StorageError(f"{path} is a folder, or its folder takes no files; {advice}")
+    return path
 
 
 def now() -> float:

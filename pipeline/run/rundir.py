@@ -269,8 +269,8 @@ class RunDir:
 
     @property
     def word(self) -> str:
-        """Its path as one word of a command to type."""
-        return shlex.quote(str(self.path))
+        """Its path as one word of a command to type, which is no option."""
+        return shlex.quote(str(self.path.absolute() if str(self.path).startswith("-") else self.path))
 
     @property
     def report(self) -> Path:

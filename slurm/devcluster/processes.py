@@ -114,7 +114,7 @@ def variable(pid: int, name: str) -> str | None:
 
 def _others() -> Iterator[int]:
     for entry in os.listdir("/proc"):
-        if entry.isdigit() and int(entry) != os.getpid() and alive(int(entry)):
+        if entry.isdecimal() and int(entry) != os.getpid() and alive(int(entry)):
             yield int(entry)
 
 

@@ -248,6 +248,15 @@ def test_differences_name_every_key_with_both_values():
     )  # no science any more
 
 
+def test_what_was_no_science_has_no_value_that_was():
+    plain, kept, other = (
+        load_recipe(TWO_PHASES, ["train.eval_every=7", *more]).train
+        for more in ([], ["train.keep_best=true"], ["train.keep_best=true", "train.eval_samples=99"])
+    )
+    assert differences(science(plain), kept) == ["keep_best was False, is True"]
+    assert differences(science(kept), other) == [f"eval_samples was {kept.eval_samples}, is 99"]
+
+
 def test_only_scientific_fields_reach_the_fingerprint():
     base = load_recipe(TWO_PHASES)
     same = load_recipe(TWO_PHASES, ["train.checkpoint_every=7", "train.log_every=2", "phase1.micro_batch=8"])

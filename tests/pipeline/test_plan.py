@@ -13,11 +13,14 @@ import pytest
 
 from pipeline.batch import BatchPlan
 from pipeline.config import load_profile, load_recipe
-from pipeline.launch.estimate import declared, fit, step_of
+from pipeline.errors import ConfigError
+from pipeline.launch.estimate import declared, fit, measured, step_of
+from pipeline.launch.request import choose_micro_batches
 from pipeline.plan import node_counts, rows
 from pipeline.report.published import published
 from pipeline.run.rundir import RunDir
 from slurm.profile import PROFILES
+from support.reporting import begin
 from support.running import call
 
 # NVIDIA's published strong-scaling table with its two misprints corrected:
@@ -109,7 +112,7 @@ def test_node_counts():
     assert node_counts("1,2,4-6") == [1, 2, 4, 5, 6]
 
 
-@pytest.mark.parametrize("words", ["0", "a", "4-", "3-1", ""])
+@pytest.mark.parametrize("words", ["0", "a", "4-", "3-1", "", "²", "1,5-3", "1-9999999999", "1-2-3"])
 def test_impossible_node_counts_are_refused_in_one_line(words):
     done = plan("--recipe", "tiny", "--cluster", "local", "--nodes", words)
     assert done.returncode == 2
@@ -206,23 +209,68 @@ def test_rates_measured_by_the_benchmark(tmp_path):
     assert phase1["parts_s"]["lamb_s"] == pytest.approx(0.008)
     base = json.loads(plan("--recipe", "bert_base", *words[2:]).stdout)["rows"][0]
     assert 2.8 < base["sequences_per_s"] / phase1["sequences_per_s"] < 3.6  # 110 to 336 million parameters
-    (tmp_path / "gpu.json").write_text("[]")
-    refused = plan(*words)
-    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+
+
+@pytest.mark.parametrize("odd", [{"sequences_per_s": 0}, {"sequences_per_s": "many"}, {"mean_tokens": "many"}, None])
+def test_a_file_without_rates_is_refused(tmp_path, odd):
+    recipe, path = load_recipe("bert_large"), tmp_path / "gpu.json"
+    row = odd and {"sequences_per_s": 1800.0, "tflops": 380.0, "mean_tokens": 109.0, **odd}
+    for content in ([], {"blocks": {"env": {}, "phase1": {"all_on": row}}}):
+        path.write_text(json.dumps(content))
+        with pytest.raises(ConfigError, match="not a JSON file of"):
+            measured(path, recipe, declared(recipe, load_profile("dgx_a100_80g")))
+
+
+def test_small_models_take_memory_and_disk_too(tmp_path):
+    (tmp_path / "book.txt").write_text("A sentence.\n" * 100)
+    words = ("--recipe", "small", "--cluster", "local", "--set", 'data.books=["book.txt"]', "--data", str(tmp_path))
+    said = call("plan", *words).stdout
+    assert " 0 " not in said
+    assert " 0.0 " not in said
+    assert re.search(r"\n1 node: \d+\.?\d* MB of disk\n", said)
+
+
+def test_more_than_the_profile_allows_is_said():
+    done = plan(*LARGE, "--set", "phase2.micro_batch=128")
+    assert "bert_large.phase2.fp16: micro_batch = 128 is more than cluster profile 'dgx_a100_80g'" in done.stderr
+    assert "32 is taken" in done.stderr
+    assert plan(*LARGE, "--set", "phase2.micro_batch=16").stderr == ""
+
+
+@pytest.mark.parametrize("setting", ["phase1.micro_batch=4", " phase1.micro_batch = 4"])
+def test_a_run_keeps_its_micro_batch_unless_it_is_told_another(setting):
+    recipe, profile = load_recipe("small", ['data.books=["b"]', setting]), load_profile("local")
+    stored = {"recipe": {"phase1": {"micro_batch": 16}}}
+    for settings, micro_batch in (((), 16), ((setting,), 4)):
+        assert choose_micro_batches(recipe, profile, 2, 2, stored, settings).phases["phase1"].micro_batch == micro_batch
+
+
+def fitted_run(path, *settings):
+    begin(path, "bert_large", "dgx_a100_80g", "train.precision=fp16", "phase1.micro_batch=256", *settings)
+    stage = RunDir(path).stage("phase1")
+    lines = [json.dumps({"stage": "phase1", "step": step, "step_s": 14.4}) + "\n" for step in range(5)]
+    stage.new_attempt("launch").metrics.write_text("".join(lines))
+    RunDir(path).event("started", stage="phase1", attempt=1, world_size=8)
+    return str(path)
 
 
 def test_rates_fitted_to_a_run(tmp_path):
-    stage = RunDir(tmp_path).stage("phase1")
-    lines = [json.dumps({"stage": "phase1", "step": step, "step_s": 14.4}) + "\n" for step in range(5)]
-    stage.new_attempt("launch").metrics.write_text("".join(lines))
-    (tmp_path / "run.json").write_text(json.dumps({"recipe": {"phase1": {"micro_batch": 256}}}))
-    RunDir(tmp_path).event("started", stage="phase1", attempt=1, world_size=8)
-    done = plan(*LARGE, "--nodes", "1,32", "--fit", str(tmp_path), "--json")
+    run = fitted_run(tmp_path / "run")
+    done = plan(*LARGE, "--nodes", "1,32", "--fit", run, "--json")
     assert done.returncode == 0, done.stderr
     one, many, *_ = json.loads(done.stdout)["rows"]
     assert one["step_s"] == pytest.approx(14.4)
     assert many["step_s"] == pytest.approx(0.474, rel=0.03)  # published: 65536 / 138294
     assert plan(*LARGE, "--fit", str(tmp_path / "nothing")).returncode != 0
+    twice = json.loads(plan(*LARGE, "--set", "phase1.global_batch=131072", "--fit", run, "--json").stdout)["rows"]
+    assert twice[0]["step_s"] == pytest.approx(28.8, rel=0.01)  # a batch of its own, at the run's rate
+
+
+@pytest.mark.parametrize("other", ["train.precision=tf32", "phase1.seq_len=256", "model.num_hidden_layers=12"])
+def test_steps_of_another_training_tell_nothing(tmp_path, other):
+    refused = plan(*LARGE, "--fit", fitted_run(tmp_path / "run", other))
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+    assert "fit another" in refused.stderr
 
 
 @pytest.mark.parametrize("words", [("--rate", "0"), ("--rate", "nan"), ("--hours", "-1"), ("--save-seconds", "inf")])
@@ -276,5 +324,5 @@ def test_what_the_preparation_of_a_corpus_takes(tmp_path):
     assert hours[0][0] == hours[0][1] == hours[1][0] == pytest.approx(2 * hours[1][1], abs=0.11)
     unpacking, extracting, others = 22 / 5.5, 22 * 4.2 / 0.014 / 3600, 55 * (1 / 0.016 + 2 / 0.022) / 3600
     assert hours[0][0] == pytest.approx(unpacking + extracting + others + 120 / 3600, abs=0.051)
-    assert "at most 55.0 GB of text" in said[0]
+    assert "at most 55 GB of text" in said[0]
     assert "300 MB of memory a worker, 0.6 GB together" in said[1]

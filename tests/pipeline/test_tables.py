@@ -12,11 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.bert.config import shape_of
+from pipeline.bert.config import LARGE, shape_of
 from pipeline.config import load_recipe
 from pipeline.report.published import (
     DEFINING,
-    LARGE,
     OFFICIAL,
     SECONDS,
     Value,

@@ -11,12 +11,13 @@ import pytest
 
 from data_prep.publish import publish_json
 from pipeline import cancel
-from pipeline.config import load_profile
+from pipeline.config import load_profile, load_recipe
 from pipeline.errors import ConfigError, EnvironmentFault
 from pipeline.launch import request
+from pipeline.launch.corpora import corpora_of
 from pipeline.launch.start import start
 from pipeline.run.rundir import RunDir
-from support.reporting import begin
+from support.reporting import begin, finish
 from support.running import SMALL, call
 
 RUN = ["--run", "RUN"]
@@ -54,6 +55,7 @@ WORDS = {
     "an option of fine-tuning": ([*KNOWN, "--epochs", "3"], ["--epochs: a value of the recipe", "--set squad.epochs="]),
     "an option of others": ([*KNOWN, "--precision", "fp16"], ["--set train.precision="]),
     "an option of none": ([*KNOWN, "--bogus"], ["--bogus: no option of submit", "--help"]),
+    "a word of no option": ([*KNOWN, "extra"], ["extra: belongs to no option"]),
     "Slurm's on this machine": ([*KNOWN, "-p", "gpu"], ["--partition", "'local', which has no Slurm"]),
     "a language that is none": ([*RUN, "--text", "text.txt", "--language", "deutsh"], ["'deutsh'", "mean 'de'"]),
     "no such text": ([*RUN, "--text", "none.txt"], ["--text none.txt: there is no such file"]),
@@ -255,3 +257,21 @@ def test_a_profile_of_others_is_not_looked_for_elsewhere(tmp_path: Path) -> None
     (run / "run.json").chmod(0o664)
     with pytest.raises(ConfigError, match=r"others may write it"):
         request.of(["--run", str(run)])
+
+
+def test_a_stage_is_not_made_again_without_its_files(tmp_path):
+    chain = begin(tmp_path / "run", str(SMALL))
+    settings = chain.run.settings
+    settings["corpora"] = {name: {"bytes": 1, "digest": "0" * 16} for name in corpora_of(load_recipe(str(SMALL)))}
+    publish_json(chain.run.path / "run.json", settings)
+    for name in ("extract", "shard"):
+        finish(chain, name, {})
+    done = call("submit", "--run", chain.run.path, "--data", tmp_path / "none", "--remake", "extract")
+    assert (done.returncode, "no such file" in done.stderr) == (2, True), done.stderr
+    assert [path.name for path in sorted(chain.run.path.glob("stages/*"))] == ["extract", "shard"]
+    assert not (chain.run.path / "old").exists()
+
+
+def test_a_stage_alone_is_not_cancelled_on_this_machine(tmp_path):
+    with pytest.raises(ConfigError, match="leave 'phase1' out to stop it"):
+        cancel.cancel(begin(tmp_path / "run", str(SMALL)).run, "phase1")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 
 import numpy as np
 import pytest
 
 from pipeline import compare
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, StorageError
 from pipeline.report.compare import STUDENT, as_page, differing, in_terminal, judged, pooled, scored, sides_of
 from pipeline.run.rundir import RunDir
 from support.reporting import Page, begin, finish, start, train
@@ -65,6 +66,7 @@ def test_the_same_seed_twice_is_no_spread(tmp_path):
     sides, _ = sides_of([trained(tmp_path / "a"), trained(tmp_path / "b")])
     assert len(pooled(sides)) == 2
     assert "noise not known" in "\n".join(in_terminal(sides, []))
+    assert len(pooled([sides[0], sides[0]])) == 2  # named twice
 
 
 def test_a_run_beside_its_older_results(tmp_path, monkeypatch, capsys):
@@ -78,6 +80,15 @@ def test_a_run_beside_its_older_results(tmp_path, monkeypatch, capsys):
     assert "since old/phase1-1: phase.learning_rate was 0.005, is 0.01" in said
     assert "-0.7 (one seed: noise not known)" in said
     assert (tmp_path / "page.html").exists()
+    monkeypatch.setattr(sys, "argv", ["compare", str(path), "--html", str(tmp_path / "new" / "page.html")])
+    with open(os.devnull, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+    with pytest.raises(ValueError, match="closed file"):
+        compare.main()  # as with | head
+    assert (tmp_path / "new" / "page.html").exists()
+    monkeypatch.setattr(sys, "argv", ["compare", str(path), "--html", str(tmp_path)])
+    with pytest.raises(StorageError, match="is a folder, or its folder takes no files"):
+        compare.main()
     with pytest.raises(ConfigError, match="nothing to compare"):
         sides_of([trained(tmp_path / "alone")])
 

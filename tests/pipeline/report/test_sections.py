@@ -17,6 +17,7 @@ from pipeline.report.facts import gather
 from pipeline.report.gpus import MOST_LINES, band, few_lines
 from pipeline.report.page import STYLE
 from pipeline.report.render import render
+from pipeline.report.sections import made
 from pipeline.run import gpu_samples
 from pipeline.run.account import PARTS
 from pipeline.run.chain import Chain
@@ -335,3 +336,10 @@ def test_nothing_has_to_be_scrolled_sideways(tmp_path, width):
     words += [f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900", page.as_uri()]
     shown = subprocess.run(["chromium", *words], capture_output=True, text=True, timeout=120, check=True)
     assert "<title>wide::end</title>" in shown.stdout
+
+
+def test_a_task_without_pretraining_is_told_by_its_scores(tmp_path):
+    chain = begin(tmp_path / "run", "tiny", "local")
+    start(chain, "mrpc-scratch")
+    finish(chain, "mrpc-scratch", {"task": "mrpc", "dataset": "pairs", "scores": {"accuracy": 50.4}, "steps": 63})
+    assert made(gather(chain.run, held=False), "mrpc-scratch") == "pairs: accuracy 50.40\N{NO-BREAK SPACE}%"

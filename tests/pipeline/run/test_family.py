@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import shutil
 from pathlib import Path
 
@@ -54,3 +55,9 @@ def test_own_data_is_never_replaced_by_a_link(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="made its own"):
         link(run, ["extract", "shard"])
     assert seeds_of("mrpc=0-2,7") == ("mrpc", [0, 1, 2, 7])
+
+
+@pytest.mark.parametrize("words", ["mrpc=0,5-3", "mrpc=²", "mrpc=0-9999999999", "mrpc=1,1", "mrpc=", "nope=1"])
+def test_seeds_that_are_none_are_refused(words: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="none twice"):
+        seeds_of(words)

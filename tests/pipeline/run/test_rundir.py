@@ -25,6 +25,12 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
         RunDir(tmp_path).settings  # noqa: B018
 
 
+def test_a_folder_that_looks_like_an_option_is_named_in_full(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert RunDir(Path("-5")).word == str(tmp_path / "-5")
+    assert RunDir(Path("5")).word == "5"
+
+
 def test_simultaneous_starts_take_different_attempts(tmp_path):
     stage = StageDir(tmp_path / "phase1")
     numbers: list[int] = []
