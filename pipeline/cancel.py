@@ -27,13 +27,13 @@ def main() -> int:
 
 def cancel(run: RunDir, stage: str | None) -> None:
     """Stop the run, or on Slurm a stage of it, and say so."""
-    runner = run.whole_settings["profile"].get("runner")
-    if runner == "local" and stage is not None:
+    runner, sent = run.whole_settings["profile"].get("runner"), Journal.path(run).exists() or by_hand(run)
+    if runner == "local" and stage is not None and not sent:
         raise ConfigError(f"{run.path} runs on this machine as a whole: leave {stage!r} out to stop it")
     if runner == "local" and run.is_held():
         publish_text(run.cancel_request, "")
         print(f"{run.path}: asked to stop; it saves first, then ends")
-    elif Journal.path(run).exists() or runner == "slurm" or by_hand(run):
+    elif sent or runner == "slurm":
         with run.held():  # not while a submit is sending
             cancel_jobs(run, stage)
     else:

@@ -107,7 +107,7 @@ def by_hand(run: RunDir) -> dict[str, str]:
     for path in sorted(run.path.glob("stages/*")):
         for attempt in run.stage(path.name).attempts[-1:]:
             job, code = str(attempt.owner.get("job_id", "")), (attempt.verdict or {}).get("code")
-            if job.isdigit() and code in (None, *RESTART_CODES) and not (sent and job in sent.names):
+            if job.isdecimal() and code in (None, *RESTART_CODES) and not (sent and job in sent.names):
                 found[job] = path.name
     return found
 
