@@ -57,7 +57,7 @@ class Gpu:
     throttled: Counter[str] = field(default_factory=Counter)
     xids: Counter[int] = field(default_factory=Counter)
     uncorrected: float = 0.0
-    last: dict[str, Any] = field(default_factory=dict)
+    last: dict[str, Line] = field(default_factory=dict)  # by stage: several may be at work at a time
     pause_s: float = PAUSE_S
 
     @property
@@ -93,15 +93,15 @@ class Gpu:
         if isinstance(throttled, dict):
             self.throttled.update({str(why): often for why, often in throttled.items() if isinstance(often, int)})
         self.xids.update(number for number in _list(line.get("xid")) if isinstance(number, int))
-        now, before = line.get("ecc_uncorrected"), self.last.get("ecc_uncorrected")
+        now, before = line.get("ecc_uncorrected"), self.last.get(stage, {}).get("ecc_uncorrected")
         if is_number(now) and is_number(before):
             self.uncorrected += max(0, now - before)
-        self.last = line
+        self.last[stage] = line
 
     def _add_energy(self, line: dict[str, Any], stage: str) -> None:
         """From the counter, which begins anew with the driver, else from power and time."""
-        last = self.last
-        if not last or (last["stage"], last["attempt"]) != (line["stage"], line["attempt"]):
+        last = self.last.get(stage)
+        if last is None or last["attempt"] != line["attempt"]:
             return
         passed = line["time"] - last["time"]
         self.seconds[stage] += max(0.0, passed)
@@ -151,9 +151,9 @@ def begun_at(stage: StageDir) -> float | None:
 
 def _older(stage: Path, name: str) -> list[tuple[Path, Line]]:
     """Files of a stage alone, or of one attempt, with what their place says of every line."""
-    ours = [(path, {"stage": name}) for path in sorted(stage.glob("gpu/*.jsonl"))]
-    numbered = sorted(stage.glob("attempts/[0-9]*/gpu/*.jsonl"))
-    return [*((path, {"stage": name, "attempt": int(path.parts[-3])}) for path in numbered), *ours]
+    numbered = (path for path in sorted(stage.glob("attempts/*/gpu/*.jsonl")) if path.parts[-3].isdecimal())
+    files = [(path, {"stage": name, "attempt": int(path.parts[-3])}) for path in numbered]
+    return [*files, *((path, {"stage": name}) for path in sorted(stage.glob("gpu/*.jsonl")))]
 
 
 def _spans(files: Files, begun: Mapping[str, float | None], stride: int) -> dict[tuple[str, int], Span]:

@@ -212,6 +212,18 @@ def test_samples_of_a_stage_that_was_made_again_are_not_its_own(tmp_path):
     assert (found.gpus[0].samples, found.unread) == (61, 0)
 
 
+def test_stages_that_are_at_work_on_a_node_together_have_their_energy_each(tmp_path):
+    chain = begin(tmp_path / "run")
+    for name in ("phase1", "phase2"):
+        sample(start(chain, name), "node1", 1, 60)
+    path = chain.run.path / "gpu/node1.jsonl"
+    lines = sorted(path.read_text().splitlines(), key=lambda line: json.loads(line)["time"])
+    path.write_text("\n".join(lines) + "\n")
+    found = gpu_samples.read(chain.run, ["phase1", "phase2"])
+    assert found is not None
+    assert dict(found.gpus[0].energy_j) == pytest.approx({"phase1": 300 * 60, "phase2": 300 * 60})
+
+
 @pytest.mark.slow
 def test_much_is_read_in_strides_that_meet_every_gpu(tmp_path):
     chain = begin(tmp_path / "run")
