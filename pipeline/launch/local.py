@@ -167,18 +167,17 @@ class LocalRunner:
             return
         attempts = self.run.stage(name).attempts
         verdict = attempts[-1].verdict if attempts else None
+        silent = "killed" if code <= 0 or code > 128 else "it left no verdict; its words are in the output of submit"
         code = int(verdict["code"]) if verdict else (76 if code <= 0 or code > 128 else code)
+        line = (verdict or {}).get("line", silent)
         if self._stopping():
             return
         if code in RESTART_CODES and may_try_again(self._tries(name)):
-            print(
-                f"{name}: attempt ended with {code} ({(verdict or {}).get('line', 'killed')}); starting it again",
-                file=sys.stderr,
-            )
+            print(f"{name}: attempt ended with {code} ({line}); starting it again", file=sys.stderr)
             self.waiting.insert(0, name)
             return
         self.failed[name] = code
-        self.run.event("failed", stage=name, code=code, line=(verdict or {}).get("line", "killed"))
+        self.run.event("failed", stage=name, code=code, line=line)
 
     def _tries(self, name: str) -> Path:
         """Where attempts since the last progress are noted; the rule is that of the batch scripts."""

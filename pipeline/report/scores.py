@@ -129,7 +129,9 @@ def inference_section(facts: Facts) -> Html | None:
     if not rows:
         return None
     threads = result.get("threads")
-    where = f"On {result.get('device')}" + (f" with {number(threads)} threads" if is_number(threads) else "")
+    where = f"On {result.get('device')}" + (
+        f" with {number(threads)} thread{'s' * (threads != 1)}" if is_number(threads) else ""
+    )
     remark = note(
         f"{where}; latency of a whole batch. Forward: the model alone; end to end: from text to answer. "
         f"Real lengths are those of text, full ones all of the longest."
