@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.publish import APPEND, open_plain, plain, publish_json
-from pipeline.errors import CAUSES, Cause, ConfigError, InUseError
+from pipeline.errors import CAUSES, Cause, ConfigError, InUseError, StorageError
 from pipeline.run.files import NONE_THERE, appeared, append_jsonl, now, read_json, read_jsonl
 from pipeline.words import is_number
 
@@ -337,8 +337,8 @@ class RunDir:
         try:
             descriptor = plain(path, os.O_RDWR | os.O_CREAT)
         except PermissionError:
-            raise ConfigError(
-                f"{self.path}: you may not change this run; its owner can (--share group lets others)"
+            raise StorageError(
+                f"{self.path}: you may read this run, not change it; --share group lets others"
             ) from None
         try:
             try:
