@@ -95,8 +95,11 @@ def _check(arguments: argparse.Namespace, config: FinetuneConfig, modes: tuple[s
         raise ConfigError(f"--eval-mismatched belongs to mnli, not {arguments.task}")
     if arguments.task != CLASSIFY and (arguments.text or arguments.label):
         raise ConfigError(f"--text and --label belong to classify; {arguments.task} has its own columns")
-    if isinstance(config, ClassifyConfig) and len(config.text) > 2:
-        raise ConfigError(f"--text {arguments.text}: names {len(config.text)} columns; one or two can be read")
+    if isinstance(config, ClassifyConfig):
+        if len(config.text) > 2:
+            raise ConfigError(f"--text {arguments.text}: names {len(config.text)} columns; one or two can be read")
+        if len({*config.text, config.label}) <= len(config.text):
+            raise ConfigError(f"--text {arguments.text}, --label {config.label}: one column is named twice")
     if not config.seeds or len(set(config.seeds)) < len(config.seeds):
         raise ConfigError(f"--seed {' '.join(map(str, config.seeds))}: give at least one, none twice")
     if "train" in modes and "eval" not in modes and len(config.seeds) > 1:

@@ -154,7 +154,8 @@ class Finetuning:
         self.arranged = arrangement(device.type, config.max_seq_len)
         self.seed = config.seeds[0]
         self.source = ModelFolder(spec.model)
-        self.problem = self._problem(() if "train" in spec.modes else self.source.labels)
+        self.named = () if "train" in spec.modes or spec.task == SQUAD else self.source.labels
+        self.problem = self._problem(self.named)
         self.facts: Record = {"task": spec.task, "dataset": config.dataset, "unit": "percent"}
         self.samples = self._read_train() if spec.train is not None and "train" in spec.modes else None
         self.evaluations = self._read_evaluations()
@@ -204,14 +205,19 @@ class Finetuning:
     def _read_evaluations(self) -> dict[str, tuple[Problem, Samples]]:
         evaluations = {}
         for name, path in self.spec.evaluations.items() if {"eval", "prediction"} & set(self.spec.modes) else ():
-            problem = self._problem(self.problem.labels)
+            problem = self._problem(self.named or self.problem.labels)
             samples, counts = problem.read_eval(path, labelled="eval" in self.spec.modes)
             evaluations[name] = problem, samples
             self.facts |= {ending(key, name): count for key, count in counts.items()}
         return evaluations
 
     def _notes(self) -> Iterator[str]:
-        """What people should know of the files' text."""
+        """What people should know of the model and of the files' text."""
+        named, labels = list(self.named), self.problem.labels
+        if named and sorted(map(str.lower, named)) != sorted(labels):
+            yield f"{self.spec.model}: its classes {', '.join(named)} are taken for {', '.join(labels)}, in this order"
+        if "train" in self.spec.modes and self.problem.head == "classifier." and not self.source.has_pooler:
+            yield f"{self.spec.model} has no pooler: it is drawn anew, from the seed"
         read = {self.spec.evaluations[name]: samples for name, (_, samples) in self.evaluations.items()}
         if self.spec.train is not None and self.samples is not None:
             read[self.spec.train] = self.samples
