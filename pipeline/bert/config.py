@@ -154,10 +154,7 @@ class BertConfig:
         if wrong:
             raise ConfigError("\n".join(wrong))
         known = {field.name: values[field.name] for field in fields(cls) if field.name in values}
-        known |= {
-            "vocab_size": padded_vocab(values["vocab_size"]),
-            "hidden_act": HUGGING_FACE_ACTIVATIONS[activation],
-        }
+        known |= {"vocab_size": padded_vocab(values["vocab_size"]), "hidden_act": HUGGING_FACE_ACTIVATIONS[activation]}
         known.pop("init", None)
         return cls(**known)
 

@@ -49,7 +49,8 @@ ARCHITECTURES = {
 }
 ENCODER, QUESTION_ANSWERING, MASKED = "BertModel", "BertForQuestionAnswering", "BertForMaskedLM"
 HEADS = ("cls.", "qa_outputs.", "classifier.")
-POOLER, NEXT_SENTENCE = "bert.pooler.", "cls.seq_relationship."
+POOLER = "bert.pooler."
+OPTIONAL = {ENCODER: [POOLER], QUESTION_ANSWERING: [POOLER], MASKED: [POOLER, "cls.seq_relationship."]}
 
 
 @dataclass(frozen=True)
@@ -83,9 +84,7 @@ class Source:
                 model = heads.BertForSequenceClassification(self.config, len(arrays["classifier.weight"]))
             else:
                 model = getattr(heads, "BertForPreTraining" if kind == MASKED else kind)(self.config)
-        optional = [POOLER] if kind in (ENCODER, QUESTION_ANSWERING, MASKED) else []
-        optional += [NEXT_SENTENCE] if kind == MASKED else []
-        absent = tuple(part for part in optional if not _has(arrays, part))
+        absent = tuple(part for part in OPTIONAL.get(kind, ()) if not _has(arrays, part))
         own = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(absent)}
         check_fit({name: array.shape for name, array in arrays.items()}, own, f"{self.origin} is no whole {kind}")
         return self
@@ -134,11 +133,6 @@ class ModelFolder:
         """Whether there are any; a shape to measure has none."""
         return any((self.path / name).is_file() for name in (WEIGHTS, PICKLED))
 
-    @property
-    def has_pooler(self) -> bool:
-        """Whether there is one; a model of masked words or of questions has none."""
-        return _has(self.state, POOLER)
-
     @cached_property
     def sha256(self) -> str:
         """One hash over the files that shape a training."""
@@ -150,13 +144,13 @@ class ModelFolder:
         """Copy the weights into ``model``, whose task head lies below the prefix ``head``.
 
         With a ``seed`` the head is new, drawn from it, and the folder's heads are left out; with None the folder
-        must have it. So is the pooler where the folder has none (`has_pooler`); one whose head does not use it may
-        come without. Everything else must fit exactly. Raises CheckpointError.
+        must have it. So is the pooler where the folder has none (of masked words); one whose head does not use it
+        may come without. Everything else must fit exactly. Raises CheckpointError.
         """
         if seed is None and not _has(self.state, head):
             raise CheckpointError(f"{self.path}: no {head}* in it: not a model of this task, train it first")
         new = [] if seed is None else [head]
-        if not self.has_pooler and (new or head == "qa_outputs."):  # that head reads every token's vector
+        if not _has(self.state, POOLER) and (new or head == "qa_outputs."):  # that head reads every token's vector
             new.append(POOLER)
         generator = torch.Generator().manual_seed(seed or 0)
         for part in new:
@@ -178,9 +172,8 @@ def _labels(folder: Path, state: State) -> tuple[str, ...]:
     """A classifier's classes in the order of their numbers, called as transformers does where nothing names them."""
     described = read_object(folder / MODEL, CheckpointError)
     if (kind := described.get("problem_type")) in ("regression", "multi_label_classification"):
-        raise CheckpointError(f"{folder}: config.json: problem_type is {kind!r}, needed is 'single_label_classification'")
-    named = described.get("id2label")
-    known = named if isinstance(named, dict) else {}
+        raise CheckpointError(f"{folder}: config.json: problem_type is {kind!r}, needed is one class of several")
+    known = named if isinstance(named := described.get("id2label"), dict) else {}
     return tuple(str(known.get(str(i), f"LABEL_{i}")) for i in range(len(state.get("classifier.weight", ()))))
 
 

@@ -99,11 +99,10 @@ def _check(arguments: argparse.Namespace, config: FinetuneConfig, modes: tuple[s
         raise ConfigError(f"--eval-mismatched belongs to mnli, not {arguments.task}")
     if arguments.task != CLASSIFY and (arguments.text or arguments.label):
         raise ConfigError(f"--text and --label belong to classify; {arguments.task} has its own columns")
-    if isinstance(config, ClassifyConfig):
-        if len(config.text) > 2:
-            raise ConfigError(f"--text {arguments.text}: names {len(config.text)} columns; one or two can be read")
-        if len({*config.text, config.label}) <= len(config.text):
-            raise ConfigError(f"--text {arguments.text}, --label {config.label}: one column is named twice")
+    if isinstance(config, ClassifyConfig) and not len(config.text) == len({*config.text, config.label}) - 1 <= 2:
+        raise ConfigError(
+            f"--text {arguments.text}: name one or two columns, each once, and not {config.label!r} (--label)"
+        )
     if not config.seeds or len(set(config.seeds)) < len(config.seeds):
         raise ConfigError(f"--seed {' '.join(map(str, config.seeds))}: give at least one, none twice")
     if "train" in modes and "eval" not in modes and len(config.seeds) > 1:
@@ -145,7 +144,7 @@ def _start_ranks(processes: int) -> int:
         subprocess.Popen(command, env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(processes)
     ]
-    signal.signal(signal.SIGTERM, lambda *_: [rank.terminate() for rank in ranks])  # they save and end with 75
+    signal.signal(signal.SIGTERM, lambda *_: set(map(subprocess.Popen.terminate, ranks)))  # they save: 75
     try:
         while None in (codes := [rank.poll() for rank in ranks]) and not any(codes):
             time.sleep(0.05)

@@ -139,12 +139,10 @@ class GlueProblem:
 
     head = "classifier."
 
-    def __init__(
-        self, task: glue.Task, config: FinetuneConfig, tokenizer: Tokenizer, named: tuple[str, ...] = ()
-    ) -> None:
+    def __init__(self, task: glue.Task, config: FinetuneConfig, tokenizer: Tokenizer, own: Sequence[str] = ()) -> None:
         self.task, self.config, self.tokenizer = task, config, tokenizer
         self.metric, self.labels = task.metrics[0], task.labels
-        spelt = [name if name in task.labels else name.lower() for name in named]
+        spelt = [name if name in task.labels else name.lower() for name in own]
         known = sorted(spelt) == sorted(task.labels)  # a model trained elsewhere may have them in another order
         self.order = [spelt.index(label) for label in task.labels] if known else list(range(len(task.labels)))
 

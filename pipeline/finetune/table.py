@@ -88,9 +88,7 @@ def _distinct(path: Path, column: str, labels: list[str]) -> tuple[str, ...]:
         twin = alike[label.strip().casefold()]
         raise DataError(f"{path}: labels {label!r} and {twin!r} of column {column!r} differ in case or blanks alone")
     if not 2 <= len(distinct) <= MOST_LABELS:
-        raise DataError(
-            f"{path}: column {column!r} holds {len(distinct)} different labels; expected 2 to {MOST_LABELS}"
-        )
+        raise DataError(f"{path}: column {column!r} holds {len(distinct)} different labels; needed 2 to {MOST_LABELS}")
     numeric = all(label.isdecimal() for label in distinct)
     return tuple(sorted(distinct, key=lambda label: (int(label), label) if numeric else (0, label)))
 
