@@ -150,13 +150,12 @@ class BertConfig:
             wrong.append(f"config.json: hidden_act is {activation!r}, known are {known_names}")
         if not isinstance(values.get("vocab_size"), int):
             wrong.append(f"config.json: vocab_size is {values.get('vocab_size')!r}, needed is a whole number")
+        if values.get("type_vocab_size", 2) == 1:
+            wrong.append("config.json: type_vocab_size is 1, needed are 2: the texts of a pair are told by them")
         if wrong:
             raise ConfigError("\n".join(wrong))
         known = {field.name: values[field.name] for field in fields(cls) if field.name in values}
-        known |= {
-            "vocab_size": padded_vocab(values["vocab_size"]),
-            "hidden_act": HUGGING_FACE_ACTIVATIONS[activation],
-        }
+        known |= {"vocab_size": padded_vocab(values["vocab_size"]), "hidden_act": HUGGING_FACE_ACTIVATIONS[activation]}
         known.pop("init", None)
         return cls(**known)
 

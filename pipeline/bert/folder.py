@@ -45,10 +45,12 @@ ARCHITECTURES = {
     "cls.seq_relationship.weight": "BertForPreTraining",
     "qa_outputs.weight": "BertForQuestionAnswering",
     "classifier.weight": "BertForSequenceClassification",
+    "cls.predictions.bias": "BertForMaskedLM",  # last: one of pretraining has it, too
 }
-ENCODER, QUESTION_ANSWERING = "BertModel", "BertForQuestionAnswering"
+ENCODER, QUESTION_ANSWERING, MASKED = "BertModel", "BertForQuestionAnswering", "BertForMaskedLM"
 HEADS = ("cls.", "qa_outputs.", "classifier.")
 POOLER = "bert.pooler."
+OPTIONAL = {ENCODER: [POOLER], QUESTION_ANSWERING: [POOLER], MASKED: [POOLER, "cls.seq_relationship."]}
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class Source:
     def checked(self) -> Source:
         """This, if the weights are those of their class, all and no others, else CheckpointError.
 
-        Only the pooler may be missing, where the class does not need it.
+        Only what the class does not need may be missing: the pooler, of masked words the head of pairs.
         """
         kind, arrays = self.architecture, self.arrays
         model: nn.Module
@@ -81,9 +83,9 @@ class Source:
             elif "classifier.weight" in arrays:
                 model = heads.BertForSequenceClassification(self.config, len(arrays["classifier.weight"]))
             else:
-                model = getattr(heads, kind)(self.config)
-        optional = POOLER if kind in (ENCODER, QUESTION_ANSWERING) and not _has(arrays, POOLER) else "-"
-        own = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(optional)}
+                model = getattr(heads, "BertForPreTraining" if kind == MASKED else kind)(self.config)
+        absent = tuple(part for part in OPTIONAL.get(kind, ()) if not _has(arrays, part))
+        own = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(absent)}
         check_fit({name: array.shape for name, array in arrays.items()}, own, f"{self.origin} is no whole {kind}")
         return self
 
@@ -111,9 +113,10 @@ class ModelFolder:
 
     @cached_property
     def labels(self) -> tuple[str, ...]:
-        """The names of a classifier's classes, where there are some."""
-        named = read_object(self.path / MODEL, CheckpointError).get("id2label")
-        return tuple(map(str, named.values())) if isinstance(named, dict) else ()
+        """The names of a classifier's classes; CheckpointError when it has none to choose one from."""
+        if len(labels := _labels(self.path, self.state)) < 2:
+            raise CheckpointError(f"{self.path}: no classifier.* of two or more classes in it: train it first")
+        return labels
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -141,17 +144,17 @@ class ModelFolder:
         """Copy the weights into ``model``, whose task head lies below the prefix ``head``.
 
         With a ``seed`` the head is new, drawn from it, and the folder's heads are left out; with None the folder
-        must have it. Everything else must fit exactly, but a model whose head does not use the pooler may come
-        without one. Raises CheckpointError.
+        must have it. So is the pooler where the folder has none (of masked words); one whose head does not use it
+        may come without. Everything else must fit exactly. Raises CheckpointError.
         """
-        new = [] if seed is None else [head]
-        if seed is not None:
-            generator = torch.Generator().manual_seed(seed)
-            initialise(model.get_submodule(head.rstrip(".")), self.config, generator)
-        elif not _has(self.state, head):
+        if seed is None and not _has(self.state, head):
             raise CheckpointError(f"{self.path}: no {head}* in it: not a model of this task, train it first")
-        if head == "qa_outputs." and not _has(self.state, POOLER):  # it reads every token's vector
+        new = [] if seed is None else [head]
+        if not _has(self.state, POOLER) and (new or head == "qa_outputs."):  # that head reads every token's vector
             new.append(POOLER)
+        generator = torch.Generator().manual_seed(seed or 0)
+        for part in new:
+            initialise(model.get_submodule(part.rstrip(".")), self.config, generator)
         drop = HEADS if seed is not None else [other for other in HEADS if other != head]
         load_into(model, self.state, origin=str(self.path), new=new, drop=drop)
 
@@ -163,6 +166,15 @@ class ModelFolder:
 
 def _has(names: Mapping[str, Any], prefix: str) -> bool:
     return any(name.startswith(prefix) for name in names)
+
+
+def _labels(folder: Path, state: State) -> tuple[str, ...]:
+    """A classifier's classes in the order of their numbers, called as transformers does where nothing names them."""
+    described = read_object(folder / MODEL, CheckpointError)
+    if (kind := described.get("problem_type")) in ("regression", "multi_label_classification"):
+        raise CheckpointError(f"{folder}: config.json: problem_type is {kind!r}, needed is one class of several")
+    known = named if isinstance(named := described.get("id2label"), dict) else {}
+    return tuple(str(known.get(str(i), f"LABEL_{i}")) for i in range(len(state.get("classifier.weight", ()))))
 
 
 def load_hugging_face(folder: Path) -> tuple[BertConfig, State]:
@@ -183,7 +195,7 @@ def read_folder(folder: Path) -> Source:
     """A folder's weights, whole, to be written elsewhere; CheckpointError."""
     config, state = load_hugging_face(folder)
     arrays = {name: tensor.numpy() for name, tensor in state.items()}
-    return Source(config, arrays, f"the folder {folder.name}", ModelFolder(folder).labels).checked()
+    return Source(config, arrays, f"the folder {folder.name}", _labels(folder, state)).checked()
 
 
 def write_folder(

@@ -55,7 +55,9 @@ def renamed(state: Mapping[str, Any], *, origin: str) -> State:
             raise CheckpointError(f"{origin}: {key} is no tensor but {type(tensor).__name__}: not a model's weights")
         if name in named:
             raise CheckpointError(f"{origin}: {name} is there twice, under an old and a new spelling")
-        named[name] = tensor.float() if tensor.is_floating_point() else tensor
+        if not tensor.is_floating_point() and name != POSITION_IDS:
+            raise CheckpointError(f"{origin}: {key} is {tensor.dtype}: quantised; give the weights as floating numbers")
+        named[name] = tensor.float()
     named.pop(POSITION_IDS, None)
     for alias, name in ALIASES.items():
         if alias in named and not torch.equal(named[alias], named.setdefault(name, named[alias])):

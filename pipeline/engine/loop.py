@@ -205,7 +205,7 @@ class Loop:
         if plan.world_size > plan.micro_batches:
             self.job.say(
                 f"{plan.world_size - plan.micro_batches} of {plan.world_size} ranks have no micro-batch "
-                f"and wait; --set {self.job.stage}.micro_batch={plan.global_batch // plan.world_size} shares better"
+                f"and wait; {self.job.option('micro_batch', plan.global_batch // plan.world_size)} shares better"
             )
 
     def overcome(self, sums: Sums) -> None:
@@ -228,8 +228,8 @@ class Loop:
             if suspect is None:
                 time.sleep(1.0)  # let a rank that has a culprit write its verdict first
             raise NumericalError(
-                f"{line}; it came again after going back to the last checkpoint, which is untouched; lower "
-                f"{self.job.stage}.learning_rate or look at these samples"
+                f"{line}; it came again after going back to the last checkpoint, which is untouched; lower the "
+                "learning rate or look at these samples"
             )
         self.rolled_back = True
         if suspect is not None or self.job.rank == 0:

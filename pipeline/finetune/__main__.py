@@ -7,6 +7,7 @@ import functools
 import os
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from data_prep.fanout import die_with_parent
 from data_prep.liveness import keep_freed_memory
 from data_prep.publish import publish_json
 from pipeline.config import PRECISIONS, ClassifyConfig, FinetuneConfig, restore
@@ -28,7 +30,7 @@ from pipeline.words import absent_model
 if TYPE_CHECKING:
     from pipeline.finetune.task import Spec
 
-LAUNCH = "PIPELINE_LAUNCH"  # set: this process is one of the ranks that the command started
+LAUNCH, PARENT = "PIPELINE_LAUNCH", "PIPELINE_PARENT"  # set: this process is one of the ranks that the command started
 
 HELP = {
     "epochs": "passes over the training file",
@@ -49,6 +51,8 @@ HELP = {
 def main() -> int:
     """Parse the command line, fine-tune every seed, print the scores."""
     arguments = _parser().parse_args()
+    if parent := os.environ.get(PARENT):
+        die_with_parent(int(parent))
     config = _config(arguments)
     modes = tuple(arguments.mode.split(","))
     keep_freed_memory()
@@ -95,8 +99,10 @@ def _check(arguments: argparse.Namespace, config: FinetuneConfig, modes: tuple[s
         raise ConfigError(f"--eval-mismatched belongs to mnli, not {arguments.task}")
     if arguments.task != CLASSIFY and (arguments.text or arguments.label):
         raise ConfigError(f"--text and --label belong to classify; {arguments.task} has its own columns")
-    if isinstance(config, ClassifyConfig) and len(config.text) > 2:
-        raise ConfigError(f"--text {arguments.text}: names {len(config.text)} columns; one or two can be read")
+    if isinstance(config, ClassifyConfig) and not len(config.text) == len({*config.text, config.label}) - 1 <= 2:
+        raise ConfigError(
+            f"--text {arguments.text}: name one or two columns, each once, and not {config.label!r} (--label)"
+        )
     if not config.seeds or len(set(config.seeds)) < len(config.seeds):
         raise ConfigError(f"--seed {' '.join(map(str, config.seeds))}: give at least one, none twice")
     if "train" in modes and "eval" not in modes and len(config.seeds) > 1:
@@ -131,13 +137,14 @@ def _job(run: RunDir, stage: str, threads: int, spec: Spec) -> Job:
 
 def _start_ranks(processes: int) -> int:
     """This command once more in so many processes, one per GPU where there are GPUs; the code of the first failure."""
-    environment = {**os.environ, LAUNCH: secrets.token_hex(8), "WORLD_SIZE": str(processes)}
+    environment = {**os.environ, LAUNCH: secrets.token_hex(8), PARENT: str(os.getpid()), "WORLD_SIZE": str(processes)}
     environment.setdefault("OMP_NUM_THREADS", "1")
     command = [sys.executable, "-m", "pipeline.finetune", *sys.argv[1:]]
     ranks = [
         subprocess.Popen(command, env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(processes)
     ]
+    signal.signal(signal.SIGTERM, lambda *_: set(map(subprocess.Popen.terminate, ranks)))  # they save: 75
     try:
         while None in (codes := [rank.poll() for rank in ranks]) and not any(codes):
             time.sleep(0.05)

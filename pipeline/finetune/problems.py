@@ -139,9 +139,12 @@ class GlueProblem:
 
     head = "classifier."
 
-    def __init__(self, task: glue.Task, config: FinetuneConfig, tokenizer: Tokenizer) -> None:
+    def __init__(self, task: glue.Task, config: FinetuneConfig, tokenizer: Tokenizer, own: Sequence[str] = ()) -> None:
         self.task, self.config, self.tokenizer = task, config, tokenizer
         self.metric, self.labels = task.metrics[0], task.labels
+        spelt = [name if name in task.labels else name.lower() for name in own]
+        known = sorted(spelt) == sorted(task.labels)  # a model trained elsewhere may have them in another order
+        self.order = [spelt.index(label) for label in task.labels] if known else list(range(len(task.labels)))
 
     def new_model(self, config: BertConfig) -> Model:
         return BertForSequenceClassification(config, len(self.task.labels))
@@ -168,8 +171,8 @@ class GlueProblem:
         return functional.cross_entropy(outputs.float(), targets, reduction="sum")
 
     def rows(self, outputs: Outputs) -> Tensor:
-        """Outputs as ``[N, labels]``."""
-        logits: Tensor = outputs
+        """Outputs as ``[N, labels]``, in the order of the task's labels."""
+        logits: Tensor = outputs[:, self.order]
         return logits
 
     def widths(self, samples: Samples) -> Ints:
@@ -218,4 +221,4 @@ def problem_of(
     if isinstance(config, ClassifyConfig):
         assert file is not None
         return GlueProblem(glue.own_task(config, file, labels), config, tokenizer)
-    return GlueProblem(glue.TASKS[task], config, tokenizer)
+    return GlueProblem(glue.TASKS[task], config, tokenizer, labels)

@@ -85,7 +85,9 @@ def read_squad(path: Path, *, version_2: bool = False, answers: bool = True) -> 
                     raise DataError(f"{path}: question id {name!r} stands twice; ids must differ")
                 seen.add(name)
                 spot = f"{path}: question {name!r}"
-                impossible = bool(version_2 and entry.get("is_impossible", False))
+                impossible = version_2 and entry.get("is_impossible", False)
+                if not isinstance(impossible, bool):
+                    raise DataError(f"{spot}: 'is_impossible' must be true or false, found {impossible!r:.40}")
                 spans = _answers(entry, spot) if "answers" in entry and not impossible else ()
                 if answers and not spans and not impossible:
                     hint = "" if version_2 else "; a SQuAD 2.0 file needs --version-2"
@@ -259,8 +261,11 @@ def _windows(
 
 def _best_window(tokens: int, starts: list[int], lengths: list[int]) -> NDArray[np.int64]:
     """Each token's window with the largest min(tokens left, tokens right) + 0.01 * length; ties: the first."""
-    start, length = np.array(starts)[:, None], np.array(lengths)[:, None]
-    left = np.arange(tokens)[None, :] - start
-    right = length - 1 - left
-    value = np.minimum(left, right) + 0.01 * length
-    return np.where((left >= 0) & (right >= 0), value, -np.inf).argmax(axis=0) if starts else np.zeros(0, int)
+    best, most = np.zeros(tokens, int), np.full(tokens, -np.inf)
+    for window, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+        place = np.arange(length)
+        value = np.minimum(place, length - 1 - place) + 0.01 * length
+        better = value > most[start : start + length]
+        best[start : start + length][better] = window
+        most[start : start + length][better] = value[better]
+    return best

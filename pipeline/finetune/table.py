@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,17 +83,19 @@ def text_columns(path: Path, label: str) -> tuple[str, ...]:
 def _distinct(path: Path, column: str, labels: list[str]) -> tuple[str, ...]:
     """The classes of a file, numbers by their size."""
     distinct = set(labels)
+    alike = {label.strip().casefold(): label for label in distinct}
+    for label in distinct - set(alike.values()):
+        twin = alike[label.strip().casefold()]
+        raise DataError(f"{path}: labels {label!r} and {twin!r} of column {column!r} differ in case or blanks alone")
     if not 2 <= len(distinct) <= MOST_LABELS:
-        raise DataError(
-            f"{path}: column {column!r} holds {len(distinct)} different labels; expected 2 to {MOST_LABELS}"
-        )
+        raise DataError(f"{path}: column {column!r} holds {len(distinct)} different labels; needed 2 to {MOST_LABELS}")
     numeric = all(label.isdecimal() for label in distinct)
     return tuple(sorted(distinct, key=lambda label: (int(label), label) if numeric else (0, label)))
 
 
 def _rows(path: Path, needed: tuple[str, ...], header: tuple[str, ...]) -> Iterator[Row]:
     """The ``needed`` cells of every row."""
-    if path.suffix == ".jsonl":
+    if path.suffix.lower() == ".jsonl":
         for number, record in _objects(path):
             for name in needed:
                 if name not in record:
@@ -127,16 +130,17 @@ def _told(names: Iterable[str]) -> list[str]:
 
 def _names(path: Path) -> list[str]:
     """The names of a file's columns."""
-    return list(next(_objects(path))[1]) if path.suffix == ".jsonl" else next(_separated(path))[1]
+    return list(next(_objects(path))[1]) if path.suffix.lower() == ".jsonl" else next(_separated(path))[1]
 
 
 def _separated(path: Path) -> Iterator[Row]:
     """Lines of cells, the first the header; those of CSV may be quoted and hold line ends."""
-    if path.suffix == ".json":
+    if path.suffix.lower() == ".json":
         raise DataError(f"{path}: a .json file is no table; write it as JSON lines (.jsonl), CSV or TSV")
-    if path.suffix != ".csv":
+    if path.suffix.lower() != ".csv":
         yield from ((number, line.split("\t")) for number, line in _lines(path))
         return
+    csv.field_size_limit(sys.maxsize)
     reader = csv.reader(io.StringIO("\n".join(line for _, line in _lines(path)), newline=""), strict=True)
     before = 0
     try:
@@ -153,6 +157,7 @@ def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     for number, line in _lines(path):
         try:
             record = json.loads(line)
+            json.dumps(record, ensure_ascii=False).encode()  # half a surrogate pair is no character
         except (ValueError, RecursionError) as error:
             raise DataError(f"{path}:{number}: no JSON: {error}") from None
         if not isinstance(record, dict):

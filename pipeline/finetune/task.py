@@ -22,7 +22,7 @@ from data_prep.errors import DataError
 from data_prep.publish import file_sha256, json_sha256, publish_json
 from pipeline.batch import BatchPlan
 from pipeline.bert.encoder import initialise
-from pipeline.bert.folder import ModelFolder
+from pipeline.bert.folder import POOLER, ModelFolder
 from pipeline.bert.heads import Model
 from pipeline.bert.packing import Batch, arrangement, layout
 from pipeline.config import FinetuneConfig, OptimizerConfig, science
@@ -95,16 +95,12 @@ class Spec:
     def check(self, out: Path) -> None:
         """Refuse what cannot work, before anything is read or written into ``out``."""
         config, longest = self.config, ModelFolder(self.model).config.max_position_embeddings
-        lines = [
-            f"mode {mode!r} is unknown; choose from {', '.join(MODES)}" for mode in self.modes if mode not in MODES
-        ]
+        lines = [f"mode {one!r} is unknown; choose from {', '.join(MODES)}" for one in self.modes if one not in MODES]
         if config.max_seq_len > longest:
             lines.append(f"max_seq_len = {config.max_seq_len} exceeds the model's {longest} positions")
         if self.task == SQUAD and config.max_query_length + 4 > config.max_seq_len:
-            lines.append(
-                f"max_query_length = {config.max_query_length} leaves no room for a context in max_seq_len = "
-                f"{config.max_seq_len}"
-            )
+            room = f"no room for a context in max_seq_len = {config.max_seq_len}"
+            lines.append(f"max_query_length = {config.max_query_length} leaves {room}")
         if "train" in self.modes and self.model.resolve().is_relative_to(out.resolve()):
             lines.append(f"{self.model} lies in the output folder {out}, where training would replace it")
         if lines:
@@ -154,7 +150,8 @@ class Finetuning:
         self.arranged = arrangement(device.type, config.max_seq_len)
         self.seed = config.seeds[0]
         self.source = ModelFolder(spec.model)
-        self.problem = self._problem(() if "train" in spec.modes else self.source.labels)
+        self.named = () if "train" in spec.modes or spec.task == SQUAD else self.source.labels
+        self.problem = self._problem(self.named)
         self.facts: Record = {"task": spec.task, "dataset": config.dataset, "unit": "percent"}
         self.samples = self._read_train() if spec.train is not None and "train" in spec.modes else None
         self.evaluations = self._read_evaluations()
@@ -204,14 +201,20 @@ class Finetuning:
     def _read_evaluations(self) -> dict[str, tuple[Problem, Samples]]:
         evaluations = {}
         for name, path in self.spec.evaluations.items() if {"eval", "prediction"} & set(self.spec.modes) else ():
-            problem = self._problem(self.problem.labels)
+            problem = self._problem(self.named or self.problem.labels)
             samples, counts = problem.read_eval(path, labelled="eval" in self.spec.modes)
             evaluations[name] = problem, samples
             self.facts |= {ending(key, name): count for key, count in counts.items()}
         return evaluations
 
     def _notes(self) -> Iterator[str]:
-        """What people should know of the files' text."""
+        """What people should know of the model and of the files' text."""
+        named, labels = list(self.named), self.problem.labels
+        if named and sorted(map(str.lower, named)) != sorted(labels):
+            yield f"{self.spec.model}: its classes {', '.join(named)} are taken for {', '.join(labels)}, in this order"
+        begun = "train" in self.spec.modes and not self.spec.scratch
+        if begun and self.problem.head == "classifier." and f"{POOLER}dense.weight" not in self.source.state:
+            yield f"{self.spec.model} has no pooler: it is drawn anew, from the seed"
         read = {self.spec.evaluations[name]: samples for name, (_, samples) in self.evaluations.items()}
         if self.spec.train is not None and self.samples is not None:
             read[self.spec.train] = self.samples

@@ -171,9 +171,9 @@ def fault_of(error: Exception, job: Job, micro_batch: int | None) -> PipelineErr
 
     where, line = f"rank {job.rank} on {socket.gethostname()}", str(error).strip().split("\n")[0]
     if isinstance(error, torch.OutOfMemoryError):
-        return ConfigError(f"{where}: {too_large(job.stage, micro_batch, 'GPU')} ({line.split('. GPU')[0]})")
+        return ConfigError(f"{where}: {too_large(job, micro_batch, 'GPU')} ({line.split('. GPU')[0]})")
     if isinstance(error, MemoryError) or "DefaultCPUAllocator: " in line:
-        return ConfigError(f"{where}: {too_large(job.stage, micro_batch, 'machine')} ({line or 'no memory left'})")
+        return ConfigError(f"{where}: {too_large(job, micro_batch, 'machine')} ({line or 'no memory left'})")
     if type(error).__name__ != "AcceleratorError" and not line.lower().startswith("cuda"):
         return None
     if any(word.lower() in line.lower() for word in BROKEN):
@@ -183,14 +183,14 @@ def fault_of(error: Exception, job: Job, micro_batch: int | None) -> PipelineErr
     return DeviceFault(f"{where}: {line}; {job.stage} goes on from its last checkpoint")
 
 
-def too_large(stage: str, micro_batch: int | None, what: str) -> str:
-    """What to do where ``what``, a GPU or a machine, has too little memory for a stage."""
+def too_large(job: Job, micro_batch: int | None, what: str) -> str:
+    """What to do where ``what``, a GPU or a machine, has too little memory for a job's stage."""
     if micro_batch is None or micro_batch < 2:
         return f"this {what} is too small for the model"
     return (
-        f"a micro-batch of {micro_batch} samples does not fit this {what}; --set {stage}.micro_batch="
-        f"{micro_batch // 2} needs about half of the memory that grows with it and changes no result but for its last "
-        f"bits"
+        f"a micro-batch of {micro_batch} samples does not fit this {what}; "
+        f"{job.option('micro_batch', micro_batch // 2)} needs about half of the memory that grows with it and changes "
+        f"no result but for its last bits"
     )
 
 

@@ -86,6 +86,11 @@ class Job:
     def world_size(self) -> int:
         return self.topology.world_size
 
+    def option(self, key: str, value: object) -> str:
+        """What sets ``key`` for this stage, or a seed of it: an option of submit; without a recipe of the command."""
+        of_run = (self.run.path / "run.json").is_file()
+        return f"--set {self.stage.partition('-')[0]}.{key}={value}" if of_run else f"--{key.replace('_', '-')} {value}"
+
     def patiently(self, work: Callable[[], T]) -> T:
         """What ``work`` gives, once the file server is there, or this process is asked to stop."""
         return patiently(work, self.warn, self.stop.asked)

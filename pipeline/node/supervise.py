@@ -226,7 +226,7 @@ class Watch:
         name = self.job.stage.partition("-")[0]  # of a seed's stage its task's
         config = self.job.run.settings["recipe"].get(name)
         micro_batch = config.get("micro_batch") if isinstance(config, dict) else None
-        return self._decide(2, f"{line}, as before; {too_large(name, micro_batch, 'machine')}", "memory")
+        return self._decide(2, f"{line}, as before; {too_large(self.job, micro_batch, 'machine')}", "memory")
 
     def _look(self, now: float, resumed: float) -> None:
         beat = self.job.heartbeat.read()

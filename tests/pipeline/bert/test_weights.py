@@ -116,6 +116,21 @@ def test_an_encoder_without_prefix_and_heads_starts_a_task(tmp_path):
     assert torch.equal(model.qa_outputs.weight, head)
 
 
+def test_quantised_weights_are_no_weights(tmp_path):
+    name = "bert.encoder.layer.0.output.dense.weight"
+    state = random_state()
+    state[name] = (100 * state[name]).to(torch.int8)
+    with pytest.raises(CheckpointError) as error:
+        load_hugging_face(folder_of(tmp_path, state))
+    assert f"{name} is torch.int8: quantised" in message(error)
+
+
+def test_a_model_of_one_segment_is_refused(tmp_path):
+    with pytest.raises(CheckpointError) as error:
+        load_hugging_face(folder_of(tmp_path, random_state(), type_vocab_size=1))
+    assert "type_vocab_size is 1, needed are 2" in message(error)
+
+
 def test_a_misfit_is_listed_whole_and_changes_nothing(tmp_path):
     state = random_state()
     del state["bert.pooler.dense.bias"], state["bert.encoder.layer.0.intermediate.dense.weight"]

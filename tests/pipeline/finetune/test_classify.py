@@ -65,13 +65,25 @@ def test_cells_of_csv_may_hold_lines_and_numbers_sort_as_numbers(tmp_path) -> No
         ("t.csv", "a,b,c\nx,y,1\nx,y,\nx,y,2", r"t\.csv:3: 'c' is empty; label this row or leave it out"),
         ("t.csv", "a,b,b,c\nx,y,z,1", r"t\.csv:1: 2 columns are called 'b'"),
         ("t.json", '[{"a": "x", "b": "y", "c": 1}]', r"t\.json: a \.json file is no table; write it as JSON lines"),
-        ("t.tsv", "a\tb\tc\nx\ty\tz", r"t\.tsv: column 'c' holds 1 different labels; expected 2 to 1000"),
+        ("t.JSON", "[]", r"t\.JSON: a \.json file is no table"),
+        ("t.jsonl", '{"a": "\\ud83d", "b": "y", "c": 1}', r"t\.jsonl:1: no JSON: .*surrogates not allowed"),
+        ("t.tsv", "a\tb\tc\nx\ty\tno\nx\ty\tno ", r"t\.tsv: labels 'no ?' and 'no ?' of column 'c' differ in case or"),
+        ("t.csv", "a,b,c\nx,y,Yes\nx,y,yes", r"t\.csv: labels .* differ in case or blanks alone"),
+        ("t.tsv", "a\tb\tc\nx\ty\tz", r"t\.tsv: column 'c' holds 1 different labels; needed 2 to 1000"),
     ],
 )
 def test_bad_files_are_named(tmp_path, name, content, message) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=message):
         read_table(tmp_path / name, ANY)
+
+
+def test_endings_in_capitals_and_long_cells_of_csv_are_read(tmp_path) -> None:
+    path = tmp_path / "T.CSV"
+    path.write_text(f'a,b,c\n"{"x, " * 100_000}",y,1\nx,y,2\n')
+    assert len(read_table(path, ANY).texts[0][0]) == 300_000
+    (tmp_path / "T.JSONL").write_text('{"a": "x", "b": "y", "c": 1}\n{"a": "x", "b": "y", "c": 2}')
+    assert read_table(tmp_path / "T.JSONL", ANY).labels == ("1", "2")
 
 
 def test_the_text_column_is_found_or_asked_for(tmp_path) -> None:
@@ -125,3 +137,6 @@ def test_three_classes_learnt_and_predicted_as_transformers_does(tmp_path) -> No
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "more" / "predictions.json").read_text()) == {"2": "2", "3": "0"}
     one_line(call("finetune", "sst2", *files, "--out", tmp_path / "o", "--text", "a"), 2, "belong to classify")
+    for text in ("review,review", "stars", "review,stars"):
+        words = ("--out", tmp_path / "o", "--text", text, "--label", "stars")
+        one_line(call("finetune", "classify", *files, *words), 2, "name one or two columns, each once, and not 'stars'")

@@ -1,8 +1,10 @@
 """`python -m pipeline.finetune` from a folder of transformers to scores, and what it says to bad input."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -160,3 +162,26 @@ def test_a_rank_that_is_killed_is_named_with_the_code_of_a_lost_peer(tmp_path, m
     monkeypatch.setattr(sys, "executable", str(killed))
     with pytest.raises(PeerLost, match=r"^rank 1 of 2 was killed by signal 9; the same command goes on"):
         command._start_ranks(2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGKILL, -signal.SIGKILL)])
+def test_ranks_stop_with_the_command_that_started_them(folder: Path, tmp_path: Path, number: int, code: int) -> None:
+    words = options(folder, tmp_path / "out", "--epochs", "1000", "--processes", "2")
+    log = tmp_path / "log"
+    with log.open("w") as file:
+        started = subprocess.Popen([sys.executable, "-m", "pipeline.finetune", *words], stdout=file, stderr=file)
+    try:
+        while "loss" not in log.read_text():
+            assert started.poll() is None, log.read_text()
+            time.sleep(0.1)
+        ranks = [int(pid) for pid in Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text().split()]
+        assert len(ranks) == 2
+        started.send_signal(number)
+        assert started.wait() == code
+        assert ("is saved" in log.read_text()) == (code == 75)
+        while any(Path(f"/proc/{pid}").exists() for pid in ranks):
+            assert "predicted" not in log.read_text(), "they went on to the end by themselves"
+            time.sleep(0.1)
+    finally:
+        started.kill()

@@ -1,6 +1,7 @@
 """SQuAD reading and features: the golden vectors of the original, its official layout, and bad files."""
 
 import json
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,27 @@ def test_max_context_prefers_a_much_longer_window(tmp_path: Path) -> None:
     assert (len(first.word), len(second.word)) == (320, 200)
     assert first.max_context.tolist() == [True] * 225 + [False] * 95
     assert second.max_context.tolist() == [False] * 97 + [True] * 103
+
+
+def test_a_long_context_takes_memory_by_its_tokens_and_not_by_tokens_times_windows(tmp_path: Path) -> None:
+    """40,000 tokens in 10,000 windows: 3 GB for each table of both, a few MB for one of tokens."""
+    config = replace(CONFIG, max_seq_len=16, doc_stride=4)
+    path = squad_file(tmp_path, answer("quick", 4), context="The quick brown fox " * 10_000)
+    tracemalloc.start()
+    try:
+        made, _ = features(path, training=True, config=config)
+        assert tracemalloc.get_traced_memory()[1] < 200e6
+    finally:
+        tracemalloc.stop()
+    assert sum(int(feature.max_context.sum()) for feature in made) == 40_000
+
+
+@pytest.mark.parametrize("word", ["false", 0, None])
+def test_whether_a_question_is_impossible_is_true_or_false(tmp_path: Path, word: Any) -> None:
+    path = squad_file(tmp_path, {**answer("fox", 16), "is_impossible": word})
+    with pytest.raises(DataError, match=f"question 'q0': 'is_impossible' must be true or false, found {word!r}"):
+        read_squad(path, version_2=True)
+    assert len(read_squad(path).questions) == 1
 
 
 def test_an_answer_inside_a_word_is_tightened_to_its_tokens(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from data_prep.errors import DataError
-from pipeline.bert.folder import ModelFolder
+from pipeline.bert.folder import ModelFolder, read_folder
 from pipeline.config import FinetuneConfig
 from pipeline.engine import loop
 from pipeline.engine.precision import LossScale
@@ -209,6 +209,99 @@ def test_a_fine_tuned_folder_is_scored_and_predicts_unlabelled_files(tmp_path: P
         only("eval", data, model)
 
 
+def classifier(folder: Path, model: Path, classes: int, **config: Any) -> Path:
+    """A random classifier as transformers saves it, with further entries of its config.json (None: without)."""
+    torch.manual_seed(classes)
+    transformers.BertForSequenceClassification.from_pretrained(model, num_labels=classes).save_pretrained(folder)
+    (folder / "vocab.txt").write_bytes((model / "vocab.txt").read_bytes())
+    described = read(folder / "config.json") | config
+    (folder / "config.json").write_text(json.dumps({key: value for key, value in described.items() if value}))
+    return folder
+
+
+def only_predicted(out: Path, task: str, source: Path, file: Path, mode: str = "prediction") -> dict[str, Any]:
+    spec = Spec(task=task, config=config_of(task), model=source, train=None, eval=file, modes=(mode,))
+    finetune(job(out, task), spec)
+    return read(out / "detailed_predictions.json")
+
+
+def by_transformers(source: Path, *texts: str) -> dict[str, float]:
+    """The chance of every class by its name."""
+    tokenizer, net = (
+        kind.from_pretrained(source)
+        for kind in (transformers.AutoTokenizer, transformers.AutoModelForSequenceClassification)
+    )
+    with torch.no_grad():
+        chances = net.eval()(**tokenizer(*texts, return_tensors="pt")).logits.softmax(1)[0]
+    return {net.config.id2label[i]: float(chance) for i, chance in enumerate(chances)}
+
+
+@pytest.mark.parametrize(
+    "order", [("entailment", "neutral", "contradiction"), ("NEUTRAL", "Contradiction", "entailment")]
+)
+def test_classes_of_a_model_from_elsewhere_go_by_their_names(
+    tmp_path: Path, model: Path, order: tuple[str, ...]
+) -> None:
+    source = classifier(tmp_path / "theirs", model, 3, id2label={str(i): name for i, name in enumerate(order)})
+    data = examples(tmp_path, "mnli")
+    first = only_predicted(tmp_path / "out", "mnli", source, data)["2"]
+    theirs = {name.lower(): chance for name, chance in by_transformers(source, *first["text"]).items()}
+    assert first["probabilities"] == pytest.approx(theirs, abs=1e-5)
+    assert first["label"] == max(theirs, key=lambda name: theirs[name])
+
+
+def test_classes_that_the_task_does_not_know_are_told(tmp_path: Path, model: Path) -> None:
+    source = classifier(tmp_path / "theirs", model, 2, id2label={"0": "bad", "1": "good"})
+    only_predicted(tmp_path / "out", "sst2", source, examples(tmp_path, "sst2"), "eval")
+    assert (
+        "its classes bad, good are taken for 0, 1, in this order" in read(tmp_path / "out" / "scores.json")["notes"][0]
+    )
+
+
+@pytest.mark.parametrize("named", [{"10": "k", "1": "b", "0": "a"}, None])
+def test_classes_go_by_their_numbers_and_not_by_their_place_in_the_file(
+    tmp_path: Path, model: Path, named: dict[str, str] | None
+) -> None:
+    source = classifier(tmp_path / "theirs", model, 12, id2label=named, label2id=None)
+    wanted = [(named or {}).get(str(i), f"LABEL_{i}") for i in range(12)]
+    assert list(ModelFolder(source).labels) == list(read_folder(source).labels) == wanted
+
+
+@pytest.mark.parametrize(
+    ("classes", "config", "message"),
+    [
+        (1, {}, "no classifier.* of two or more classes in it"),
+        (
+            3,
+            {"problem_type": "multi_label_classification"},
+            "problem_type is 'multi_label_classification', needed is one",
+        ),
+        (0, {}, "no classifier.* of two or more classes in it"),
+    ],
+)
+def test_what_chooses_no_class_predicts_none(
+    tmp_path: Path, model: Path, classes: int, config: dict[str, Any], message: str
+) -> None:
+    source = classifier(tmp_path / "theirs", model, classes, **config) if classes else model
+    with pytest.raises(CheckpointError) as error:
+        only_predicted(tmp_path / "out", "sst2", source, examples(tmp_path, "sst2"))
+    assert message in str(error.value)
+
+
+def test_a_model_of_masked_words_is_fine_tuned_with_a_pooler_of_the_seed(tmp_path: Path, model: Path) -> None:
+    source = tmp_path / "theirs"
+    transformers.BertForMaskedLM.from_pretrained(model).save_pretrained(source)
+    (source / "vocab.txt").write_bytes((model / "vocab.txt").read_bytes())
+    data, config = examples(tmp_path, "mrpc"), config_of("mrpc", epochs=1)
+    results = [
+        run(job(tmp_path / out), task="mrpc", config=config, model=source, train=data, eval=data) for out in "ab"
+    ]
+    assert results[0] == results[1]
+    assert "has no pooler: it is drawn anew" in results[0]["notes"][0]
+    assert read_folder(tmp_path / "a" / "model").architecture == "BertForSequenceClassification"
+    assert read_folder(source).architecture == "BertForMaskedLM"
+
+
 def test_skipped_answers_are_counted_and_said(tmp_path: Path, model: Path) -> None:
     data = examples(tmp_path, "squad", count=4)
     broken = json.loads(data.read_text())
@@ -289,7 +382,7 @@ def test_a_loss_that_is_not_finite_names_its_step(tmp_path: Path, model: Path) -
     data, config = examples(tmp_path, "mrpc"), config_of("mrpc", learning_rate=1e38, warmup=0.0)
     earlier = config_of("mrpc", epochs=1)
     run(job(tmp_path / "out"), task="mrpc", config=earlier, model=model, train=data, eval=data)
-    with pytest.raises(NumericalError, match=r"step \d+, rank 0, .*came again.*mrpc.learning_rate"):
+    with pytest.raises(NumericalError, match=r"step \d+, rank 0, .*came again.*; lower the learning rate"):
         run(job(tmp_path / "out"), task="mrpc", config=config, model=model, train=data, eval=data)
     assert not (tmp_path / "out" / "scores.json").exists()  # the earlier scores are not this start's
 

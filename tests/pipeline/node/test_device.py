@@ -24,7 +24,11 @@ PYPI = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"]
 def job(local_rank: int = 0, **profile: object) -> SimpleNamespace:
     run = SimpleNamespace(exists=True, settings={"profile": profile})
     return SimpleNamespace(
-        rank=8 + local_rank, topology=SimpleNamespace(local_rank=local_rank), run=run, stage="phase1"
+        rank=8 + local_rank,
+        topology=SimpleNamespace(local_rank=local_rank),
+        run=run,
+        stage="phase1",
+        option=lambda key, value: f"--set phase1.{key}={value}",
     )
 
 

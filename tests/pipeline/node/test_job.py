@@ -19,9 +19,9 @@ from pipeline.errors import (
     StorageError,
     cause_of,
 )
-from pipeline.node.job import Topology
+from pipeline.node.job import Job, Topology
 from pipeline.node.preempt import STOP_SIGNALS, StopRequest, stop_at_once
-from pipeline.run.rundir import Attempt, StageDir
+from pipeline.run.rundir import Attempt, RunDir, StageDir
 from slurm import verdict
 from slurm.errors import FlagError, SlurmError
 
@@ -34,6 +34,15 @@ def test_an_attempt_knows_its_slurm_job_restart_and_step(tmp_path):
     attempt = StageDir(tmp_path).new_attempt(topology.launch, **topology.place)
     owner = json.loads((attempt.path / "owner.json").read_text())
     assert (attempt.job_id, owner["restart"], owner["step"]) == ("71", 2, "0")
+
+
+def test_what_sets_a_value_is_a_key_of_the_recipe_or_an_option_of_the_command(tmp_path):
+    run = RunDir(tmp_path)
+    attempt = run.stage("squad-2").new_attempt("a")
+    job = Job(run, "squad-2", attempt, Topology.of({}), workers=1, threads=1)
+    assert job.option("micro_batch", 8) == "--micro-batch 8"  # of pipeline.finetune, whose folder has no recipe
+    (tmp_path / "run.json").write_text("{}")
+    assert job.option("micro_batch", 8) == "--set squad.micro_batch=8"
 
 
 def test_the_local_runner_inside_an_allocation_is_no_job_of_the_run(tmp_path):
