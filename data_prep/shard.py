@@ -195,7 +195,9 @@ def plan(indexes: dict[str, NDArray[Any]], split: Split, shards: int) -> list[Sh
         held[shard] += end - begin
         weights[shard] += size
         heapq.heappush(lightest, (held[shard] >= 2, weight + size, shard))
-    return [ShardPlan(f"{split}-{i:05d}.txt", split, tuple(spans[i]), weights[i]) for i in range(shards)]
+    return [
+        ShardPlan(f"{split}-{shard:05d}.txt", split, tuple(spans[shard]), weights[shard]) for shard in range(shards)
+    ]
 
 
 def _path(out: Path, name: str, what: str) -> Path:

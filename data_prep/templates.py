@@ -175,7 +175,9 @@ def _entries(table: dict[str, Any]) -> list[tuple[str, Entry]]:
 
 _DATA = tomllib.loads((Path(__file__).parent / "templates.toml").read_text(encoding="utf-8"))
 _TABLE = {name: entry for name, entry in _entries(_DATA) if "*" not in name}
-_PATTERNS = [(re.compile(re.escape(key).replace(r"\*", ".*")), entry) for key, entry in _entries(_DATA) if "*" in key]
+_PATTERNS = [
+    (re.compile(re.escape(name).replace(r"\*", ".*")), entry) for name, entry in _entries(_DATA) if "*" in name
+]
 _ENDS_TABLE = frozenset(_names(_DATA["ends_table"]))
 _SPOKEN = tuple(name.rstrip("*") for name in _names(_DATA["spoken"]))
 _UNITS = {**{unit: unit for unit in _names(_DATA["units"].pop("as_written"))}, **_DATA["units"]}

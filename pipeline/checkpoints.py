@@ -17,7 +17,9 @@ COLUMNS = ("stage", "attempt", "step", "verified", "digest")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m pipeline.checkpoints", description="List a run's checkpoints.")
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.checkpoints", description="List the checkpoints of a run."
+    )
     parser.add_argument("run", type=Path, metavar="DIR", help="the run directory")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--verify", action="store_true", help="read every file and compare it with its SHA-256")

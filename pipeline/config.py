@@ -368,13 +368,17 @@ def _contradictions(recipe: Recipe) -> list[str]:
         lines.append("[data] names no corpus: give at least one of wikipedia, books, jsonl; or tokens")
     own = {Path(name).name for name in data.corpora if name not in data.replay}  # documents know this of their origin
     if data.replay and (not own or set(data.replay) - set(data.corpora) or own & {Path(n).name for n in data.replay}):
-        lines.append("data.replay must name some of the corpora, not all, whose files have other names than the rest")
+        lines.append(
+            "data.replay must name some of the corpora, not all, whose files are named otherwise than the rest"
+        )
     if data.tokens is not None:
         for name in ("wikipedia", "books", "jsonl", "vocab", *TASKS, "inference"):
             if getattr(data, name, None) or getattr(recipe, name, None):
                 lines.append(f"{name} goes with texts, not with data.tokens: leave it out")
         if (recipe.train.objective, recipe.train.masking_unit) != ("mlm", "token"):
-            lines.append('data.tokens has no sentences or words: set train.objective = "mlm", masking_unit = "token"')
+            lines.append(
+                'data.tokens has no sentences and no words: set train.objective = "mlm", masking_unit = "token"'
+            )
     if data.vocabulary is None and given:
         lines.append("data.vocab is missing: samples that were made before are worth nothing without their vocab.txt")
     sources = {(phase.seq_len, phase.samples) for phase in recipe.phases.values()}

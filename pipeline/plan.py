@@ -64,7 +64,9 @@ def main() -> int:
         rates = estimate.measured(arguments.rates, recipe, rates)
     elif arguments.fit:
         rates = estimate.fitted(arguments.fit, recipe, rates)
-    planned = [{**r, **estimates(recipe, profile, rates, r)} for r in rows(recipe, profile, counts, arguments.ranks)]
+    planned = [
+        {**row, **estimates(recipe, profile, rates, row)} for row in rows(recipe, profile, counts, arguments.ranks)
+    ]
     runs = totals(planned, recipe, arguments.price_per_gpu_hour)
     asked = arguments.rate or arguments.preempt_hours
     saving = [checkpoint_row(recipe, planned, count, arguments) for count in counts] if asked else []

@@ -82,7 +82,9 @@ class Stage:
             before = record.get(key)
             before = before if isinstance(before, Mapping) else {}
             names = dict.fromkeys([*now[key], *before])
-            lines += [words.format(n) for n in names if not _holds(before.get(n, ...), now[key].get(n, ...))]
+            lines += [
+                words.format(name) for name in names if not _holds(before.get(name, ...), now[key].get(name, ...))
+            ]
         return lines + differences(record.get("inputs", now["inputs"]), now["inputs"])  # version 0.1.0 wrote none
 
 

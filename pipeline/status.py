@@ -114,7 +114,9 @@ def disk_use(run: RunDir) -> list[str]:
     below = {path: [] if path.is_symlink() else path.rglob("*") for path in parts}
     sizes = {str(path.relative_to(run.path)): sum(map(_on_disk, [path, *below[path]])) for path in parts}
     rows = sorted(((size, name) for name, size in sizes.items()), reverse=True)
-    return columns([(f"{n / 1e6:,.1f} MB", name) for n, name in [*rows, (sum(sizes.values()), "all")]], right=(0,))
+    return columns(
+        [(f"{size / 1e6:,.1f} MB", name) for size, name in [*rows, (sum(sizes.values()), "all")]], right=(0,)
+    )
 
 
 def _on_disk(path: Path) -> int:

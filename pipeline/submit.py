@@ -90,7 +90,9 @@ def effort(asked: Request) -> str:
         rates = here.rates(recipe, rates, profile.threads)
     ranks = profile.ranks(asked.nodes[0])
     hours = estimate.hours_of(recipe, rates, ranks, recipe.phases.keys())
-    memory = PROCESS_GB + max(estimate.memory_gb(recipe, p, p.micro_batch or 1) for p in recipe.phases.values())
+    memory = PROCESS_GB + max(
+        estimate.memory_gb(recipe, phase, phase.micro_batch or 1) for phase in recipe.phases.values()
+    )
     took = "time not known, the profile has no [rates]" if hours is None else f"about {duration(3600 * hours)}"
     return f"pretraining: {took} ({rates.source}); {memory:.1f} GB of memory for each of {ranks} processes"
 

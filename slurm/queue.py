@@ -268,6 +268,8 @@ def submit(
 
 def _reason(answer: Answer) -> str:
     """Slurm's words for a rejection, without its prefixes."""
-    lines = [re.sub(r"^sbatch: (?:error: )?|^allocation failure: ", "", one).strip() for one in answer.err.splitlines()]
+    lines = [
+        re.sub(r"^sbatch: (?:error: )?|^allocation failure: ", "", line).strip() for line in answer.err.splitlines()
+    ]
     lines = [line for line in lines if line and not line.startswith("Batch job submission failed: Unspecified")]
     return "; ".join(lines[-2:]).replace("Batch job submission failed: ", "sbatch refused: ") or answer.said

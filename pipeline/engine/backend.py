@@ -57,7 +57,9 @@ def apex_fused_lamb() -> type[Any] | None:
 
 
 def of_config(
-    config: OptimizerConfig, named_parameters: Iterable[tuple[str, Parameter]], gradients: GradientBuffer | None = None
+    config: OptimizerConfig,
+    named_parameters: Iterable[tuple[str, Parameter]],
+    gradients: GradientBuffer | None = None,
 ) -> Optimizer:
     """The optimizer that a configuration describes; ``auto`` takes apex for lamb where it can run.
 

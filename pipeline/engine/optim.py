@@ -219,7 +219,9 @@ class Optimizer(ABC):
         clip, eps = (torch.full_like(flat.decay[0], value) for value in (factors.clip, factors.eps))
         decay = flat.decay / factors.unbias
         u = direction(gradient, weight, exp_avg, exp_avg_sq, flat.owner, decay, clip, eps, self.betas)
-        p_norm, u_norm = (torch.stack(torch._foreach_norm(torch.split(x.view(-1), flat.sizes))) for x in (weight, u))
+        p_norm, u_norm = (
+            torch.stack(torch._foreach_norm(torch.split(each.view(-1), flat.sizes))) for each in (weight, u)
+        )
         defined = (flat.adapts > 0) & (p_norm > 0) & (u_norm > 0)
         scale = torch.where(defined, p_norm / u_norm, factors.unbias)
         weight.addcmul_(u, scale.index_select(0, flat.owner).unsqueeze(1), value=-factors.learning_rate)

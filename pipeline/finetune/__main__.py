@@ -144,7 +144,12 @@ def _start_ranks(processes: int) -> int:
         subprocess.Popen(command, env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(processes)
     ]
-    signal.signal(signal.SIGTERM, lambda *_: set(map(subprocess.Popen.terminate, ranks)))  # they save: 75
+
+    def stop(*_: object) -> None:
+        for rank in ranks:
+            rank.terminate()  # they save and end with 75
+
+    signal.signal(signal.SIGTERM, stop)
     try:
         while None in (codes := [rank.poll() for rank in ranks]) and not any(codes):
             time.sleep(0.05)
@@ -156,8 +161,7 @@ def _start_ranks(processes: int) -> int:
             )
         return next((code for code in codes if code and code > 0), 0)
     finally:  # one failed, or Ctrl-C: the others would wait for it
-        for rank in ranks:
-            rank.terminate()
+        stop()
         for rank in ranks:
             rank.wait()
 

@@ -140,7 +140,9 @@ def identity_of(path: Path) -> dict[str, Any]:
     For a folder: number of files, bytes, a digest of names and sizes, and one of the ends of up to `FEW_FILES` files.
     """
     if path.is_dir():
-        files = sorted((str(each.relative_to(path)), each.stat().st_size) for each in path.rglob("*") if each.is_file())
+        files = sorted(
+            (str(inner.relative_to(path)), inner.stat().st_size) for inner in path.rglob("*") if inner.is_file()
+        )
         digest = hashlib.sha256(repr(files).encode()).hexdigest()
         identity = {"files": len(files), "bytes": sum(size for _, size in files), "digest": digest[:16]}
         if len(files) <= FEW_FILES:

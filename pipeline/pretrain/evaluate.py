@@ -127,7 +127,11 @@ def baselines(parts: Sequence[MaskedSamples], shares: WordShares) -> dict[str, f
 
 
 def evaluate(
-    model: nn.Module, micro_batches: Sequence[MicroBatch], shares: WordShares, precision: Precision, ranks: Ranks
+    model: nn.Module,
+    micro_batches: Sequence[MicroBatch],
+    shares: WordShares,
+    precision: Precision,
+    ranks: Ranks,
 ) -> dict[str, float | None]:
     """Figures of a model on ``micro_batches`` (see `marked`), shared among the ranks; every rank returns the same.
 

@@ -30,7 +30,9 @@ def read_middle(path: Path, shapes: Mapping[str, Sequence[int]]) -> tuple[State,
     content = read_pickled(path) if path.is_file() else {}
     model, optimizer = content.get("model"), content.get("optimizer")
     if not isinstance(model, dict) or not isinstance(optimizer, dict):
-        raise CheckpointError(f"{path} holds no optimizer: to begin with its weights alone, leave start_step out")
+        raise CheckpointError(
+            f"{path} holds no optimizer: to begin the phase with its weights alone, leave start_step out"
+        )
     names = list(renamed(model, origin=str(path)))
     names = [name for name in names if decays(name)] + [name for name in names if not decays(name)]
     try:

@@ -271,7 +271,9 @@ def _phase_with(folder: Path, steps: Mapping[str, list[Any]], recipe: Recipe, st
     names = [name for name, numbers in able.items() if step in numbers and stage in (None, name)]
     if len(names) != 1:
         available = "; ".join(f"{name}: {', '.join(map(str, numbers))}" for name, numbers in able.items() if numbers)
-        raise ConfigError(f"{folder}: name one of its steps ({available}): --step N, and --stage where several have it")
+        raise ConfigError(
+            f"{folder}: name one of its steps ({available}), by --step and, where several have it, --stage"
+        )
     return names[0]
 
 

@@ -130,7 +130,9 @@ def summary(phase: Phase) -> str:
         text = f"{number(step)} of {phase.config.steps:,} steps, {number(step * phase.config.global_batch)} samples. "
         loss, mlm, nsp = (phase.last(key) for key in ("loss", "mlm_loss", "nsp_loss"))
         text += f"Last training loss {number(loss)}"
-        parts += [text + (f" (MLM {number(mlm)} + NSP {number(nsp)})." if is_number(mlm) and is_number(nsp) else ".")]
+        parts.append(
+            text + (f" (MLM {number(mlm)} + NSP {number(nsp)})." if is_number(mlm) and is_number(nsp) else ".")
+        )
     if is_number(phase.last("eval_mlm_loss")):
         nsp = phase.last("eval_nsp_accuracy")
         parts.append(
