@@ -14,7 +14,8 @@ from pipeline.words import visible
 
 BEGINS = re.compile(r"^attempt (\d{1,6}): on \S+, this script on ([\w.-]+)$", re.MULTILINE)
 ASKED = re.compile(r"^attempt \d+: code (\d+)(, preempted)?, requeued$", re.MULTILINE)
-BY_SLURM = re.compile(r"\*\*\* (?:JOB|STEP) .*?(?:DUE TO ([A-Z ]+?))? \*\*\*")
+BY_SLURM = re.compile(r"\*\*\* (?:JOB|STEP) .* DUE TO ([A-Z ]+) \*\*\*")
+SIGNS = re.compile(r"^attempt \d+: code |\*\*\* (?:JOB|STEP) ", re.MULTILINE)
 WORDS = {"PREEMPTION": "preempted", "TIME LIMIT": "out of time", "JOB REQUEUE": "requeued by hand"}
 
 
@@ -41,7 +42,7 @@ def ends(run: Path, job: str) -> dict[str, End]:
         part = text[begin.end() : after.start() if after else len(text)]
         lost = re.findall(r"Node failure on ([\w.-]+)", part)
         asked, by_slurm = ASKED.search(part), BY_SLURM.search(part)
-        if after and not lost and not by_slurm and not re.search(r"^attempt \d+: code ", part, re.MULTILINE):
+        if after and not lost and not SIGNS.search(part):
             lost = [begin[2]]
         if lost:
             found[begin[1]] = End(f"lost node {lost[-1]}", lost[-1])

@@ -379,7 +379,7 @@ def by_slurm(what: str, why: str) -> str:
     ("log", "code", "cause", "words"),
     [
         (by_slurm("JOB", " DUE TO PREEMPTION"), 75, None, "preempted"),
-        (by_slurm("STEP", " DUE TO PREEMPTION"), None, None, "preempted"),
+        (by_slurm("STEP", "") + by_slurm("JOB", " DUE TO PREEMPTION"), None, None, "preempted"),
         ("attempt 0: code 75, preempted, requeued\n" + by_slurm("JOB", HAND), 75, None, "preempted"),
         (by_slurm("JOB", HAND), 75, None, "requeued by hand"),
         (by_slurm("JOB", HAND), None, None, "requeued by hand"),
