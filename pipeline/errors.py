@@ -191,13 +191,17 @@ def exit_code_of(work: Callable[[], int | None]) -> int:
     except BrokenPipeError as error:
         if error.errno != errno.EPIPE:  # ESHUTDOWN: of a file server
             return _told(error)
-        # the reader of our output went away (`| head`)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        unheard()  # the reader of our output went away (`| head`)
         return 0
     except SystemExit as error:  # by argparse, or said already
         return error.code if isinstance(error.code, int) else 0
     except (Exception, KeyboardInterrupt) as error:
         return _told(error)
+
+
+def unheard() -> None:
+    """What is printed from now on, and what could not be, goes nowhere: nobody reads it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _told(error: BaseException) -> int:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from pipeline.errors import RESTART_CODES
+from pipeline.errors import RESTART_CODES, unheard
 from pipeline.run.chain import Chain
 from pipeline.run.files import patiently
 from pipeline.run.rundir import RunDir
@@ -145,7 +145,7 @@ class LocalRunner:
         if self.command:
             command += ["--", *self.command]
         begin_try(environment["PIPELINE_LAUNCH"], self._tries(name))
-        print(f"{name}", flush=True)
+        say(name)
         return Running(
             name,
             slots,
@@ -163,7 +163,7 @@ class LocalRunner:
     def _ended(self, name: str, code: int) -> None:
         if code == 0 and (self.chain.is_done(name)):
             done = self.run.stage(name).done or {}
-            print(f"{name} done in {done.get('duration_s', 0):.1f} s", flush=True)
+            say(f"{name} done in {done.get('duration_s', 0):.1f} s")
             return
         attempts = self.run.stage(name).attempts
         verdict = attempts[-1].verdict if attempts else None
@@ -182,6 +182,14 @@ class LocalRunner:
     def _tries(self, name: str) -> Path:
         """Where attempts since the last progress are noted; the rule is that of the batch scripts."""
         return self.run.path / "jobs" / f"local-{name}.tries"
+
+
+def say(line: str) -> None:
+    """Print a line; the work goes on where who read our output went away (`| head`)."""
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:
+        unheard()
 
 
 def run_chain(run: RunDir, todo: Mapping[str, str], processes: int, threads: int, command: Sequence[str] = ()) -> int:

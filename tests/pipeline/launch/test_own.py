@@ -6,6 +6,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ from pipeline.launch.own import HIGHEST, LOWEST, files_in, kind_of, vocab_size
 from pipeline.run.files import read_jsonl
 from pipeline.run.rundir import RunDir
 from pipeline.words import absent_model
-from support.running import call
+from support.running import ROOT, call
 from support.toys import VOCAB
 
 SENTENCE = "Der alte Mann ging über die Brücke. Er sah den Fluss und dachte an das Meer. "
@@ -37,6 +39,20 @@ def texts(tmp_path: Path) -> Path:
 
 def submit(*words: object):
     return call("submit", *words)
+
+
+@pytest.mark.slow
+def test_work_goes_on_though_nobody_reads_what_it_says(tmp_path, texts):
+    """``submit … | head -1``: it ended in the middle, with 0."""
+    words = ("--text", texts, "--language", "de", "--run", tmp_path / "run", "--stages", "extract,shard")
+    command = [sys.executable, "-m", "pipeline.submit", *map(str, words)]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes, cwd=ROOT, env=environment) as process:
+        process.stdout.close()
+        said = process.stderr.read()
+        assert (process.wait(), said) == (0, b"")
+    assert all((tmp_path / "run/stages" / name / "done.json").exists() for name in ("extract", "shard"))
 
 
 @pytest.mark.slow
