@@ -21,6 +21,11 @@ from pipeline.run.rundir import Attempt, RunDir
 
 T = TypeVar("T")
 LOOPBACK = "127.0.0.1"
+PLACES = (
+    ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+    ("SUBMITIT_LOCAL_GLOBALID", "SUBMITIT_LOCAL_NTASKS", "SUBMITIT_LOCAL_LOCALID"),
+    ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
+)
 
 
 @dataclass(frozen=True)
@@ -36,8 +41,10 @@ class Topology:
 
     @classmethod
     def of(cls, environment: Mapping[str, str]) -> Topology:
-        """RANK, WORLD_SIZE, LOCAL_RANK first (the local runner, torchrun), then srun's variables, else one process."""
-        for names in (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")):
+        """RANK, WORLD_SIZE, LOCAL_RANK first (the local runner, torchrun), then the variables of submitit's executor on
+        one machine, then srun's, else one process.
+        """
+        for names in PLACES:
             if all(name in environment for name in names):
                 rank, world_size, local_rank = (int(environment[name]) for name in names)
                 break
@@ -47,6 +54,8 @@ class Topology:
         nodes = int(environment.get("SLURM_STEP_NUM_NODES") or max(1, world_size // on_each))
         if "PIPELINE_LAUNCH" in environment:
             return cls(rank, world_size, local_rank, environment["PIPELINE_LAUNCH"], nodes=nodes)
+        if local := environment.get("SUBMITIT_LOCAL_JOB_ID"):
+            return cls(rank, world_size, local_rank, f"submitit-{local}", nodes=nodes)
         job, restart, step = (environment.get(f"SLURM_{part}", "") for part in ("JOB_ID", "RESTART_COUNT", "STEP_ID"))
         if not job:
             return cls(rank, world_size, local_rank, f"{socket.gethostname()}-{os.getpid()}", nodes=nodes)

@@ -5,16 +5,19 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import submitit
 
 from faults.starts import begun
 from pipeline.config import load_profile, load_recipe
 from pipeline.errors import ConfigError, EnvironmentFault
+from pipeline.run.rundir import RunDir
 from pipeline.strict_toml import table_of
 from pipeline.worker import refuse_other_ranks
 from support.running import ROOT, TWO_PHASES, call, command, one_line, states
@@ -44,6 +47,21 @@ def test_two_ranks_run_a_stage_of_one_process_and_then_one_of_ranks(small_run: P
             if rank.poll() is None:
                 os.killpg(rank.pid, signal.SIGKILL)
     assert states(run)["squad"] == "done"
+
+
+@pytest.mark.slow
+def test_the_worker_knows_its_place_where_submitits_own_executor_started_it(small_run: Path, tmp_path: Path) -> None:
+    """Two ranks of one job on this machine; each was a rank 0 of its own."""
+    run = tmp_path / "run"
+    shutil.copytree(small_run, run, symlinks=True, ignore=shutil.ignore_patterns("mrpc", "events.jsonl"))
+    executor = submitit.LocalExecutor(tmp_path / "submitit")
+    executor.update_parameters(tasks_per_node=2, timeout_min=5)
+    job = executor.submit(submitit.helpers.CommandFunction(command("worker", run, "mrpc"), cwd=ROOT, verbose=False))
+    job.results()
+    (attempt,) = RunDir(run).stage("mrpc").attempts
+    (started,) = [event for event in RunDir(run).events if event["event"] == "started"]
+    assert (started["world_size"], attempt.owner["launch"]) == (2, f"submitit-{job.job_id}")
+    assert states(run)["mrpc"] == "done"
 
 
 @pytest.mark.parametrize(
