@@ -41,9 +41,7 @@ class Topology:
 
     @classmethod
     def of(cls, environment: Mapping[str, str]) -> Topology:
-        """RANK, WORLD_SIZE, LOCAL_RANK first (the local runner, torchrun), then the variables of submitit's executor on
-        one machine, then srun's, else one process.
-        """
+        """By the local runner or torchrun first, then by submitit's executor on one machine, then by srun, else alone."""
         for names in PLACES:
             if all(name in environment for name in names):
                 rank, world_size, local_rank = (int(environment[name]) for name in names)
