@@ -41,7 +41,7 @@ class Topology:
 
     @classmethod
     def of(cls, environment: Mapping[str, str]) -> Topology:
-        """By the local runner or torchrun, else by submitit's executor on one machine, else by srun, else one process."""
+        """By the local runner or torchrun, else by submitit's executor on one machine, by srun, or one process."""
         for names in PLACES:
             if all(name in environment for name in names):
                 rank, world_size, local_rank = (int(environment[name]) for name in names)
