@@ -150,7 +150,8 @@ class Finetuning:
         self.arranged = arrangement(device.type, config.max_seq_len)
         self.seed = config.seeds[0]
         self.source = ModelFolder(spec.model)
-        self.named = () if "train" in spec.modes or spec.task == SQUAD else self.source.labels
+        unnamed = "train" in spec.modes or spec.scratch or spec.task == SQUAD
+        self.named = () if unnamed else self.source.labels
         self.problem = self._problem(self.named)
         self.facts: Record = {"task": spec.task, "dataset": config.dataset, "unit": "percent"}
         self.samples = self._read_train() if spec.train is not None and "train" in spec.modes else None
