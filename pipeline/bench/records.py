@@ -177,14 +177,11 @@ class Gpus:
         if (window := fold.close()) is not None:
             windows.append({"time": round(ended, 3), **which, **window})
         for node in range(NODES):
-            own = [
-                {"gpu": gpu, "uuid": f"GPU-{node:08x}-1234-5678-9abc-{gpu:012x}", "name": "NVIDIA A100-SXM4-80GB"}
-                for gpu in range(GPUS)
-            ]
+            own = [{"gpu": gpu, "name": "NVIDIA A100-SXM4-80GB"} for gpu in range(GPUS)]
+            first = [{**known, "uuid": f"GPU-{node:08x}-1234-5678-9abc-{known['gpu']:012x}"} for known in own]
+            lines = (window | gpu for number, window in enumerate(windows) for gpu in (own if number else first))
             with (self.folder / f"node{node:03d}.jsonl").open("a") as file:
-                file.writelines(
-                    json.dumps(window | gpu, separators=(",", ":")) + "\n" for window in windows for gpu in own
-                )
+                file.writelines(json.dumps(line, separators=(",", ":")) + "\n" for line in lines)
 
 
 def reading(draw: random.Random, second: float) -> Row:
