@@ -196,6 +196,8 @@ def test_the_hand_written_stage_script(slurm, tmp_path: Path) -> None:
     python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\n[ "$1" != -c ] || exec {sys.executable} "$@"\necho "$SLURM_PROCID $*"\n')
     python.chmod(0o755)
+    (tmp_path / "run s").mkdir()
+    (tmp_path / "run s/run.json").touch()
     stage = Path(script.__file__).parent / "stage.sbatch"
     where = {"PYTHONPATH": str(stage.parents[1])}
     call = ["sbatch", "--parsable", "-N2", f"--chdir={tmp_path}", f"--output={tmp_path}/%j.out"]
